@@ -1,0 +1,1 @@
+"""The schema: one frozen, keyword-only dataclass per room."""

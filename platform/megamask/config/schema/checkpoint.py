@@ -1,0 +1,17 @@
+"""When checkpoints are committed and how many are kept."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megamask.config.schema.field import operational
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """Intervals and retention; the last step always commits."""
+
+    every_steps: int | None = operational(
+        "commit a checkpoint every so many steps; null means only at the end", default=None, minimum=1, unit="steps"
+    )
+    keep_last: int = operational("committed checkpoints to keep", default=2, minimum=1, unit="checkpoints")

@@ -1,0 +1,84 @@
+"""How a setting declares itself: default, meaning, unit, allowed values, and what a change of it means."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import MISSING
+from typing import Any, Literal
+
+Kind = Literal["identity", "extendable", "operational"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Setting:
+    """What a config field says of itself.
+
+    Args:
+        kind: identity shapes the result and never changes within a run; extendable may only grow; operational may
+            change with every attempt.
+        doc: one sentence for a person.
+        unit: what a number counts, or None.
+        minimum, maximum: inclusive range of a number.
+        above, below: exclusive range of a number.
+        choices: the allowed values of a string.
+    """
+
+    kind: Kind
+    doc: str
+    unit: str | None = None
+    minimum: float | None = None
+    maximum: float | None = None
+    above: float | None = None
+    below: float | None = None
+    choices: tuple[str, ...] | None = None
+
+    def allowed(self) -> str | None:
+        """The allowed values in words, or None where any value of the type will do."""
+        if self.choices is not None:
+            return ", ".join(self.choices)
+        parts = []
+        for bound, sign in ((self.minimum, ">="), (self.above, ">"), (self.maximum, "<="), (self.below, "<")):
+            if bound is not None:
+                parts.append(f"{sign} {bound:g}" if abs(bound) < 2**53 else f"{sign} {int(bound)}")
+        return " and ".join(parts) or None
+
+    def accepts(self, value: Any) -> bool:
+        """Whether a value of the right type lies in the allowed range."""
+        if self.choices is not None:
+            return value in self.choices
+        return not (
+            (self.minimum is not None and value < self.minimum)
+            or (self.maximum is not None and value > self.maximum)
+            or (self.above is not None and value <= self.above)
+            or (self.below is not None and value >= self.below)
+        )
+
+
+def setting(kind: Kind, doc: str, *, default: Any = MISSING, **limits: Any) -> Any:
+    """A dataclass field that carries its Setting; without a default the key must be given."""
+    metadata = {"setting": Setting(kind=kind, doc=doc, **limits)}
+    if isinstance(default, dict | list):
+        return dataclasses.field(default_factory=lambda: type(default)(default), metadata=metadata)
+    if default is MISSING:
+        return dataclasses.field(metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def identity(doc: str, **options: Any) -> Any:
+    """A setting that shapes the result; resuming with another value is refused."""
+    return setting("identity", doc, **options)
+
+
+def extendable(doc: str, **options: Any) -> Any:
+    """A setting that may only grow from one attempt to the next."""
+    return setting("extendable", doc, **options)
+
+
+def operational(doc: str, **options: Any) -> Any:
+    """A setting that changes how a run is carried out, not what it computes."""
+    return setting("operational", doc, **options)
+
+
+def section() -> Any:
+    """A nested section of settings, with its own defaults."""
+    return dataclasses.field(metadata={"section": True})

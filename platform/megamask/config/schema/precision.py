@@ -1,0 +1,14 @@
+"""Number formats."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megamask.config.schema.field import identity
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrecisionConfig:
+    """The number format of activations and gradients."""
+
+    compute: str = identity("number format of the network", default="fp32", choices=("fp32", "bf16"))

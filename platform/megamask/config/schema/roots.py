@@ -1,0 +1,43 @@
+"""The two trees of settings: a training run, and the preparation of a corpus."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megamask.config.schema.checkpoint import CheckpointConfig
+from megamask.config.schema.corpus import CorpusConfig
+from megamask.config.schema.data import DataConfig
+from megamask.config.schema.evaluation import EvaluationConfig
+from megamask.config.schema.field import section
+from megamask.config.schema.layout import LayoutConfig
+from megamask.config.schema.model import ModelConfig
+from megamask.config.schema.objective import ObjectiveConfig
+from megamask.config.schema.optimizer import OptimizerConfig
+from megamask.config.schema.precision import PrecisionConfig
+from megamask.config.schema.run import RunConfig
+from megamask.config.schema.tracking import TrackingConfig
+from megamask.config.schema.training import TrainingConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Everything a training run is told."""
+
+    run: RunConfig = section()
+    model: ModelConfig = section()
+    data: DataConfig = section()
+    objective: ObjectiveConfig = section()
+    optimizer: OptimizerConfig = section()
+    training: TrainingConfig = section()
+    layout: LayoutConfig = section()
+    precision: PrecisionConfig = section()
+    checkpoint: CheckpointConfig = section()
+    evaluation: EvaluationConfig = section()
+    tracking: TrackingConfig = section()
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrepareConfig:
+    """Everything the preparation of a corpus is told."""
+
+    corpus: CorpusConfig = section()

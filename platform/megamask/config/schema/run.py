@@ -1,0 +1,16 @@
+"""Which run this is and where it lives."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megamask.config.schema.field import identity, operational
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Name, place and seed of a run; the run directory is <output_dir>/<name>."""
+
+    name: str = operational("name of the run and of its folder: letters, digits, '.', '_' and '-', at most 100")
+    output_dir: str = operational("folder that holds run directories", default="runs")
+    seed: int = identity("seed of initial weights, masks and noise levels", default=1, minimum=0, maximum=2**64 - 1)

@@ -1,0 +1,82 @@
+"""Exit codes and the typed errors that carry them.
+
+The command line is the only place that formats an error and ends the process; everything else raises one of these.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+
+class ExitCode(IntEnum):
+    """What a process tells its scheduler when it ends; the table is in docs/architecture.md, law 10."""
+
+    DONE = 0
+    BUG = 1
+    USAGE = 2
+    MEGATRON_RERUN_RESUME = 16
+    MEGATRON_RERUN_FAILED = 17
+    DATA_INTEGRITY = 64
+    CHECKPOINT_INTEGRITY = 65
+    NUMERICS = 66
+    HARDWARE = 70
+    HANG = 71
+    STORAGE = 74
+    PREEMPTED = 75
+    DO_NOT_REQUEUE = 93
+    INTERRUPTED_TWICE = 130
+
+
+class MegamaskError(Exception):
+    """An error with one clear message for a person and an exit code for a scheduler.
+
+    Args:
+        message: what was given, what is allowed, what did not happen.
+        hint: how to go on (which key or file to change); shown on a line of its own.
+    """
+
+    exit_code: ExitCode = ExitCode.BUG
+
+    def __init__(self, message: str, *, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+    def __str__(self) -> str:
+        return self.message if self.hint is None else f"{self.message}\nhint: {self.hint}"
+
+
+class UsageError(MegamaskError):
+    """A config, an argument or a layout that cannot be done; nothing was started."""
+
+    exit_code = ExitCode.USAGE
+
+
+class DataIntegrityError(MegamaskError):
+    """A corpus or an input is damaged; no sample of the damaged part was used."""
+
+    exit_code = ExitCode.DATA_INTEGRITY
+
+
+class CheckpointIntegrityError(MegamaskError):
+    """No checkpoint that verifies is left, or the one that was named does not verify."""
+
+    exit_code = ExitCode.CHECKPOINT_INTEGRITY
+
+
+class NumericsError(MegamaskError):
+    """A loss or a gradient is not finite; nothing was saved over a good checkpoint."""
+
+    exit_code = ExitCode.NUMERICS
+
+
+class StorageError(MegamaskError):
+    """A disk is full, read-only or away; nothing was published and the last commit is intact."""
+
+    exit_code = ExitCode.STORAGE
+
+
+class SupersededError(MegamaskError):
+    """A newer attempt has claimed the run; this one stops without writing."""
+
+    exit_code = ExitCode.DO_NOT_REQUEUE

@@ -1,0 +1,111 @@
+"""Small files that survive a crash: written whole, flushed, then made visible by one atomic act.
+
+Safe on local disks and on NFS (link and rename are atomic there; O_APPEND is not relied upon). Every function takes
+plain paths; an object store would implement the same four verbs with conditional puts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import secrets
+from collections.abc import Iterator
+from pathlib import Path
+
+from megamask.errors import StorageError
+
+_STORAGE_ERRNOS = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EROFS: "the file system is read-only",
+    errno.EIO: "the device reports an input/output error",
+    errno.EFBIG: "the file-size limit is reached",
+    errno.ESTALE: "the file handle is stale (network file system)",
+    errno.EACCES: "permission denied",
+    errno.EPERM: "operation not permitted",
+    errno.ETIMEDOUT: "the storage does not answer",
+}
+
+
+@contextlib.contextmanager
+def storage_errors(action: str) -> Iterator[None]:
+    """Turns an OSError that the storage is to blame for into a StorageError that names the action.
+
+    Args:
+        action: what was being done, as "writing PATH"; it opens the message.
+    """
+    try:
+        yield
+    except OSError as error:
+        reason = _STORAGE_ERRNOS.get(error.errno or 0)
+        if reason is None:
+            raise
+        where = f" ({error.filename})" if error.filename and str(error.filename) not in action else ""
+        raise StorageError(
+            f"{action}: {reason}{where}. Nothing was published.",
+            hint="free space or choose another folder, then run again",
+        ) from error
+
+
+def fsync_directory(path: Path) -> None:
+    """Flushes a folder's entries, so that names created in it survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def fsync_file(path: Path) -> None:
+    """Flushes a file that somebody else wrote."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _write_temporary(path: Path, data: bytes) -> Path:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
+    try:
+        with temporary.open("xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    return temporary
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Replaces a file by a whole, flushed one; a reader sees the old or the new content, never a mixture.
+
+    Raises:
+        StorageError: the storage refused; the old file is intact.
+    """
+    with storage_errors(f"writing {path}"):
+        temporary = _write_temporary(path, data)
+        try:
+            temporary.replace(path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        fsync_directory(path.parent)
+
+
+def create_exclusive(path: Path, data: bytes) -> None:
+    """Creates a file with its whole, flushed content, or fails if the name exists; exactly one of many callers wins.
+
+    Raises:
+        FileExistsError: the name exists; its content is not touched.
+        StorageError: the storage refused; the name does not exist.
+    """
+    with storage_errors(f"creating {path}"):
+        temporary = _write_temporary(path, data)
+        try:
+            os.link(temporary, path)  # atomic and exclusive, on NFS too
+        finally:
+            temporary.unlink(missing_ok=True)
+        fsync_directory(path.parent)
