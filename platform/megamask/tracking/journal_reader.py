@@ -1,0 +1,208 @@
+"""Reading a journal: its files in order, its lines, its tail, and whether its chain of hashes holds.
+
+Nothing here writes, and nothing here stops at a damaged line: training and every reader go on with what is whole.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megamask.storage.hashing import sha256_bytes
+
+JOURNAL_FOLDER = "journal"
+CHAIN_START = "0" * 64
+DAMAGE_INCIDENT = "journal_damaged"
+_FILE_NAME = re.compile(r"attempt-(\d{4,})-(\d{3,})\.jsonl")
+
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True, order=True, kw_only=True)
+class JournalFile:
+    """One file of a journal; sorting gives the order in which the files were written."""
+
+    attempt: int
+    rotation: int
+    path: Path
+
+
+@dataclass(frozen=True, kw_only=True)
+class Line:
+    """One line of a journal file.
+
+    Args:
+        file: where it stands.
+        offset: bytes before it in the file.
+        data: its bytes without the newline.
+        is_torn: the newline is missing, so a writer died (or is) in the middle of it.
+    """
+
+    file: JournalFile
+    offset: int
+    data: bytes
+    is_torn: bool = False
+
+    def record(self) -> Record | None:
+        """The record on this line, or None if the line is torn or damaged."""
+        return None if self.is_torn else parse(self.data)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """Something in a journal that is not as it was written; line numbers begin with 1."""
+
+    file: str
+    line: int
+    problem: str
+
+    def __str__(self) -> str:
+        return f"{self.file}, line {self.line}: {self.problem}"
+
+
+def journal_files(run_dir: Path) -> list[JournalFile]:
+    """All files of a run's journal, oldest first; empty when nothing was journalled."""
+    folder = run_dir / JOURNAL_FOLDER
+    if not folder.is_dir():
+        return []
+    matches = ((entry, _FILE_NAME.fullmatch(entry.name)) for entry in folder.iterdir())
+    return sorted(
+        JournalFile(attempt=int(match[1]), rotation=int(match[2]), path=entry) for entry, match in matches if match
+    )
+
+
+def parse(data: bytes) -> Record | None:
+    """The record in a line's bytes, or None if they are not one (damage)."""
+    try:
+        record = json.loads(data)
+    except ValueError:  # not JSON, not UTF-8
+        return None
+    if not isinstance(record, dict):
+        return None
+    is_whole = isinstance(record.get("seq"), int) and all(
+        isinstance(record.get(name), str) for name in ("time", "kind", "prev")
+    )
+    return record if is_whole else None
+
+
+def _lines_of(file: JournalFile) -> Iterator[Line]:
+    offset = 0
+    with file.path.open("rb") as stream:
+        for data in stream:
+            is_torn = not data.endswith(b"\n")
+            yield Line(file=file, offset=offset, data=data.removesuffix(b"\n"), is_torn=is_torn)
+            offset += len(data)
+
+
+def read_lines(run_dir: Path) -> Iterator[Line]:
+    """Every line of a run's journal in the order of writing, damaged and torn ones included."""
+    for file in journal_files(run_dir):
+        yield from _lines_of(file)
+
+
+def read_journal(run_dir: Path) -> Iterator[Record]:
+    """Every whole record of a run's journal, over files and attempts, in order; damaged lines are left out."""
+    for line in read_lines(run_dir):
+        record = line.record()
+        if record is not None:
+            yield record
+
+
+def steps(run_dir: Path) -> dict[int, Record]:
+    """The step records of a run by step, ascending; for a repeated step the highest attempt holds."""
+    found: dict[int, Record] = {}
+    for record in read_journal(run_dir):
+        if record["kind"] == "step" and isinstance(record.get("step"), int):
+            found[record["step"]] = record
+    return dict(sorted(found.items()))
+
+
+def tail(run_dir: Path, max_bytes: int) -> list[Line]:
+    """The last lines of a journal, oldest first, reading no more than `max_bytes` from the ends of its files.
+
+    At least the last line is whole, whatever its length: where the budget cuts a file's only line, that file is
+    read from its beginning.
+    """
+    collected: list[Line] = []
+    budget = max_bytes
+    for file in reversed(journal_files(run_dir)):
+        size = file.path.stat().st_size
+        start = max(0, size - budget)
+        lines = _lines_from(file, start)
+        if not lines and size > 0:
+            lines = _lines_from(file, 0)
+        collected = lines + collected
+        budget -= size
+        if budget <= 0:
+            break
+    return collected
+
+
+def _lines_from(file: JournalFile, start: int) -> list[Line]:
+    """The lines of a file that begin at or after byte `start`; the one that `start` may cut is left out."""
+    with file.path.open("rb") as stream:
+        if start > 0:
+            stream.seek(start - 1)
+            stream.readline()  # to the end of the line that holds the byte before
+        offset = stream.tell()
+        data = stream.read()
+    lines = []
+    while data:
+        piece, newline, data = data.partition(b"\n")
+        lines.append(Line(file=file, offset=offset, data=piece, is_torn=not newline))
+        offset += len(piece) + 1
+    return lines
+
+
+def line_number(line: Line) -> int:
+    """The number of a line in its file, from 1; reads the file up to it."""
+    with line.file.path.open("rb") as stream:
+        return stream.read(line.offset).count(b"\n") + 1
+
+
+def chain_problem(record: Record | None, previous: bytes | None) -> str | None:
+    """What is wrong with a record that follows the line `previous` (None: nothing precedes it), or None.
+
+    A record that opens a new chain after damage is in order; the damage itself is named at its own line.
+    """
+    if record is None:
+        return "not a journal record"
+    prev = record["prev"]
+    if prev == CHAIN_START:
+        is_opening = previous is None or (record["kind"] == "incident" and record.get("name") == DAMAGE_INCIDENT)
+        return None if is_opening else "the chain starts anew without naming a damaged line"
+    if previous is None:
+        return "the first record names a predecessor that is not there"
+    if prev != sha256_bytes(previous):
+        return "the hash of the line before it is not the one recorded here: one of the two was changed"
+    return None
+
+
+def verify_chain(run_dir: Path) -> list[Finding]:
+    """Checks every line of a run's journal against the chain; an empty list means that it is as written.
+
+    Found are damaged, changed, missing and torn lines, and what a superseded writer added after a newer attempt had
+    begun. A torn last line is a finding too: of a run that is alive, read again.
+    """
+    findings: list[Finding] = []
+    previous: bytes | None = None
+    last_seq = 0
+    number, file = 0, None
+    for line in read_lines(run_dir):
+        number = number + 1 if line.file == file else 1
+        file = line.file
+        record = line.record()
+        problem = "torn: it has no end" if line.is_torn else chain_problem(record, previous)
+        if problem is None and record is not None and record["seq"] != last_seq + 1 and record["prev"] != CHAIN_START:
+            problem = f"its seq is {record['seq']}, after {last_seq}"
+        if problem is not None:
+            findings.append(Finding(file=line.file.path.name, line=number, problem=problem))
+        if record is not None:
+            last_seq = record["seq"]
+        if not line.is_torn:
+            previous = line.data
+    return findings

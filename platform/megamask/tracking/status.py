@@ -1,0 +1,80 @@
+"""status.json: where a run stands, in one small file that is replaced atomically.
+
+Rank 0 and the launcher write it; wrappers and people read it. A status of another attempt, or none, means a crash.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from megamask.errors import UsageError
+from megamask.storage.durable import write_atomic
+from megamask.tracking.journal import utc_now
+
+FORMAT = "megamask-status"
+VERSION = 1
+STATUS_FILE = "status.json"
+
+Phase = Literal["starting", "running", "done", "stopped", "preempted", "failed"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Status:
+    """Where a run stands.
+
+    Args:
+        attempt: which life of the job wrote it.
+        phase: `done` is the whole run, `stopped` an attempt that ended where it was told to.
+        exit_code: of an attempt that has ended, else None.
+        step: completed updates.
+        node: this node, or the suspect's for hardware codes.
+        reason: one sentence for a person, or None.
+        time: when it was written; filled in by `write_status`.
+    """
+
+    attempt: int
+    phase: Phase
+    exit_code: int | None = None
+    step: int | None = None
+    node: str | None = None
+    reason: str | None = None
+    time: str | None = None
+
+
+def write_status(run_dir: Path, status: Status) -> None:
+    """Replaces a run's status file.
+
+    Raises:
+        ValueError: an unknown phase.
+        StorageError: the storage refused; the old status is intact.
+    """
+    if status.phase not in get_args(Phase):
+        raise ValueError(f"unknown phase {status.phase!r}; allowed: {', '.join(get_args(Phase))}")
+    content = {"format": FORMAT, "version": VERSION, **asdict(status), "time": status.time or utc_now()}
+    write_atomic(run_dir / STATUS_FILE, json.dumps(content, indent=1, ensure_ascii=False).encode() + b"\n")
+
+
+def read_status(run_dir: Path) -> Status | None:
+    """A run's status, or None when there is no file or it is damaged (the journal is the truth, this is a hint).
+
+    Raises:
+        UsageError: a newer megamask wrote it.
+    """
+    path = run_dir / STATUS_FILE
+    try:
+        content: Any = json.loads(path.read_bytes())
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return None
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        return None
+    if content.get("version") != VERSION:
+        raise UsageError(
+            f"{path} has version {content.get('version')}; this megamask reads version {VERSION}",
+            hint="use the megamask that wrote it, or a newer one",
+        )
+    known = {field.name: content[field.name] for field in fields(Status) if field.name in content}
+    is_whole = isinstance(known.get("attempt"), int) and known.get("phase") in get_args(Phase)
+    return Status(**known) if is_whole else None
