@@ -1,0 +1,132 @@
+"""Which attempt may write to a run: the newest one that claimed it.
+
+A claim is a file created exclusively, so of many processes exactly one gets each number. The newer claim wins over
+every older one that is not known to be alive; whoever finds himself superseded stops with 93 and writes nothing more.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, fields
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from megamask.errors import SupersededError, UsageError
+from megamask.resilience.process_facts import ProcessFacts, own_facts
+from megamask.storage.durable import create_exclusive, storage_errors
+
+FORMAT = "megamask-claim"
+VERSION = 1
+_CLAIM_FILE = "claim.json"
+_SCHEDULER_VARIABLES = ("SLURM_JOB_ID", "JOBSET_NAME", "POD_UID")
+
+
+def attempt_folder(run_dir: Path, attempt: int) -> Path:
+    """Where an attempt leaves its claim and its ranks their last words."""
+    return run_dir / "attempts" / f"{attempt:04d}"
+
+
+def claimed_attempts(run_dir: Path) -> list[int]:
+    """The numbers of all attempts that claimed the run, ascending; the folder is read afresh every time."""
+    try:
+        names = os.listdir(run_dir / "attempts")  # noqa: PTH208  opening the folder makes an NFS client look again
+    except FileNotFoundError:
+        return []
+    numbers = sorted(int(name) for name in names if name.isdecimal())
+    return [number for number in numbers if (attempt_folder(run_dir, number) / _CLAIM_FILE).exists()]
+
+
+def claim(run_dir: Path) -> int:
+    """Claims a run for the calling process.
+
+    Returns:
+        The number of the new attempt: highest so far + 1, from 1.
+
+    Raises:
+        UsageError: the newest claim belongs to another process that runs on this host; nothing was written.
+        StorageError: the storage refused.
+    """
+    own = own_facts()
+    while True:
+        newest = max(claimed_attempts(run_dir), default=0)
+        _refuse_if_live(run_dir, newest, own)
+        folder = attempt_folder(run_dir, newest + 1)
+        content = {
+            "format": FORMAT,
+            "version": VERSION,
+            "attempt": newest + 1,
+            **asdict(own),
+            "scheduler_id": _scheduler_id(),
+            "scheduler_restart": os.environ.get("SLURM_RESTART_COUNT"),
+            "time": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ"),
+        }
+        with storage_errors(f"claiming {run_dir}"):
+            folder.mkdir(parents=True, exist_ok=True)
+        try:
+            create_exclusive(folder / _CLAIM_FILE, json.dumps(content, indent=1).encode() + b"\n")
+        except FileExistsError:
+            continue  # somebody else was faster: look who it is
+        return newest + 1
+
+
+def read_claim(run_dir: Path, attempt: int) -> dict[str, Any] | None:
+    """The content of a claim, or None where there is none or it is damaged."""
+    try:
+        content = json.loads((attempt_folder(run_dir, attempt) / _CLAIM_FILE).read_bytes())
+    except (FileNotFoundError, ValueError):
+        return None
+    return content if isinstance(content, dict) and content.get("format") == FORMAT else None
+
+
+def is_live(run_dir: Path, attempt: int) -> bool:
+    """Whether the process that holds a claim is known to run on this host and in this pid namespace."""
+    facts = _claimant(run_dir, attempt)
+    return facts is not None and facts.is_running_here()
+
+
+def is_superseded(run_dir: Path, attempt: int) -> bool:
+    """Whether a newer attempt has claimed the run; one folder listing, cheap enough for every few steps."""
+    return max(claimed_attempts(run_dir), default=0) > attempt
+
+
+def refuse_if_superseded(run_dir: Path, attempt: int) -> None:
+    """Called by a writer before it makes anything visible.
+
+    Raises:
+        SupersededError: a newer attempt has claimed the run; the caller writes nothing more.
+    """
+    newest = max(claimed_attempts(run_dir), default=0)
+    if newest > attempt:
+        claimant = _claimant(run_dir, newest)
+        where = f" (process {claimant.pid} on {claimant.host})" if claimant else ""
+        raise SupersededError(
+            f"attempt {attempt} of {run_dir} is superseded by attempt {newest}{where}. This attempt stops and writes "
+            "nothing more."
+        )
+
+
+def _refuse_if_live(run_dir: Path, newest: int, own: ProcessFacts) -> None:
+    claimant = _claimant(run_dir, newest) if newest else None
+    if claimant is not None and claimant != own and claimant.is_running_here():
+        raise UsageError(
+            f"the run {run_dir} is in the hands of process {claimant.pid} on {claimant.host} (attempt {newest}), which "
+            "is running. Nothing was started.",
+            hint=f"wait for it, stop it with `kill {claimant.pid}`, or choose another run.name",
+        )
+
+
+def _claimant(run_dir: Path, attempt: int) -> ProcessFacts | None:
+    content = read_claim(run_dir, attempt)
+    names = [field.name for field in fields(ProcessFacts)]
+    if content is None or not all(name in content for name in names) or not isinstance(content["pid"], int):
+        return None
+    return ProcessFacts(**{name: content[name] for name in names})
+
+
+def _scheduler_id() -> str | None:
+    for name in _SCHEDULER_VARIABLES:
+        if value := os.environ.get(name):
+            return f"{name}={value}"
+    return None

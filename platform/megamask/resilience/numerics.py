@@ -1,0 +1,58 @@
+"""What to say when a loss or a gradient is not finite."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from megamask.errors import NumericsError
+
+INCIDENT = "not_finite"
+_NAMED_SAMPLES = 16
+
+
+def incident_fields(*, step: int, loss: float, grad_norm: float, sample_indices: Sequence[int]) -> dict[str, Any]:
+    """The fields of the journal's incident: the step that was not taken and every sample index of its batch."""
+    return {
+        "name": INCIDENT,
+        "message": describe(step=step, loss=loss, grad_norm=grad_norm, sample_indices=sample_indices),
+        "step": step,
+        "loss": loss,
+        "grad_norm": grad_norm,
+        "sample_indices": [int(index) for index in sample_indices],
+    }
+
+
+def describe(*, step: int, loss: float, grad_norm: float, sample_indices: Sequence[int]) -> str:
+    """One sentence: what is not finite, at which step, on which samples."""
+    suspects = {"loss": loss, "gradient norm": grad_norm}
+    culprits = " and ".join(f"{name} is {value}" for name, value in suspects.items() if not math.isfinite(value))
+    return f"step {step}: the {culprits or 'step is not finite'}; samples {_ranges(sample_indices)}"
+
+
+def numerics_error(*, step: int, loss: float, grad_norm: float, sample_indices: Sequence[int]) -> NumericsError:
+    """The error that ends the attempt with 66; the caller journals the incident first and saves nothing.
+
+    Args:
+        step: 1-based number of the update that was not made.
+        loss, grad_norm: as reported; at least one is not finite.
+        sample_indices: global sample indices of the batch.
+    """
+    sentence = describe(step=step, loss=loss, grad_norm=grad_norm, sample_indices=sample_indices)
+    return NumericsError(
+        f"{sentence}. The update was not made and nothing was saved; the last checkpoint is intact.",
+        hint=f"`megamask inspect RUN --step {step}` shows the batch; a lower optimizer.learning_rate often helps",
+    )
+
+
+def _ranges(indices: Sequence[int]) -> str:
+    """Consecutive indices as first-last, at most a few ranges."""
+    ranges: list[list[int]] = []
+    for index in sorted(set(indices)):
+        if ranges and index == ranges[-1][1] + 1:
+            ranges[-1][1] = index
+        else:
+            ranges.append([index, index])
+    named = [str(first) if first == last else f"{first}-{last}" for first, last in ranges[:_NAMED_SAMPLES]]
+    return ", ".join(named) + (", ..." if len(ranges) > _NAMED_SAMPLES else "")

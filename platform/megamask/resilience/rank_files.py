@@ -1,0 +1,86 @@
+"""A failing rank's last words, in a file: launchers lose exit codes, and end the other ranks with signals.
+
+The rank that fails first is ended by nobody, so its own code, written before it ends, tells what happened.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from megamask.errors import StorageError
+from megamask.resilience.claims import attempt_folder
+from megamask.resilience.process_facts import node_name
+from megamask.storage.durable import create_exclusive
+
+FORMAT = "megamask-rank"
+VERSION = 1
+_FILE_NAME = re.compile(r"rank-(\d{5,})\.json")
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankFailure:
+    """How a rank ended: its exit code, the reason in one sentence, and the node (the suspect's for hardware codes)."""
+
+    rank: int
+    exit_code: int
+    reason: str
+    node: str
+
+
+def write_rank_failure(
+    run_dir: Path, attempt: int, *, rank: int, exit_code: int, reason: str, node: str | None = None
+) -> bool:
+    """Leaves a rank's exit code and reason; the first failure of a rank holds, later ones are not written.
+
+    Called while the process is ending, so it never raises: storage that refuses is logged.
+
+    Returns:
+        Whether this call wrote the file.
+    """
+    failure = RankFailure(rank=rank, exit_code=int(exit_code), reason=reason, node=node or node_name())
+    time = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+    content = {"format": FORMAT, "version": VERSION, **asdict(failure), "time": time}
+    path = attempt_folder(run_dir, attempt) / f"rank-{rank:05d}.json"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        create_exclusive(path, json.dumps(content, indent=1, ensure_ascii=False).encode() + b"\n")
+    except FileExistsError:
+        return False
+    except (StorageError, OSError) as error:
+        _log.warning("rank %d could not leave its exit code %d: %s", rank, exit_code, error)
+        return False
+    return True
+
+
+def read_rank_failures(run_dir: Path, attempt: int) -> dict[int, RankFailure]:
+    """What the failed ranks of an attempt left, by rank; damaged files are left out."""
+    folder = attempt_folder(run_dir, attempt)
+    if not folder.is_dir():
+        return {}
+    found = {}
+    for path in sorted(folder.iterdir()):
+        if _FILE_NAME.fullmatch(path.name):
+            failure = _parse(path)
+            if failure is not None:
+                found[failure.rank] = failure
+    return found
+
+
+def _parse(path: Path) -> RankFailure | None:
+    try:
+        content = json.loads(path.read_bytes())
+        return RankFailure(
+            rank=int(content["rank"]),
+            exit_code=int(content["exit_code"]),
+            reason=str(content["reason"]),
+            node=str(content["node"]),
+        )
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        _log.warning("%s is not a rank's exit file: %r", path, error)
+        return None

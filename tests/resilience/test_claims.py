@@ -1,0 +1,137 @@
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from megamask.errors import StorageError, SupersededError, UsageError
+from megamask.resilience import claims
+from megamask.resilience.claims import attempt_folder, claim, is_live, is_superseded, read_claim, refuse_if_superseded
+
+CLAIM_AND_WAIT = """
+import sys
+from pathlib import Path
+from megamask.resilience.claims import claim
+print(claim(Path(sys.argv[1])), flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def live_claimant(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
+    """Another process that has claimed the run in tmp_path as attempt 1 and still runs."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", CLAIM_AND_WAIT, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    assert process.stdin is not None
+    assert process.stdout.readline() == "1\n"
+    yield process
+    process.kill()
+    process.wait()
+    process.stdin.close()
+    process.stdout.close()
+
+
+def edit_claim(run_dir: Path, attempt: int, **changes: object) -> None:
+    path = attempt_folder(run_dir, attempt) / "claim.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def test_claim_records_who_claims(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "4711")
+    assert claim(tmp_path) == 1
+    content = read_claim(tmp_path, 1)
+    assert content is not None
+    assert (content["attempt"], content["pid"], content["scheduler_id"]) == (1, os.getpid(), "SLURM_JOB_ID=4711")
+    assert {"host", "boot_id", "pid_namespace", "process_start_time", "time", "format", "version"} <= content.keys()
+    assert [path.name for path in attempt_folder(tmp_path, 1).iterdir()] == ["claim.json"]
+
+
+def test_claim_of_the_same_process_counts_up(tmp_path: Path) -> None:
+    assert [claim(tmp_path) for _ in range(3)] == [1, 2, 3]
+
+
+def test_second_live_process_is_refused_by_name(tmp_path: Path, live_claimant: subprocess.Popen[str]) -> None:
+    with pytest.raises(UsageError) as caught:
+        claim(tmp_path)
+    assert f"process {live_claimant.pid} on " in caught.value.message
+    assert str(tmp_path) in caught.value.message
+    assert claims.claimed_attempts(tmp_path) == [1]
+
+
+def test_killed_claimant_is_followed_even_as_a_zombie(tmp_path: Path, live_claimant: subprocess.Popen[str]) -> None:
+    live_claimant.kill()
+    os.waitid(os.P_PID, live_claimant.pid, os.WEXITED | os.WNOWAIT)  # dead, not reaped: a zombie
+    assert not is_live(tmp_path, 1)
+    assert claim(tmp_path) == 2
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"host": "another"},
+        {"pid_namespace": "pid:[1]"},
+        {"boot_id": "another boot"},
+        {"process_start_time": 1},
+        {"pid": 2**22 + 1},
+        {"pid": "x"},
+        {"format": "something else"},
+    ],
+)
+def test_claimant_that_cannot_be_told_alive_is_superseded(
+    tmp_path: Path, live_claimant: subprocess.Popen[str], changes: dict[str, object]
+) -> None:
+    assert is_live(tmp_path, 1)
+    edit_claim(tmp_path, 1, **changes)
+    assert claim(tmp_path) == 2
+    assert live_claimant.poll() is None
+
+
+def test_older_writer_sees_that_it_is_superseded(tmp_path: Path) -> None:
+    first = claim(tmp_path)
+    assert not is_superseded(tmp_path, first)
+    refuse_if_superseded(tmp_path, first)
+    second = claim(tmp_path)
+    assert is_superseded(tmp_path, first)
+    assert not is_superseded(tmp_path, second)
+    with pytest.raises(SupersededError, match=rf"attempt 1 .* superseded by attempt 2 \(process {os.getpid()}"):
+        refuse_if_superseded(tmp_path, first)
+
+
+def test_folder_without_a_claim_is_no_attempt(tmp_path: Path) -> None:
+    attempt_folder(tmp_path, 1).mkdir(parents=True)
+    (tmp_path / "attempts" / "notes").mkdir()
+    assert claims.claimed_attempts(tmp_path) == []
+    assert claim(tmp_path) == 1
+
+
+def test_damaged_claim_still_counts_as_a_number(tmp_path: Path) -> None:
+    attempt_folder(tmp_path, 4).mkdir(parents=True)
+    (attempt_folder(tmp_path, 4) / "claim.json").write_bytes(b"{")
+    assert claim(tmp_path) == 5
+
+
+def test_each_number_goes_to_exactly_one_of_many(tmp_path: Path) -> None:
+    numbers: list[int] = []
+    threads = [threading.Thread(target=lambda: numbers.append(claim(tmp_path))) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(numbers) == list(range(1, 9))
+
+
+def test_claim_in_an_unwritable_place_is_a_storage_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_arguments: object, **_options: object) -> None:
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    with pytest.raises(StorageError, match="read-only"):
+        claim(tmp_path)
