@@ -1,0 +1,235 @@
+"""The commit protocol: COMMIT.json, created exclusively and last, is the only act that makes a checkpoint visible.
+
+Everything here is plain files; no process group, no torch. Who calls what, in which order, is in `saver.py`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from megamask.checkpoint.names import (
+    COMMIT_NAME,
+    LATEST_NAME,
+    checkpoints_folder,
+    folder_name,
+    is_plain_name,
+    parse_folder_name,
+)
+from megamask.errors import CheckpointIntegrityError, MegamaskError, StorageError, UsageError
+from megamask.storage.durable import create_exclusive, fsync_directory, storage_errors, write_atomic
+from megamask.storage.hashing import canonical_json, hash_of, sha256_bytes
+
+COMMIT_FORMAT = "megamask-checkpoint"
+COMMIT_VERSION = 1
+LAWS = {"order": 1, "noise": 1, "weights": 1, "likelihood": 1}
+_MAXIMUM_COMMIT_BYTES = 1 << 28
+_HEX = frozenset("0123456789abcdef")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileDigest:
+    """Size in bytes and lower-case hex sha256 of one file."""
+
+    num_bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Commit:
+    """What a COMMIT.json says.
+
+    Args:
+        folder: the checkpoint folder it was read from.
+        digest: sha256 of COMMIT.json's bytes; it names the commit.
+        files: relative name -> size and digest of every file of the checkpoint, COMMIT.json excluded.
+        parent: digest of the commit that this attempt's lineage had before, or None for the first.
+        state: scalars of the trainer (integers and strings).
+        corpora: corpus name -> corpus id.
+        journal: sequence number and sha256 of the last journal line before the commit.
+    """
+
+    folder: Path
+    digest: str
+    step: int
+    attempt: int
+    run_id: str
+    files: Mapping[str, FileDigest]
+    parent: str | None
+    state: Mapping[str, Any]
+    corpora: Mapping[str, str]
+    laws: Mapping[str, int]
+    journal: Mapping[str, Any]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all files together."""
+        return sum(entry.num_bytes for entry in self.files.values())
+
+
+@dataclass(frozen=True, kw_only=True)
+class CommitFields:
+    """The fields of a COMMIT.json that the trainer knows and the protocol only carries."""
+
+    run_id: str
+    parent: str | None = None
+    state: Mapping[str, Any] = field(default_factory=dict)
+    corpora: Mapping[str, str] = field(default_factory=dict)
+    journal: Mapping[str, Any] = field(default_factory=dict)
+
+
+def begin(run_dir: Path, step: int, attempt: int) -> Path:
+    """Makes the empty folder of a checkpoint that is not visible yet.
+
+    What an earlier, failed save of the same attempt and step left there is removed first.
+
+    Raises:
+        MegamaskError: this attempt has already committed this step (the caller's bug).
+        StorageError: the storage refused.
+    """
+    folder = checkpoints_folder(run_dir) / folder_name(step, attempt)
+    if (folder / COMMIT_NAME).exists():
+        raise MegamaskError(f"{folder} is committed already; a commit is never written twice. Nothing was changed.")
+    with storage_errors(f"making {folder}"):
+        if folder.exists():
+            shutil.rmtree(folder)
+        folder.mkdir(parents=True)
+        fsync_directory(folder.parent)
+    return folder
+
+
+def publish(folder: Path, files: Mapping[str, FileDigest], fields: CommitFields) -> Commit:
+    """Makes a checkpoint visible; every file in `files` must be flushed and hashed before.
+
+    Raises:
+        FileExistsError: the folder has a COMMIT.json already; it is not touched.
+        StorageError: the storage refused; the checkpoint stays invisible.
+    """
+    place = parse_folder_name(folder.name)
+    if place is None:
+        raise MegamaskError(f"{folder} is not the folder of a checkpoint; nothing was published")
+    document: dict[str, Any] = {
+        "format": COMMIT_FORMAT,
+        "version": COMMIT_VERSION,
+        "step": place[0],
+        "attempt": place[1],
+        "run_id": fields.run_id,
+        "files": {name: {"bytes": entry.num_bytes, "sha256": entry.sha256} for name, entry in files.items()},
+        "parent": fields.parent,
+        "state": dict(fields.state),
+        "corpora": dict(fields.corpora),
+        "laws": dict(LAWS),
+        "journal": dict(fields.journal),
+    }
+    document["self_sha256"] = hash_of(document)
+    data = canonical_json(document)
+    commit = parse_commit(data, folder)  # what is written is what a reader accepts
+    create_exclusive(folder / COMMIT_NAME, data)
+    with contextlib.suppress(StorageError):  # only a hint: the commit stands without it
+        write_atomic(folder.parent / LATEST_NAME, f"{folder.name}\n".encode())
+    return commit
+
+
+def read_commit_bytes(folder: Path) -> bytes:
+    """The bytes of a folder's COMMIT.json.
+
+    Raises:
+        CheckpointIntegrityError: it is missing, a link, not a file, unreadable or absurdly large.
+    """
+    path = folder / COMMIT_NAME
+    if path.is_symlink() or not path.is_file():
+        raise _damaged(path, "is missing or is not a plain file")
+    try:
+        if path.stat().st_size > _MAXIMUM_COMMIT_BYTES:
+            raise _damaged(path, f"is larger than {_MAXIMUM_COMMIT_BYTES} bytes")
+        return path.read_bytes()
+    except OSError as error:
+        raise _damaged(path, f"cannot be read: {error.strerror}") from error
+
+
+def load_commit(folder: Path) -> Commit:
+    """Reads and checks a folder's COMMIT.json; the files it names are not looked at.
+
+    Raises:
+        CheckpointIntegrityError: it is damaged.
+        UsageError: a newer megamask wrote it.
+    """
+    return parse_commit(read_commit_bytes(folder), folder)
+
+
+def parse_commit(data: bytes, folder: Path) -> Commit:
+    """A Commit from the bytes of COMMIT.json; `folder` is where its files are. Raises as `load_commit`."""
+    path = folder / COMMIT_NAME
+    try:
+        document = json.loads(data)
+        is_canonical = isinstance(document, dict) and canonical_json(document) == data
+    except (ValueError, TypeError, RecursionError) as error:
+        raise _damaged(path, "is not canonical JSON") from error
+    if not is_canonical:  # also refuses a name that stands twice
+        raise _damaged(path, "is not canonical JSON")
+    _refuse_newer(path, document)
+    own = document.pop("self_sha256", None)
+    if own != hash_of(document):
+        raise _damaged(path, "does not have the sha256 that it states")
+    try:
+        commit = _from_document(document, folder, sha256_bytes(data))
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise _damaged(path, f"lacks or misstates a field ({error})") from error
+    place = parse_folder_name(folder.name)
+    if place is not None and place != (commit.step, commit.attempt):
+        raise _damaged(path, f"says step {commit.step} of attempt {commit.attempt}, its folder's name says otherwise")
+    return commit
+
+
+def _from_document(document: dict[str, Any], folder: Path, digest: str) -> Commit:
+    files = {
+        name: FileDigest(num_bytes=entry["bytes"], sha256=entry["sha256"]) for name, entry in document["files"].items()
+    }
+    for name, entry in files.items():
+        if not is_plain_name(name) or name == COMMIT_NAME:
+            raise ValueError(f"file name {name!r} is not allowed")
+        if not _is_count(entry.num_bytes) or not _is_digest(entry.sha256):
+            raise ValueError(f"size or sha256 of {name!r}")
+    if not files or not _is_count(document["step"]) or not _is_count(document["attempt"]):
+        raise ValueError("files, step or attempt")
+    if not isinstance(document["run_id"], str) or not (document["parent"] is None or _is_digest(document["parent"])):
+        raise ValueError("run_id or parent")
+    for name in ("state", "corpora", "laws", "journal"):
+        if not isinstance(document[name], dict):
+            raise ValueError(name)
+    carried = {
+        key: document[key] for key in ("step", "attempt", "run_id", "parent", "state", "corpora", "laws", "journal")
+    }
+    return Commit(folder=folder, digest=digest, files=files, **carried)
+
+
+def _refuse_newer(path: Path, document: dict[str, Any]) -> None:
+    if document.get("format") != COMMIT_FORMAT:
+        raise _damaged(path, f"has format {document.get('format')!r}, not {COMMIT_FORMAT!r}")
+    version = document.get("version")
+    if not isinstance(version, int) or isinstance(version, bool) or version < 1:
+        raise _damaged(path, f"has version {version!r}")
+    if version > COMMIT_VERSION:
+        raise UsageError(
+            f"{path} has format version {version}, this megamask reads up to {COMMIT_VERSION}. Nothing was loaded.",
+            hint="use the megamask that wrote it, or a newer one",
+        )
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _is_digest(value: object) -> bool:
+    return isinstance(value, str) and len(value) == 64 and set(value) <= _HEX
+
+
+def _damaged(path: Path, what: str) -> CheckpointIntegrityError:
+    return CheckpointIntegrityError(
+        f"{path} {what}. Nothing was loaded from it.", hint="restore the folder from a copy, or use another checkpoint"
+    )

@@ -1,0 +1,43 @@
+"""Names in a checkpoint tree: folders of commits, and files inside one."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path, PurePosixPath
+
+COMMIT_NAME = "COMMIT.json"
+STATE_NAME = "state.json"
+MODEL_NAME = "model.json"
+TOKENIZER_NAME = "tokenizer"
+LATEST_NAME = "latest"
+CHECKPOINTS_NAME = "checkpoints"
+TRASH_PREFIX = ".removing-"
+
+_FOLDER = re.compile(r"step-(\d{8,})-a(\d{4,})")
+
+
+def folder_name(step: int, attempt: int) -> str:
+    """The folder of a commit, as step-00000200-a0001."""
+    return f"step-{step:08d}-a{attempt:04d}"
+
+
+def parse_folder_name(name: str) -> tuple[int, int] | None:
+    """(step, attempt) of a folder name, or None where the name is not one that `folder_name` writes."""
+    match = _FOLDER.fullmatch(name)
+    if match is None:
+        return None
+    step, attempt = int(match[1]), int(match[2])
+    return (step, attempt) if folder_name(step, attempt) == name else None
+
+
+def checkpoints_folder(run_dir: Path) -> Path:
+    """The folder below a run directory that holds its commits."""
+    return run_dir / CHECKPOINTS_NAME
+
+
+def is_plain_name(name: str) -> bool:
+    """Whether a file name of a COMMIT stays inside its folder: relative, in normal form, without '..' or '\\'."""
+    if not name or "\\" in name or "\0" in name or any(ord(letter) < 32 for letter in name):
+        return False
+    path = PurePosixPath(name)
+    return not path.is_absolute() and ".." not in path.parts and str(path) == name and name != "."

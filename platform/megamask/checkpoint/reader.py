@@ -1,0 +1,106 @@
+"""Which checkpoint a path means: the commits of a run, newest first, and the newest one that verifies."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from megamask.checkpoint.commit import Commit
+from megamask.checkpoint.integrity import verify_folder
+from megamask.checkpoint.names import COMMIT_NAME, checkpoints_folder, parse_folder_name
+from megamask.errors import CheckpointIntegrityError, UsageError
+from megamask.storage.durable import storage_errors
+
+
+def candidates(run_dir: Path) -> list[Path]:
+    """The folders of a run that are visible (have a COMMIT.json), newest first by step, then by attempt."""
+    folder = checkpoints_folder(run_dir)
+    with storage_errors(f"listing {folder}"):
+        if not folder.is_dir():
+            return []
+        found = [(place, path) for path in folder.iterdir() if (place := parse_folder_name(path.name)) is not None]
+        visible = [(place, path) for place, path in found if _is_own_folder(path) and has_commit(path)]
+    return [path for _, path in sorted(visible, reverse=True)]
+
+
+def _is_own_folder(path: Path) -> bool:
+    return path.is_dir() and not path.is_symlink()  # a link may lead outside the run; give such a folder by its path
+
+
+def has_commit(folder: Path) -> bool:
+    """Whether a folder shows a COMMIT.json of any kind; a dangling link counts, so that it is refused and not lost."""
+    path = folder / COMMIT_NAME
+    return path.is_symlink() or path.exists()
+
+
+def incident(folder: Path, error: CheckpointIntegrityError) -> dict[str, Any]:
+    """What the journal says of a checkpoint that was passed over."""
+    return {"incident": "checkpoint_damaged", "checkpoint": folder.name, "problem": error.message}
+
+
+def none_left(run_dir: Path, incidents: list[dict[str, Any]]) -> CheckpointIntegrityError:
+    """The error for a run whose checkpoints exist and are all damaged."""
+    return CheckpointIntegrityError(
+        f"{run_dir} has {len(incidents)} checkpoint(s) and none verifies; the newest: {incidents[0]['problem']} "
+        "Nothing was loaded and nothing was overwritten.",
+        hint="restore a checkpoint folder from a copy; to start over, choose another run.name",
+    )
+
+
+def find(path: Path) -> tuple[Commit, list[dict[str, Any]]]:
+    """The verified checkpoint that a run directory or a checkpoint folder means, and the newer ones passed over.
+
+    A checkpoint folder is enough by itself, wherever it was copied to.
+
+    Raises:
+        UsageError: the path is neither, or the run has no commit yet.
+        CheckpointIntegrityError: the folder that was named, or every checkpoint of the run, is damaged.
+    """
+    if not path.is_dir():
+        raise UsageError(
+            f"{path} is not a folder; given should be a run directory or a checkpoint folder. Nothing was loaded.",
+            hint="a run directory is <run.output_dir>/<run.name>, a checkpoint folder is checkpoints/step-... in it",
+        )
+    if has_commit(path):
+        return verify_folder(path), []
+    found = candidates(path)
+    if not found:
+        raise UsageError(_explain(path), hint="give a run directory with a committed checkpoint, or such a folder")
+    incidents: list[dict[str, Any]] = []
+    for folder in found:
+        try:
+            return verify_folder(folder), incidents
+        except CheckpointIntegrityError as error:
+            incidents.append(incident(folder, error))
+    raise none_left(path, incidents)
+
+
+def _explain(path: Path) -> str:
+    if parse_folder_name(path.name) is not None:
+        return f"{path} has no COMMIT.json: its save did not finish, so it is not a checkpoint. Nothing was loaded."
+    if checkpoints_folder(path).is_dir() or (path / "run.json").exists():
+        return f"{path} has no committed checkpoint yet. Nothing was loaded."
+    return f"{path} is neither a run directory nor a checkpoint folder. Nothing was loaded."
+
+
+def resolve(path: Path) -> Path:
+    """The checkpoint folder that a run directory or a checkpoint folder means; verified. Raises as `find`."""
+    return find(path)[0].folder
+
+
+def verify_checkpoint(path: Path) -> dict[str, Any]:
+    """Reads every byte of a checkpoint; a run directory means its newest one, without falling back.
+
+    Returns: path, step, digest, files (count), bytes, ok (True).
+    Raises: as `find`; CheckpointIntegrityError names the damaged file.
+    """
+    newest = [] if not path.is_dir() or has_commit(path) else candidates(path)
+    commit = verify_folder(newest[0]) if newest else find(path)[0]
+    return {
+        "path": str(commit.folder),
+        "step": commit.step,
+        "digest": commit.digest,
+        "files": len(commit.files),
+        "bytes": commit.num_bytes,
+        "ok": True,
+    }

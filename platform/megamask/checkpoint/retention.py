@@ -1,0 +1,109 @@
+"""Which checkpoints stay, and how the others go: COMMIT.json first, so that nothing half-deleted is ever visible."""
+
+from __future__ import annotations
+
+import contextlib
+import secrets
+import shutil
+from collections.abc import Collection
+from pathlib import Path
+
+from megamask.checkpoint.commit import load_commit
+from megamask.checkpoint.names import (
+    COMMIT_NAME,
+    TRASH_PREFIX,
+    checkpoints_folder,
+    parse_folder_name,
+)
+from megamask.checkpoint.reader import candidates, has_commit
+from megamask.errors import CheckpointIntegrityError, UsageError
+from megamask.storage.durable import fsync_directory, storage_errors
+
+
+def prune(run_dir: Path, keep_last: int, *, damaged: Collection[str] = ()) -> list[str]:
+    """Keeps the newest `keep_last` good checkpoints of a run and removes the others, oldest first.
+
+    A checkpoint that is known to be damaged, or whose COMMIT.json or file sizes are wrong, does not count as kept: it
+    can never push out a good one. It is removed once enough good ones stand. Called by one rank.
+
+    Args:
+        damaged: names of folders that did not verify when this attempt started.
+
+    Returns: the names of the removed folders.
+    Raises: StorageError: the storage refused; what was removed so far is invisible.
+    """
+    if keep_last < 1:
+        raise UsageError(f"checkpoint.keep_last is {keep_last}; allowed: >= 1. Nothing was removed.")
+    everything = candidates(run_dir)
+    good = [folder for folder in everything if folder.name not in damaged and _looks_whole(folder)]
+    if len(good) < keep_last:
+        return []
+    kept = set(good[:keep_last])
+    removed = [folder for folder in reversed(everything) if folder not in kept]
+    for folder in removed:
+        remove_committed(folder)
+    return [folder.name for folder in removed]
+
+
+def _looks_whole(folder: Path) -> bool:
+    """A quick look: COMMIT.json is sound and each file has its size; contents are verified on load."""
+    try:
+        commit = load_commit(folder)
+        return all((folder / name).stat().st_size == entry.num_bytes for name, entry in commit.files.items())
+    except UsageError:  # a newer megamask's checkpoint is not ours to judge
+        return True
+    except (CheckpointIntegrityError, OSError):
+        return False
+
+
+def remove_committed(folder: Path) -> None:
+    """Makes a checkpoint invisible, durably, and only then frees its space."""
+    with storage_errors(f"removing {folder}"):
+        (folder / COMMIT_NAME).unlink(missing_ok=True)
+        fsync_directory(folder)
+        shutil.rmtree(folder)
+        fsync_directory(folder.parent)
+
+
+def sweep(run_dir: Path, attempt: int) -> list[str]:
+    """Removes what older attempts left without a COMMIT.json: saves and removals that did not finish.
+
+    Called by the newest claimed attempt, on one rank, before it saves. A folder of this attempt or a newer one is never
+    touched. A folder is renamed away before its content goes: a writer of an older attempt that is still alive then
+    finds no folder to commit into, and if it committed just before the rename, the folder is put back.
+
+    Returns: the names of the removed folders.
+    Raises: StorageError: the storage refused.
+    """
+    root = checkpoints_folder(run_dir)
+    swept = []
+    with storage_errors(f"sweeping {root}"):
+        if not root.is_dir():
+            return []
+        for folder in sorted(root.iterdir()):
+            original = _original_name(folder.name)
+            place = parse_folder_name(original)
+            if place is None or place[1] >= attempt or folder.is_symlink() or not folder.is_dir():
+                continue
+            if original == folder.name and has_commit(folder):
+                continue
+            if _remove_uncommitted(folder, root / original):
+                swept.append(original)
+        if swept:
+            fsync_directory(root)
+    return swept
+
+
+def _original_name(name: str) -> str:
+    return name.removeprefix(TRASH_PREFIX).rsplit(".", 1)[0] if name.startswith(TRASH_PREFIX) else name
+
+
+def _remove_uncommitted(folder: Path, original: Path) -> bool:
+    trash = original.with_name(f"{TRASH_PREFIX}{original.name}.{secrets.token_hex(4)}")
+    folder.rename(trash)
+    if has_commit(trash):
+        with contextlib.suppress(FileExistsError):
+            trash.rename(original)
+        return False
+    shutil.rmtree(trash)
+    return True

@@ -1,0 +1,106 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from megamask.checkpoint import retention
+from megamask.checkpoint.commit import Commit, begin
+from megamask.checkpoint.reader import candidates, resolve
+from megamask.checkpoint.retention import prune, sweep
+from megamask.errors import StorageError, UsageError
+
+MakeCommit = Callable[..., Commit]
+
+
+def _names(run_dir: Path) -> list[str]:
+    return sorted(path.name for path in (run_dir / "checkpoints").iterdir() if path.is_dir())
+
+
+def test_prune_keeps_the_newest_and_returns_the_others_oldest_first(commit_step: MakeCommit, run_dir: Path) -> None:
+    for step in (10, 20, 30, 40):
+        commit_step(step)
+    assert prune(run_dir, 2) == ["step-00000010-a0001", "step-00000020-a0001"]
+    assert _names(run_dir) == ["step-00000030-a0001", "step-00000040-a0001"]
+    assert prune(run_dir, 2) == []
+
+
+def test_prune_removes_the_commit_before_anything_else(
+    commit_step: MakeCommit, run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commit_step(10)
+    commit_step(20)
+    monkeypatch.setattr(retention.shutil, "rmtree", _fail)
+    with pytest.raises(StorageError):
+        prune(run_dir, 1)
+    assert [folder.name for folder in candidates(run_dir)] == ["step-00000020-a0001"]
+    assert (run_dir / "checkpoints" / "step-00000010-a0001" / "weights.bin").exists()
+
+
+def _fail(path: Path) -> None:
+    raise OSError(30, "Read-only file system", str(path))
+
+
+def test_prune_never_lets_a_damaged_checkpoint_push_out_a_good_one(
+    commit_step: MakeCommit, run_dir: Path, flip_byte: Callable[..., None]
+) -> None:
+    good = commit_step(10)
+    for step in (20, 30):
+        commit_step(step)
+    flip_byte(run_dir / "checkpoints" / "step-00000020-a0001" / "weights.bin")  # known from loading
+    flip_byte(run_dir / "checkpoints" / "step-00000030-a0001" / "COMMIT.json")  # seen at a glance
+    assert prune(run_dir, 1, damaged=["step-00000020-a0001"]) == ["step-00000020-a0001", "step-00000030-a0001"]
+    assert resolve(run_dir) == good.folder
+
+
+def test_prune_leaves_everything_while_too_few_are_good(commit_step: MakeCommit, run_dir: Path) -> None:
+    commit_step(10)
+    (commit_step(20).folder / "weights.bin").write_bytes(b"short")
+    assert prune(run_dir, 2) == []
+    assert len(_names(run_dir)) == 2
+
+
+def test_prune_refuses_to_keep_none(commit_step: MakeCommit, run_dir: Path) -> None:
+    commit_step(10)
+    with pytest.raises(UsageError, match="keep_last is 0"):
+        prune(run_dir, 0)
+    assert len(candidates(run_dir)) == 1
+
+
+def test_sweep_removes_unfinished_saves_of_older_attempts_only(commit_step: MakeCommit, run_dir: Path) -> None:
+    commit_step(10, attempt=1)
+    for step, attempt in [(20, 1), (20, 2), (20, 3), (30, 4)]:
+        (begin(run_dir, step, attempt) / "half").write_text("half")
+    assert sweep(run_dir, 3) == ["step-00000020-a0001", "step-00000020-a0002"]
+    assert _names(run_dir) == ["step-00000010-a0001", "step-00000020-a0003", "step-00000030-a0004"]
+
+
+def test_sweep_finishes_a_sweep_that_was_killed(run_dir: Path) -> None:
+    folder = begin(run_dir, 20, 1)
+    folder.rename(folder.with_name(".removing-step-00000020-a0001.0123abcd"))
+    assert sweep(run_dir, 2) == ["step-00000020-a0001"]
+    assert _names(run_dir) == []
+
+
+def test_sweep_puts_back_a_folder_that_was_committed_under_its_hands(
+    commit_step: MakeCommit, run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commit = commit_step(20)
+    answers = iter([False, True])  # the writer commits between the look and the rename
+    monkeypatch.setattr(retention, "has_commit", lambda folder: next(answers))
+    assert sweep(run_dir, 2) == []
+    assert resolve(run_dir) == commit.folder
+
+
+def test_sweep_leaves_foreign_files_alone(run_dir: Path, tmp_path: Path) -> None:
+    (run_dir / "checkpoints").mkdir()
+    (run_dir / "checkpoints" / "notes").mkdir()
+    (tmp_path / "outside").mkdir()
+    (run_dir / "checkpoints" / "step-00000020-a0001").symlink_to(tmp_path / "outside")
+    assert sweep(run_dir, 9) == []
+    assert (tmp_path / "outside").is_dir()
+
+
+def test_sweep_of_a_new_run_does_nothing(run_dir: Path) -> None:
+    assert sweep(run_dir, 1) == []
