@@ -1,0 +1,43 @@
+"""`megamask train CONFIG [overrides]`: trains, or resumes, and ends with the contract's exit code."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from megamask.errors import MegamaskError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The verb's arguments."""
+    parser.add_argument("config", help="a run config, as configs/run/tiny.yaml")
+    parser.add_argument("overrides", nargs="*", help="key.path=value, later ones win")
+
+
+def run(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Trains in this process, or in one process per rank when the layout needs several.
+
+    Returns: run_id, run_dir, step, loss, exit_code, reason.
+    """
+    from megamask.config.load import load_train_config
+    from megamask.config.validate import validate_train
+    from megamask.launch.local import is_launched, leave_report
+    from megamask_pipelines.training_job import run_training
+
+    try:
+        loaded = load_train_config(arguments.config, arguments.overrides)
+        validate_train(loaded.config, loaded.origins)
+        return run_training(loaded.config, ["train", arguments.config, *arguments.overrides])
+    except MegamaskError as error:
+        if is_launched() and leave_report(error):
+            raise SystemExit(int(error.exit_code)) from error
+        raise
+
+
+def render(result: dict[str, Any]) -> str:
+    """The last lines for a person."""
+    loss = "none" if result["loss"] is None else f"{result['loss']:.4f} nats per token"
+    return (
+        f"run {result['run_dir']}: step {result['step']}, loss {loss}, {result['reason']} "
+        f"(exit code {result['exit_code']})"
+    )

@@ -1,0 +1,212 @@
+"""Starts one process per rank on this machine and tells how they ended.
+
+Used by `megamask train` when the layout needs several processes and no launcher's environment is present. Under
+torchrun or a scheduler this module does nothing: the process joins what is there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from megamask.errors import ExitCode, MegamaskError
+from megamask.resilience.exit_codes import combine
+
+FORWARDED_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+# After a rank has failed, the others get this long to notice, to write their rank files and to send what is journalled.
+FAILURE_GRACE_S = 30.0
+# Rank 0 opens the run before anybody trains: when it refuses, the others have nothing to tell.
+REFUSAL_GRACE_S = 3.0
+# Ends that all ranks agreed on: each leaves in its own time.
+_AGREED = (0, ExitCode.PREEMPTED, ExitCode.DO_NOT_REQUEUE)
+_POLL_S = 0.05
+_REPORT_VARIABLE = "MEGAMASK_RANK_REPORT"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankExit:
+    """How one rank ended.
+
+    Args:
+        returncode: as the operating system tells it; negative for a signal.
+        report: the error that the rank left for the launcher, or None.
+        stderr_tail: the end of what a rank other than 0 wrote to stderr.
+    """
+
+    rank: int
+    returncode: int
+    report: MegamaskError | None
+    stderr_tail: str
+
+
+class RankFailedError(MegamaskError):
+    """A local rank ended with an error; the message and the exit code are that rank's."""
+
+    def __init__(self, message: str, *, exit_code: int, hint: str | None = None) -> None:
+        super().__init__(message, hint=hint)
+        self.exit_code = ExitCode(exit_code)
+
+
+def is_launched() -> bool:
+    """Whether a launcher (torchrun, srun, or this module) has already placed this process."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def leave_report(error: MegamaskError) -> bool:
+    """Hands an error to the process that started this rank, which prints it once for all ranks.
+
+    Returns: False when nobody asked for a report, so that the caller prints the error itself.
+    """
+    path = os.environ.get(_REPORT_VARIABLE)
+    if path is None:
+        return False
+    report = {"message": error.message, "hint": error.hint, "exit_code": int(error.exit_code)}
+    Path(path).write_text(json.dumps(report), encoding="utf-8")
+    return True
+
+
+def run_local_ranks(
+    arguments: Sequence[str], world_size: int, *, module: str = "megamask_pipelines.cli.main"
+) -> list[RankExit]:
+    """Runs `python -m MODULE ARGUMENTS` once per rank and waits for all of them.
+
+    Rank 0 keeps this process's stdin and stderr; the other ranks' stderr is kept aside. Nobody keeps stdout: the caller
+    tells the result. Signals of FORWARDED_SIGNALS go to every rank. The ranks die with this process.
+
+    Returns: one RankExit per rank, in rank order.
+    """
+    with _listening_socket() as listener, tempfile.TemporaryDirectory(prefix="megamask-ranks-") as folder:
+        processes: list[subprocess.Popen[bytes]] = []
+        try:
+            with _forwarding_signals(processes):
+                for rank in range(world_size):
+                    processes.append(_start([module, *arguments], rank, world_size, listener, Path(folder)))
+                _wait(processes)
+        finally:
+            for process in processes:
+                if process.poll() is None:
+                    process.kill()
+                    process.wait()
+        return [_rank_exit(rank, process.returncode, Path(folder)) for rank, process in enumerate(processes)]
+
+
+def failure_of(exits: Sequence[RankExit]) -> RankFailedError | None:
+    """The one error to show for a group of ranks, or None if all ended well or as agreed.
+
+    The exit code is the most specific one of all ranks; the message is the first rank's that ended with it.
+    """
+    code = combine([rank_exit.returncode for rank_exit in exits])
+    if code in _AGREED and not any(rank_exit.report for rank_exit in exits):
+        return None
+    for rank_exit in exits:
+        if rank_exit.report is not None and rank_exit.report.exit_code == code:
+            return RankFailedError(rank_exit.report.message, exit_code=code, hint=rank_exit.report.hint)
+    for rank_exit in exits:
+        if rank_exit.returncode not in _AGREED:
+            return RankFailedError(_without_report(rank_exit), exit_code=code)
+    return None
+
+
+def _without_report(rank_exit: RankExit) -> str:
+    if rank_exit.returncode < 0:
+        try:
+            name = signal.Signals(-rank_exit.returncode).name
+        except ValueError:
+            name = f"signal {-rank_exit.returncode}"
+        how = f"was killed by {name}"
+    else:
+        how = f"ended with exit code {rank_exit.returncode}"
+    tail = f"\n{rank_exit.stderr_tail}" if rank_exit.stderr_tail else ""
+    return f"rank {rank_exit.rank} {how}.{tail}"
+
+
+@contextlib.contextmanager
+def _listening_socket() -> Iterator[socket.socket]:
+    """A socket whose port nobody else can take between choosing it and serving on it; rank 0 inherits it."""
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(1024)
+        yield listener
+
+
+def _start(
+    arguments: Sequence[str], rank: int, world_size: int, listener: socket.socket, folder: Path
+) -> subprocess.Popen[bytes]:
+    environment = dict(os.environ)
+    environment.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(world_size),
+        LOCAL_WORLD_SIZE=str(world_size),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(listener.getsockname()[1]),
+        MEGAMASK_PARENT_PID=str(os.getpid()),
+    )
+    environment[_REPORT_VARIABLE] = str(folder / f"report-{rank}.json")
+    environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // world_size)))
+    environment.setdefault("GLOO_SOCKET_IFNAME", "lo")  # the host's own name need not resolve
+    pass_fds: tuple[int, ...] = ()
+    if rank == 0:
+        environment["MEGAMASK_STORE_FD"] = str(listener.fileno())
+        pass_fds = (listener.fileno(),)
+    with (folder / f"stderr-{rank}").open("wb") as log:
+        return subprocess.Popen(
+            [sys.executable, "-m", *arguments],
+            env=environment,
+            pass_fds=pass_fds,
+            stdin=None if rank == 0 else subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=None if rank == 0 else log,
+            # its own session: a terminal's Ctrl-C reaches the ranks once, through the forwarding
+            start_new_session=True,
+        )
+
+
+@contextlib.contextmanager
+def _forwarding_signals(processes: Sequence[subprocess.Popen[bytes]]) -> Iterator[None]:
+    def forward(number: int, _frame: object) -> None:
+        for process in processes:
+            if process.poll() is None:
+                process.send_signal(number)
+
+    previous = {number: signal.signal(number, forward) for number in FORWARDED_SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _wait(processes: Sequence[subprocess.Popen[bytes]]) -> None:
+    """Returns when all have ended; once one has failed, the rest end by themselves or are stopped."""
+    deadline: float | None = None
+    while any(process.poll() is None for process in processes):
+        failed = [rank for rank, process in enumerate(processes) if process.returncode not in (None, *_AGREED)]
+        if failed and deadline is None:
+            refused = processes[0].returncode in (ExitCode.USAGE, ExitCode.DATA_INTEGRITY)
+            deadline = time.monotonic() + (REFUSAL_GRACE_S if refused else FAILURE_GRACE_S)
+        if deadline is not None and time.monotonic() > deadline:
+            for process in processes:
+                if process.poll() is None:
+                    process.kill()
+        time.sleep(_POLL_S)
+
+
+def _rank_exit(rank: int, returncode: int, folder: Path) -> RankExit:
+    report: MegamaskError | None = None
+    path = folder / f"report-{rank}.json"
+    if path.exists():
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        report = RankFailedError(stored["message"], exit_code=stored["exit_code"], hint=stored["hint"])
+    tail = (folder / f"stderr-{rank}").read_bytes()[-8192:].decode(errors="replace").strip()
+    return RankExit(rank=rank, returncode=returncode, report=report, stderr_tail=tail)

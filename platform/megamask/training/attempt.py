@@ -1,0 +1,155 @@
+"""One life of a run, as rank 0 tells it: the claim, the journal and its readers, status.json."""
+
+from __future__ import annotations
+
+import platform as host_platform
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from megamask.config.schema.roots import TrainConfig
+from megamask.errors import ExitCode, MegamaskError, NumericsError
+from megamask.provenance.record import code_version, library_versions
+from megamask.resilience.claims import claim, is_superseded, refuse_if_superseded
+from megamask.resilience.status import Phase, Status, write_status
+from megamask.tracking.console import Console
+from megamask.tracking.journal import Journal
+from megamask.tracking.mlflow_sink import MLflowSink
+from megamask.training.progress import Progress
+from megamask.training.run_directory import RunRecord, store_attempt_config
+from megamask.training.stopping import StopReason
+
+# A claim is looked at this often between steps; a commit looks at it again.
+_CLAIM_CHECK_S = 1.0
+# How long a failing attempt waits for MLflow; a good end waits as tracking.mlflow.drain_timeout_s says.
+_FAILURE_DRAIN_S = 10.0
+
+
+class AttemptView:
+    """What every rank knows of the attempt; rank 0's Attempt also writes."""
+
+    def __init__(self, run_dir: Path, run_id: str, number: int) -> None:
+        self.run_dir = run_dir
+        self.run_id = run_id
+        self.number = number
+
+    def append(self, kind: str, **fields: Any) -> None:
+        """Journals a record; on every rank but 0 nothing happens, rank 0 writes it."""
+
+    def durable_journal_head(self) -> tuple[int, str]:
+        """(seq, sha256) of the journal's last line, flushed; only rank 0's is used."""
+        return 0, "0" * 64
+
+    def is_superseded(self) -> bool:
+        """Whether a newer attempt has claimed the run; rank 0 looks, the ranks agree on its answer."""
+        return False
+
+
+class Attempt(AttemptView):
+    """Rank 0's attempt. Opening claims the run; exactly one of `close` and `fail` ends it.
+
+    Raises:
+        UsageError: another live process holds the run; nothing was written.
+        StorageError: the run directory refuses.
+    """
+
+    def __init__(self, run_dir: Path, record: RunRecord, config: TrainConfig, *, bytes_per_token: float | None) -> None:
+        super().__init__(run_dir, record.run_id, claim(run_dir))
+        self.record = record
+        self._config = config
+        self._last_check = time.monotonic()
+        self._node = host_platform.node()
+        self._step = 0
+        self.config_path = store_attempt_config(run_dir, self.number, config)
+        self.write_status("starting", step=None)
+        self.journal = Journal.open(run_dir, self.number)
+        self.console = Console(config, bytes_per_token=bytes_per_token)
+        self.journal.subscribe(self.console.on_record)
+        self.sink = MLflowSink(run_dir, config.tracking.mlflow) if config.tracking.mlflow.enabled else None
+
+    def append(self, kind: str, **fields: Any) -> None:
+        """Journals a record; the console and MLflow read it from there."""
+        self.journal.append(kind, **fields)
+
+    def durable_journal_head(self) -> tuple[int, str]:
+        """(seq, sha256) of the last line, after flushing the journal."""
+        self.journal.sync()
+        return self.journal.head
+
+    def is_superseded(self) -> bool:
+        """Looks at the claims at most once a second."""
+        now = time.monotonic()
+        if now - self._last_check < _CLAIM_CHECK_S:
+            return False
+        self._last_check = now
+        return is_superseded(self.run_dir, self.number)
+
+    def check_claim(self) -> None:
+        """Raises SupersededError when a newer attempt has claimed the run."""
+        refuse_if_superseded(self.run_dir, self.number)
+
+    def started(self, *, world_size: int, device: str, resumed: Mapping[str, Any] | None, extended: Any) -> None:
+        """Journals who trains, where and from what; the readers begin."""
+        if self.record.is_new:
+            self.append("run_started", run_id=self.run_id, corpora=self.record.content["corpora"])
+        self.append(
+            "attempt_started",
+            attempt=self.number,
+            run_id=self.run_id,
+            host=self._node,
+            world_size=world_size,
+            device=device,
+            layout={
+                "tensor_parallel_size": self._config.layout.tensor_parallel_size,
+                "pipeline_parallel_size": self._config.layout.pipeline_parallel_size,
+                "data_parallel_size": self._config.layout.data_parallel_size,
+                "sequence_parallel": self._config.layout.sequence_parallel,
+            },
+            code_version=code_version(),
+            libraries=library_versions(),
+            resumed_from=resumed,
+            extended=extended,
+        )
+        if self.sink is not None:
+            self.sink.start()
+
+    def running(self, step: int) -> None:
+        """Replaces status.json by phase running at this step."""
+        self.write_status("running", step=step)
+
+    def write_status(
+        self, phase: Phase, *, step: int | None, exit_code: int | None = None, reason: str | None = None
+    ) -> None:
+        """Replaces status.json."""
+        self._step = step or 0
+        status = Status(
+            attempt=self.number, phase=phase, exit_code=exit_code, step=step, node=self._node, reason=reason
+        )
+        write_status(self.run_dir, status)
+
+    def close(self, reason: StopReason, progress: Progress) -> None:
+        """The attempt ends as all ranks agreed."""
+        if reason is not StopReason.SUPERSEDED:
+            self._end(reason.phase, int(reason.exit_code), progress.step, reason.sentence)
+            if reason is StopReason.FINISHED:
+                self.append("run_completed", step=progress.step, consumed_tokens=progress.consumed_tokens)
+        self._shut(self._config.tracking.mlflow.drain_timeout_s)
+
+    def fail(self, error: BaseException, exit_code: int, step: int) -> None:
+        """The attempt ends with an error; what the journal cannot take any more is left out."""
+        reason = error.message if isinstance(error, MegamaskError) else f"{type(error).__name__}: {error}"
+        if exit_code != ExitCode.DO_NOT_REQUEUE:
+            self._end("failed", exit_code, step, reason)
+        self._shut(_FAILURE_DRAIN_S)
+
+    def _end(self, phase: Phase, exit_code: int, step: int, reason: str) -> None:
+        self.append("attempt_ended", attempt=self.number, phase=phase, exit_code=exit_code, step=step, reason=reason)
+        self.journal.sync()
+        self.write_status(phase, step=step, exit_code=exit_code, reason=reason)
+
+    def _shut(self, drain_timeout_s: float) -> None:
+        self.journal.close()
+        self.console.close()
+        if self.sink is not None:
+            self.sink.drain(drain_timeout_s)

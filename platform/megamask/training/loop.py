@@ -1,0 +1,78 @@
+"""The training loop, on one screen."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from megamask.config.schema.roots import TrainConfig
+from megamask.data.loader import Batch, Loader
+from megamask.engine.engine import Engine
+from megamask.resilience.numerics import numerics_error
+from megamask.training.metrics import PhaseClock, StepRecord, step_record
+from megamask.training.schedules import learning_rate
+from megamask.training.progress import Progress
+from megamask.training.stopping import StopFlag, StopReason
+
+
+class Hook(Protocol):
+    """Something that watches training on every rank; it can never change the loss."""
+
+    def after_step(self, progress: Progress, record: StepRecord) -> None:
+        """Called after each completed step."""
+
+    def on_stop(self, progress: Progress, reason: StopReason) -> None:
+        """Called once, after the last step of an attempt that ends as agreed."""
+
+
+@dataclass(kw_only=True)
+class TrainingRun:
+    """What the loop needs. Hooks run in order: the journal first, checkpoints last."""
+
+    config: TrainConfig
+    engine: Engine
+    loader: Loader
+    progress: Progress
+    stop: StopFlag
+    hooks: Sequence[Hook]
+
+    def next_batch(self) -> Batch:
+        """This rank's share of the next global batch, arithmetic on consumed_samples; the one after is read ahead."""
+        size = self.config.training.global_batch_size
+        members = self.engine.members(size)
+        batch = self.loader.batch(self.progress.consumed_samples, size, members)
+        self.loader.prefetch(self.progress.consumed_samples + size, size, members)
+        return batch
+
+
+def train(run: TrainingRun) -> StopReason:
+    """Trains until the last step or until all ranks agree on another reason to stop; returns that reason.
+
+    Raises:
+        NumericsError: a loss or a gradient is not finite, on every rank alike; the network was not updated.
+    """
+    training, progress, clock = run.config.training, run.progress, PhaseClock()
+    size = training.global_batch_size
+    while (reason := run.stop.agreed(progress.step)) is StopReason.NONE:
+        step = progress.step + 1
+        rate = learning_rate(step, run.config.optimizer, training.steps)
+        clock.lap("other")
+        batch = run.next_batch()
+        clock.lap("data")
+        report = run.engine.step(batch, step=step, learning_rate=rate)
+        clock.lap_step(report)
+        if not report.is_finite:
+            raise numerics_error(
+                step=step,
+                loss=report.loss,
+                grad_norm=report.grad_norm,
+                sample_indices=range(progress.consumed_samples, progress.consumed_samples + size),
+            )
+        progress.advance(global_batch_size=size, num_eligible=report.num_eligible)
+        record = step_record(run.config, progress, report, learning_rate=rate, clock=clock)
+        for hook in run.hooks:
+            hook.after_step(progress, record)
+    for hook in run.hooks:
+        hook.on_stop(progress, reason)
+    return reason

@@ -1,0 +1,92 @@
+"""What one step is recorded as: the fields of a journal's step line, the same on every rank."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+from megamask.config.schema.roots import TrainConfig
+from megamask.data.content import batch_digest, content_digest
+from megamask.engine.step import StepReport
+from megamask.training.progress import Progress
+
+PHASES = ("data", "forward_backward", "optimizer", "other")
+
+
+class PhaseClock:
+    """Monotonic seconds by phase; what is between two laps belongs to the later one's name."""
+
+    def __init__(self) -> None:
+        self._mark = time.monotonic()
+        self.seconds = dict.fromkeys(PHASES, 0.0)
+
+    def lap(self, phase: str) -> None:
+        """Adds the time since the last lap to a phase."""
+        now = time.monotonic()
+        self.seconds[phase] += now - self._mark
+        self._mark = now
+
+    def lap_step(self, report: StepReport) -> None:
+        """Splits the time since the last lap as the engine measured it; the rest of it is `other`."""
+        now = time.monotonic()
+        elapsed, self._mark = now - self._mark, now
+        self.seconds["forward_backward"] += report.forward_backward_s
+        self.seconds["optimizer"] += report.optimizer_s
+        self.seconds["other"] += max(0.0, elapsed - report.forward_backward_s - report.optimizer_s)
+
+    def take(self) -> dict[str, float]:
+        """The seconds by phase since the last call, in PHASES order."""
+        taken, self.seconds = self.seconds, dict.fromkeys(PHASES, 0.0)
+        return {phase: round(seconds, 6) for phase, seconds in taken.items()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepRecord:
+    """One completed step: the journal's fields and the raw report."""
+
+    report: StepReport
+    fields: dict[str, Any] = field(repr=False)
+
+
+def step_record(
+    config: TrainConfig,
+    progress: Progress,
+    report: StepReport,
+    *,
+    learning_rate: float,
+    clock: PhaseClock,
+    flops_per_second_peak: float | None = None,
+    flops_per_token: float | None = None,
+) -> StepRecord:
+    """The record of the step that progress has just counted.
+
+    Args:
+        flops_per_second_peak: of all ranks' devices together, for mfu; None where the device's peak is not known.
+        flops_per_token: training FLOPs per processed token, bidirectional attention counted in full.
+    """
+    size = config.training.global_batch_size
+    seconds = clock.take()
+    total = sum(seconds.values())
+    processed = size * config.training.sequence_length * (2 if config.objective.complementary else 1)
+    mfu = None
+    if flops_per_second_peak and flops_per_token and total > 0:
+        mfu = processed * flops_per_token / total / flops_per_second_peak
+    fields = {
+        "step": progress.step,
+        "loss": report.loss,
+        "loss_terms": {"nelbo": report.loss},
+        "nelbo_nats_per_token": report.loss,
+        "grad_norm": report.grad_norm,
+        "learning_rate": learning_rate,
+        "consumed_samples": progress.consumed_samples,
+        "consumed_tokens": progress.consumed_tokens,
+        "processed_tokens": progress.processed_tokens,
+        "masked_tokens": report.masked_tokens,
+        "batch_digest": batch_digest(progress.consumed_samples - size, size),
+        "content_digest": content_digest(report.content_sum),
+        "seconds": seconds,
+        "tokens_per_second": report.num_eligible / total if total > 0 else None,
+        "mfu": mfu,
+    }
+    return StepRecord(report=report, fields=fields)

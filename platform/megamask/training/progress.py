@@ -1,0 +1,33 @@
+"""How far a run is: the mutable state of training besides the network and its optimizer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(kw_only=True)
+class Progress:
+    """Counts of what has been done; the noise law makes generator states unnecessary.
+
+    Args:
+        step: completed optimizer steps, so the next one is step + 1.
+        consumed_samples: samples used so far; also the first sample index of the next batch.
+        consumed_tokens: clean eligible tokens used so far, each sample counted once.
+        num_views: corrupted copies of each sample in a step.
+    """
+
+    step: int = 0
+    consumed_samples: int = 0
+    consumed_tokens: int = 0
+    num_views: int
+
+    @property
+    def processed_tokens(self) -> int:
+        """Eligible tokens used so far, counting every view."""
+        return self.consumed_tokens * self.num_views
+
+    def advance(self, *, global_batch_size: int, num_eligible: int) -> None:
+        """Counts one completed step."""
+        self.step += 1
+        self.consumed_samples += global_batch_size
+        self.consumed_tokens += num_eligible

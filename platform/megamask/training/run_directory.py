@@ -1,0 +1,170 @@
+"""run.json: what a run is, written once; every later attempt must be the same run."""
+
+from __future__ import annotations
+
+import json
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from megamask.checkpoint.commit import LAWS
+from megamask.config.dump import to_yaml
+from megamask.config.identity import compare_identity, extendable_fields, identity_fields
+from megamask.config.schema.roots import TrainConfig
+from megamask.errors import UsageError
+from megamask.storage.durable import create_exclusive, storage_errors, write_atomic
+
+FORMAT = "megamask-run"
+VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunRecord:
+    """The content of run.json and where it stands."""
+
+    path: Path
+    run_id: str
+    content: Mapping[str, Any]
+    is_new: bool
+
+    @property
+    def recorded_steps(self) -> int:
+        """training.steps when the run began."""
+        return int(self.content["extendable"]["training.steps"])
+
+
+def open_run(
+    run_dir: Path,
+    config: TrainConfig,
+    *,
+    corpora: Mapping[str, str],
+    tokenizer_digest: str,
+    code_version: str,
+) -> RunRecord:
+    """Writes run.json in an empty or new folder, or checks that the one there describes this very run.
+
+    Args:
+        corpora: corpus id by name.
+
+    Raises:
+        UsageError: the folder holds something else, a run of another identity, or one under other laws.
+        StorageError: the folder cannot be written.
+    """
+    path = run_dir / "run.json"
+    if not path.exists():
+        _create(path, config, corpora, tokenizer_digest, code_version)
+        return RunRecord(path=path, is_new=True, **_read(path))
+    record = RunRecord(path=path, is_new=False, **_read(path))
+    check_same_run(record, config, corpora=corpora, tokenizer_digest=tokenizer_digest)
+    return record
+
+
+def _create(
+    path: Path, config: TrainConfig, corpora: Mapping[str, str], tokenizer_digest: str, code_version: str
+) -> None:
+    run_dir = path.parent
+    with storage_errors(f"creating {run_dir}"):
+        if run_dir.exists() and not run_dir.is_dir():
+            raise UsageError(
+                f"{run_dir} is a file, not a run directory. Nothing was started.", hint="set run.output_dir"
+            )
+        run_dir.mkdir(parents=True, exist_ok=True)
+        strangers = sorted(entry.name for entry in run_dir.iterdir() if not entry.name.startswith(".run.json."))
+    if strangers and "run.json" not in strangers:
+        raise UsageError(
+            f"{run_dir} is not empty and has no run.json (it holds {', '.join(strangers[:5])}). Nothing was started.",
+            hint="choose another run.name or run.output_dir",
+        )
+    content = {
+        "format": FORMAT,
+        "version": VERSION,
+        "run_id": secrets.token_hex(16),
+        "created": datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z"),
+        "identity": identity_fields(config),
+        "extendable": extendable_fields(config),
+        "corpora": dict(corpora),
+        "tokenizer_digest": tokenizer_digest,
+        "code_version": code_version,
+        "laws": LAWS,
+        "parent_checkpoint": None,
+    }
+    try:
+        create_exclusive(path, json.dumps(content, indent=2, sort_keys=True).encode() + b"\n")
+    except FileExistsError:
+        return  # another attempt was first; the claim decides between the two
+
+
+def read_run(run_dir: Path) -> RunRecord:
+    """The run.json of a run directory.
+
+    Raises:
+        UsageError: there is none, or a newer megamask wrote it.
+    """
+    path = run_dir / "run.json"
+    if not path.is_file():
+        raise UsageError(f"{run_dir} is not a run directory: it has no run.json.")
+    return RunRecord(path=path, is_new=False, **_read(path))
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_bytes())
+        run_id, version = str(content["run_id"]), int(content["version"])
+        if content["format"] != FORMAT:
+            raise ValueError(f"format {content['format']!r}")
+        for name in ("identity", "extendable", "corpora", "laws"):
+            if not isinstance(content[name], dict):
+                raise ValueError(f"{name} is not an object")
+    except (ValueError, KeyError, TypeError) as error:
+        raise UsageError(
+            f"{path} cannot be read as a run's record ({error}). Nothing was started.",
+            hint="restore the file from a backup, or choose another run.name",
+        ) from error
+    if version > VERSION:
+        raise UsageError(
+            f"{path} has version {version}; this megamask reads up to {VERSION}.", hint="use a newer megamask"
+        )
+    return {"run_id": run_id, "content": content}
+
+
+def check_same_run(
+    record: RunRecord, config: TrainConfig, *, corpora: Mapping[str, str], tokenizer_digest: str
+) -> None:
+    """Refuses to resume a run under another identity, other corpora, another tokenizer or other laws.
+
+    Raises:
+        UsageError: names each field that differs, with the stored and the given value.
+    """
+    content = record.content
+    compare_identity(dict(content["identity"]), config, where=str(record.path))
+    if content["laws"] != LAWS:
+        raise UsageError(
+            f"{record.path} was written under the laws {content['laws']}; this megamask trains under {LAWS}. "
+            "Nothing was started.",
+            hint="resume with the version of megamask that started the run",
+        )
+    for name, corpus_id in corpora.items():
+        stored = content["corpora"].get(name)
+        if stored != corpus_id:
+            raise UsageError(
+                f"data.corpora.{name} is corpus {corpus_id}, but {record.path} was started with {stored}. "
+                "Nothing was started.",
+                hint="point data.corpora at the same corpus, or choose another run.name",
+            )
+    if content["tokenizer_digest"] != tokenizer_digest:
+        raise UsageError(
+            f"the corpus' tokenizer is {tokenizer_digest}, but {record.path} was started with "
+            f"{content['tokenizer_digest']}. Nothing was started."
+        )
+
+
+def store_attempt_config(run_dir: Path, attempt: int, config: TrainConfig) -> Path:
+    """Writes the resolved config of an attempt, config/attempt-NNNN.yaml, and returns its path."""
+    path = run_dir / "config" / f"attempt-{attempt:04d}.yaml"
+    with storage_errors(f"creating {path.parent}"):
+        path.parent.mkdir(exist_ok=True)
+    write_atomic(path, to_yaml(config).encode())
+    return path

@@ -1,0 +1,170 @@
+"""Local ranks: placement, one error for all, signals, and death with the parent."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from megamask.errors import ExitCode, NumericsError, UsageError
+from megamask.launch import local
+from megamask.launch.local import RankExit, RankFailedError, failure_of, is_launched, leave_report, run_local_ranks
+
+TESTS = Path(__file__).parents[1]
+
+
+@pytest.fixture(autouse=True)
+def _importable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(TESTS))
+
+
+def ranks(script: str, world_size: int = 2) -> list[RankExit]:
+    return run_local_ranks([script], world_size, module="support.rank_script")
+
+
+def ended(returncode: int, report: UsageError | NumericsError | None = None, rank: int = 0, tail: str = "") -> RankExit:
+    return RankExit(rank=rank, returncode=returncode, report=report, stderr_tail=tail)
+
+
+def test_every_rank_is_told_its_place(tmp_path: Path) -> None:
+    script = (
+        "names = ('RANK', 'LOCAL_RANK', 'WORLD_SIZE', 'MASTER_ADDR')\n"
+        f"open(os.path.join({str(tmp_path)!r}, str(rank)), 'w').write(' '.join(os.environ[n] for n in names))"
+    )
+    exits = ranks(script, 3)
+    assert [(e.rank, e.returncode) for e in exits] == [(0, 0), (1, 0), (2, 0)]
+    assert [(tmp_path / str(r)).read_text() for r in range(3)] == [f"{r} {r} 3 127.0.0.1" for r in range(3)]
+
+
+def test_rank_0_inherits_the_socket_whose_port_all_ranks_know(tmp_path: Path) -> None:
+    script = (
+        "import socket\n"
+        "port = os.environ['MASTER_PORT']\n"
+        "own = socket.socket(fileno=int(os.environ['MEGAMASK_STORE_FD'])).getsockname()[1] if rank == 0 else ''\n"
+        f"open(os.path.join({str(tmp_path)!r}, str(rank)), 'w').write(f'{{port}} {{own}}')"
+    )
+    ranks(script)
+    port, own = (tmp_path / "0").read_text().split()
+    assert own == port
+    assert (tmp_path / "1").read_text().split() == [port]
+
+
+def test_failure_shows_the_reported_message_of_the_most_specific_code() -> None:
+    numerics = NumericsError("step 3: the loss is nan", hint="look")
+    failure = failure_of([ended(1), ended(66, numerics, rank=1), ended(1, rank=2)])
+    assert failure is not None
+    assert failure.exit_code == ExitCode.NUMERICS
+    assert (failure.message, failure.hint) == ("step 3: the loss is nan", "look")
+
+
+def test_failure_is_none_when_all_ranks_end_alike() -> None:
+    for code in (0, 75, 93):
+        assert failure_of([ended(code), ended(code, rank=1)]) is None
+
+
+def test_failure_names_the_rank_and_the_signal_when_nothing_was_reported() -> None:
+    failure = failure_of([ended(0), ended(-signal.SIGKILL, rank=1, tail="last words")])
+    assert failure is not None
+    assert failure.exit_code == ExitCode.BUG
+    assert failure.message.startswith("rank 1 was killed by SIGKILL")
+    assert "last words" in failure.message
+
+
+def test_a_report_travels_from_the_rank_to_the_launcher() -> None:
+    script = (
+        "from megamask.errors import DataIntegrityError\n"
+        "from megamask.launch.local import is_launched, leave_report\n"
+        "assert is_launched()\n"
+        "if rank == 1:\n"
+        "    assert leave_report(DataIntegrityError('row 7 is damaged', hint='restore it'))\n"
+        "    raise SystemExit(64)"
+    )
+    failure = failure_of(ranks(script))
+    assert failure is not None
+    assert (failure.exit_code, failure.message, failure.hint) == (64, "row 7 is damaged", "restore it")
+
+
+def test_no_report_is_left_outside_a_local_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MEGAMASK_RANK_REPORT", raising=False)
+    monkeypatch.delenv("RANK", raising=False)
+    assert not leave_report(UsageError("x"))
+    assert not is_launched()
+
+
+def test_other_ranks_are_stopped_when_rank_0_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(local, "REFUSAL_GRACE_S", 0.2)
+    exits = ranks("import time\nif rank == 0: raise SystemExit(2)\ntime.sleep(300)")
+    assert [e.returncode for e in exits] == [2, -signal.SIGKILL]
+
+
+def test_stderr_of_other_ranks_is_kept_for_the_report() -> None:
+    exits = ranks("import sys\nif rank == 1:\n    print('rank 1 says why', file=sys.stderr)\n    raise SystemExit(1)")
+    assert exits[1].stderr_tail == "rank 1 says why"
+
+
+def launcher_process(script: str) -> subprocess.Popen[str]:
+    code = (
+        "import sys; from megamask.launch.local import run_local_ranks; "
+        "exits = run_local_ranks([sys.argv[1]], 2, module='support.rank_script'); "
+        "print([e.returncode for e in exits])"
+    )
+    return subprocess.Popen([sys.executable, "-c", code, script], stdout=subprocess.PIPE, text=True)
+
+
+def wait_for(paths: list[Path]) -> None:
+    deadline = time.monotonic() + 60
+    while not all(path.exists() and path.read_text() for path in paths):
+        assert time.monotonic() < deadline, "the ranks did not start"
+        time.sleep(0.05)
+
+
+def test_signals_reach_every_rank(tmp_path: Path) -> None:
+    script = (
+        "import signal, time\n"
+        "def leave(*_): raise SystemExit(75)\n"
+        "signal.signal(signal.SIGTERM, leave)\n"
+        f"open(os.path.join({str(tmp_path)!r}, str(rank)), 'w').write(str(os.getpid()))\n"
+        "time.sleep(300)"
+    )
+    process = launcher_process(script)
+    wait_for([tmp_path / "0", tmp_path / "1"])
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert output.strip() == "[75, 75]"
+
+
+def test_ranks_that_ask_for_it_die_with_a_killed_launcher(tmp_path: Path) -> None:
+    script = (
+        "import time\n"
+        "from megamask.resilience.parent_death import die_with_parent\n"
+        "assert die_with_parent(int(os.environ['MEGAMASK_PARENT_PID']))\n"
+        f"open(os.path.join({str(tmp_path)!r}, str(rank)), 'w').write(str(os.getpid()))\n"
+        "time.sleep(300)"
+    )
+    process = launcher_process(script)
+    wait_for([tmp_path / "0", tmp_path / "1"])
+    process.kill()
+    process.wait()
+    deadline = time.monotonic() + 60
+    for rank in ("0", "1"):
+        while is_running(int((tmp_path / rank).read_text())):
+            assert time.monotonic() < deadline, f"rank {rank} outlived its launcher"
+            time.sleep(0.05)
+
+
+def is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+        state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+    except (ProcessLookupError, FileNotFoundError):
+        return False
+    return state != "Z"
+
+
+def test_rank_failure_keeps_the_rank_s_exit_code() -> None:
+    assert RankFailedError("x", exit_code=70).exit_code is ExitCode.HARDWARE
