@@ -34,5 +34,5 @@ def test_incident_holds_every_sample_index_while_the_sentence_stays_short() -> N
     indices = list(range(0, 4000, 2))
     fields = incident_fields(step=1, loss=math.nan, grad_norm=0.0, sample_indices=indices)
     assert fields["sample_indices"] == indices
-    assert len(fields["message"]) < 200
-    assert fields["message"].endswith(", ...")
+    assert len(fields["problem"]) < 200
+    assert fields["problem"].endswith(", ...")

@@ -47,7 +47,7 @@ def test_journal_line_has_the_published_form(tmp_path: Path) -> None:
 
 def test_journal_append_returns_what_a_reader_gets(tmp_path: Path) -> None:
     with Journal.open(tmp_path, 1) as journal:
-        written = [journal.append("step", step=1, loss=-math.inf, sizes=(1, 2)), journal.append("incident", name="x")]
+        written = [journal.append("step", step=1, loss=-math.inf, sizes=(1, 2)), journal.incident("x", "a problem")]
     assert list(read_journal(tmp_path)) == written
 
 
@@ -88,7 +88,7 @@ def test_journal_chain_runs_across_rotation_and_attempts(tmp_path: Path) -> None
 def test_journal_line_longer_than_the_limit_gets_a_file_of_its_own(tmp_path: Path) -> None:
     with Journal.open(tmp_path, 1, rotate_bytes=200) as journal:
         journal.append("step", step=1)
-        journal.append("incident", name="long", message="x" * 500)
+        journal.incident("long", "x" * 500)
         journal.append("step", step=2)
     assert [record["seq"] for record in read_journal(tmp_path)] == [1, 2, 3]
     assert file_of(tmp_path, rotation=2).exists()
@@ -104,7 +104,7 @@ def test_torn_last_line_is_cut_off_and_named_by_the_next_attempt(tmp_path: Path,
     with Journal.open(tmp_path, 2) as journal:
         assert journal.head[0] == 4
     incident = list(read_journal(tmp_path))[-1]
-    assert incident["name"] == "journal_torn_line"
+    assert incident["incident"] == "journal_torn_line"
     assert incident["file"] == "attempt-0001-000.jsonl"
     assert (incident["num_bytes"], incident["sha256"]) == (len(torn), hashlib.sha256(torn).hexdigest())
     assert path.read_bytes() == data[: -len(torn)]
@@ -150,7 +150,7 @@ def test_damaged_line_starts_a_new_chain_that_names_it(
     file_of(tmp_path).write_bytes(b"".join(lines))
     write_attempt(tmp_path, 2, range(4, 6))
     incident = next(record for record in read_journal(tmp_path) if record["kind"] == "incident")
-    assert incident["name"] == "journal_damaged"
+    assert incident["incident"] == "journal_damaged"
     assert incident["prev"] == "0" * 64
     named = incident["damaged"][0]
     assert named["file"] == "attempt-0001-000.jsonl"
@@ -164,7 +164,9 @@ def test_damage_is_named_once_and_not_by_every_later_attempt(tmp_path: Path) -> 
     path.write_bytes(path.read_bytes().replace(b'"kind":"step"', b'"kind";"step"', 1))
     write_attempt(tmp_path, 2, range(4, 6))
     write_attempt(tmp_path, 3, range(6, 8))
-    assert [record["name"] for record in read_journal(tmp_path) if record["kind"] == "incident"] == ["journal_damaged"]
+    assert [record["incident"] for record in read_journal(tmp_path) if record["kind"] == "incident"] == [
+        "journal_damaged"
+    ]
 
 
 def test_opening_reads_only_the_tail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

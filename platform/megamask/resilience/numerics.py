@@ -15,8 +15,8 @@ _NAMED_SAMPLES = 16
 def incident_fields(*, step: int, loss: float, grad_norm: float, sample_indices: Sequence[int]) -> dict[str, Any]:
     """The fields of the journal's incident: the step that was not taken and every sample index of its batch."""
     return {
-        "name": INCIDENT,
-        "message": describe(step=step, loss=loss, grad_norm=grad_norm, sample_indices=sample_indices),
+        "incident": INCIDENT,
+        "problem": describe(step=step, loss=loss, grad_norm=grad_norm, sample_indices=sample_indices),
         "step": step,
         "loss": loss,
         "grad_norm": grad_norm,

@@ -139,9 +139,9 @@ class Journal:
         self._publish(record)
         return record
 
-    def incident(self, name: str, message: str, **fields: Any) -> Record:
+    def incident(self, incident: str, problem: str, **fields: Any) -> Record:
         """Writes an incident: a short machine-readable name, a sentence for a person, and what belongs to it."""
-        return self.append("incident", name=name, message=message, **fields)
+        return self.append("incident", incident=incident, problem=problem, **fields)
 
     @property
     def head(self) -> tuple[int, str]:

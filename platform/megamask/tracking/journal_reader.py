@@ -173,7 +173,7 @@ def chain_problem(record: Record | None, previous: bytes | None) -> str | None:
         return "not a journal record"
     prev = record["prev"]
     if prev == CHAIN_START:
-        is_opening = previous is None or (record["kind"] == "incident" and record.get("name") == DAMAGE_INCIDENT)
+        is_opening = previous is None or (record["kind"] == "incident" and record.get("incident") == DAMAGE_INCIDENT)
         return None if is_opening else "the chain starts anew without naming a damaged line"
     if previous is None:
         return "the first record names a predecessor that is not there"

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, fields
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from megamask.errors import UsageError
 from megamask.storage.durable import write_atomic
-from megamask.tracking.journal import utc_now
 
 FORMAT = "megamask-status"
 VERSION = 1
@@ -53,7 +53,8 @@ def write_status(run_dir: Path, status: Status) -> None:
     """
     if status.phase not in get_args(Phase):
         raise ValueError(f"unknown phase {status.phase!r}; allowed: {', '.join(get_args(Phase))}")
-    content = {"format": FORMAT, "version": VERSION, **asdict(status), "time": status.time or utc_now()}
+    time = status.time or datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+    content = {"format": FORMAT, "version": VERSION, **asdict(status), "time": time}
     write_atomic(run_dir / STATUS_FILE, json.dumps(content, indent=1, ensure_ascii=False).encode() + b"\n")
 
 
