@@ -28,6 +28,7 @@ def test_numerics_error_says_what_did_not_happen() -> None:
     assert "samples 0-7" in error.message
     assert "nothing was saved" in error.message
     assert "inspect" in str(error.hint)
+    assert (error.incident["incident"], error.incident["sample_indices"]) == ("not_finite", list(range(8)))
 
 
 def test_incident_holds_every_sample_index_while_the_sentence_stays_short() -> None:

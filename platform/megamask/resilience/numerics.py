@@ -12,6 +12,18 @@ INCIDENT = "not_finite"
 _NAMED_SAMPLES = 16
 
 
+class NotFiniteError(NumericsError):
+    """A step whose loss or gradient norm is not finite.
+
+    Args:
+        incident: the fields of the journal's incident, for whoever ends the attempt.
+    """
+
+    def __init__(self, message: str, *, hint: str, incident: dict[str, Any]) -> None:
+        super().__init__(message, hint=hint)
+        self.incident = incident
+
+
 def incident_fields(*, step: int, loss: float, grad_norm: float, sample_indices: Sequence[int]) -> dict[str, Any]:
     """The fields of the journal's incident: the step that was not taken and every sample index of its batch."""
     return {
@@ -31,18 +43,19 @@ def describe(*, step: int, loss: float, grad_norm: float, sample_indices: Sequen
     return f"step {step}: the {culprits or 'step is not finite'}; samples {_ranges(sample_indices)}"
 
 
-def numerics_error(*, step: int, loss: float, grad_norm: float, sample_indices: Sequence[int]) -> NumericsError:
-    """The error that ends the attempt with 66; the caller journals the incident first and saves nothing.
+def numerics_error(*, step: int, loss: float, grad_norm: float, sample_indices: Sequence[int]) -> NotFiniteError:
+    """The error that ends the attempt with 66; its `incident` is journalled and nothing is saved.
 
     Args:
         step: 1-based number of the update that was not made.
         loss, grad_norm: as reported; at least one is not finite.
         sample_indices: global sample indices of the batch.
     """
-    sentence = describe(step=step, loss=loss, grad_norm=grad_norm, sample_indices=sample_indices)
-    return NumericsError(
-        f"{sentence}. The update was not made and nothing was saved; the last checkpoint is intact.",
+    incident = incident_fields(step=step, loss=loss, grad_norm=grad_norm, sample_indices=sample_indices)
+    return NotFiniteError(
+        f"{incident['problem']}. The update was not made and nothing was saved; the last checkpoint is intact.",
         hint=f"`megamask inspect RUN --step {step}` shows the batch; a lower optimizer.learning_rate often helps",
+        incident=incident,
     )
 
 

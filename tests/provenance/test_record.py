@@ -1,0 +1,55 @@
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from megamask.provenance import record
+
+
+@pytest.fixture(autouse=True)
+def forget_version() -> None:
+    record.code_version.cache_clear()
+
+
+def git(folder: Path, *arguments: str) -> None:
+    identity = ["-c", "user.name=n", "-c", "user.email=e@example.org"]
+    subprocess.run(["git", "-C", str(folder), *identity, *arguments], check=True, capture_output=True)
+
+
+def test_code_version_names_commit_and_uncommitted_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    git(tmp_path, "init", "-q")
+    (tmp_path / "file").write_text("a")
+    git(tmp_path, "add", "file")
+    git(tmp_path, "commit", "-q", "-m", "first")
+    git(tmp_path, "tag", "v9.9")
+    monkeypatch.setattr(record, "source_tree", lambda: tmp_path)
+    assert record.code_version() == "v9.9"
+    (tmp_path / "file").write_text("b")
+    record.code_version.cache_clear()
+    assert record.code_version() == "v9.9-dirty"
+
+
+@pytest.mark.parametrize("has_folder", [True, False])
+def test_code_version_is_the_packages_without_a_readable_checkout(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has_folder: bool
+) -> None:
+    monkeypatch.setattr(record, "source_tree", lambda: tmp_path if has_folder else None)
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    monkeypatch.setattr(record, "_version", lambda name: "1.2" if name == "megamask" else None)
+    assert record.code_version() == "megamask-1.2"
+
+
+def test_library_versions_leave_out_what_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(record, "_LIBRARIES", ("numpy", "no-such-library"))
+    versions = record.library_versions()
+    assert list(versions) == ["python", "numpy"]
+    assert versions["numpy"][0].isdecimal()
+
+
+def test_host_facts_are_plain_json() -> None:
+    facts = record.host_facts()
+    assert json.loads(json.dumps(facts)) == facts
+    assert facts["num_processors"] == record.num_processors() >= 1
