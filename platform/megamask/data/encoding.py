@@ -1,0 +1,128 @@
+"""Encodes the documents of a scanned corpus into its shards."""
+
+from __future__ import annotations
+
+from collections import Counter as Tally
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from megamask.config.schema.corpus import CorpusConfig
+from megamask.data.inputs import InputFile
+from megamask.data.manifest import SplitEntry
+from megamask.data.packing import RowPacker, token_dtype
+from megamask.data.scan import ScannedCorpus
+from megamask.data.shard import ShardWriter
+from megamask.data.splits import TRAIN, VALIDATION
+from megamask.data.tokenizer import CorpusTokenizer
+from megamask.errors import UsageError
+
+# The parity gate takes the first documents of each file suffix, then those whose count is a power of two.
+_PARITY_FIRST = 8
+_PARITY_CHARACTERS = 20_000
+
+
+class Encoder:
+    """The last pass over the inputs: every document encoded, packed and written to its split.
+
+    Args:
+        folder: the corpus folder being built.
+        config: row shape and shard size.
+        scanned: the inputs and the documents with their splits; gets the token counts.
+        tokenizer: encodes; its ids are compared with Hugging Face tokenizers on a sample of every kind of input.
+    """
+
+    def __init__(self, folder: Path, config: CorpusConfig, scanned: ScannedCorpus, tokenizer: CorpusTokenizer) -> None:
+        self._scanned = scanned
+        self._tokenizer = tokenizer
+        self._token_bytes = np.array(tokenizer.token_bytes, dtype=np.int64)
+        self._is_used: npt.NDArray[np.bool_] = np.zeros(tokenizer.vocab_size, dtype=np.bool_)
+        dtype = token_dtype(tokenizer.vocab_size)
+        names = [TRAIN, VALIDATION] if scanned.documents.is_validation.any() else [TRAIN]
+        self._packers = {
+            name: RowPacker(
+                sequence_length=config.sequence_length,
+                rows_per_block=config.rows_per_block,
+                dtype=dtype,
+                pad_token_id=tokenizer.pad_token_id,
+            )
+            for name in names
+        }
+        self._writers = {
+            name: ShardWriter(
+                folder,
+                name,
+                blocks_per_shard=config.blocks_per_shard,
+                sequence_length=config.sequence_length,
+                itemsize=dtype.itemsize,
+            )
+            for name in names
+        }
+
+    def write(self, count: Callable[[int], None]) -> None:
+        """Reads, encodes, packs and writes all documents.
+
+        Raises:
+            UsageError: the tokenizer cannot be used for this text.
+            DataIntegrityError: an input changed since it was scanned.
+            OSError: the storage refused.
+        """
+        documents = self._scanned.documents
+        seen: Tally[str] = Tally()
+        with ExitStack() as cleanup:
+            for writer in self._writers.values():
+                cleanup.callback(writer.abandon)
+            self._tokenizer.check_parity([])
+            for number, file, text in self._scanned.texts(count):
+                kind = file.path.suffix
+                seen[kind] += 1
+                if seen[kind] <= _PARITY_FIRST or seen[kind].bit_count() == 1:
+                    self._tokenizer.check_text(text[:_PARITY_CHARACTERS])
+                tokens = self._encode(text, file)
+                documents.tokens.append(len(tokens))
+                split = documents.split_of(number)
+                for block in self._packers[split].add(number, tokens):
+                    self._writers[split].add(block)
+            for split, packer in self._packers.items():
+                for block in packer.finish():
+                    self._writers[split].add(block)
+                self._writers[split].finish()
+
+    def _encode(self, text: str, file: InputFile) -> npt.NDArray[np.int64]:
+        """The ids of a document, end-of-document last; proves that they hold its text and no special id."""
+        tokenizer = self._tokenizer
+        ids = tokenizer.encode_array(text)
+        special = (tokenizer.eod_token_id, tokenizer.pad_token_id, tokenizer.mask_token_id)
+        if np.isin(ids, special).any() or int(self._token_bytes[ids].sum()) != len(text.encode()):
+            raise UsageError(
+                f"the tokenizer turned text of {file.path} into special tokens or lost part of it, so it cannot be "
+                "used. Nothing was published.",
+                hint="give another corpus.tokenizer.path, or train one with corpus.tokenizer.vocab_size",
+            )
+        tokens = np.append(ids, tokenizer.eod_token_id)
+        self._is_used[tokens] = True
+        return tokens
+
+    def unused_ids(self) -> list[int]:
+        """Ascending ids that occur in no document; the mask id and the pad id are always among them."""
+        return [int(token) for token in np.flatnonzero(~self._is_used)]
+
+    def split_entries(self) -> dict[str, SplitEntry]:
+        """Counts and shards of each split, once everything is written."""
+        documents = self._scanned.documents
+        entries = {}
+        for name, writer in self._writers.items():
+            members = [number for number in range(len(documents)) if documents.split_of(number) == name]
+            entries[name] = SplitEntry(
+                num_documents=len(members),
+                text_bytes=sum(documents.text_bytes[number] for number in members),
+                num_tokens=self._packers[name].num_tokens,
+                num_rows=sum(shard.rows for shard in writer.shards),
+                num_padding=self._packers[name].num_padding,
+                num_blocks=sum(shard.blocks for shard in writer.shards),
+                shards=tuple(writer.shards),
+            )
+        return entries

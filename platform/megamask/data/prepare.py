@@ -1,0 +1,257 @@
+"""Text into a corpus: read, split, train or load a tokenizer, encode, pack, and publish all of it at once.
+
+The inputs are read twice (three times when a tokenizer is trained) and never held in memory: one document, one block
+of each split, and about 80 bytes a document are. `options` in the manifest are
+
+    jsonl_text_key, rows_per_block, blocks_per_shard   as configured
+    validation_fraction                                decimal string
+    tokenizer   {eod_token, pad_token, mask_token} and either {vocab_size, training_bytes} or {json_sha256}, the digest
+                of the tokenizer.json that was given
+"""
+
+from __future__ import annotations
+
+import errno
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megamask.config.schema.corpus import CorpusConfig, TokenizerConfig
+from megamask.data.building import exclusive, folder_being_built
+from megamask.data.documents import DOCUMENTS_DIR, write_documents
+from megamask.data.encoding import Encoder
+from megamask.data.inputs import find_inputs
+from megamask.data.manifest import FORMAT, MANIFEST_NAME, VERSION, Manifest
+from megamask.data.packing import PACKER_NAME, PACKER_VERSION, token_dtype
+from megamask.data.provenance_record import PROVENANCE_NAME, provenance
+from megamask.data.scan import Counter, Progress, ScannedCorpus, scan
+from megamask.data.shard import SHARDS_DIR, write_flushed
+from megamask.data.splits import decimal_text
+from megamask.data.tokenizer import TOKENIZER_DIR, CorpusTokenizer, SpecialTokens
+from megamask.errors import DataIntegrityError, UsageError
+from megamask.storage.durable import storage_errors
+from megamask.storage.hashing import canonical_json, sha256_bytes, sha256_file
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Job:
+    """What is to be written, once the inputs are known."""
+
+    config: CorpusConfig
+    plan: dict[str, Any]
+    scanned: ScannedCorpus
+    loaded: CorpusTokenizer | None
+    progress: Progress
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrepareReport:
+    """What a preparation made, or found made: totals over the splits; bytes are UTF-8 bytes of the text."""
+
+    corpus_id: str
+    documents: int
+    tokens: int
+    sequences: int
+    shards: int
+    bytes: int
+    vocab_size: int
+    output_dir: str
+    reused: bool
+
+    @classmethod
+    def of(cls, manifest: Manifest, target: Path, *, reused: bool) -> PrepareReport:
+        """The report of a corpus at `target`."""
+        totals = manifest.content["totals"]
+        return cls(
+            corpus_id=manifest.corpus_id,
+            documents=totals["documents"],
+            tokens=totals["tokens"],
+            sequences=totals["sequences"],
+            shards=totals["shards"],
+            bytes=totals["text_bytes"],
+            vocab_size=manifest.vocab_size,
+            output_dir=str(target),
+            reused=reused,
+        )
+
+
+def build(config: CorpusConfig, progress: Progress = lambda phase, done, total: None) -> PrepareReport:
+    """Prepares a corpus, or finds the same one already there.
+
+    Args:
+        config: what to make of which inputs.
+        progress: told (phase, bytes done, bytes in all).
+
+    Raises:
+        UsageError: the config cannot be done, or the output folder holds something else; nothing was touched.
+        DataIntegrityError: an input is damaged, or the corpus that is already there is.
+        StorageError: the disk refused; nothing was published.
+    """
+    special = _special_tokens(config.tokenizer)
+    files = find_inputs(config.inputs)
+    target = Path(config.output_dir).expanduser().resolve()
+    with storage_errors(f"preparing {target}"):
+        _refuse_foreign(target)
+        loaded = _load_tokenizer(config.tokenizer, special)
+        scanned = scan(
+            files,
+            jsonl_text_key=config.jsonl_text_key,
+            validation_fraction=decimal_text(config.validation_fraction),
+            progress=progress,
+        )
+        plan = _plan(config, scanned)
+        manifest = _existing(target, plan)
+        if manifest is not None:
+            return PrepareReport.of(manifest, target, reused=True)
+        with exclusive(target):
+            manifest = _existing(target, plan)  # somebody may have finished it since
+            if manifest is not None:
+                return PrepareReport.of(manifest, target, reused=True)
+            with folder_being_built(target) as folder:
+                job = _Job(config=config, plan=plan, scanned=scanned, loaded=loaded, progress=progress)
+                manifest = _fill(folder, job)
+    return PrepareReport.of(manifest, target, reused=False)
+
+
+def _special_tokens(config: TokenizerConfig) -> SpecialTokens:
+    if (config.vocab_size is None) == (config.path is None):
+        given = "neither" if config.path is None else "both"
+        raise UsageError(
+            f"corpus.tokenizer has {given} of vocab_size and path; exactly one is needed. Nothing was written.",
+            hint="corpus.tokenizer.vocab_size=512 trains a tokenizer, corpus.tokenizer.path=FILE loads one",
+        )
+    special = SpecialTokens(eod=config.eod_token, pad=config.pad_token, mask=config.mask_token)
+    special.check()
+    return special
+
+
+def _load_tokenizer(config: TokenizerConfig, special: SpecialTokens) -> CorpusTokenizer | None:
+    return None if config.path is None else CorpusTokenizer.from_file(Path(config.path).expanduser(), special)
+
+
+def _plan(config: CorpusConfig, scanned: ScannedCorpus) -> dict[str, Any]:
+    """The part of the manifest that is known before anything is encoded: what was asked, of which inputs."""
+    asked = config.tokenizer
+    tokenizer: dict[str, Any] = {
+        "eod_token": asked.eod_token,
+        "pad_token": asked.pad_token,
+        "mask_token": asked.mask_token,
+    }
+    if asked.path is None:
+        tokenizer |= {"vocab_size": asked.vocab_size, "training_bytes": asked.training_bytes}
+    else:
+        tokenizer["json_sha256"] = sha256_file(Path(asked.path).expanduser())
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "sequence_length": config.sequence_length,
+        "packer": {"name": PACKER_NAME, "version": PACKER_VERSION},
+        "options": {
+            "jsonl_text_key": config.jsonl_text_key,
+            "rows_per_block": config.rows_per_block,
+            "blocks_per_shard": config.blocks_per_shard,
+            "validation_fraction": decimal_text(config.validation_fraction),
+            "tokenizer": tokenizer,
+        },
+        "inputs": [
+            {"name": each.file.name, "sha256": each.sha256, "bytes": each.bytes, "documents": each.documents}
+            for each in scanned.inputs
+        ],
+    }
+
+
+def _refuse_foreign(target: Path) -> None:
+    """Refuses an output that is neither free nor a corpus, before the inputs are read."""
+    try:
+        is_taken = target.exists() and not (target.is_dir() and not any(target.iterdir()))
+    except OSError as error:
+        if error.errno not in (errno.ENAMETOOLONG, errno.ELOOP):
+            raise
+        raise UsageError(f"corpus.output_dir {target} cannot be a folder: {error.strerror}.") from error
+    if is_taken and not (target / MANIFEST_NAME).is_file():
+        raise UsageError(
+            f"corpus.output_dir {target} exists and is not a corpus. It was not touched.",
+            hint="choose another corpus.output_dir, or remove what is there",
+        )
+
+
+def _existing(target: Path, plan: dict[str, Any]) -> Manifest | None:
+    """The corpus at `target` if it is the one that the plan would make; None if the place is free.
+
+    Raises:
+        UsageError: something else is there.
+        DataIntegrityError: it is the same corpus, but a file of it is missing or damaged.
+    """
+    _refuse_foreign(target)
+    if not (target / MANIFEST_NAME).is_file():
+        return None
+    manifest = Manifest.load(target)
+    different = sorted(key for key in plan if manifest.content.get(key) != plan[key])
+    if different:
+        raise UsageError(
+            f"corpus.output_dir {target} holds another corpus ({manifest.corpus_id[:12]}); these differ: "
+            f"{', '.join(different)}. It was not touched.",
+            hint="choose another corpus.output_dir, or remove the old corpus",
+        )
+    for split in manifest.splits.values():
+        for shard in split.shards:
+            path = target / shard.name
+            size = path.stat().st_size if path.is_file() else None
+            if size != shard.bytes:
+                what = "is missing" if size is None else f"has {size} bytes, the manifest says {shard.bytes}"
+                raise DataIntegrityError(
+                    f"{path} {what}. Nothing was written.", hint="remove the damaged corpus and prepare it again"
+                )
+    return manifest
+
+
+def _fill(folder: Path, job: _Job) -> Manifest:
+    """Writes everything into the folder, the manifest last."""
+    tokenizer, scanned = _tokenizer(job), job.scanned
+    for name in (TOKENIZER_DIR, SHARDS_DIR, DOCUMENTS_DIR):
+        (folder / name).mkdir()
+    for name, data in tokenizer.files().items():
+        write_flushed(folder / TOKENIZER_DIR / name, data)
+    encoder = Encoder(folder, job.config, scanned, tokenizer)
+    encoder.write(Counter(job.progress, "encoding", scanned.num_bytes))
+    digest, tables = write_documents(
+        folder, scanned.documents.records([(each.file.name, each.sha256) for each in scanned.inputs])
+    )
+    splits = encoder.split_entries()
+    content = job.plan | {
+        "dtype": token_dtype(tokenizer.vocab_size).name,
+        "tokenizer": {
+            "digest": tokenizer.digest,
+            "vocab_size": tokenizer.vocab_size,
+            "eod_token_id": tokenizer.eod_token_id,
+            "pad_token_id": tokenizer.pad_token_id,
+            "mask_token_id": tokenizer.mask_token_id,
+        },
+        "documents": {"digest": digest, "tables": [{"name": name, "documents": count} for name, count in tables]},
+        "splits": {name: split.to_json() for name, split in splits.items()},
+        "unused_ids": encoder.unused_ids(),
+        "totals": {
+            "documents": len(scanned.documents),
+            "text_bytes": sum(scanned.documents.text_bytes),
+            "tokens": sum(split.num_tokens for split in splits.values()),
+            "sequences": sum(split.num_rows for split in splits.values()),
+            "shards": sum(len(split.shards) for split in splits.values()),
+        },
+    }
+    data = canonical_json(content)
+    files = [each.file for each in scanned.inputs]
+    write_flushed(folder / PROVENANCE_NAME, provenance(job.config, files, sha256_bytes(data)))
+    write_flushed(folder / MANIFEST_NAME, data)
+    return Manifest.from_content(content)
+
+
+def _tokenizer(job: _Job) -> CorpusTokenizer:
+    """The tokenizer that was loaded, or one trained on the training documents."""
+    if job.loaded is not None:
+        return job.loaded
+    asked = job.config.tokenizer
+    return CorpusTokenizer.train(
+        job.scanned.training_texts(asked.training_bytes, job.progress),
+        vocab_size=asked.vocab_size or 0,
+        special=_special_tokens(asked),
+    )

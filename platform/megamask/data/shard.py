@@ -1,0 +1,192 @@
+"""Writes the shards of one split: plain WebDataset tars, the same bytes for the same rows, with their indices.
+
+A shard is a USTAR archive without compression (mtime 0, owner 0 without names, mode 0644) of one sample per block:
+
+    BBBBBB.tokens.npy   [rows, sequence_length], little-endian uint16 or uint32
+    BBBBBB.docs.npy     int64 [n, 3] of (row in block, start in row, document number)
+
+BBBBBB is the block's number in the split, through all its shards. Each .npy has format version 1.0 and a header of
+exactly 128 bytes, so the raw values begin 640 bytes after their tar header.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from crc32c import crc32c
+
+from megamask.data.index import (
+    BLOCK_DTYPE,
+    ShardIndex,
+    block_name,
+    index_name,
+    pack_tar_index,
+    tar_index_name,
+)
+from megamask.data.manifest import ShardEntry
+from megamask.data.packing import Block
+from megamask.storage.hashing import sha256_bytes
+
+NPY_HEADER_BYTES = 128
+SHARDS_DIR = "shards"
+
+
+def npy_header(array: npt.NDArray[Any]) -> bytes:
+    """The 128 bytes before the values of a C-ordered [n, m] array in NumPy's .npy format, version 1.0.
+
+    Written here because NumPy pads its own header differently from version to version.
+    """
+    shape = ", ".join(str(size) for size in array.shape)
+    text = f"{{'descr': '{array.dtype.str}', 'fortran_order': False, 'shape': ({shape}), }}"
+    prefix = b"\x93NUMPY\x01\x00" + (NPY_HEADER_BYTES - 10).to_bytes(2, "little")
+    return prefix + text.encode().ljust(NPY_HEADER_BYTES - len(prefix) - 1) + b"\n"
+
+
+class _OpenShard:
+    """The shard being written; hashes what goes into it."""
+
+    def __init__(self, path: Path, first_block: int) -> None:
+        self.first_block = first_block
+        self.blocks: list[tuple[int, ...]] = []
+        self.row_crc32c: list[int] = []
+        self.sample_offsets: list[int] = []
+        self.size = 0
+        self._sha256 = hashlib.sha256()
+        self._file = path.open("xb")
+
+    def add(self, block: Block) -> None:
+        name = block_name(self.first_block + len(self.blocks))
+        self.sample_offsets.append(self.size)
+        tokens_offset, tokens_bytes, tokens_crc = self._add_array(f"{name}.tokens.npy", block.tokens)
+        docs_offset, docs_bytes, docs_crc = self._add_array(f"{name}.docs.npy", block.docs)
+        tokens_part = (tokens_offset, tokens_bytes, len(block.tokens), tokens_crc)
+        docs_part = (docs_offset, docs_bytes, len(block.docs), docs_crc)
+        self.blocks.append((*tokens_part, *docs_part))
+        self.row_crc32c += [crc32c(row.tobytes()) for row in block.tokens]
+
+    def _add_array(self, name: str, array: npt.NDArray[Any]) -> tuple[int, int, int]:
+        """Appends a member and returns where its raw values are: (offset, bytes, crc32c)."""
+        values = np.ascontiguousarray(array).tobytes()
+        info = tarfile.TarInfo(name)  # owner 0, no owner names, mtime 0 are its defaults
+        info.mode = 0o644
+        info.size = NPY_HEADER_BYTES + len(values)
+        self._write(info.tobuf(format=tarfile.USTAR_FORMAT) + npy_header(array))
+        offset = self.size
+        self._write(values)
+        self._write(bytes(-self.size % tarfile.BLOCKSIZE))
+        return offset, len(values), crc32c(values)
+
+    def _write(self, data: bytes) -> None:
+        self._file.write(data)
+        self._sha256.update(data)
+        self.size += len(data)
+
+    def close(self) -> tuple[int, str]:
+        """Ends the archive, flushes it to the disk and returns where its last sample ends and its sha256."""
+        end = self.size
+        self._write(bytes(2 * tarfile.BLOCKSIZE))
+        self._write(bytes(-self.size % tarfile.RECORDSIZE))
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        return end, self._sha256.hexdigest()
+
+    def abandon(self) -> None:
+        """Closes the file without ending the archive."""
+        with contextlib.suppress(OSError):  # a full disk fails the last flush once more
+            self._file.close()
+
+
+class ShardWriter:
+    """Writes the blocks of one split into shards under `<folder>/shards/`.
+
+    Args:
+        folder: the corpus folder being built; `shards/` exists.
+        split: name of the split.
+        blocks_per_shard: blocks of a shard; the last one may have fewer.
+        sequence_length: tokens of a row.
+        itemsize: bytes of a token, 2 or 4.
+    """
+
+    def __init__(self, folder: Path, split: str, *, blocks_per_shard: int, sequence_length: int, itemsize: int) -> None:
+        self._folder = folder
+        self._split = split
+        self._blocks_per_shard = blocks_per_shard
+        self._sequence_length = sequence_length
+        self._itemsize = itemsize
+        self._open: _OpenShard | None = None
+        self._num_blocks = 0
+        self.shards: list[ShardEntry] = []
+
+    def add(self, block: Block) -> None:
+        """Appends a block to the shard being written and ends the shard when it is full.
+
+        Raises:
+            OSError: the storage refused; the shard is not listed in `shards`.
+        """
+        if self._open is None:
+            path = self._folder / self._shard_name()
+            self._open = _OpenShard(path, self._num_blocks)
+        self._open.add(block)
+        self._num_blocks += 1
+        if len(self._open.blocks) == self._blocks_per_shard:
+            self._close_shard()
+
+    def finish(self) -> None:
+        """Ends the last shard; `shards` is complete afterwards."""
+        if self._open is not None:
+            self._close_shard()
+
+    def abandon(self) -> None:
+        """Closes the file being written after a failure; what is on the disk is to be deleted."""
+        if self._open is not None:
+            self._open.abandon()
+            self._open = None
+
+    def _shard_name(self) -> str:
+        return f"{SHARDS_DIR}/{self._split}-{len(self.shards):06d}.tar"
+
+    def _close_shard(self) -> None:
+        shard = self._open
+        if shard is None:
+            return
+        end, sha256 = shard.close()
+        name = self._shard_name()
+        index = ShardIndex(
+            first_block=shard.first_block,
+            shard_bytes=shard.size,
+            sequence_length=self._sequence_length,
+            itemsize=self._itemsize,
+            blocks=np.array(shard.blocks, dtype=BLOCK_DTYPE),
+            row_crc32c=np.array(shard.row_crc32c, dtype="<u4"),
+        ).pack()
+        tar_index = pack_tar_index(shard.sample_offsets, end)
+        write_flushed(self._folder / index_name(name), index)
+        write_flushed(self._folder / tar_index_name(name), tar_index)
+        self.shards.append(
+            ShardEntry(
+                name=name,
+                sha256=sha256,
+                bytes=shard.size,
+                blocks=len(shard.blocks),
+                rows=len(shard.row_crc32c),
+                index_sha256=sha256_bytes(index),
+                tar_index_sha256=sha256_bytes(tar_index),
+            )
+        )
+        self._open = None
+
+
+def write_flushed(path: Path, data: bytes) -> None:
+    """Writes a new file and flushes it; for folders that nobody sees yet, where a rename would be wasted."""
+    with path.open("xb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())

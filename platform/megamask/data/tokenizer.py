@@ -1,0 +1,322 @@
+"""A corpus' tokenizer: trained or loaded with Hugging Face tokenizers, run by tiktoken.
+
+`tokenizer/` of a corpus or a checkpoint holds two files:
+
+    tokenizer.json        the artefact, readable by Hugging Face tokenizers
+    special_tokens.json   canonical JSON {format, version, eod: {token, id}, pad: {...}, mask: {...}, vocab_size}
+
+Its digest is H([name, sha256], ...) of the two in name order. Text never becomes a special token: the literal text
+`<|mask|>` in a document is encoded like any other text.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import tokenizers
+
+from megamask.data.byte_level_bpe import ByteLevelBpe, build, refuse
+from megamask.errors import DataIntegrityError, UsageError
+from megamask.storage.durable import write_atomic
+from megamask.storage.hashing import canonical_json, hash_of, sha256_bytes
+
+TOKENIZER_DIR = "tokenizer"
+TOKENIZER_NAME = "tokenizer.json"
+SPECIAL_TOKENS_NAME = "special_tokens.json"
+FORMAT = "megamask-special-tokens"
+VERSION = 1
+
+_BYTES = 256
+_NUM_SPECIAL = 3
+_LONG_SPACES = 200_000
+_LONG_SPACE = re.compile(rf"\s{{{_LONG_SPACES}}}")
+NASTY_TEXTS = (
+    "",
+    "\x00\x01\x7f",
+    "\ufeffa byte order mark",
+    "line\r\nline\rline\n\n\n  \t indented   ",
+    "a" * 5000,
+    " " * 3000 + "x",
+    "\u200f\u05e2\u05d1\u05e8\u05d9\u05ea\u200e mixed with \u202eright-to-left\u202c",
+    "\U0001f469\u200d\U0001f469\u200d\U0001f467 \U0001f3f3\ufe0f\u200d\U0001f308 \U0001f44d\U0001f3fd e\u0301 \u00e9",
+    "\U0010ffff \uffff \ufdd0 \u2028\u2029\u0085\u00a0\u3000",
+    "it's they'll I'VE 'Sdon't '' 1234567890 ١٢٣ Ⅷ ½",
+    "<|endoftext|><|pad|><|mask|> <s></s> [MASK] <unk>",
+    "日本語のテキスト、한국어 ไทย हिन्दी",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpecialTokens:
+    """The three strings that mark the end of a document, padding, and a masked position."""
+
+    eod: str
+    pad: str
+    mask: str
+
+    def check(self) -> None:
+        """Refuses strings that are empty or not three.
+
+        Raises:
+            UsageError: naming the keys.
+        """
+        tokens = [self.eod, self.pad, self.mask]
+        if len(set(tokens)) != _NUM_SPECIAL or not all(tokens):
+            raise UsageError(
+                f"corpus.tokenizer.eod_token, pad_token and mask_token are {tokens}; allowed: three different strings, "
+                "none of them empty. Nothing was written."
+            )
+
+
+class CorpusTokenizer:
+    """Encodes text into ids and back.
+
+    Args:
+        json_bytes: content of tokenizer.json, with the three special tokens among its added tokens.
+        special: the three special tokens.
+        name: where it came from, for messages.
+
+    Raises:
+        UsageError: it is not a supported tokenizer, see `byte_level_bpe`.
+    """
+
+    def __init__(self, json_bytes: bytes, special: SpecialTokens, *, name: str) -> None:
+        self._json_bytes = json_bytes
+        self._special = special
+        self._name = name
+        data = _parse(json_bytes, name)
+        self._bpe: ByteLevelBpe = build(data, name)
+        try:
+            self._hf: Any = tokenizers.Tokenizer.from_str(json_bytes.decode())
+        except Exception as error:  # the library raises nothing narrower
+            raise refuse(name, f"Hugging Face tokenizers cannot read it ({error})") from error
+        self._hf.encode_special_tokens = True
+        added = {token["content"]: int(token["id"]) for token in data.get("added_tokens") or []}
+        for content, token in added.items():
+            if self._hf.token_to_id(content) != token:
+                raise refuse(name, f"the added token {content!r} does not keep its id {token}")
+        self._text_of_special = {token: content for content, token in added.items()}
+        self.eod_token_id = added[special.eod]
+        self.pad_token_id = added[special.pad]
+        self.mask_token_id = added[special.mask]
+        self.vocab_size = 1 + max([*self._bpe.bytes_of_id, *added.values()])
+
+    @cached_property
+    def token_bytes(self) -> list[int]:
+        """UTF-8 bytes that each id stands for; 0 for special tokens and for ids without an entry."""
+        return [len(self._bpe.bytes_of_id.get(token, b"")) for token in range(self.vocab_size)]
+
+    @property
+    def digest(self) -> str:
+        """H of the folder's (name, sha256) pairs in name order."""
+        return hash_of(*[[name, sha256_bytes(data)] for name, data in sorted(self.files().items())])
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of a text; special strings in it are ordinary text."""
+        return [int(token) for token in self.encode_array(text).tolist()]
+
+    def encode_array(self, text: str) -> npt.NDArray[np.int64]:
+        """Like `encode`, as an int64 array [n]."""
+        if len(text) >= _LONG_SPACES and _LONG_SPACE.search(text):
+            # tiktoken's pattern engine overflows its stack on a million spaces in a row
+            return np.array(self.encode_reference(text), dtype=np.int64)
+        return self._bpe.id_of_rank[np.array(self._bpe.encoding.encode_ordinary(text), dtype=np.int64)]
+
+    def encode_reference(self, text: str) -> list[int]:
+        """The same ids from Hugging Face tokenizers, several times slower; what `encode` is compared with."""
+        return list(self._hf.encode(text, add_special_tokens=False).ids)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of ids; special tokens show as their strings, bytes that are no UTF-8 as U+FFFD."""
+        return b"".join(self._bytes_of(token) for token in ids).decode(errors="replace")
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        """The exact bytes of ids, which need not be whole characters; special tokens show as their strings."""
+        return b"".join(self._bytes_of(token) for token in ids)
+
+    def _bytes_of(self, token: int) -> bytes:
+        raw = self._bpe.bytes_of_id.get(int(token))
+        return raw if raw is not None else self._text_of_special.get(int(token), "\ufffd").encode()
+
+    def files(self) -> dict[str, bytes]:
+        """Name and content of the files in a tokenizer folder."""
+        table = {
+            "format": FORMAT,
+            "version": VERSION,
+            "eod": {"token": self._special.eod, "id": self.eod_token_id},
+            "pad": {"token": self._special.pad, "id": self.pad_token_id},
+            "mask": {"token": self._special.mask, "id": self.mask_token_id},
+            "vocab_size": self.vocab_size,
+        }
+        return {TOKENIZER_NAME: self._json_bytes, SPECIAL_TOKENS_NAME: canonical_json(table)}
+
+    def save(self, folder: str | Path) -> None:
+        """Writes the two files into a folder, which is created if need be.
+
+        Raises:
+            StorageError: the storage refused.
+        """
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        for name, data in sorted(self.files().items()):
+            write_atomic(Path(folder) / name, data)
+
+    def check_parity(self, texts: Iterable[str]) -> int:
+        """Compares `encode` with Hugging Face tokenizers, and decodes back, on these texts and a list of nasty ones.
+
+        Returns:
+            the number of texts compared.
+
+        Raises:
+            UsageError: a text gives other ids or does not read back; the tokenizer cannot be served.
+        """
+        count = 0
+        for text in self._parity_texts(texts):
+            self.check_text(text)
+            count += 1
+        return count
+
+    def check_text(self, text: str) -> None:
+        """`check_parity` of one text.
+
+        Raises:
+            UsageError: it gives other ids or does not read back.
+        """
+        ids, expected = self.encode(text), self.encode_reference(text)
+        if ids != expected:
+            place = next((i for i, (a, b) in enumerate(zip(ids, expected, strict=False)) if a != b), len(ids))
+            near = self.decode(expected[max(0, place - 3) : place + 3])
+            raise refuse(self._name, f"tiktoken and Hugging Face tokenizers disagree on text near {near!r}")
+        if self.decode_bytes(ids) != text.encode():
+            raise refuse(self._name, f"the text {text[:40]!r} does not read back from its ids")
+
+    def _parity_texts(self, texts: Iterable[str]) -> Iterator[str]:
+        special = self._special
+        yield f"x {special.eod}{special.pad} {special.mask}\n{special.mask}"
+        yield from NASTY_TEXTS
+        yield from texts
+
+    @classmethod
+    def load(cls, folder: str | Path) -> CorpusTokenizer:
+        """Reads a tokenizer folder of a corpus or a checkpoint.
+
+        Raises:
+            UsageError: the folder is not there.
+            DataIntegrityError: its files are damaged or contradict each other.
+        """
+        folder = Path(folder)
+        try:
+            json_bytes = (folder / TOKENIZER_NAME).read_bytes()
+            table_bytes = (folder / SPECIAL_TOKENS_NAME).read_bytes()
+        except FileNotFoundError as error:
+            raise UsageError(
+                f"{error.filename} does not exist, so {folder} is not a tokenizer folder. Nothing was read.",
+                hint="it is the folder tokenizer/ of a corpus or a checkpoint",
+            ) from error
+        try:
+            table = json.loads(table_bytes)
+            special = SpecialTokens(**{key: str(table[key]["token"]) for key in ("eod", "pad", "mask")})
+            tokenizer = cls(json_bytes, special, name=str(folder / TOKENIZER_NAME))
+            is_same = tokenizer.files()[SPECIAL_TOKENS_NAME] == table_bytes
+        except (ValueError, KeyError, TypeError, UsageError) as error:
+            raise _damaged(folder, str(error)) from error
+        if not is_same:
+            raise _damaged(folder, f"{SPECIAL_TOKENS_NAME} does not describe {TOKENIZER_NAME}")
+        return tokenizer
+
+    @classmethod
+    def from_file(cls, path: str | Path, special: SpecialTokens) -> CorpusTokenizer:
+        """Loads a tokenizer.json and adds, at the end, those of the three special tokens that it lacks.
+
+        Raises:
+            UsageError: the file is missing or not a supported tokenizer, or a special token is an ordinary entry.
+        """
+        special.check()
+        try:
+            data = _parse(Path(path).read_bytes(), str(path))
+        except OSError as error:
+            raise UsageError(
+                f"corpus.tokenizer.path: {path} cannot be read ({error.strerror}). Nothing was written.",
+                hint="name a tokenizer.json file",
+            ) from error
+        return cls(_with_special(data, special, str(path)), special, name=str(path))
+
+    @classmethod
+    def train(cls, texts: Iterable[str], *, vocab_size: int, special: SpecialTokens) -> CorpusTokenizer:
+        """Trains a byte-level BPE; the same texts in the same order give the same bytes.
+
+        Args:
+            texts: what to learn merges from.
+            vocab_size: entries wanted, special tokens included; a small text may yield fewer.
+            special: take the last three ids.
+
+        Raises:
+            UsageError: vocab_size is below 259, the bytes and the special tokens.
+        """
+        special.check()
+        if vocab_size < _BYTES + _NUM_SPECIAL:
+            raise UsageError(
+                f"corpus.tokenizer.vocab_size is {vocab_size}; allowed: >= {_BYTES + _NUM_SPECIAL}, the 256 bytes and "
+                "three special tokens. Nothing was written."
+            )
+        model: Any = tokenizers.Tokenizer(tokenizers.models.BPE())
+        model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+        model.decoder = tokenizers.decoders.ByteLevel()
+        trainer = tokenizers.trainers.BpeTrainer(
+            vocab_size=vocab_size - _NUM_SPECIAL,
+            min_frequency=2,
+            show_progress=False,
+            initial_alphabet=sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()),
+        )
+        model.train_from_iterator(iter(texts), trainer=trainer)
+        name = "the trained tokenizer"
+        return cls(_with_special(json.loads(model.to_str()), special, name), special, name=name)
+
+
+def _damaged(folder: Path, what: str) -> DataIntegrityError:
+    return DataIntegrityError(
+        f"{folder}: the tokenizer is damaged: {what}. Nothing was decoded.",
+        hint="restore the folder or prepare the corpus again",
+    )
+
+
+def _parse(data: bytes, name: str) -> dict[str, Any]:
+    try:
+        value = json.loads(data)
+    except ValueError as error:
+        raise refuse(name, f"not JSON ({error})") from error
+    if not isinstance(value, dict) or not isinstance(value.get("model"), dict):
+        raise refuse(name, "not a tokenizer.json")
+    return value
+
+
+def _with_special(data: dict[str, Any], special: SpecialTokens, name: str) -> bytes:
+    """tokenizer.json with the three special tokens among its added tokens."""
+    build(data, name)  # refuses what is not supported, before anything of it is relied upon
+    added: list[dict[str, Any]] = list(data.get("added_tokens") or [])
+    known = {token["content"]: token for token in added}
+    vocab: dict[str, int] = data["model"]["vocab"]
+    next_id = 1 + max([*vocab.values(), *(token["id"] for token in added)])
+    for content in _missing(special, known):
+        if content in vocab:
+            raise UsageError(
+                f"{name}: {content!r} is an ordinary entry of the vocabulary, so text could turn into it. "
+                "Nothing was written.",
+                hint="choose other strings for corpus.tokenizer.eod_token, pad_token and mask_token",
+            )
+        flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+        added.append({"id": next_id, "content": content, **flags, "special": True})
+        next_id += 1
+    data = data | {"added_tokens": added}
+    return json.dumps(data, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
+
+
+def _missing(special: SpecialTokens, known: dict[str, Any]) -> Sequence[str]:
+    return [content for content in (special.eod, special.pad, special.mask) if content not in known]
