@@ -1,0 +1,36 @@
+"""`megamask prepare CONFIG [overrides]`: text into a corpus."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from typing import Any
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The verb's arguments."""
+    parser.add_argument("config", help="a corpus config, as configs/corpus/python_stdlib.yaml")
+    parser.add_argument("overrides", nargs="*", help="key.path=value, later ones win")
+
+
+def run(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Prepares the corpus, or finds the same one already there.
+
+    Returns: corpus_id, documents, tokens, sequences, shards, bytes, vocab_size, output_dir, reused.
+    """
+    from megamask.config.load import load_prepare_config
+
+    from megamask_pipelines.corpus import prepare_corpus
+
+    loaded = load_prepare_config(arguments.config, arguments.overrides)
+    return prepare_corpus(loaded.config.corpus)
+
+
+def render(result: Mapping[str, Any]) -> str:
+    """Two lines for a person."""
+    verb = "is already in" if result["reused"] else "prepared in"
+    return (
+        f"corpus {result['corpus_id']} {verb} {result['output_dir']}\n"
+        f"{result['documents']} documents, {result['bytes']} bytes of text, {result['tokens']} tokens "
+        f"({result['vocab_size']} vocabulary entries), {result['sequences']} sequences in {result['shards']} shard(s)"
+    )
