@@ -1,0 +1,132 @@
+"""The order law: which row a source gives next is arithmetic on (corpus, data.seed, draw).
+
+Draw k of a source with n rows lies in epoch k div n at place k mod n. An epoch shuffles in two levels: the blocks of
+the split are sorted by Philox words, and inside each window of `data.shuffle_window_blocks` consecutive blocks of that
+order the rows are sorted by Philox words. Nothing is carried from draw to draw, so a restart needs only the number k,
+another layout gives the same rows, and a longer run never changes what came before.
+
+Memory: the order of an epoch's blocks (8 bytes a block and 8 for their places) and the rows of a few windows; the rows
+of an epoch are never listed as a whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from megamask.data.lru import LeastRecentlyUsed
+from megamask.diffusion.philox import Purpose, philox4x32
+from megamask.errors import UsageError
+from megamask.storage.hashing import hash_of, key_of
+
+ORDER_LAW_VERSION = 1
+
+Int64Array = npt.NDArray[np.int64]
+
+_LOW_WORD = 0xFFFFFFFF
+_PIECE = 1 << 18  # indices per Philox call: bounds the temporaries of a corpus with millions of blocks
+_CACHED_EPOCHS = 2
+_CACHED_WINDOWS = 4
+
+
+def order_key(data_seed: int, source_digest: str, split: str) -> tuple[int, int]:
+    """The Philox key of a source's order: that of H(data.seed, source digest, split)."""
+    return key_of(hash_of(data_seed, source_digest, split))
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Epoch:
+    """Blocks of one epoch in their order, and the place at which each begins (one more: the end)."""
+
+    blocks: Int64Array  # [num_blocks]
+    first_place: Int64Array  # [num_blocks + 1]
+
+
+class SourceOrder:
+    """The endless sequence of rows that one split of one corpus gives.
+
+    Args:
+        block_rows: rows of each block of the split, blocks in order through the shards in name order; all >= 1.
+        key: the source's order key, of `order_key`.
+        window_blocks: blocks per shuffle window (`data.shuffle_window_blocks`).
+
+    Raises:
+        UsageError: the split has no rows, or the window is below 1.
+    """
+
+    def __init__(self, block_rows: Sequence[int] | Int64Array, *, key: tuple[int, int], window_blocks: int) -> None:
+        rows = np.asarray(block_rows, dtype=np.int64)
+        if rows.size == 0 or int(rows.min()) < 1:
+            raise UsageError("an order needs at least one block and at least one row in each; nothing was read")
+        if window_blocks < 1:
+            raise UsageError(f"data.shuffle_window_blocks is {window_blocks}; allowed: >= 1. Nothing was read")
+        self._block_rows = rows
+        self._block_first_row = np.concatenate(([0], np.cumsum(rows)))
+        self._key = key
+        self._window_blocks = window_blocks
+        self._epochs: LeastRecentlyUsed[int, _Epoch] = LeastRecentlyUsed(_CACHED_EPOCHS)
+        self._windows: LeastRecentlyUsed[tuple[int, int], Int64Array] = LeastRecentlyUsed(_CACHED_WINDOWS)
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of one epoch."""
+        return int(self._block_first_row[-1])
+
+    def row(self, draw: int) -> int:
+        """The row (0-based, through the whole split) that draw `draw` >= 0 gives."""
+        return int(self.rows(draw, 1)[0])
+
+    def rows(self, start: int, count: int) -> Int64Array:
+        """Rows of the draws start, ..., start + count - 1, as int64 [count].
+
+        Raises:
+            UsageError: start or count is negative.
+        """
+        if start < 0 or count < 0:
+            raise UsageError(f"draws are counted from 0; {count} draws from {start} do not exist")
+        rows = np.empty(count, dtype=np.int64)
+        done = 0
+        while done < count:
+            epoch, place = divmod(start + done, self.num_rows)
+            window_rows, window_start = self._window_of(epoch, place)
+            piece = window_rows[place - window_start :][: count - done]
+            rows[done : done + len(piece)] = piece
+            done += len(piece)
+        return rows
+
+    def _window_of(self, epoch: int, place: int) -> tuple[Int64Array, int]:
+        """The shuffled rows of the window that holds a place of an epoch, and the window's first place."""
+        order = self._epochs.get(epoch, lambda: self._order_blocks(epoch))
+        position = int(np.searchsorted(order.first_place, place, side="right")) - 1
+        window = position // self._window_blocks
+        first = window * self._window_blocks
+        blocks = order.blocks[first : first + self._window_blocks]
+        rows = self._windows.get((epoch, window), lambda: self._shuffle_rows(blocks, epoch))
+        return rows, int(order.first_place[first])
+
+    def _order_blocks(self, epoch: int) -> _Epoch:
+        blocks = _sort_by_words(np.arange(len(self._block_rows)), epoch, Purpose.BLOCK_ORDER, self._key)
+        first_place = np.concatenate(([0], np.cumsum(self._block_rows[blocks])))
+        return _Epoch(blocks=blocks, first_place=first_place)
+
+    def _shuffle_rows(self, blocks: Int64Array, epoch: int) -> Int64Array:
+        counts = self._block_rows[blocks]
+        ends = np.cumsum(counts)
+        in_block = np.arange(int(ends[-1])) - np.repeat(ends - counts, counts)
+        rows = np.repeat(self._block_first_row[blocks], counts) + in_block
+        return _sort_by_words(rows, epoch, Purpose.ROW_ORDER, self._key)
+
+
+def _sort_by_words(indices: Int64Array, epoch: int, purpose: Purpose, key: tuple[int, int]) -> Int64Array:
+    """Indices sorted by (word0, word1, index) of philox((index_lo, index_hi, epoch, purpose), key)."""
+    words = np.empty(len(indices), dtype=np.uint64)
+    for start in range(0, len(indices), _PIECE):
+        piece = torch.from_numpy(np.ascontiguousarray(indices[start : start + _PIECE]))
+        word0, word1, _, _ = philox4x32((piece & _LOW_WORD, piece >> 32, epoch, int(purpose)), key)
+        high, low = word0.numpy().astype(np.uint64), word1.numpy().astype(np.uint64)
+        words[start : start + _PIECE] = (high << np.uint64(32)) | low
+    return indices[np.lexsort((indices, words))]
