@@ -1,0 +1,270 @@
+"""`megamask verify corpus`: is every byte of a corpus what its manifest says, and does the manifest tell the truth?
+
+Checksums prove that nothing changed since the corpus was made; the counts, the documents table and the token ids are
+then worked out again from the rows, so that a corpus made wrongly does not pass either.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from array import array
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from megamask.data.documents import DOCUMENTS_DIR, DocumentRecord, documents_digest, read_documents
+from megamask.data.index import block_name
+from megamask.data.manifest import MANIFEST_NAME, Manifest
+from megamask.data.provenance_record import PROVENANCE_NAME
+from megamask.data.shard import SHARDS_DIR
+from megamask.data.splits import TRAIN, VALIDATION, choose_validation, split_hash
+from megamask.data.tokenizer import SPECIAL_TOKENS_NAME, TOKENIZER_DIR, TOKENIZER_NAME, CorpusTokenizer
+from megamask.data.verify_shard import CheckedBlock, damage, plain_file_size, verify_shard
+from megamask.errors import MegamaskError, UsageError
+
+Progress = Callable[[int, int], object]
+
+_LISTED_DIRS = (SHARDS_DIR, DOCUMENTS_DIR, TOKENIZER_DIR)
+
+
+def verify_corpus(folder: str | Path, progress: Progress | None = None) -> dict[str, Any]:
+    """Checks a whole corpus and stops at the first damage.
+
+    Args:
+        folder: the corpus.
+        progress: called with (rows checked, rows of the corpus) after each block.
+
+    Returns:
+        corpus_id, rows, documents, tokens (eligible), shards, ok (true).
+
+    Raises:
+        UsageError: the folder is not a corpus, or a newer version made it.
+        DataIntegrityError: the first damage, with shard, member and row where known.
+        StorageError: the storage does not answer.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UsageError(f"{folder} is not a folder. Nothing was checked.", hint="name a prepared corpus")
+    manifest = Manifest.load(folder)
+    _check_names(folder, manifest)
+    _check_provenance(folder / PROVENANCE_NAME, manifest)
+    _check_tokenizer(folder, manifest)
+    tables = _check_documents(folder, manifest)
+    is_used = np.zeros(manifest.vocab_size, dtype=np.bool_)
+    shards = [(split, entry) for split in sorted(manifest.splits) for entry in manifest.split(split).shards]
+    num_rows, done = sum(entry.rows for _, entry in shards), 0
+    for split in sorted(manifest.splits):
+        rows = _SplitRows(manifest, split, tables[split], is_used)
+        first_block = 0
+        for entry in manifest.split(split).shards:
+            for block in verify_shard(folder, manifest, entry, first_block):
+                rows.check(block)
+                done += len(block.tokens)
+                if progress is not None:
+                    progress(done, num_rows)
+            first_block += entry.blocks
+        rows.finish(folder)
+    unused = np.flatnonzero(~is_used).tolist()
+    if unused != list(manifest.content["unused_ids"]):
+        raise damage(f"{folder / MANIFEST_NAME}: unused_ids are not the {len(unused)} ids that no document uses")
+    _check_totals(folder, manifest)
+    return {
+        "corpus_id": manifest.corpus_id,
+        "rows": num_rows,
+        "documents": sum(split.num_documents for split in manifest.splits.values()),
+        "tokens": sum(split.num_tokens for split in manifest.splits.values()),
+        "shards": len(shards),
+        "ok": True,
+    }
+
+
+def _check_names(folder: Path, manifest: Manifest) -> None:
+    """Every file is a plain one, and the folders that tools list with a glob hold nothing but what is named."""
+    named = {str(table["name"]) for table in manifest.content["documents"]["tables"]}
+    named |= {f"{TOKENIZER_DIR}/{name}" for name in (TOKENIZER_NAME, SPECIAL_TOKENS_NAME)}
+    for split in manifest.splits.values():
+        for entry in split.shards:
+            named |= {entry.name, entry.index_name, entry.tar_index_name}
+    for name in sorted(named):
+        if name.startswith("/") or ".." in name.split("/"):
+            raise damage(f"{folder / MANIFEST_NAME}: the name {name!r} leads out of the corpus")
+        plain_file_size(folder / name)
+    for parent, folders, files in os.walk(folder, followlinks=False):
+        for name in sorted((*folders, *files)):
+            path = Path(parent) / name
+            relative = path.relative_to(folder)
+            mode = path.lstat().st_mode
+            if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+                raise damage(f"{path} is a link or no plain file; a corpus holds plain files only")
+            if relative.parts[0] in _LISTED_DIRS and stat.S_ISREG(mode) and relative.as_posix() not in named:
+                raise damage(f"{path} is not named by the manifest")
+
+
+def _check_provenance(path: Path, manifest: Manifest) -> None:
+    if not path.is_file():
+        return  # it stands beside the content; a corpus that lost it still trains
+    try:
+        named = json.loads(path.read_bytes())["corpus_id"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise damage(f"{path} cannot be read ({error!r})") from error
+    if named != manifest.corpus_id:
+        raise damage(f"{path} is about corpus {named}, the manifest's is {manifest.corpus_id}")
+
+
+def _check_tokenizer(folder: Path, manifest: Manifest) -> None:
+    try:
+        tokenizer = CorpusTokenizer.load(folder / TOKENIZER_DIR)
+    except (MegamaskError, FileNotFoundError) as error:
+        raise damage(f"{folder / TOKENIZER_DIR} cannot be loaded ({error})") from error
+    if tokenizer.digest != manifest.tokenizer_digest:
+        raise damage(
+            f"{folder / TOKENIZER_DIR}: its digest is {tokenizer.digest}, the manifest says {manifest.tokenizer_digest}"
+        )
+    found = (tokenizer.vocab_size, tokenizer.eod_token_id, tokenizer.pad_token_id, tokenizer.mask_token_id)
+    expected = (manifest.vocab_size, manifest.eod_token_id, manifest.pad_token_id, manifest.mask_token_id)
+    if found != expected:
+        raise damage(
+            f"{folder / TOKENIZER_DIR}: (vocab_size, eod, pad, mask) are {found}, the manifest says {expected}"
+        )
+
+
+class _SplitDocuments:
+    """Numbers and lengths of a split's documents, in order."""
+
+    def __init__(self) -> None:
+        self.numbers = array("q")
+        self.tokens = array("q")
+        self.text_bytes = 0
+
+
+def _check_documents(folder: Path, manifest: Manifest) -> dict[str, _SplitDocuments]:
+    """The documents table against its digest, the split rule, the inputs and the counts of the manifest."""
+    splits = {TRAIN: _SplitDocuments(), VALIDATION: _SplitDocuments()}
+    inputs: Counter[tuple[str, str]] = Counter()
+    hashes: list[int] = []
+    is_validation: list[bool] = []
+    where = folder / DOCUMENTS_DIR
+
+    def walk() -> Iterator[DocumentRecord]:
+        for record in read_documents(folder, [str(table["name"]) for table in content["tables"]]):
+            if record.number != len(hashes) or record.split not in splits or record.tokens < 1:
+                raise damage(f"{where}: the row of document {len(hashes)} is {record}")
+            documents = splits[record.split]
+            documents.numbers.append(record.number)
+            documents.tokens.append(record.tokens)
+            documents.text_bytes += record.text_bytes
+            inputs[record.input, record.input_sha256] += 1
+            hashes.append(split_hash(bytes.fromhex(record.text_sha256)))
+            is_validation.append(record.split == VALIDATION)
+            yield record
+
+    content = manifest.content["documents"]
+    digest = documents_digest(walk())
+    if digest != manifest.documents_digest:
+        raise damage(f"{where}: the digest of its content is {digest}, the manifest says {manifest.documents_digest}")
+    expected = choose_validation(hashes, str(manifest.content["options"]["validation_fraction"]))
+    wrong = np.flatnonzero(expected != np.array(is_validation, dtype=np.bool_))
+    if len(wrong):
+        raise damage(f"{where}: document {int(wrong[0])} is in the wrong split by its text's digest")
+    listed: Counter[tuple[str, str]] = Counter()
+    for entry in manifest.content["inputs"]:
+        listed[entry["name"], entry["sha256"]] += entry["documents"]
+    if +listed != +inputs or sum(table["documents"] for table in content["tables"]) != len(hashes):
+        raise damage(f"{folder / MANIFEST_NAME}: the inputs or tables name other documents than {where} holds")
+    for name, documents in splits.items():
+        entry = manifest.splits.get(name)
+        counted = (entry.num_documents, entry.text_bytes, entry.num_tokens) if entry else (0, 0, 0)
+        if counted != (len(documents.numbers), documents.text_bytes, sum(documents.tokens)):
+            raise damage(f"{where}: split {name} has other documents, bytes or tokens than the manifest says")
+    return splits
+
+
+class _SplitRows:
+    """Works out what each block of a split must hold from the lengths of its documents, and compares."""
+
+    def __init__(
+        self, manifest: Manifest, split: str, documents: _SplitDocuments, is_used: npt.NDArray[np.bool_]
+    ) -> None:
+        self._manifest = manifest
+        self._split = split
+        self._numbers = np.array(documents.numbers, dtype=np.int64)
+        ends = np.cumsum(np.array(documents.tokens, dtype=np.int64))
+        self._ends = ends
+        self._starts = np.concatenate([[0], ends[:-1]]).astype(np.int64)
+        self._total = int(ends[-1]) if len(ends) else 0
+        self._is_used = is_used
+        self._position = 0  # tokens, padding included, of the blocks before
+
+    def check(self, block: CheckedBlock) -> None:
+        """Compares the next block."""
+        length = self._manifest.sequence_length
+        flat = block.tokens.reshape(-1)
+        begin, end = self._position, self._position + flat.size
+        self._position = end
+        if int(flat.max()) >= self._manifest.vocab_size:
+            raise self._wrong(block, flat >= self._manifest.vocab_size, "an id outside the vocabulary")
+        is_mask = flat == self._manifest.mask_token_id
+        if is_mask.any():
+            raise self._wrong(block, is_mask, "the mask id, which no document may hold")
+        is_padding = np.arange(begin, end) >= self._total
+        for is_found, is_expected, what in (
+            (flat == self._manifest.pad_token_id, is_padding, "padding before the end of the split, or none after it"),
+            (
+                flat == self._manifest.eod_token_id,
+                self._marks(self._ends - 1, begin, end),
+                "a document's end misplaced",
+            ),
+        ):
+            if not np.array_equal(is_found, is_expected):
+                raise self._wrong(block, is_found != is_expected, what)
+        self._is_used[np.unique(flat[~is_padding])] = True
+        row_starts = np.arange(begin, end, length)
+        inside = self._starts[np.searchsorted(self._starts, begin) : np.searchsorted(self._starts, end)]
+        positions = np.union1d(row_starts[row_starts < self._total], inside)
+        numbers = self._numbers[np.searchsorted(self._starts, positions, side="right") - 1]
+        expected = np.stack([(positions - begin) // length, (positions - begin) % length, numbers], axis=1)
+        if not np.array_equal(block.docs, expected):
+            raise damage(
+                f"{block.shard}: member {block_name(block.number)}.docs.npy does not list the documents of its rows "
+                "as the documents table has them"
+            )
+
+    def finish(self, folder: Path) -> None:
+        """Compares the counts of the split after its last block."""
+        entry = self._manifest.split(self._split)
+        rows = -(-self._total // self._manifest.sequence_length)
+        if entry.num_rows != rows:
+            raise damage(
+                f"{folder / MANIFEST_NAME}: split {self._split} has {entry.num_rows} rows; its documents fill {rows}"
+            )
+
+    def _marks(self, positions: npt.NDArray[np.int64], begin: int, end: int) -> npt.NDArray[np.bool_]:
+        marks = np.zeros(end - begin, dtype=np.bool_)
+        marks[positions[np.searchsorted(positions, begin) : np.searchsorted(positions, end)] - begin] = True
+        return marks
+
+    def _wrong(self, block: CheckedBlock, is_wrong: npt.NDArray[np.bool_], what: str) -> MegamaskError:
+        row, place = divmod(int(np.flatnonzero(is_wrong)[0]), self._manifest.sequence_length)
+        return damage(
+            f"{block.shard}: member {block_name(block.number)}.tokens.npy, "
+            f"row {row} of the block, position {place}: {what}"
+        )
+
+
+def _check_totals(folder: Path, manifest: Manifest) -> None:
+    splits = manifest.splits.values()
+    expected = {
+        "documents": sum(split.num_documents for split in splits),
+        "text_bytes": sum(split.text_bytes for split in splits),
+        "tokens": sum(split.num_tokens for split in splits),
+        "sequences": sum(split.num_rows for split in splits),
+        "shards": sum(len(split.shards) for split in splits),
+    }
+    if dict(manifest.content["totals"]) != expected:
+        raise damage(f"{folder / MANIFEST_NAME}: totals are not the sums over the splits, {expected}")
