@@ -1,0 +1,238 @@
+"""What a person sees while training: a reader of the journal that draws on a terminal or writes plain lines.
+
+Everything goes to stderr; stdout belongs to the command's result. A console that fails goes silent, training goes on.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import sys
+import time
+from typing import TYPE_CHECKING, Any, TextIO
+
+from megamask.config.schema.roots import TrainConfig
+from megamask.tracking.journal_reader import Record
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
+
+_log = logging.getLogger(__name__)
+_RATE_STEPS = 20  # steps that the shown speed and the remaining time are averaged over
+
+
+class Console:
+    """Shows the records of a journal; subscribe `on_record` to it and `close` at the end.
+
+    Args:
+        config: for the number of steps and how often a line is due.
+        bytes_per_token: UTF-8 bytes of the training text per eligible token; None shows no bits per byte.
+        stream: where to write, by default stderr.
+        is_terminal: draw a progress display; by default whether the stream is a terminal.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        *,
+        bytes_per_token: float | None = None,
+        stream: TextIO | None = None,
+        is_terminal: bool | None = None,
+    ) -> None:
+        self._num_steps = config.training.steps
+        self._every = config.tracking.console_every_steps
+        self._bytes_per_token = bytes_per_token
+        self._stream = sys.stderr if stream is None else stream
+        self._is_terminal = self._stream.isatty() if is_terminal is None else is_terminal
+        self._display: tuple[Progress, TaskID] | None = None
+        self._speed = _Speed()
+        self._last_checkpoint: int | None = None
+        self._is_broken = False
+
+    def on_record(self, record: Record) -> None:
+        """Shows a record; never raises."""
+        if self._is_broken:
+            return
+        try:
+            if record["kind"] == "step":
+                self._show_step(record)
+            elif (line := event_line(record)) is not None:
+                if record["kind"] == "checkpoint_committed":
+                    self._last_checkpoint = record.get("step")
+                self._write(line)
+        except Exception as error:  # noqa: BLE001  a closed terminal or a strange record is no reason to stop training
+            self._give_up(error)
+
+    def close(self) -> None:
+        """Ends the display; a second call does nothing."""
+        display, self._display = self._display, None
+        if display is not None:
+            try:
+                display[0].stop()
+            except Exception as error:  # noqa: BLE001  as above
+                self._give_up(error)
+
+    def _show_step(self, record: Record) -> None:
+        self._speed.add(record)
+        step = record["step"]
+        is_last = step >= self._num_steps
+        if self._is_terminal:
+            self._draw(record)
+        elif step == 1 or is_last or step % self._every == 0:
+            self._write(f"step {step}/{self._num_steps} · {' · '.join(self._facts(record))}")
+
+    def _facts(self, record: Record) -> list[str]:
+        facts = [f"{_count(record.get('consumed_tokens'))} tokens", f"loss {_number(record.get('loss'))}"]
+        bits = bits_per_byte(_float(record.get("nelbo_nats_per_token")), self._bytes_per_token)
+        if bits is not None:
+            facts.append(f"{bits:.3f} bits/byte")
+        facts.append(f"grad norm {_number(record.get('grad_norm'))}")
+        if self._speed.tokens_per_second is not None:
+            facts.append(f"{_count(round(self._speed.tokens_per_second))} tokens/s")
+        if self._speed.data_share is not None:
+            facts.append(f"data wait {100 * self._speed.data_share:.1f} %")
+        if self._speed.seconds_per_step is not None:
+            facts.append(f"ETA {_duration((self._num_steps - record['step']) * self._speed.seconds_per_step)}")
+        facts.append("no checkpoint yet" if self._last_checkpoint is None else f"checkpoint {self._last_checkpoint}")
+        return facts
+
+    def _draw(self, record: Record) -> None:
+        if self._display is None:
+            self._display = self._start_display()
+        progress, task = self._display
+        progress.update(task, completed=record["step"], facts="  ".join(self._facts(record)))
+
+    def _start_display(self) -> tuple[Progress, TaskID]:
+        import rich.console
+        import rich.progress
+
+        progress = rich.progress.Progress(
+            rich.progress.TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
+            rich.progress.BarColumn(bar_width=24),
+            rich.progress.TextColumn("{task.fields[facts]}", markup=False),
+            console=rich.console.Console(file=self._stream, force_terminal=True),
+            refresh_per_second=4,
+            redirect_stdout=False,
+            redirect_stderr=False,
+        )
+        progress.start()
+        return progress, progress.add_task("training", total=self._num_steps, facts="")
+
+    def _write(self, line: str) -> None:
+        if self._display is not None:
+            self._display[0].console.print(line, markup=False, highlight=False)
+        else:
+            self._stream.write(line + "\n")
+            self._stream.flush()
+
+    def _give_up(self, error: Exception) -> None:
+        self._is_broken = True
+        _log.warning("the console stopped showing progress: %r; the journal goes on", error)
+
+
+class _Speed:
+    """Moving averages over the last steps; the first step of an attempt, which starts everything up, is left out."""
+
+    def __init__(self) -> None:
+        self._recent: list[tuple[float, float, float]] = []  # seconds, data seconds, tokens
+        self._num_seen = 0
+        self._arrived: float | None = None
+
+    def add(self, record: Record) -> None:
+        now = time.monotonic()
+        phases = record.get("seconds")
+        phases = phases if isinstance(phases, dict) else {}
+        between = None if self._arrived is None else now - self._arrived  # saving and evaluating included
+        self._arrived = now
+        seconds = sum(value for value in map(_float, phases.values()) if value is not None)
+        tokens = (_float(record.get("tokens_per_second")) or 0.0) * seconds
+        if self._num_seen == 1:
+            self._recent.clear()
+        self._num_seen += 1
+        self._recent.append((max(seconds, between or 0.0), _float(phases.get("data")) or 0.0, tokens))
+        del self._recent[:-_RATE_STEPS]
+
+    @property
+    def seconds_per_step(self) -> float | None:
+        return self._total(0) / len(self._recent) if self._total(0) > 0 else None
+
+    @property
+    def data_share(self) -> float | None:
+        return self._total(1) / self._total(0) if self._total(0) > 0 else None
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        return self._total(2) / self._total(0) if self._total(0) > 0 and self._total(2) > 0 else None
+
+    def _total(self, column: int) -> float:
+        return sum(entry[column] for entry in self._recent)
+
+
+def bits_per_byte(nelbo_nats_per_token: float | None, bytes_per_token: float | None) -> float | None:
+    """The bound in bits per byte of text: nats per token / ln 2 / bytes per token; None where one is not known."""
+    if nelbo_nats_per_token is None or not bytes_per_token or not math.isfinite(nelbo_nats_per_token):
+        return None
+    return nelbo_nats_per_token / math.log(2) / bytes_per_token
+
+
+def event_line(record: Record) -> str | None:
+    """One line for a record that is no step, or None for those that a person need not see."""
+    kind, step = record["kind"], record.get("step")
+    if kind == "attempt_started":
+        resumed = record.get("resumed_from")
+        where = resumed.get("step") if isinstance(resumed, dict) else resumed
+        return f"attempt {record.get('attempt')} started" + (f", resumed from step {where}" if resumed else "")
+    if kind == "evaluation":
+        error = _float(record.get("standard_error"))
+        line = f"evaluation at step {step}: {_number(record.get('nelbo_nats_per_token'))} nats/token"
+        line += f" (standard error {error:.2g})" if error is not None else ""
+        bits = _float(record.get("bits_per_byte"))
+        return line + (f", {bits:.3f} bits/byte" if bits is not None else "")
+    if kind == "checkpoint_committed":
+        return f"checkpoint of step {step} committed" + _digest(record)
+    if kind == "incident":
+        return f"incident: {record.get('incident')}: {record.get('problem')}"
+    if kind == "attempt_ended":
+        reason = record.get("reason")
+        return f"attempt ended at step {step} with exit code {record.get('exit_code')}" + (
+            f": {reason}" if reason else ""
+        )
+    if kind == "run_completed":
+        return f"run completed at step {step}"
+    return None
+
+
+def _digest(record: Record) -> str:
+    digest = record.get("digest")
+    return f" ({digest[:12]})" if isinstance(digest, str) else ""
+
+
+def _float(value: Any) -> float | None:
+    """A journal's number, those that are not finite included; None for anything else."""
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        return None
+    try:
+        return float(value)
+    except ValueError:
+        return None
+
+
+def _number(value: Any) -> str:
+    number = _float(value)
+    return "-" if number is None else f"{number:.4g}" if abs(number) >= 1000 or abs(number) < 0.01 else f"{number:.4f}"
+
+
+def _count(value: Any) -> str:
+    number = _float(value)
+    if number is None or not math.isfinite(number):
+        return "-"
+    for threshold, divisor, unit in ((1e12, 1e12, "T"), (1e9, 1e9, "G"), (1e6, 1e6, "M"), (1e4, 1e3, "k")):
+        if number >= threshold:
+            return f"{number / divisor:.3g}{unit}"
+    return f"{number:.0f}"
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

@@ -1,0 +1,58 @@
+"""Following a journal from a remembered place, for readers that send it elsewhere."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from megamask.tracking.journal_reader import JournalFile, Record, journal_files, parse
+
+_READ_BYTES = 2**20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Position:
+    """A place in a journal: every complete line before it was read.
+
+    Args:
+        file: name of the journal file; None is the very beginning.
+        offset: bytes of it that were read.
+    """
+
+    file: str | None = None
+    offset: int = 0
+
+
+def read_new(run_dir: Path, position: Position) -> tuple[list[Record], Position]:
+    """The next records after a position, about 1 MiB at most, and the position after them.
+
+    Damaged lines are left out. A line without its end is left for the next call while its file is the newest; once a
+    newer file exists it is a torn one, which the journal cuts off, and is passed over.
+
+    Returns:
+        Records in order (perhaps none although there are more: damaged lines only) and the new position; the same
+        position means that nothing was added.
+    """
+    files = journal_files(run_dir)
+    index = next((i for i, file in enumerate(files) if file.path.name == position.file), None)
+    if index is None:
+        if not files:
+            return [], position
+        index, position = 0, Position(file=files[0].path.name)
+    data = _complete_lines(files[index], position.offset)
+    if not data and index + 1 < len(files):
+        index, position = index + 1, Position(file=files[index + 1].path.name)
+        data = _complete_lines(files[index], 0)
+    records = [record for record in map(parse, data.splitlines()) if record is not None]
+    return records, Position(file=files[index].path.name, offset=position.offset + len(data))
+
+
+def _complete_lines(file: JournalFile, offset: int) -> bytes:
+    with file.path.open("rb") as stream:
+        stream.seek(offset)
+        data = stream.read(_READ_BYTES)
+        end = data.rfind(b"\n") + 1
+        while end == 0 and (more := stream.read(_READ_BYTES)):  # one line longer than a piece
+            data += more
+            end = data.rfind(b"\n") + 1
+    return data[:end]

@@ -1,0 +1,314 @@
+from __future__ import annotations
+
+import json
+import logging
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megamask.config.schema.tracking import MLflowConfig
+from megamask.tracking import mlflow_sink
+from megamask.tracking.journal import Journal
+from megamask.tracking.mlflow_sink import MLflowSink, shown_uri
+from megamask.tracking.mlflow_state import load_state, state_path
+
+DRAIN_S = 120.0
+
+
+@pytest.fixture(scope="module")
+def output_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One folder of runs, hence one SQLite store, for the whole file: creating the schema takes seconds."""
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Environment changes of the sink stay in the test, and it looks for news often."""
+    for name, value in mlflow_sink._ENVIRONMENT.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(mlflow_sink, "_SEND_EVERY_S", 0.05)
+    monkeypatch.setattr(mlflow_sink, "_DRAIN_PAUSE_S", 0.05)
+    yield
+
+
+def make_run(output_dir: Path, name: str, **changes: Any) -> Path:
+    run_dir = output_dir / name
+    (run_dir / "config").mkdir(parents=True)
+    record = {
+        "run_id": f"id-of-{name}",
+        "identity": {"model.num_layers": 2, "run.seed": 7, "objective.noise_schedule": "linear"},
+        "extendable": {"training.steps": 4},
+        "corpora": {"main": "c0ffee"},
+        "tokenizer_digest": "70cken",
+        "code_version": "v1",
+        **changes,
+    }
+    (run_dir / "run.json").write_text(json.dumps(record))
+    return run_dir
+
+
+def write_attempt(run_dir: Path, attempt: int, steps: range, exit_code: int | None, *, is_done: bool = False) -> None:
+    (run_dir / "config" / f"attempt-{attempt:04d}.yaml").write_text(f"attempt: {attempt}\n")
+    with Journal.open(run_dir, attempt) as journal:
+        journal.append("attempt_started", attempt=attempt)
+        for step in steps:
+            journal.append("step", step=step, loss=4.0 / step, grad_norm=float("nan"), seconds={"data": 0.25})
+        last = steps[-1]
+        journal.append("evaluation", step=last, nelbo_nats_per_token=5.0, standard_error=0.1, split="validation")
+        journal.append("checkpoint_committed", step=last, digest=f"d{last}")
+        if exit_code is not None:
+            journal.append("attempt_ended", attempt=attempt, exit_code=exit_code, step=last)
+        if is_done:
+            journal.append("run_completed", step=last)
+
+
+def send(run_dir: Path, **options: Any) -> bool:
+    sink = MLflowSink(run_dir, MLflowConfig(**options.pop("config", {})), **options)
+    sink.start()
+    return sink.drain(DRAIN_S)
+
+
+def client(output_dir: Path) -> Any:
+    from mlflow import MlflowClient
+
+    return MlflowClient(f"sqlite:///{output_dir / 'mlflow.db'}")
+
+
+def stored_run(output_dir: Path, name: str) -> Any:
+    """The one MLflow run with this run's tag."""
+    store = client(output_dir)
+    experiments = [experiment.experiment_id for experiment in store.search_experiments()]
+    (run,) = store.search_runs(experiments, filter_string=f"tags.`megamask.run_id` = 'id-of-{name}'")
+    return run
+
+
+def history(output_dir: Path, name: str, key: str) -> list[tuple[int, float]]:
+    run = stored_run(output_dir, name)
+    points = client(output_dir).get_metric_history(run.info.run_id, key)
+    return sorted((point.step, point.value) for point in points)
+
+
+def test_run_shows_params_metrics_tags_and_config(output_dir: Path) -> None:
+    run_dir = make_run(output_dir, "whole")
+    write_attempt(run_dir, 1, range(1, 5), 0, is_done=True)
+    assert send(run_dir)
+    run = stored_run(output_dir, "whole")
+    assert run.info.status == "FINISHED"
+    assert run.info.run_name == "whole"
+    assert run.data.params == {"model.num_layers": "2", "run.seed": "7", "objective.noise_schedule": "linear"}
+    assert history(output_dir, "whole", "loss") == [(1, 4.0), (2, 2.0), (3, 4.0 / 3), (4, 1.0)]
+    assert history(output_dir, "whole", "seconds.data")[-1] == (4, 0.25)
+    assert history(output_dir, "whole", "evaluation.nelbo_nats_per_token") == [(4, 5.0)]
+    assert history(output_dir, "whole", "checkpoint.step") == [(4, 4.0)]
+    tags = {key: value for key, value in run.data.tags.items() if key.startswith("megamask.")}
+    assert tags == {
+        "megamask.run_id": "id-of-whole",
+        "megamask.run_dir": str(run_dir),
+        "megamask.corpus.main": "c0ffee",
+        "megamask.tokenizer_digest": "70cken",
+        "megamask.code_version": "v1",
+        "megamask.training.steps": "4",
+        "megamask.attempts": "1",
+        "megamask.last_commit.step": "4",
+        "megamask.last_commit.digest": "d4",
+        "megamask.commit.step-00000004": "d4",
+    }
+    artifacts = output_dir / "mlartifacts" / run.info.run_id / "artifacts" / "config"
+    assert [path.name for path in artifacts.iterdir()] == ["attempt-0001.yaml"]
+
+
+@pytest.mark.parametrize(
+    ("exit_code", "is_done", "status"),
+    [
+        (0, True, "FINISHED"),
+        (0, False, "KILLED"),
+        (75, False, "KILLED"),
+        (66, False, "FAILED"),
+        (None, False, "RUNNING"),
+    ],
+)
+def test_status_is_truthful(output_dir: Path, exit_code: int | None, is_done: bool, status: str) -> None:
+    name = f"status-{exit_code}-{is_done}"
+    run_dir = make_run(output_dir, name)
+    write_attempt(run_dir, 1, range(1, 2), exit_code, is_done=is_done)
+    assert send(run_dir)
+    assert stored_run(output_dir, name).info.status == status
+
+
+def test_resumed_attempt_continues_the_same_run_without_duplicates(output_dir: Path) -> None:
+    run_dir = make_run(output_dir, "resumed")
+    write_attempt(run_dir, 1, range(1, 5), 75)
+    assert send(run_dir)
+    assert stored_run(output_dir, "resumed").info.status == "KILLED"
+    write_attempt(run_dir, 2, range(3, 8), None)  # from the checkpoint of step 2: 3 and 4 again
+    assert send(run_dir)
+    run = stored_run(output_dir, "resumed")
+    assert run.info.status == "RUNNING"
+    assert run.data.tags["megamask.attempts"] == "2"
+    assert history(output_dir, "resumed", "loss") == [(step, 4.0 / step) for step in range(1, 8)]
+    artifacts = output_dir / "mlartifacts" / run.info.run_id / "artifacts" / "config"
+    assert sorted(path.name for path in artifacts.iterdir()) == ["attempt-0001.yaml", "attempt-0002.yaml"]
+
+
+def test_lost_state_finds_the_run_again_and_doubles_nothing(output_dir: Path) -> None:
+    run_dir = make_run(output_dir, "lost")
+    write_attempt(run_dir, 1, range(1, 4), 75)
+    assert send(run_dir)
+    before = stored_run(output_dir, "lost").info.run_id
+    state_path(run_dir).unlink()
+    write_attempt(run_dir, 2, range(3, 5), 0, is_done=True)
+    assert send(run_dir)
+    run = stored_run(output_dir, "lost")
+    assert run.info.run_id == before
+    assert run.info.status == "FINISHED"
+    assert [step for step, _ in history(output_dir, "lost", "loss")] == [1, 2, 3, 4]
+    assert len(history(output_dir, "lost", "grad_norm")) == 4
+
+
+def test_deleted_run_is_made_anew_with_its_whole_history(output_dir: Path) -> None:
+    run_dir = make_run(output_dir, "deleted")
+    write_attempt(run_dir, 1, range(1, 3), 75)
+    assert send(run_dir)
+    client(output_dir).delete_run(stored_run(output_dir, "deleted").info.run_id)
+    write_attempt(run_dir, 2, range(3, 4), None)
+    assert send(run_dir)
+    assert [step for step, _ in history(output_dir, "deleted", "loss")] == [1, 2, 3]
+
+
+def test_backlog_longer_than_a_batch_arrives_whole(output_dir: Path) -> None:
+    run_dir = make_run(output_dir, "long")
+    write_attempt(run_dir, 1, range(1, 801), 75)  # 3 points a step
+    assert send(run_dir)
+    assert [step for step, _ in history(output_dir, "long", "loss")] == list(range(1, 801))
+
+
+def test_value_too_long_for_a_parameter_is_named_and_not_cut(output_dir: Path) -> None:
+    run_dir = make_run(output_dir, "wordy", identity={"data.corpora": "x" * 7000})
+    write_attempt(run_dir, 1, range(1, 2), 75)
+    assert send(run_dir)
+    assert stored_run(output_dir, "wordy").data.params["data.corpora"] == "(7000 characters: see the config artifact)"
+
+
+def test_runs_that_start_at_once_share_a_fresh_store(tmp_path: Path) -> None:
+    names = ["a", "b"]
+    for name in names:
+        write_attempt(make_run(tmp_path, name), 1, range(1, 3), 0, is_done=True)
+    script = """
+import sys
+from pathlib import Path
+from megamask.config.schema.tracking import MLflowConfig
+from megamask.tracking.mlflow_sink import MLflowSink
+sink = MLflowSink(Path(sys.argv[1]), MLflowConfig(), on_incident=print)
+sink.start()
+print(sink.drain(120))
+"""
+    processes = [
+        subprocess.Popen([sys.executable, "-c", script, str(tmp_path / name)], stdout=subprocess.PIPE, text=True)
+        for name in names
+    ]
+    assert [process.communicate()[0] for process in processes] == ["True\n", "True\n"]
+    runs = [stored_run(tmp_path, name) for name in names]
+    assert len({run.info.experiment_id for run in runs}) == 1
+    assert [run.info.status for run in runs] == ["FINISHED", "FINISHED"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "mlartifacts", "mlflow.db"]
+
+
+def test_dead_server_is_one_incident_and_training_goes_on(tmp_path: Path) -> None:
+    with socket.socket() as probe:  # a port that nobody listens on
+        probe.bind(("127.0.0.1", 0))
+        uri = f"http://user:secret@127.0.0.1:{probe.getsockname()[1]}/api?token=secret"
+    run_dir = make_run(tmp_path, "dead")
+    incidents: list[tuple[str, str]] = []
+    sink = MLflowSink(run_dir, MLflowConfig(uri=uri), on_incident=lambda *incident: incidents.append(incident))
+    sink.start()
+    write_attempt(run_dir, 1, range(1, 50), 0)
+    assert sink.drain(DRAIN_S) is False
+    assert [name for name, _ in incidents] == ["mlflow_outage"]
+    assert "refused" in incidents[0][1]
+    assert "secret" not in incidents[0][1]
+    assert load_state(run_dir) is None
+
+
+def test_outage_ends_in_a_complete_history(output_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The connection fails three times in the middle; each outage is one incident, what it held back arrives."""
+    run_dir = make_run(output_dir, "outage")
+    connect = mlflow_sink._connect
+    attempts: list[int] = []
+
+    def flaky(*arguments: Any) -> Any:
+        attempts.append(1)
+        if len(attempts) <= 3:
+            raise ConnectionError("refused")
+        return connect(*arguments)
+
+    monkeypatch.setattr(mlflow_sink, "_connect", flaky)
+    monkeypatch.setattr(mlflow_sink, "_LONGEST_PAUSE_S", 0.01)
+    incidents: list[tuple[str, str]] = []
+    sink = MLflowSink(run_dir, MLflowConfig(), on_incident=lambda *incident: incidents.append(incident))
+    sink.start()
+    while len(attempts) < 4:
+        threading.Event().wait(0.01)
+    write_attempt(run_dir, 1, range(1, 4), 0, is_done=True)
+    assert sink.drain(DRAIN_S)
+    assert len(incidents) == 1
+    assert [step for step, _ in history(output_dir, "outage", "loss")] == [1, 2, 3]
+
+
+def test_incident_callback_that_raises_does_not_stop_the_sink(tmp_path: Path) -> None:
+    run_dir = make_run(tmp_path, "closed")
+    journal = Journal.open(run_dir, 1)
+    journal.close()
+    sink = MLflowSink(run_dir, MLflowConfig(uri="env:MEGAMASK_NO_SUCH_VARIABLE"), on_incident=journal.incident)
+    sink.start()
+    assert sink.drain(DRAIN_S) is False
+
+
+def test_drain_returns_in_time_when_the_store_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    release = threading.Event()
+    monkeypatch.setattr(mlflow_sink, "_connect", lambda *_: release.wait(60))
+    sink = MLflowSink(make_run(tmp_path, "hung"), MLflowConfig())
+    sink.start()
+    try:
+        assert sink.drain(0.05) is False
+    finally:
+        release.set()
+
+
+def test_sink_that_was_never_started_has_sent_nothing(tmp_path: Path) -> None:
+    assert MLflowSink(tmp_path, MLflowConfig()).drain(1.0) is False
+
+
+def test_uri_may_come_from_the_environment(output_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRACKING", f"sqlite:///{output_dir / 'mlflow.db'}")
+    run_dir = make_run(output_dir, "env")
+    write_attempt(run_dir, 1, range(1, 2), 75)
+    assert send(run_dir, config={"uri": "env:TRACKING", "experiment": "other"})
+    assert stored_run(output_dir, "env").info.status == "KILLED"
+
+
+def test_mlflow_is_silent(output_dir: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    run_dir = make_run(output_dir, "silent")
+    write_attempt(run_dir, 1, range(1, 2), 75)
+    handlers = list(logging.getLogger().handlers)
+    assert send(run_dir)
+    assert capfd.readouterr() == ("", "")
+    assert logging.getLogger().handlers == handlers
+
+
+@pytest.mark.parametrize(
+    ("uri", "shown"),
+    [
+        ("https://u:p@h:5000/x?token=t#f", "https://h:5000/x"),
+        ("http://h:5000", "http://h:5000"),
+        ("sqlite:////data/runs/mlflow.db?timeout=3", "sqlite:////data/runs/mlflow.db"),
+        ("databricks", "databricks"),
+    ],
+)
+def test_shown_uri_holds_no_credential(uri: str, shown: str) -> None:
+    assert shown_uri(uri) == shown
