@@ -15,9 +15,10 @@ from megamask.config.schema.roots import TrainConfig
 from megamask.tracking.journal_reader import Record
 
 if TYPE_CHECKING:
-    from rich.progress import Progress, TaskID
+    from rich.live import Live
 
 _log = logging.getLogger(__name__)
+_REDRAW_S = 0.25
 _RATE_STEPS = 20  # steps that the shown speed and the remaining time are averaged over
 
 
@@ -44,9 +45,10 @@ class Console:
         self._bytes_per_token = bytes_per_token
         self._stream = sys.stderr if stream is None else stream
         self._is_terminal = self._stream.isatty() if is_terminal is None else is_terminal
-        self._display: tuple[Progress, TaskID] | None = None
+        self._display: Live | None = None
         self._speed = _Speed()
         self._last_checkpoint: int | None = None
+        self._drawn = -math.inf
         self._is_broken = False
 
     def on_record(self, record: Record) -> None:
@@ -68,7 +70,7 @@ class Console:
         display, self._display = self._display, None
         if display is not None:
             try:
-                display[0].stop()
+                display.stop()
             except Exception as error:  # noqa: BLE001  as above
                 self._give_up(error)
 
@@ -97,30 +99,43 @@ class Console:
         return facts
 
     def _draw(self, record: Record) -> None:
+        from rich.console import Group
+        from rich.progress_bar import ProgressBar
+        from rich.table import Table
+        from rich.text import Text
+
         if self._display is None:
             self._display = self._start_display()
-        progress, task = self._display
-        progress.update(task, completed=record["step"], facts="  ".join(self._facts(record)))
+        step = record["step"]
+        now = time.monotonic()
+        if now - self._drawn < _REDRAW_S and step < self._num_steps:
+            return
+        self._drawn = now
+        bar = Table.grid(padding=(0, 1))
+        bar.add_row(f"step {step}/{self._num_steps}", ProgressBar(self._num_steps, step, width=40))
+        self._display.update(Group(bar, Text(" · ".join(self._facts(record)))), refresh=True)
 
-    def _start_display(self) -> tuple[Progress, TaskID]:
+    def _start_display(self) -> Live:
         import rich.console
-        import rich.progress
+        import rich.live
 
-        progress = rich.progress.Progress(
-            rich.progress.TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
-            rich.progress.BarColumn(bar_width=24),
-            rich.progress.TextColumn("{task.fields[facts]}", markup=False),
-            console=rich.console.Console(file=self._stream, force_terminal=True),
-            refresh_per_second=4,
+        class Terminal(rich.console.Console):
+            def on_broken_pipe(self) -> None:
+                """Rich would end the process here, and point its stdout elsewhere."""
+                raise OSError("the terminal is gone")
+
+        display = rich.live.Live(
+            console=Terminal(file=self._stream, force_terminal=True),
+            auto_refresh=False,  # no thread of its own
             redirect_stdout=False,
             redirect_stderr=False,
         )
-        progress.start()
-        return progress, progress.add_task("training", total=self._num_steps, facts="")
+        display.start()
+        return display
 
     def _write(self, line: str) -> None:
         if self._display is not None:
-            self._display[0].console.print(line, markup=False, highlight=False)
+            self._display.console.print(line, markup=False, highlight=False)
         else:
             self._stream.write(line + "\n")
             self._stream.flush()
