@@ -8,10 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from megamask.data import order as order_module
 from megamask.data.order import SourceOrder, order_key
+from megamask.diffusion.philox import Purpose
 from megamask.errors import UsageError
 from megamask.storage.hashing import hash_of
 from support.order_oracle import draw_rows, philox4x32_10
@@ -128,3 +131,12 @@ def test_order_refuses_a_window_of_zero_and_names_the_key() -> None:
 def test_order_refuses_negative_draws() -> None:
     with pytest.raises(UsageError, match="counted from 0"):
         SourceOrder([4], key=(0, 0), window_blocks=1).rows(-1, 2)
+
+
+def test_equal_words_are_ordered_by_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    def constant(counter: tuple[torch.Tensor, ...], key: tuple[int, int]) -> list[torch.Tensor]:
+        return [torch.full_like(counter[0], 5)] * 4
+
+    monkeypatch.setattr(order_module, "philox4x32", constant)
+    by_words = order_module._sort_by_words(np.array([7, 2, 9]), 0, Purpose.ROW_ORDER, (0, 0))
+    assert by_words.tolist() == [2, 7, 9]
