@@ -40,7 +40,9 @@ def make_index(num_blocks: int = 3, rows: int = 4, first_block: int = 6) -> Shar
 def test_index_bytes_stand_where_the_format_says() -> None:
     data = make_index().pack()
     assert data[:8] == b"MEGAMIDX"
-    version, header, blocks, rows, first, size, length, item, body_crc, head_crc = struct.unpack("<IIQQQQIIII", data[8:64])
+    version, header, blocks, rows, first, size, length, item, body_crc, head_crc = struct.unpack(
+        "<IIQQQQIIII", data[8:64]
+    )
     assert (version, header, blocks, rows, first, length, item) == (1, 64, 3, 12, 6, 16, 2)
     assert (size, body_crc, head_crc) == (640 + 3 * 2048, crc32c(data[64:]), crc32c(data[:60]))
     assert struct.unpack("<QQIIQQII", data[64 + 48 : 64 + 96]) == (2688, 128, 4, 12, 3712, 120, 5, 23)
