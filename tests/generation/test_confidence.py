@@ -22,13 +22,13 @@ VOCAB, PAD, MASK = 11, 9, 10
 ANSWER = torch.tensor([3, 1, 4, 1, 5, 2, 6, 5, 3, 5, 8, 7])
 
 
-def knows_the_answer(x_t: Tensor) -> Tensor:
+def knows_the_answer(x_t: Tensor, positions: Tensor) -> Tensor:
     """Sure of the answer everywhere, surer further right; it also likes padding and the mask, which must not show."""
     sureness = 2.0 + torch.arange(len(x_t)) / len(x_t)
     logits = torch.zeros(len(x_t), VOCAB)
     logits.scatter_(1, ANSWER[: len(x_t), None], sureness[:, None])
     logits[:, [PAD, MASK]] = 50.0
-    return logits
+    return logits[positions]
 
 
 def _masked(positions: list[int]) -> Tensor:
@@ -78,7 +78,7 @@ def test_infill_keeps_every_fixed_token() -> None:
 
 def test_equally_confident_positions_go_from_left_to_right() -> None:
     found = decode(
-        lambda x_t: torch.zeros(len(x_t), VOCAB),
+        lambda x_t, positions: torch.zeros(len(positions), VOCAB),
         torch.full((5,), MASK),
         mask_token_id=MASK,
         forbidden=frozenset({PAD}),
@@ -90,9 +90,9 @@ def test_equally_confident_positions_go_from_left_to_right() -> None:
 def test_network_sees_what_was_committed_and_only_that() -> None:
     seen: list[list[int]] = []
 
-    def watch(x_t: Tensor) -> Tensor:
+    def watch(x_t: Tensor, positions: Tensor) -> Tensor:
         seen.append(x_t.tolist())
-        return knows_the_answer(x_t)
+        return knows_the_answer(x_t, positions)
 
     decode(
         watch,

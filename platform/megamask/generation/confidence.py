@@ -20,8 +20,8 @@ from torch import Tensor
 from megamask.diffusion.philox import Purpose, philox4x32
 from megamask.errors import UsageError
 
-Network = Callable[[Tensor], Tensor]
-"""x_t [s] int64 -> logits [s, v] of the tokens at the same positions."""
+Network = Callable[[Tensor, Tensor], Tensor]
+"""(x_t [s] int64, positions [m] int64) -> logits [m, v] of the tokens at those positions."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,7 +131,7 @@ def decode(
     for block, num_steps in zip(blocks, steps, strict=True):
         for quota in quotas(len(block), num_steps):
             open_positions = block[x_t[block] == mask_token_id]
-            logits = network(x_t)[open_positions].to(torch.float64)
+            logits = network(x_t, open_positions).to(torch.float64)
             logits[:, [token for token in excluded if token < logits.shape[1]]] = -torch.inf
             chosen = _choose(logits, open_positions, len(x_t), options, step=len(committed) + 1)
             confidence = torch.softmax(logits, dim=1).gather(1, chosen[:, None])[:, 0]
