@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from dataclasses import MISSING
 from typing import Any, Literal
 
@@ -21,6 +22,8 @@ class Setting:
         minimum, maximum: inclusive range of a number.
         above, below: exclusive range of a number.
         choices: the allowed values of a string.
+        pattern: what a string must match as a whole.
+        pattern_words: the pattern in words.
     """
 
     kind: Kind
@@ -31,21 +34,27 @@ class Setting:
     above: float | None = None
     below: float | None = None
     choices: tuple[str, ...] | None = None
+    pattern: str | None = None
+    pattern_words: str | None = None
 
     def allowed(self) -> str | None:
         """The allowed values in words, or None where any value of the type will do."""
         if self.choices is not None:
             return ", ".join(self.choices)
+        if self.pattern is not None:
+            return self.pattern_words or self.pattern
         parts = []
         for bound, sign in ((self.minimum, ">="), (self.above, ">"), (self.maximum, "<="), (self.below, "<")):
             if bound is not None:
-                parts.append(f"{sign} {bound:g}" if abs(bound) < 2**53 else f"{sign} {int(bound)}")
+                parts.append(f"{sign} {bound}" if isinstance(bound, int) else f"{sign} {bound:g}")
         return " and ".join(parts) or None
 
     def accepts(self, value: Any) -> bool:
         """Whether a value of the right type lies in the allowed range."""
         if self.choices is not None:
             return value in self.choices
+        if self.pattern is not None:
+            return re.fullmatch(self.pattern, value) is not None
         return not (
             (self.minimum is not None and value < self.minimum)
             or (self.maximum is not None and value > self.maximum)

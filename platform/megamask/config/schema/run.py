@@ -11,6 +11,10 @@ from megamask.config.schema.field import identity, operational
 class RunConfig:
     """Name, place and seed of a run; the run directory is <output_dir>/<name>."""
 
-    name: str = operational("name of the run and of its folder: letters, digits, '.', '_' and '-', at most 100")
+    name: str = operational(
+        "name of the run and of its folder",
+        pattern=r"(?!\.{1,2}$)[A-Za-z0-9._-]{1,100}",
+        pattern_words="1 to 100 of letters, digits, '.', '_' and '-', but not '.' or '..'",
+    )
     output_dir: str = operational("folder that holds run directories", default="runs")
     seed: int = identity("seed of initial weights, masks and noise levels", default=1, minimum=0, maximum=2**64 - 1)

@@ -1,0 +1,39 @@
+"""From a config back to plain values and to YAML that reads as the same config."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from typing import Any
+
+import yaml
+
+# What every YAML version, 1.1 included, reads as this very string when it is not quoted.
+_UNMISTAKABLE = re.compile(r"[A-Za-z_./][A-Za-z0-9_./-]*")
+_WORDS_WITH_A_MEANING = frozenset({"null", "true", "false", "yes", "no", "on", "off", "y", "n", ".inf", ".nan"})
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes every string that some reader might take for something else."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        """Always: a value that occurs twice is written twice."""
+        return True
+
+
+def _represent_string(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    is_plain = _UNMISTAKABLE.fullmatch(text) and text.lower() not in _WORDS_WITH_A_MEANING
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=None if is_plain else '"')
+
+
+_Dumper.add_representer(str, _represent_string)
+
+
+def to_plain(config: Any) -> dict[str, Any]:
+    """A config as nested dicts, lists, numbers and strings, in the schema's order; shares nothing with the config."""
+    return dataclasses.asdict(config)
+
+
+def to_yaml(config: Any) -> str:
+    """A config as YAML: every key, no layers, the same text for equal configs; loading it gives an equal config."""
+    return yaml.dump(to_plain(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=2**31)

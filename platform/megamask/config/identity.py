@@ -1,0 +1,87 @@
+"""What makes a run this run: the fields that run.json keeps, and their comparison on resuming.
+
+Values are JSON's own types. Floats are written by Python's json as their shortest decimal form that reads back as the
+same float, so 1e-3 stays 1e-3; non-finite numbers never occur in a config.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import reduce
+from typing import Any
+
+from megamask.config.keys import all_keys
+from megamask.config.schema.field import Kind
+from megamask.config.schema.roots import TrainConfig
+from megamask.config.secrets import shown
+from megamask.errors import UsageError
+
+CORPORA_KEY = "data.corpora"
+
+
+def value_of(config: Any, key: str) -> Any:
+    """The value of a dotted key, as training.steps; an entry of a mapping is not a key of its own."""
+    return reduce(getattr, key.split("."), config)
+
+
+def identity_fields(config: TrainConfig) -> dict[str, Any]:
+    """Every identity key with its value, and the names of the corpora in their order under data.corpora."""
+    return _fields_of_kind(config, "identity") | {CORPORA_KEY: list(config.data.corpora)}
+
+
+def extendable_fields(config: TrainConfig) -> dict[str, Any]:
+    """Every extendable key with its value; of the corpora the names, because folders are operational."""
+    return _fields_of_kind(config, "extendable") | {CORPORA_KEY: list(config.data.corpora)}
+
+
+def _fields_of_kind(config: TrainConfig, kind: Kind) -> dict[str, Any]:
+    return {name: value_of(config, name) for name, key in all_keys(TrainConfig).items() if key.setting.kind == kind}
+
+
+def compare_identity(stored: Mapping[str, Any], config: TrainConfig, *, where: str = "run.json") -> None:
+    """Refuses a config that is not the run that was recorded.
+
+    A field that the record does not have yet must stand at its default, which is what the older version did. Corpora
+    may be appended to, never renamed, reordered or taken away.
+
+    Args:
+        stored: what `identity_fields` gave when the run began, possibly through JSON.
+        where: the record's path, for the message.
+
+    Raises:
+        UsageError: names every field that differs, with the stored and the given value.
+    """
+    given = identity_fields(config)
+    differences = [
+        f"{key} is {shown(given[key])}, recorded {_recorded(key, stored)}"
+        for key in given
+        if not _is_same(key, stored, given[key])
+    ]
+    differences += [
+        f"{key} is recorded as {shown(value)}, but this version has no such key"
+        for key, value in stored.items()
+        if key not in given
+    ]
+    if differences:
+        raise UsageError(
+            f"this config is not the run of {where}: {'; '.join(differences)}. Nothing was started.",
+            hint="give the recorded values to resume the run, or choose another run.name to start a new one",
+        )
+
+
+def _recorded(key: str, stored: Mapping[str, Any]) -> str:
+    return shown(stored[key]) if key in stored else f"nothing (default {shown(all_keys(TrainConfig)[key].default)})"
+
+
+def _is_same(key: str, stored: Mapping[str, Any], value: Any) -> bool:
+    if key not in stored:
+        return key != CORPORA_KEY and _equal(all_keys(TrainConfig)[key].default, value)
+    if key == CORPORA_KEY:
+        names = stored[key]
+        return isinstance(names, list) and bool(names) and value[: len(names)] == names
+    return _equal(stored[key], value)
+
+
+def _equal(one: Any, other: Any) -> bool:
+    """Equality of JSON values: true is not 1, but 2 is 2.0 (another tool may have rewritten the file)."""
+    return isinstance(one, bool) == isinstance(other, bool) and bool(one == other)

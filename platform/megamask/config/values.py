@@ -1,0 +1,162 @@
+"""From what stands in a file or on the command line to a value of the right type and range, or a clear refusal."""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Any
+
+from megamask.config.keys import Key, find_key
+from megamask.config.nodes import Node, parse_yaml
+from megamask.config.secrets import check_no_secret, check_reference, shown
+from megamask.errors import UsageError
+
+_ENTRY_NAME = re.compile(r"[A-Za-z0-9._-]{1,100}")
+
+
+class _WrongType(Exception):
+    """The value is not of the key's type; the argument is a hint or None."""
+
+
+def override_node(name: str, text: str, root: type) -> Node:
+    """The node of an override's text.
+
+    What a string key is set to is taken as it stands, because a shell has no types (`run.name=170`) and paths may hold
+    any character; quotes around the whole are YAML's, and `null` or nothing is null where the key allows null.
+    Every other key's text is YAML, as [a, b], true or 1e-3.
+
+    Raises:
+        UsageError: not YAML.
+    """
+    key = find_key(name, root)
+    is_string = key is not None and (key.base == "str" or (key.base == "dict" and name != key.name))
+    if is_string and text[:1] not in ("'", '"'):
+        if "${" in text:
+            raise UsageError(f"{name}: interpolation with ${{...}} is not supported; write the value out.")
+        is_null = text in ("", "null") and key is not None and (key.is_optional or key.base == "dict")
+        return Node(line=1, text=text, is_plain=is_null)
+    try:
+        node = parse_yaml(text, None)
+    except UsageError as error:
+        raise UsageError(f"{name} cannot be read: {error.message}", hint=error.hint) from error
+    return node or Node(line=1, text="", is_plain=True)
+
+
+def convert(key: Key, node: Node, where: str, *, entry: str | None = None) -> Any:
+    """The value of a key.
+
+    Args:
+        where: "file:line" or "on the command line", for messages.
+        entry: the dotted name of one entry of a mapping key; the node is that entry's.
+
+    Raises:
+        UsageError: wrong type, out of range, or a credential in a URI.
+    """
+    name = entry or key.name
+    if key.is_optional and node.is_plain and node.value is None:
+        return None
+    try:
+        value = _string(node) if entry else _CONVERTERS[key.base](node)
+    except _WrongType as error:
+        given, allowed = f"{shown(node.value)} ({_kind(node)})", "a string" if entry else key.allowed
+        hint = str(error.args[0]) if error.args else None
+        raise UsageError(f"{name} is {given}; allowed: {allowed} ({where}). Nothing was started.", hint=hint) from None
+    for text in _strings(value):
+        check_no_secret(name, text, where)
+        check_reference(name, text, where)
+        if "\0" in text:
+            raise UsageError(f"{name} holds a NUL character ({where}). Nothing was started.")
+    if key.base != "dict" and not key.setting.accepts(value):
+        raise UsageError(f"{name} is {shown(value)}; allowed: {key.allowed} ({where}). Nothing was started.")
+    return value
+
+
+def check_entry_name(key: Key, name: str, where: str) -> None:
+    """Refuses a mapping entry whose name is no plain name.
+
+    Raises:
+        UsageError: names the key and where it was given.
+    """
+    if not _ENTRY_NAME.fullmatch(name):
+        raise UsageError(
+            f"{name!r} is not a name for an entry of {key.name}; allowed: {_ENTRY_NAME.pattern} ({where}). "
+            "Nothing was started."
+        )
+
+
+def _integer(node: Node) -> int:
+    value = node.value
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise _WrongType
+    return value
+
+
+def _number(node: Node) -> float:
+    value = node.value
+    if isinstance(value, str):  # "1e-3" in quotes, or as a tool without YAML 1.2 would write it
+        value = _quoted_number(value)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise _WrongType
+    try:
+        number = float(value)
+    except OverflowError:
+        raise _WrongType("it is too large for a floating-point number") from None
+    if not math.isfinite(number):
+        raise _WrongType("only finite numbers are allowed")
+    return number
+
+
+def _quoted_number(text: str) -> Any:
+    return Node(line=1, text=text, is_plain=True).value
+
+
+def _boolean(node: Node) -> bool:
+    if not isinstance(node.value, bool):
+        raise _WrongType
+    return bool(node.value)
+
+
+def _string(node: Node) -> str:
+    if isinstance(node.value, str):
+        return node.value
+    if isinstance(node.value, bool | int | float):
+        raise _WrongType(f'quote it: "{node.text}"')
+    raise _WrongType
+
+
+def _list(node: Node) -> list[str]:
+    if node.items is None:
+        raise _WrongType("write a list, as [a, b]")
+    return [_string(item) for item in node.items]
+
+
+def _mapping(node: Node) -> dict[str, str]:
+    if node.entries is None:
+        raise _WrongType("write a mapping of names, as {main: folder}")
+    return {}  # its entries are converted one by one
+
+
+_CONVERTERS = {
+    "int": _integer,
+    "float": _number,
+    "bool": _boolean,
+    "str": _string,
+    "list": _list,
+    "dict": _mapping,
+}
+
+
+def _strings(value: Any) -> list[str]:
+    if isinstance(value, str):
+        return [value]
+    return list(value) if isinstance(value, list) else []
+
+
+def _kind(node: Node) -> str:
+    if node.items is not None:
+        return "a list"
+    if node.entries is not None:
+        return "a mapping"
+    value = node.value
+    kinds = {bool: "a boolean", int: "an integer", float: "a number", str: "a string"}
+    return next((words for kind, words in kinds.items() if isinstance(value, kind)), "no value")
