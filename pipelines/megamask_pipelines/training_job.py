@@ -10,8 +10,10 @@ from megamask.config.schema.layout import LayoutConfig
 from megamask.config.schema.roots import TrainConfig
 from megamask.launch.local import failure_of, is_launched, run_local_ranks
 from megamask.resilience.status import Status, read_status, write_status
-from megamask.tracking.journal_reader import last_step
+from megamask.tracking.journal_reader import tail
 from megamask.training.run_directory import is_complete, read_run, run_path
+
+_TAIL_BYTES = 1 << 20
 
 
 def num_processes(layout: LayoutConfig) -> int:
@@ -61,7 +63,9 @@ def _close_status(run_dir: Path, exit_code: int, reason: str) -> None:
 
 def outcome(run_dir: Path) -> dict[str, Any]:
     """What a training command answers, from the run directory alone."""
-    record, status, step = read_run(run_dir), read_status(run_dir), last_step(run_dir)
+    record, status = read_run(run_dir), read_status(run_dir)
+    recent = (line.record for line in reversed(tail(run_dir, _TAIL_BYTES)))
+    step = next((found for found in recent if found is not None and found["kind"] == "step"), None)
     return {
         "run_id": record.run_id,
         "run_dir": str(run_dir),

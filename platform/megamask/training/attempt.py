@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import platform as host_platform
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from megamask.config.schema.roots import TrainConfig
-from megamask.errors import ExitCode, MegamaskError, NumericsError
+from megamask.errors import MegamaskError, StorageError, SupersededError
 from megamask.provenance.record import code_version, library_versions
 from megamask.resilience.claims import claim, is_superseded, refuse_if_superseded
 from megamask.resilience.status import Phase, Status, write_status
@@ -24,6 +25,7 @@ from megamask.training.stopping import StopReason
 _CLAIM_CHECK_S = 1.0
 # How long a failing attempt waits for MLflow; a good end waits as tracking.mlflow.drain_timeout_s says.
 _FAILURE_DRAIN_S = 10.0
+_log = logging.getLogger(__name__)
 
 
 class AttemptView:
@@ -45,6 +47,9 @@ class AttemptView:
         """Whether a newer attempt has claimed the run; rank 0 looks, the ranks agree on its answer."""
         return False
 
+    def check_claim(self) -> None:
+        """Raises SupersededError when a newer attempt has claimed the run; only rank 0 looks."""
+
 
 class Attempt(AttemptView):
     """Rank 0's attempt. Opening claims the run; exactly one of `close` and `fail` ends it.
@@ -60,13 +65,16 @@ class Attempt(AttemptView):
         self._config = config
         self._last_check = time.monotonic()
         self._node = host_platform.node()
-        self._step = 0
         self.config_path = store_attempt_config(run_dir, self.number, config)
         self.write_status("starting", step=None)
         self.journal = Journal.open(run_dir, self.number)
         self.console = Console(config, bytes_per_token=bytes_per_token)
         self.journal.subscribe(self.console.on_record)
-        self.sink = MLflowSink(run_dir, config.tracking.mlflow) if config.tracking.mlflow.enabled else None
+        self.sink = (
+            MLflowSink(run_dir, config.tracking.mlflow, on_incident=self.journal.incident)
+            if config.tracking.mlflow.enabled
+            else None
+        )
 
     def append(self, kind: str, **fields: Any) -> None:
         """Journals a record; the console and MLflow read it from there."""
@@ -122,7 +130,6 @@ class Attempt(AttemptView):
         self, phase: Phase, *, step: int | None, exit_code: int | None = None, reason: str | None = None
     ) -> None:
         """Replaces status.json."""
-        self._step = step or 0
         status = Status(
             attempt=self.number, phase=phase, exit_code=exit_code, step=step, node=self._node, reason=reason
         )
@@ -136,11 +143,14 @@ class Attempt(AttemptView):
                 self.append("run_completed", step=progress.step, consumed_tokens=progress.consumed_tokens)
         self._shut(self._config.tracking.mlflow.drain_timeout_s)
 
-    def fail(self, error: BaseException, exit_code: int, step: int) -> None:
-        """The attempt ends with an error; what the journal cannot take any more is left out."""
+    def fail(self, error: BaseException, exit_code: int, progress: Progress) -> None:
+        """The attempt ends with an error; a superseded one writes nothing more."""
         reason = error.message if isinstance(error, MegamaskError) else f"{type(error).__name__}: {error}"
-        if exit_code != ExitCode.DO_NOT_REQUEUE:
-            self._end("failed", exit_code, step, reason)
+        try:
+            if not isinstance(error, SupersededError):
+                self._end("failed", exit_code, progress.step, reason)
+        except StorageError as refusal:
+            _log.warning("the end of attempt %d could not be written: %s", self.number, refusal)
         self._shut(_FAILURE_DRAIN_S)
 
     def _end(self, phase: Phase, exit_code: int, step: int, reason: str) -> None:
@@ -149,7 +159,7 @@ class Attempt(AttemptView):
         self.write_status(phase, step=step, exit_code=exit_code, reason=reason)
 
     def _shut(self, drain_timeout_s: float) -> None:
-        self.journal.close()
         self.console.close()
-        if self.sink is not None:
-            self.sink.drain(drain_timeout_s)
+        if self.sink is not None and not self.sink.drain(drain_timeout_s):
+            _log.warning("MLflow has not got everything within %g s; the journal has", drain_timeout_s)
+        self.journal.close()

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megamask.checkpoint.agreement import on_main
 from megamask.checkpoint.contents import ModelDocument, TrainerState
 from megamask.checkpoint.retention import prune
 from megamask.checkpoint.saver import save
-from megamask.engine.engine import Engine
 from megamask.training.attempt import AttemptView
 from megamask.training.progress import Progress
+
+if TYPE_CHECKING:
+    from megamask.engine.engine import Engine
 
 
 class CheckpointCommitter:
@@ -38,7 +41,6 @@ class CheckpointCommitter:
         keep_last: int,
         parent: str | None,
         damaged: Sequence[str],
-        check_claim: Callable[[], None],
     ) -> None:
         self._engine = engine
         self._attempt = attempt
@@ -50,7 +52,6 @@ class CheckpointCommitter:
         self._keep_last = keep_last
         self._parent = parent
         self._damaged = tuple(damaged)
-        self._check_claim = check_claim
 
     def __call__(self, progress: Progress) -> None:
         """Commits; returns when the checkpoint is visible. Raises what checkpoint.saver.save raises."""
@@ -68,7 +69,7 @@ class CheckpointCommitter:
             journal_head=attempt.durable_journal_head(),
             run_id=attempt.run_id,
             parent=self._parent,
-            check_claim=self._check_claim,
+            check_claim=attempt.check_claim,
         )
         attempt.append(
             "checkpoint_committed",

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any, Protocol
 
 from megamask.config.schema.checkpoint import CheckpointConfig
@@ -14,18 +14,10 @@ from megamask.training.stopping import StopReason
 
 
 class Recorder(Protocol):
-    """Where records go: the journal on rank 0, nowhere on the others."""
+    """Where records go: rank 0's journal; the other ranks' recorder drops them."""
 
-    def append(self, kind: str, **fields: Any) -> Mapping[str, Any]:
+    def append(self, kind: str, **fields: Any) -> None:
         """Appends one record."""
-
-
-class SilentRecorder:
-    """The recorder of every rank but 0."""
-
-    def append(self, kind: str, **fields: Any) -> Mapping[str, Any]:
-        """Drops the record; rank 0 writes it."""
-        return {"kind": kind, **fields}
 
 
 class StepJournal:
@@ -101,7 +93,9 @@ class StatusFile:
         every_s: shortest time between two writes.
     """
 
-    def __init__(self, write: Callable[[int], None], clock: Callable[[], float], every_s: float = 5.0) -> None:
+    def __init__(
+        self, write: Callable[[int], None], *, clock: Callable[[], float] = time.monotonic, every_s: float = 5.0
+    ) -> None:
         self._write = write
         self._clock = clock
         self._every_s = every_s
@@ -116,8 +110,3 @@ class StatusFile:
 
     def on_stop(self, progress: Progress, reason: StopReason) -> None:
         """Nothing: the final status is written when the attempt closes."""
-
-
-def run_path(output_dir: str, name: str) -> Path:
-    """The run directory of run.output_dir and run.name."""
-    return Path(output_dir) / name

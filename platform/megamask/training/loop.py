@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from megamask.config.schema.roots import TrainConfig
 from megamask.data.loader import Batch, Loader
-from megamask.engine.engine import Engine
 from megamask.resilience.numerics import numerics_error
 from megamask.training.metrics import PhaseClock, StepRecord, step_record
-from megamask.training.schedules import learning_rate
 from megamask.training.progress import Progress
+from megamask.training.schedules import learning_rate
 from megamask.training.stopping import StopFlag, StopReason
+
+if TYPE_CHECKING:
+    from megamask.engine.engine import Engine
 
 
 class Hook(Protocol):

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megamask.config.schema.roots import TrainConfig
 from megamask.data.content import batch_digest, content_digest
-from megamask.engine.step import StepReport
 from megamask.training.progress import Progress
+
+if TYPE_CHECKING:
+    from megamask.engine.step import StepReport
 
 PHASES = ("data", "forward_backward", "optimizer", "other")
 

@@ -11,10 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from megamask.checkpoint.commit import LAWS
+from megamask.checkpoint.reader import candidates, has_commit
 from megamask.config.dump import to_yaml
 from megamask.config.identity import compare_identity, extendable_fields, identity_fields
 from megamask.config.schema.roots import TrainConfig
+from megamask.data.manifest import Manifest
 from megamask.errors import UsageError
+from megamask.resilience.status import read_status
 from megamask.storage.durable import create_exclusive, storage_errors, write_atomic
 
 FORMAT = "megamask-run"
@@ -168,3 +171,24 @@ def store_attempt_config(run_dir: Path, attempt: int, config: TrainConfig) -> Pa
         path.parent.mkdir(exist_ok=True)
     write_atomic(path, to_yaml(config).encode())
     return path
+
+
+def run_path(output_dir: str, name: str) -> Path:
+    """The run directory of run.output_dir and run.name."""
+    return Path(output_dir) / name
+
+
+def is_complete(run_dir: Path, config: TrainConfig) -> bool:
+    """Whether this very run has already done all its steps, so that there is nothing to start.
+
+    Raises:
+        UsageError: the folder holds a run of another identity.
+    """
+    if not (run_dir / "run.json").exists():
+        return False
+    record, status = read_run(run_dir), read_status(run_dir)
+    compare_identity(dict(record.content["identity"]), config, where=str(record.path))
+    if status is None or status.phase != "done" or status.step != config.training.steps:
+        return False
+    corpora = {name: Manifest.load(folder).corpus_id for name, folder in config.data.corpora.items()}
+    return corpora == record.content["corpora"] and any(has_commit(folder) for folder in candidates(run_dir))

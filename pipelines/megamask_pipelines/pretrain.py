@@ -1,0 +1,256 @@
+"""The pretraining job of one rank, from config to the reason it ended."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megamask.diffusion.objective import ObjectiveSpec
+from megamask.models.spec import ModelSpec
+from megamask.models.vocabulary import Vocabulary
+
+from megamask.checkpoint.contents import ModelDocument
+from megamask.checkpoint.loader import Loaded, load
+from megamask.checkpoint.retention import sweep
+from megamask.config.schema.roots import TrainConfig
+from megamask.data.loader import Loader
+from megamask.errors import ExitCode, MegamaskError, SupersededError
+from megamask.provenance.record import code_version
+from megamask.resilience.parent_death import die_with_parent
+from megamask.resilience.rank_files import read_rank_failures, write_rank_failure
+from megamask.resilience.signals import StopRequest
+from megamask.training.attempt import Attempt, AttemptView
+from megamask.training.checkpointing import CheckpointCommitter
+from megamask.training.evaluating import open_validation, validation_measure
+from megamask.training.hooks import Hook, PeriodicCheckpoint, PeriodicEvaluation, StatusFile, StepJournal
+from megamask.training.loop import TrainingRun, train
+from megamask.training.progress import Progress
+from megamask.training.run_directory import open_run, run_path
+from megamask.training.schedules import check_extension
+from megamask.training.stopping import StopFlag, StopReason
+
+if TYPE_CHECKING:
+    from megamask.engine.engine import Engine
+
+
+def pretrain(config: TrainConfig) -> StopReason:
+    """Trains on this rank until the attempt ends; every rank of the layout calls it.
+
+    Args:
+        config: composed and validated (config.validate.validate_train).
+
+    Returns: why the attempt ended, the same on every rank.
+    Raises:
+        MegamaskError: the attempt failed; its exit code says how. What must be written is written.
+    """
+    if parent := os.environ.get("MEGAMASK_PARENT_PID"):
+        die_with_parent(int(parent))
+    with StopRequest() as signals, contextlib.ExitStack() as stack:
+        corpora = Corpora(config, stack)
+        job = Job(config, corpora, signals)
+        try:
+            job.open()
+            reason = train(job.prepare())
+        except BaseException as error:
+            raise job.failed(error) from error
+        job.close(reason)
+    return reason
+
+
+class Corpora:
+    """The open corpora of a run, and what the model must know of them."""
+
+    def __init__(self, config: TrainConfig, stack: contextlib.ExitStack) -> None:
+        self.train = stack.enter_context(
+            contextlib.closing(Loader(config.data.corpora, config.data, config.training.sequence_length))
+        )
+        self.validation = open_validation(config)
+        if self.validation is not None:
+            stack.enter_context(contextlib.closing(self.validation))
+        manifest = self.train.manifest
+        self.spec = ModelSpec.from_config(config.model, manifest.vocab_size, config.training.sequence_length)
+        self.vocabulary = Vocabulary(
+            vocab_size=manifest.vocab_size,
+            padded_vocab_size=self.spec.padded_vocab_size,
+            mask_token_id=manifest.mask_token_id,
+            eod_token_id=manifest.eod_token_id,
+            pad_token_id=manifest.pad_token_id,
+        )
+        self.tokenizer_digest = manifest.tokenizer_digest
+        self.tokenizer_folder = self.train.folder / "tokenizer"
+        split = manifest.split("train")
+        self.bytes_per_token = split.text_bytes / split.num_tokens
+
+
+class Job:
+    """The stages of a rank's attempt: open the run, prepare training, end."""
+
+    def __init__(self, config: TrainConfig, corpora: Corpora, signals: StopRequest) -> None:
+        self._config = config
+        self._corpora = corpora
+        self._signals = signals
+        self._rank = int(os.environ.get("RANK", "0"))
+        self._run_dir = run_path(config.run.output_dir, config.run.name)
+        self._progress = Progress(num_views=2 if config.objective.complementary else 1)
+        self._attempt: Attempt | None = None
+        self._view: AttemptView | None = None
+
+    def open(self) -> None:
+        """Rank 0 claims the run, before anything slow; another live process or another identity ends it here."""
+        if self._rank == 0:
+            record = open_run(
+                self._run_dir,
+                self._config,
+                corpora=self._corpora.train.corpus_ids,
+                tokenizer_digest=self._corpora.tokenizer_digest,
+                code_version=code_version(),
+            )
+            self._attempt = Attempt(self._run_dir, record, self._config, bytes_per_token=self._corpora.bytes_per_token)
+
+    def prepare(self) -> TrainingRun:
+        """Builds the engine, restores the newest checkpoint and puts the loop's parts together; collective."""
+        from megamask.engine.engine import Engine  # megatron-core takes seconds to import: a refusal need not wait
+
+        config, corpora = self._config, self._corpora
+        objective = ObjectiveSpec(
+            noise_schedule=config.objective.noise_schedule,
+            complementary=config.objective.complementary,
+            mask_logit=config.objective.mask_logit,
+        )
+        engine = Engine(
+            spec=corpora.spec,
+            vocabulary=corpora.vocabulary,
+            objective=objective,
+            optimizer=config.optimizer,
+            layout=config.layout,
+            training=config.training,
+            seed=config.run.seed,
+        )
+        view = self._share(engine)
+        model = ModelDocument(
+            spec=corpora.spec,
+            vocabulary=corpora.vocabulary,
+            objective=objective,
+            tokenizer_digest=corpora.tokenizer_digest,
+        )
+        loaded = self._restore(engine, view, model)
+        return TrainingRun(
+            config=config,
+            engine=engine,
+            loader=corpora.train,
+            progress=self._progress,
+            stop=StopFlag(
+                engine,
+                signals=self._signals,
+                is_superseded=view.is_superseded,
+                num_steps=config.training.steps,
+                stop_after_step=config.training.stop_after_step,
+            ),
+            hooks=self._hooks(engine, view, model, loaded),
+        )
+
+    def _share(self, engine: Engine) -> AttemptView:
+        shared = engine.broadcast_object(
+            (self._attempt.run_id, self._attempt.number) if self._attempt is not None else None
+        )
+        self._view = self._attempt or AttemptView(self._run_dir, *shared)
+        return self._view
+
+    def _restore(self, engine: Engine, view: AttemptView, model: ModelDocument) -> Loaded:
+        """Loads the newest checkpoint that verifies; a changed number of steps must keep the past."""
+        if self._attempt is not None:
+            sweep(self._run_dir, view.number)
+        loaded = load(engine, self._run_dir, model=model)
+        recorded = self._attempt.record.recorded_steps if self._attempt is not None else 0
+        if loaded.state is not None:
+            self._progress.step = loaded.state.step
+            self._progress.consumed_samples = loaded.state.consumed_samples
+            self._progress.consumed_tokens = loaded.state.consumed_tokens
+            recorded = int(loaded.state.schedule["training_steps"])
+        steps = self._config.training.steps
+        recorded = engine.broadcast_object(recorded)
+        check_extension(self._config.optimizer, recorded_steps=recorded, num_steps=steps, completed=self._progress.step)
+        if self._attempt is not None:
+            commit = loaded.commit
+            self._attempt.started(
+                world_size=engine.world_size,
+                device=engine.device_name,
+                resumed=None
+                if commit is None
+                else {"step": commit.step, "checkpoint": commit.folder.name, "digest": commit.digest},
+                extended={"training.steps": [recorded, steps]} if steps != recorded else None,
+            )
+            for incident in loaded.incidents:
+                self._attempt.append("incident", **incident)
+            self._attempt.running(self._progress.step)
+        return loaded
+
+    def _hooks(self, engine: Engine, view: AttemptView, model: ModelDocument, loaded: Loaded) -> list[Hook]:
+        config, corpora, attempt = self._config, self._corpora, self._attempt
+        measure = None if corpora.validation is None else validation_measure(config, engine, corpora.validation)
+        commit = CheckpointCommitter(
+            engine,
+            view,
+            model=model,
+            tokenizer_folder=corpora.tokenizer_folder,
+            corpora=corpora.train.corpus_ids,
+            seed=config.run.seed,
+            num_steps=config.training.steps,
+            keep_last=config.checkpoint.keep_last,
+            parent=loaded.commit.digest if loaded.commit is not None else None,
+            damaged=loaded.damaged,
+        )
+        hooks: list[Hook] = [
+            StepJournal(view),
+            PeriodicEvaluation(view, config.evaluation, measure),
+            PeriodicCheckpoint(config.checkpoint, commit, committed_step=self._progress.step),
+        ]
+        if attempt is not None:
+            hooks.append(StatusFile(attempt.running))
+        return hooks
+
+    def close(self, reason: StopReason) -> None:
+        """The attempt ended as all ranks agreed."""
+        if self._attempt is not None:
+            self._attempt.close(reason, self._progress)
+
+    def failed(self, error: BaseException) -> BaseException:
+        """Leaves the rank's last words and returns the error to raise: a peer's, when that one says more."""
+        if isinstance(error, KeyboardInterrupt | SystemExit):
+            return error
+        code = int(error.exit_code) if isinstance(error, MegamaskError) else int(ExitCode.BUG)
+        if self._view is None and self._attempt is None:
+            return error
+        number = (self._view or self._attempt).number  # type: ignore[union-attr]
+        if code == ExitCode.BUG and (peer := _peer_failure(self._run_dir, number, self._rank)) is not None:
+            error, code = peer, int(peer.exit_code)
+        elif not isinstance(error, SupersededError):
+            reason = error.message if isinstance(error, MegamaskError) else f"{type(error).__name__}: {error}"
+            write_rank_failure(self._run_dir, number, rank=self._rank, exit_code=code, reason=reason)
+        if self._attempt is not None:
+            self._attempt.fail(error, code, self._progress)
+        return error
+
+
+class PeerFailedError(MegamaskError):
+    """This rank lost its connection because another rank failed; the message and the exit code are that rank's."""
+
+    def __init__(self, rank: int, exit_code: int, reason: str) -> None:
+        super().__init__(f"rank {rank}: {reason}")
+        self.exit_code = ExitCode(exit_code)
+
+
+def _peer_failure(run_dir: Path, attempt: int, rank: int) -> PeerFailedError | None:
+    """The failure of another rank that explains a lost connection, waited for a moment."""
+    import time
+
+    deadline = time.monotonic() + (2.0 if int(os.environ.get("WORLD_SIZE", "1")) > 1 else 0.0)
+    while True:
+        for failure in read_rank_failures(run_dir, attempt).values():
+            if failure.rank != rank and failure.exit_code != ExitCode.BUG:
+                return PeerFailedError(failure.rank, failure.exit_code, failure.reason)
+        if time.monotonic() >= deadline:
+            return None
+        time.sleep(0.1)
