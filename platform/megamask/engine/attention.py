@@ -1,0 +1,66 @@
+"""Bidirectional attention and RMSNorm as megatron-core modules.
+
+Shapes: s sequence, b rows, h query heads, g key and value heads, d channels of a head.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+
+class RMSNorm(torch.nn.RMSNorm):
+    """RMSNorm that sequence parallelism accepts.
+
+    megatron-core sums the gradients of parameters marked `sequence_parallel` over the tensor-parallel ranks; its own
+    wrapper of torch's norms refuses sequence parallelism only because that mark is missing.
+    """
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **unused: Any) -> None:
+        super().__init__(hidden_size, eps=eps, device=torch.cuda.current_device(), dtype=config.params_dtype)
+        setattr(self.weight, "sequence_parallel", config.sequence_parallel)  # noqa: B010 - no attribute torch knows
+
+
+class BidirectionalAttention(MegatronModule):  # type: ignore[misc]
+    """Every position attends to every position of its row; grouped queries share keys and values.
+
+    Implements megatron-core's core_attention; it takes no mask, because masked diffusion needs none.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: Any,
+        attention_type: str,
+        softmax_scale: float | None = None,
+        **unused: Any,
+    ) -> None:
+        super().__init__(config=config)
+        self.scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        *,
+        attention_bias: torch.Tensor | None = None,
+        packed_seq_params: Any = None,
+        **unused: Any,
+    ) -> torch.Tensor:
+        """Attends without a mask.
+
+        Shapes: query [s, b, h, d]; key and value [s, b, g, d]; returns [s, b, h*d].
+        """
+        if attention_mask is not None or attention_bias is not None or packed_seq_params is not None:
+            raise NotImplementedError("attention masks, biases and packed sequences are not built")
+        q, k, v = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
+        attended = F.scaled_dot_product_attention(q, k, v, scale=self.scale, enable_gqa=q.size(1) != k.size(1))
+        return attended.permute(2, 0, 1, 3).reshape(query.size(0), query.size(1), -1)

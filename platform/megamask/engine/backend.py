@@ -1,0 +1,161 @@
+"""What differs between a GPU and a laptop, in one object: device, collectives, and which Adam updates the weights.
+
+Nothing else in the house asks which device it runs on.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import re
+import socket
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore, TCPStore
+
+from megamask.engine import cpu_backend
+from megamask.errors import UsageError
+
+# A listening socket that rank 0 inherits from a local launcher: the store's port cannot be taken by another job.
+STORE_DESCRIPTOR = "MEGAMASK_STORE_FD"
+_TIMEOUT = timedelta(minutes=30)  # a first step, a save and an evaluation may lie between two collective calls
+
+# What megatron-core 0.16 makes torch say, about choices that are made here or are harmless: message, category.
+_KNOWN_WARNINGS: tuple[tuple[str, type[Warning]], ...] = (
+    ("Transformer Engine and Apex are not installed", UserWarning),
+    ("Apex is not installed", UserWarning),
+    ("full scope is deprecated. Use empty cuda_graph_scope", UserWarning),  # its own default says so
+    # in float32 the optimizer's shards are views of the parameters; it sets their .grad itself
+    ("The .grad attribute of a Tensor that is not a leaf Tensor is being accessed", UserWarning),
+    ("`torch.distributed.reduce_scatter_tensor` is deprecated", FutureWarning),
+    ("`torch.distributed.all_gather_into_tensor` is deprecated", FutureWarning),
+    ("`torch.distributed._reduce_scatter_base` is deprecated", FutureWarning),
+    ("`torch.distributed._all_gather_base` is deprecated", FutureWarning),
+)
+
+
+def prepare_torch() -> None:
+    """Readies torch for the first import of megatron-core; called by the package itself."""
+    for message, category in _KNOWN_WARNINGS:
+        warnings.filterwarnings("ignore", message=re.escape(message), category=category)
+    # tensor parallelism overlaps a matrix product with a collective only if the device runs them in the order asked for
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    if not torch.cuda.is_available():
+        cpu_backend.install()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Backend:
+    """The machine under the engine.
+
+    Args:
+        name: "cuda" or "cpu".
+        device: where tensors live.
+        collectives: "nccl" or "gloo".
+        adam: which implementation of Adam updates the weights.
+    """
+
+    name: str
+    device: torch.device
+    collectives: str
+    adam: str
+
+    def synchronize(self) -> None:
+        """Waits until the device has done what it was asked, so that a clock can be read."""
+        torch.cuda.synchronize()  # on the CPU answered by cpu_backend: nothing is pending
+
+
+def select_backend(environment: Mapping[str, str] = os.environ) -> Backend:
+    """Chooses the backend of this process and readies megatron-core for it.
+
+    With several devices on a node, LOCAL_RANK of the launcher's environment picks one.
+    """
+    if not torch.cuda.is_available():
+        return Backend(name="cpu", device=torch.device("cpu"), collectives="gloo", adam=_choose_adam(has_cuda=False))
+    device = torch.device("cuda", int(environment.get("LOCAL_RANK", "0")))
+    if device.index >= torch.cuda.device_count():
+        raise UsageError(
+            f"local rank {device.index} needs a GPU of its own, but this node shows {torch.cuda.device_count()}. "
+            "Nothing was started.",
+            hint="start fewer processes on the node, or hide its GPUs (CUDA_VISIBLE_DEVICES=) to train on the CPU",
+        )
+    torch.cuda.set_device(device)
+    # the same layout must give the same bits again: after a restart, and for whoever recomputes a run
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    return Backend(name="cuda", device=device, collectives="nccl", adam=_choose_adam(has_cuda=True))
+
+
+def _choose_adam(*, has_cuda: bool) -> str:
+    """FusedAdam where it is installed and can run; otherwise ours, in its place and with its state layout."""
+    optimizer = importlib.import_module("megatron.core.optimizer")
+    distributed = importlib.import_module("megatron.core.optimizer.distrib_optimizer")
+    adam = importlib.import_module("megamask.engine.adam").Adam
+    if optimizer.Adam is not adam and has_cuda and not optimizer.USING_PYTORCH_OPTIMIZER:
+        return f"{optimizer.Adam.__module__}.{optimizer.Adam.__name__}"
+    # These names tell the distributed optimizer that "step" is kept per group, as FusedAdam keeps it.
+    for module, name, value in (
+        (optimizer, "Adam", adam),
+        (optimizer, "USING_PYTORCH_OPTIMIZER", False),
+        (distributed, "Adam", adam),
+        (distributed, "HAVE_APEX_OR_TE", True),
+        (distributed, "USING_APEX_OPTIMIZER", True),
+    ):
+        setattr(module, name, value)
+    return f"{adam.__module__}.{adam.__name__}"
+
+
+def init_process_group(backend: Backend, environment: Mapping[str, str] = os.environ) -> None:
+    """Joins the job that a launcher's environment describes, or makes a job of one process, without any port.
+
+    Environment: RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT as torchrun sets them. If MEGAMASK_STORE_FD is set, rank
+    0 listens on that inherited socket instead of opening the port itself.
+    """
+    if "RANK" not in environment:
+        dist.init_process_group(backend.collectives, store=HashStore(), rank=0, world_size=1, timeout=_TIMEOUT)
+        return
+    if STORE_DESCRIPTOR not in environment:
+        dist.init_process_group(backend.collectives, init_method="env://", timeout=_TIMEOUT)
+        return
+    rank, world_size = int(environment["RANK"]), int(environment["WORLD_SIZE"])
+    descriptor = _listening_descriptor(environment) if rank == 0 else None
+    store = TCPStore(
+        environment.get("MASTER_ADDR", "127.0.0.1"),
+        int(environment["MASTER_PORT"]),
+        world_size,
+        is_master=rank == 0,
+        timeout=_TIMEOUT,
+        master_listen_fd=descriptor,
+    )
+    dist.init_process_group(backend.collectives, store=store, rank=rank, world_size=world_size, timeout=_TIMEOUT)
+
+
+def _listening_descriptor(environment: Mapping[str, str]) -> int:
+    """The inherited socket, checked: a wrong number would let the store listen on some other file."""
+    descriptor = int(environment[STORE_DESCRIPTOR])
+    try:
+        with socket.socket(fileno=os.dup(descriptor)) as inherited:
+            port = inherited.getsockname()[1]
+    except OSError as error:
+        raise UsageError(
+            f"{STORE_DESCRIPTOR} is {descriptor}, which is no listening socket of this process. Nothing was started.",
+            hint=f"unset {STORE_DESCRIPTOR}, or start the processes with `megamask train`",
+        ) from error
+    if port != int(environment["MASTER_PORT"]):
+        raise UsageError(
+            f"{STORE_DESCRIPTOR} listens on port {port}, but MASTER_PORT is {environment['MASTER_PORT']}. "
+            "Nothing was started.",
+            hint=f"unset {STORE_DESCRIPTOR}, or start the processes with `megamask train`",
+        )
+    return descriptor
+
+
+def destroy_process_group() -> None:
+    """Leaves the job; harmless if none was joined."""
+    if dist.is_initialized():
+        dist.destroy_process_group()

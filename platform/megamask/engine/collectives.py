@@ -1,0 +1,69 @@
+"""Agreement between ranks: small, exact values that every rank must know alike."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+class Collectives:
+    """Collective calls over all ranks of the job; every rank must make each of them, in the same order.
+
+    Args:
+        device: where tensors must live for the process group.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+
+    @property
+    def rank(self) -> int:
+        """Global rank of this process."""
+        return dist.get_rank()
+
+    @property
+    def world_size(self) -> int:
+        """Processes of the job."""
+        return dist.get_world_size()
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is global rank 0."""
+        return self.rank == 0
+
+    def sum_integers(self, values: Sequence[int]) -> list[int]:
+        """Element-wise sums, exact; the sums must fit 64 bits with sign."""
+        tensor = torch.tensor(list(values), dtype=torch.int64, device=self._device)
+        dist.all_reduce(tensor, op=dist.ReduceOp.SUM)
+        return [int(value) for value in tensor.tolist()]
+
+    def max_integer(self, value: int) -> int:
+        """The largest value of any rank."""
+        tensor = torch.tensor([value], dtype=torch.int64, device=self._device)
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+        return int(tensor.item())
+
+    def sum_double(self, value: float) -> float:
+        """The sum in float64; the same bits on every rank, and again on the same layout."""
+        tensor = torch.tensor([value], dtype=torch.float64, device=self._device)
+        dist.all_reduce(tensor, op=dist.ReduceOp.SUM)
+        return float(tensor.item())
+
+    def broadcast_object(self, value: Any) -> Any:
+        """Rank 0's value, on every rank."""
+        values = [value]
+        dist.broadcast_object_list(values, src=0)
+        return values[0]
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        """The values of all ranks in rank order, on every rank."""
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
+
+    def barrier(self) -> None:
+        """Waits until every rank has come here."""
+        self.max_integer(0)

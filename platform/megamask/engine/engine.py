@@ -1,0 +1,199 @@
+"""The engine room: one object that trains, scores, saves and restores a network under any layout."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import parallel_state, tensor_parallel
+
+from megamask.config.schema.layout import LayoutConfig
+from megamask.config.schema.optimizer import OptimizerConfig
+from megamask.config.schema.training import TrainingConfig
+from megamask.diffusion.objective import ObjectiveSpec
+from megamask.engine import scoring, state
+from megamask.engine.backend import Backend, select_backend
+from megamask.engine.canonical import CanonicalMap
+from megamask.engine.collectives import Collectives
+from megamask.engine.head import MaskedRowHead
+from megamask.engine.network import build_network, wrap_data_parallel
+from megamask.engine.optimizer import ShardedAdamW
+from megamask.engine.step import Batch, Stage, StepReport, TrainingStep
+from megamask.engine.topology import Topology
+from megamask.models.spec import ModelSpec
+from megamask.models.vocabulary import Vocabulary
+from megamask.storage.hashing import hash_of
+
+
+class Engine:
+    """A network on this rank's part of the layout, ready to train; needs an initialised process group.
+
+    Every method but the properties and `members` is called by all ranks together. The layout was checked against the
+    model by the config (config/validate.py); here only the number of processes is.
+
+    Args:
+        seed: run.seed, the key of initial weights and of the noise.
+
+    Raises:
+        UsageError: the layout's sizes do not multiply to the number of processes.
+    """
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        vocabulary: Vocabulary,
+        objective: ObjectiveSpec,
+        optimizer: OptimizerConfig,
+        layout: LayoutConfig,
+        training: TrainingConfig,
+        seed: int,
+    ) -> None:
+        backend = select_backend()
+        self._collectives = Collectives(backend.device)
+        topology = Topology.from_layout(layout, rank=self._collectives.rank, world_size=self._collectives.world_size)
+        _create_groups(topology)
+        self._spec = spec
+        self._micro_batch_size = training.micro_batch_size
+        network = build_network(spec, topology, seed=seed)
+        model = wrap_data_parallel(network)
+        self._optimizer = ShardedAdamW(model, optimizer)
+        self._stage = Stage(
+            topology=topology,
+            backend=backend,
+            collectives=self._collectives,
+            network=network,
+            model=model,
+            head=MaskedRowHead(vocabulary, objective, topology, backend.device),
+            vocabulary=vocabulary,
+            objective=objective,
+        )
+        self._step = TrainingStep(
+            self._stage,
+            self._optimizer,
+            micro_batch_size=training.micro_batch_size,
+            head_capacity=training.head_capacity,
+            seed=seed,
+        )
+
+    @property
+    def backend(self) -> Backend:
+        """The machine under this engine."""
+        return self._stage.backend
+
+    @property
+    def topology(self) -> Topology:
+        """Where this rank stands."""
+        return self._stage.topology
+
+    @property
+    def rank(self) -> int:
+        """Global rank of this process."""
+        return self._collectives.rank
+
+    @property
+    def world_size(self) -> int:
+        """Processes of the job."""
+        return self._collectives.world_size
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is global rank 0."""
+        return self._collectives.is_main
+
+    def members(self, global_batch_size: int) -> list[int]:
+        """Places of the global batch that this rank computes, in the order that `step` expects its samples."""
+        return self.topology.members(global_batch_size, self._micro_batch_size)
+
+    def step(self, batch: Batch, *, step: int, learning_rate: float) -> StepReport:
+        """Takes one training step on this rank's share of a global batch.
+
+        Args:
+            step: 1-based number of the step, which the noise law asks for.
+            learning_rate: of this step.
+
+        Raises:
+            UsageError: a micro-batch masks more positions than training.head_capacity, on every rank alike.
+        """
+        return self._step.run(batch, step=step, learning_rate=learning_rate)
+
+    def masked_cross_entropy(self, x_t: torch.Tensor, x_0: torch.Tensor, is_masked: torch.Tensor) -> torch.Tensor:
+        """Each row's sum of cross entropy over its masked positions; forward only, training is not touched.
+
+        Shapes: x_t, x_0 int64 [r, s]; is_masked bool [r, s]; returns float64 [r] on the CPU, nats, the same on all
+        ranks of this data-parallel coordinate.
+        """
+        rows_per_pass = self._micro_batch_size * self._stage.objective.num_views
+        return scoring.masked_cross_entropy(self._stage, x_t, x_0, is_masked, rows_per_pass=rows_per_pass)
+
+    def sum_over_ranks(self, value: int) -> int:
+        """The exact sum of every rank's value."""
+        return self._collectives.sum_integers([value])[0]
+
+    def max_over_ranks(self, value: int) -> int:
+        """The largest value of any rank."""
+        return self._collectives.max_integer(value)
+
+    def broadcast_object(self, value: Any) -> Any:
+        """Rank 0's value, on every rank."""
+        return self._collectives.broadcast_object(value)
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        """The values of all ranks in rank order, on every rank."""
+        return self._collectives.gather_objects(value)
+
+    def barrier(self) -> None:
+        """Waits until every rank has come here."""
+        self._collectives.barrier()
+
+    def save_state(self, folder: Path) -> list[str]:
+        """Writes weights and Adam's state, each rank its own share; returns the names of this rank's files.
+
+        Raises:
+            StorageError, OSError: some rank could not write; every rank raises.
+        """
+        return state.save(folder, self._optimizer, self._canonical, self._collectives)
+
+    def load_state(self, folder: Path) -> None:
+        """Restores what `save_state` wrote, under this engine's layout, whichever it was written under.
+
+        Raises:
+            CheckpointIntegrityError: the folder does not hold the whole state of this network.
+        """
+        state.load(folder, self._optimizer, self._canonical)
+        self._optimizer.publish_weights()
+
+    def parameter_digest(self) -> str:
+        """sha256 over all weights; equal for two runs of one layout exactly if their weights are equal, bit for bit."""
+        digest = hashlib.sha256()
+        for name, parameter in sorted(self._stage.network.named_parameters()):
+            digest.update(name.encode())
+            digest.update(parameter.detach().cpu().numpy().tobytes())
+        return hash_of(*self.gather_objects(digest.hexdigest()))
+
+    def close(self) -> None:
+        """Frees the groups of this layout, so that another engine can be made; the process group stays."""
+        parallel_state.destroy_model_parallel()
+
+    @property
+    def _canonical(self) -> CanonicalMap:
+        return CanonicalMap(spec=self._spec, topology=self.topology)
+
+
+def _create_groups(topology: Topology) -> None:
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=topology.tensor_parallel_size,
+        pipeline_model_parallel_size=topology.pipeline_parallel_size,
+        create_gloo_process_groups=False,
+    )
+    actual = (
+        parallel_state.get_tensor_model_parallel_rank(),
+        parallel_state.get_data_parallel_rank(),
+        parallel_state.get_pipeline_model_parallel_rank(),
+    )
+    expected = (topology.tensor_parallel_rank, topology.data_parallel_rank, topology.pipeline_parallel_rank)
+    if actual != expected:
+        raise RuntimeError(f"megatron-core places rank {topology.rank} at {actual}, the topology at {expected}")
+    # sequence parallelism forks a generator of this name; nothing draws from it, dropout is 0
+    tensor_parallel.model_parallel_cuda_manual_seed(1)

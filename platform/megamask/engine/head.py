@@ -1,0 +1,69 @@
+"""The masked-row head: logits only where the loss is.
+
+Shapes: r rows (views of samples), s sequence, h hidden, m scored positions (fixed), v padded vocabulary, tp ranks.
+"""
+
+from __future__ import annotations
+
+import torch
+from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
+
+from megamask.diffusion.objective import ObjectiveSpec
+from megamask.engine.network import DiffusionNetwork
+from megamask.engine.topology import Topology
+from megamask.errors import UsageError
+from megamask.models.vocabulary import Vocabulary
+
+
+class MaskedRowHead:
+    """Scores positions of the last stage's hidden states over the real vocabulary.
+
+    Padding columns never enter the softmax, on any layout; the mask token's logit does not either, unless the
+    objective includes it.
+    """
+
+    def __init__(
+        self, vocabulary: Vocabulary, objective: ObjectiveSpec, topology: Topology, device: torch.device
+    ) -> None:
+        shard = vocabulary.padded_vocab_size // topology.tensor_parallel_size
+        first = topology.tensor_parallel_rank * shard
+        ids = torch.arange(first, first + shard, device=device)
+        self._is_excluded = ids >= vocabulary.vocab_size
+        if objective.mask_logit == "excluded":
+            self._is_excluded |= ids == vocabulary.mask_token_id
+
+    def cross_entropy(
+        self, network: DiffusionNetwork, hidden: torch.Tensor, x_0: torch.Tensor, indices: torch.Tensor
+    ) -> torch.Tensor:
+        """Cross entropy of the clean tokens at the chosen positions.
+
+        Shapes: hidden [s, r, h]; x_0 [r, s]; indices [m] into the flattened r*s positions; returns float32 [m], nats.
+        """
+        num_rows, sequence_length = x_0.shape
+        in_sequence_order = indices % sequence_length * num_rows + indices // sequence_length
+        rows = hidden.reshape(-1, hidden.size(-1)).index_select(0, in_sequence_order)
+        logits = network.project(rows).masked_fill_(self._is_excluded, float("-inf"))
+        targets = x_0.reshape(-1).index_select(0, indices)
+        cross_entropy: torch.Tensor = vocab_parallel_cross_entropy(logits, targets)
+        return cross_entropy
+
+
+def check_capacity(largest_count: int, capacity: int, *, micro_batch_size: int) -> None:
+    """Refuses a micro-batch with more masked positions than the head computes; none may be dropped.
+
+    Args:
+        largest_count: masked positions of the fullest micro-batch, over all ranks.
+        capacity: positions that the head computes for a micro-batch.
+
+    Raises:
+        UsageError: naming training.head_capacity and a value that would have been enough.
+    """
+    if largest_count <= capacity:
+        return
+    enough = -(-largest_count // micro_batch_size)
+    raise UsageError(
+        f"training.head_capacity is {capacity // micro_batch_size} rows per sample, but a micro-batch of "
+        f"{micro_batch_size} samples has {largest_count} masked positions; this step needs at least {enough}. "
+        "The step was not taken.",
+        hint="raise training.head_capacity, or set it to null: training.sequence_length rows always suffice",
+    )

@@ -1,0 +1,148 @@
+"""The network of a pipeline stage: megatron-core's GPT, made bidirectional, with weights by the noise law.
+
+Shapes: b rows, s sequence, h hidden channels.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megamask.engine.attention import BidirectionalAttention, RMSNorm
+from megamask.engine.canonical import CanonicalMap
+from megamask.engine.topology import Topology
+from megamask.models.initial_weights import initial_tensor
+from megamask.models.spec import ModelSpec
+
+
+class DiffusionNetwork(GPTModel):  # type: ignore[misc]
+    """One pipeline stage. The last stage returns hidden states, not logits: the head scores masked rows only."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if self.post_process:
+            # The head gathers the sequence itself; each tensor-parallel rank then holds every row, so the gradient
+            # of the rows is a sum over the ranks' vocabulary shards.
+            self.output_layer.sequence_parallel = False
+            self.output_layer.allreduce_dgrad = self.config.tensor_model_parallel_size > 1
+
+    def encode(self, x_t: torch.Tensor | None) -> torch.Tensor:
+        """Runs this stage.
+
+        Args:
+            x_t: [b, s] corrupted ids on the first stage; later stages get their input from the pipeline.
+
+        Returns: [s, b, h] on the last stage (whole sequence), what the next stage expects elsewhere.
+        """
+        hidden: torch.Tensor = self.forward(input_ids=x_t, position_ids=None, attention_mask=None)
+        return hidden
+
+    def project(self, rows: torch.Tensor) -> torch.Tensor:
+        """Logits of this rank's vocabulary shard. Shapes: rows [m, h] -> [m, padded vocabulary / tp]."""
+        weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
+        logits: torch.Tensor = self.output_layer(rows.unsqueeze(1), weight=weight)[0].squeeze(1)
+        return logits
+
+    def _postprocess(self, hidden_states: torch.Tensor, **unused: Any) -> torch.Tensor:
+        if self.post_process and self.config.sequence_parallel:
+            return gather_from_sequence_parallel_region(  # type: ignore[no-any-return]
+                hidden_states, tensor_parallel_output_grad=False, group=self.pg_collection.tp
+            )
+        return hidden_states
+
+
+def build_network(spec: ModelSpec, topology: Topology, *, seed: int) -> DiffusionNetwork:
+    """This rank's pipeline stage, holding the initial weights of `seed`; no rank computes more than its own share."""
+    config = _transformer_config(spec, topology)
+    network = DiffusionNetwork(
+        config=config,
+        transformer_layer_spec=_block_spec(config, len(topology.layers(spec.num_layers))),
+        vocab_size=spec.padded_vocab_size,
+        max_sequence_length=spec.max_sequence_length,
+        position_embedding_type="rope",
+        rotary_base=spec.rope_theta,
+        share_embeddings_and_output_weights=spec.tie_embeddings,
+        pre_process=topology.is_first_stage,
+        post_process=topology.is_last_stage,
+    )
+    _set_initial_weights(network, spec, CanonicalMap(spec=spec, topology=topology), seed)
+    return network
+
+
+def wrap_data_parallel(network: DiffusionNetwork) -> DistributedDataParallel:
+    """Adds gradient buffers and their sums over the data-parallel ranks, sharded for the distributed optimizer."""
+    ddp_config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True, use_distributed_optimizer=True, average_in_collective=False
+    )
+    return DistributedDataParallel(config=network.config, ddp_config=ddp_config, module=network)
+
+
+def _transformer_config(spec: ModelSpec, topology: Topology) -> TransformerConfig:
+    return TransformerConfig(
+        num_layers=spec.num_layers,
+        hidden_size=spec.hidden_size,
+        num_attention_heads=spec.num_attention_heads,
+        num_query_groups=spec.num_query_groups,
+        kv_channels=spec.head_dim,
+        ffn_hidden_size=spec.ffn_hidden_size,
+        normalization="RMSNorm",
+        layernorm_epsilon=spec.norm_eps,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        add_qkv_bias=spec.qkv_bias,
+        qk_layernorm=spec.qk_norm,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        tensor_model_parallel_size=topology.tensor_parallel_size,
+        pipeline_model_parallel_size=topology.pipeline_parallel_size,
+        sequence_parallel=topology.sequence_parallel,
+        params_dtype=torch.float32,
+        pipeline_dtype=torch.float32,
+        perform_initialization=False,  # the noise law sets every weight
+        gradient_accumulation_fusion=False,
+        masked_softmax_fusion=False,
+        bias_dropout_fusion=False,
+        apply_rope_fusion=False,
+        calculate_per_token_loss=True,  # the loss law: a sum, divided once by the global count
+        finalize_model_grads_func=finalize_model_grads,
+    )
+
+
+def _block_spec(config: TransformerConfig, num_layers: int) -> TransformerBlockSubmodules:
+    layer = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=config.qk_layernorm)
+    attention = layer.submodules.self_attention
+    attention.params["attn_mask_type"] = AttnMaskType.no_mask  # the local specification is causal
+    attention.submodules.core_attention = BidirectionalAttention
+    layer.submodules.input_layernorm = RMSNorm
+    layer.submodules.pre_mlp_layernorm = RMSNorm
+    if config.qk_layernorm:
+        attention.submodules.q_layernorm = RMSNorm
+        attention.submodules.k_layernorm = RMSNorm
+    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=RMSNorm)
+
+
+@torch.no_grad()
+def _set_initial_weights(network: DiffusionNetwork, spec: ModelSpec, canonical: CanonicalMap, seed: int) -> None:
+    for name, parameter in network.named_parameters():
+        if canonical.is_sharded(name) and not hasattr(parameter, "tensor_model_parallel"):
+            # megatron-core marks shards while it draws weights; unmarked, the gradient norm would leave them out
+            set_tensor_model_parallel_attributes(parameter, is_parallel=True, dim=0, stride=1)
+        parameter.zero_()  # vocabulary padding stays zero
+        for block in canonical.blocks(name):
+            values = initial_tensor(seed, block.name, spec, block.index, device=str(parameter.device))
+            parameter[block.first_row : block.first_row + block.sizes[0]].copy_(values)

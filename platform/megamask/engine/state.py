@@ -1,0 +1,104 @@
+"""The sharded state: canonical weights and Adam's moments, each rank writing and reading only its own share.
+
+A checkpoint holds, for each canonical tensor NAME, the tensors `NAME` (float32 weights), `optimizer.exp_avg.NAME` and
+`optimizer.exp_avg_sq.NAME`. Names and shapes do not depend on the layout, so any layout loads what any other wrote, and
+no rank ever gathers anything (law 8): that is why megatron-core's `fully_reshardable` mapping, which collects the
+moments of all data-parallel ranks on one of them and stores the weights twice, is not used.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megamask.engine.canonical import CanonicalMap
+from megamask.engine.collectives import Collectives
+from megamask.engine.rectangles import rectangles
+from megamask.engine.torch_dist import Piece, StateReader, write
+from megamask.errors import CheckpointIntegrityError
+from megamask.models.initial_weights import canonical_shapes
+from megamask.models.spec import ModelSpec
+from megamask.storage.hashing import canonical_json
+
+OPTIMIZER_NAME = "optimizer.json"
+FORMAT = "megamask-optimizer"
+VERSION = 1
+
+
+def save(folder: Path, optimizer: Any, canonical: CanonicalMap, collectives: Collectives) -> list[str]:
+    """Writes the state into an existing folder; collective.
+
+    Args:
+        optimizer: the ShardedAdamW that holds this rank's shards.
+
+    Returns: the names of the files that this rank wrote, relative to the folder.
+    Raises:
+        OSError, RuntimeError, StorageError: the storage refused, on some rank; every rank raises.
+    """
+    names = write(folder, list(_pieces(optimizer, canonical, is_saving=True)), collectives)
+    if collectives.is_main:
+        document = {"format": FORMAT, "version": VERSION, "num_updates": optimizer.num_updates}
+        (folder / OPTIMIZER_NAME).write_bytes(canonical_json(document))
+        names.append(OPTIMIZER_NAME)
+    return names
+
+
+def load(folder: Path, optimizer: Any, canonical: CanonicalMap) -> None:
+    """Reads this rank's shards; the weights of other ranks' shards must be gathered afterwards.
+
+    Raises:
+        CheckpointIntegrityError: the folder does not hold the whole state of this network.
+    """
+    num_updates = _read_num_updates(folder / OPTIMIZER_NAME)
+    StateReader(folder).read(list(_pieces(optimizer, canonical, is_saving=False)))
+    optimizer.num_updates = num_updates
+
+
+def read_canonical_weights(folder: Path, spec: ModelSpec) -> dict[str, torch.Tensor]:
+    """All weights by canonical name, float32 on the CPU; needs no process group and no megatron-core.
+
+    Raises:
+        CheckpointIntegrityError: the folder does not hold the weights of such a network.
+    """
+    reader, weights = StateReader(folder), dict[str, torch.Tensor]()
+    for name, shape in canonical_shapes(spec).items():
+        weights[name] = torch.empty(shape, dtype=torch.float32)
+        reader.read([Piece(name=name, shape=tuple(shape), offsets=(0,) * len(shape), data=weights[name])])
+    return weights
+
+
+def _pieces(optimizer: Any, canonical: CanonicalMap, *, is_saving: bool) -> Iterator[Piece]:
+    """Views of this rank's shards; when saving, only those that no other rank stores."""
+    shapes = canonical_shapes(canonical.spec)
+    for shard in optimizer.shards():
+        if is_saving and not canonical.is_owner(shard.parameter):
+            continue
+        columns = math.prod(shard.shape[1:])
+        parts = rectangles(canonical.blocks(shard.parameter), columns=columns, start=shard.start, stop=shard.stop)
+        for part in parts:
+            tensors = {"": shard.weight} | {f"optimizer.{name}.": moment for name, moment in shard.moments.items()}
+            for prefix, flat in tensors.items():
+                yield Piece(
+                    name=prefix + part.name,
+                    shape=tuple(shapes[part.name]),
+                    offsets=part.offsets,
+                    data=flat[part.first : part.first + part.num_elements].view(part.sizes),
+                )
+
+
+def _read_num_updates(path: Path) -> int:
+    try:
+        document = json.loads(path.read_bytes())
+        if document["format"] != FORMAT or document["version"] != VERSION:
+            raise ValueError(f"its format is {document['format']} {document['version']}")
+        return int(document["num_updates"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointIntegrityError(
+            f"{path} cannot be read: {error}. Expected: {FORMAT} version {VERSION}. Nothing was loaded.",
+            hint="choose another checkpoint, or the megamask that wrote it",
+        ) from error

@@ -1,0 +1,267 @@
+"""The torch_dist format (torch.distributed.checkpoint): written in this process, read without trusting its pickle.
+
+megatron-core's writer forks processes and lets a spawned manager import the main program again. Ours calls torch's own
+file-system writer from this thread: no process, no thread, no file that names a path or a random number.
+"""
+
+from __future__ import annotations
+
+import math
+import pickle
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import (
+    LoadPlan,
+    ReadItem,
+    SavePlan,
+    TensorWriteData,
+    WriteItem,
+    WriteItemType,
+)
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+from torch.distributed.checkpoint.storage import WriteResult
+
+from megamask.engine.collectives import Collectives
+from megamask.errors import CheckpointIntegrityError, StorageError
+
+METADATA_NAME = ".metadata"
+_FILE_NAME = re.compile(r"__\d+_\d+\.distcp")
+
+# Everything that the pickle of a Metadata object refers to; any other name in it is refused before it is imported.
+_CHECKPOINT = "torch.distributed.checkpoint."
+_ALLOWED = {
+    (_CHECKPOINT + "metadata", "Metadata"),
+    (_CHECKPOINT + "metadata", "TensorStorageMetadata"),
+    (_CHECKPOINT + "metadata", "TensorProperties"),
+    (_CHECKPOINT + "metadata", "ChunkStorageMetadata"),
+    (_CHECKPOINT + "metadata", "MetadataIndex"),
+    (_CHECKPOINT + "metadata", "_MEM_FORMAT_ENCODING"),
+    (_CHECKPOINT + "filesystem", "_StorageInfo"),
+    ("torch", "Size"),
+    ("torch", "float32"),
+    ("torch.serialization", "_get_layout"),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Piece:
+    """A rectangle of a stored tensor, held by this rank.
+
+    Args:
+        name: of the stored tensor.
+        shape: of the whole stored tensor.
+        offsets: where the rectangle begins.
+        data: float32, the rectangle; written from or read into.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    offsets: tuple[int, ...]
+    data: torch.Tensor
+
+    @property
+    def chunk(self) -> ChunkStorageMetadata:
+        """The rectangle in the format's words."""
+        return ChunkStorageMetadata(offsets=torch.Size(self.offsets), sizes=self.data.size())
+
+
+class _SavePlanner(DefaultSavePlanner):
+    """Writes a list of pieces."""
+
+    def __init__(self, pieces: Sequence[Piece]) -> None:
+        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+        self._data = {(piece.name, piece.offsets): piece.data for piece in pieces}
+        self._items = [_write_item(piece) for piece in pieces]
+
+    def create_local_plan(self) -> SavePlan:
+        return SavePlan(self._items)
+
+    def lookup_object(self, index: MetadataIndex) -> torch.Tensor:
+        return self._data[(index.fqn, tuple(index.offset or ()))]
+
+
+def _write_item(piece: Piece) -> WriteItem:
+    return WriteItem(
+        index=MetadataIndex(piece.name, piece.offsets),
+        type=WriteItemType.SHARD,
+        tensor_data=TensorWriteData(
+            chunk=piece.chunk, properties=TensorProperties(dtype=piece.data.dtype), size=torch.Size(piece.shape)
+        ),
+    )
+
+
+class _Writer(FileSystemWriter):
+    def storage_meta(self) -> StorageMeta | None:
+        return None  # it would store the absolute path and a random number
+
+
+class _LoadPlanner(DefaultLoadPlanner):
+    """Reads a list of pieces out of whatever rectangles were stored."""
+
+    def __init__(self, pieces: Sequence[Piece], plan: LoadPlan) -> None:
+        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+        self._data = {(piece.name, piece.offsets): piece.data for piece in pieces}
+        self._plan = plan
+
+    def create_local_plan(self) -> LoadPlan:
+        return self._plan
+
+    def lookup_tensor(self, index: MetadataIndex) -> torch.Tensor:
+        return self._data[(index.fqn, tuple(index.offset or ()))]
+
+    def load_bytes(self, read_item: ReadItem, value: Any) -> None:
+        raise pickle.UnpicklingError("this state holds no objects, only tensors")
+
+
+@dataclass(kw_only=True)
+class _Part:
+    """What one rank tells rank 0 about its file."""
+
+    plan: SavePlan
+    results: list[WriteResult]
+    failure: str | None
+
+
+def write(folder: Path, pieces: Sequence[Piece], collectives: Collectives) -> list[str]:
+    """Writes all ranks' pieces; collective. Together they must be every element of every tensor exactly once.
+
+    Returns: the names of the files that this rank wrote; rank 0 also writes the index of them all.
+    Raises:
+        OSError, RuntimeError: this rank could not write.
+        StorageError: another rank could not.
+    """
+    rank, is_main = collectives.rank, collectives.is_main
+    planner, writer = _SavePlanner(pieces), _Writer(folder, thread_count=1, sync_files=False, overwrite=False)
+    writer.set_up_storage_writer(is_main)
+    part, failures = _Part(plan=planner.create_local_plan(), results=[], failure=None), list[BaseException]()
+
+    def write_own() -> None:
+        plan = writer.prepare_global_plan([writer.prepare_local_plan(part.plan)] * (rank + 1))[rank]
+        part.results = writer.write_data(planner.finish_plan(plan), planner).wait()
+
+    _attempt(write_own, failures, part)
+    parts: list[_Part] = collectives.gather_objects(part)
+    _raise_alike(parts, failures)
+
+    def write_index() -> None:
+        _, metadata = planner.create_global_plan([part.plan for part in parts])
+        writer.finish(metadata, [part.results for part in parts])
+
+    if is_main:
+        _attempt(write_index, failures, part)
+    _raise_alike(collectives.gather_objects(part), failures)
+    own = sorted({result.storage_data.relative_path for result in part.results} | {f"__{rank}_0.distcp"})
+    return [*own, METADATA_NAME] if is_main else own
+
+
+def _attempt(action: Callable[[], None], failures: list[BaseException], part: _Part) -> None:
+    try:
+        action()
+    except Exception as error:  # noqa: BLE001 - every rank raises once all have been told
+        failures.append(error)
+        part.failure = f"{type(error).__name__}: {error}"
+
+
+def _raise_alike(parts: Sequence[_Part], failures: Sequence[BaseException]) -> None:
+    if failures:
+        raise failures[0]
+    for rank, part in enumerate(parts):
+        if part.failure is not None:
+            raise StorageError(f"rank {rank} could not write its part of the state ({part.failure})")
+
+
+class StateReader:
+    """Reads tensors of a folder, without a process group.
+
+    Raises:
+        CheckpointIntegrityError: the index is missing, names what it may not, or is no index.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._reader = FileSystemReader(folder)
+        self._metadata = _read_metadata(folder)
+        self._reader.set_up_storage_reader(self._metadata, is_coordinator=False)
+
+    def read(self, pieces: Sequence[Piece]) -> None:
+        """Fills the pieces' tensors from the stored ones, whatever rectangles those were cut into.
+
+        Raises:
+            CheckpointIntegrityError: a tensor is missing, has another shape, or lacks elements.
+        """
+        items = [item for piece in pieces for item in self._read_items(piece)]
+        plan = LoadPlan(items)
+        try:
+            self._reader.read_data(plan, _LoadPlanner(pieces, plan)).wait()
+        except (OSError, RuntimeError, AssertionError, KeyError, EOFError, pickle.UnpicklingError) as error:
+            raise self._damaged(f"{type(error).__name__}: {error}") from error
+
+    def _read_items(self, piece: Piece) -> list[ReadItem]:
+        stored = self._metadata.state_dict_metadata.get(piece.name)
+        if not isinstance(stored, TensorStorageMetadata):
+            raise self._damaged(f"it has no tensor {piece.name}")
+        if tuple(stored.size) != piece.shape or stored.properties.dtype != piece.data.dtype:
+            raise self._damaged(
+                f"{piece.name} is {stored.properties.dtype} {tuple(stored.size)} there, "
+                f"{piece.data.dtype} {piece.shape} here"
+            )
+        items: list[ReadItem] = create_read_items_for_chunk_list(piece.name, stored, [piece.chunk])
+        if sum(math.prod(item.lengths) for item in items) != piece.data.numel():
+            raise self._damaged(f"elements of {piece.name} are missing")
+        return items
+
+    def _damaged(self, reason: str) -> CheckpointIntegrityError:
+        return CheckpointIntegrityError(
+            f"the state in {self._folder} cannot be loaded: {reason.splitlines()[0]}",
+            hint="choose another checkpoint; `megamask verify checkpoint` tells whether this one is whole",
+        )
+
+
+class _ClosedUnpickler(pickle.Unpickler):
+    """Builds the classes of the index and nothing else: a pickle may otherwise name any function and call it."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in _ALLOWED:
+            raise pickle.UnpicklingError(f"it names {module}.{name}, which no index does")
+        return super().find_class(module, name)
+
+
+def _read_metadata(folder: Path) -> Metadata:
+    path = folder / METADATA_NAME
+    try:
+        with path.open("rb") as file:
+            metadata = _load_closed(file)
+    except (OSError, EOFError, AttributeError, ValueError, TypeError, pickle.UnpicklingError) as error:
+        raise CheckpointIntegrityError(
+            f"{path} is no index of a state: {error}. Nothing was loaded from it.",
+            hint="choose another checkpoint",
+        ) from error
+    for info in metadata.storage_data.values():
+        if not _FILE_NAME.fullmatch(info.relative_path) or info.transform_descriptors:
+            raise CheckpointIntegrityError(
+                f"{path} names the file {info.relative_path!r}, which no state has. Nothing was loaded from it.",
+                hint="choose another checkpoint",
+            )
+    return metadata
+
+
+def _load_closed(file: BinaryIO) -> Metadata:
+    metadata = _ClosedUnpickler(file).load()
+    if not isinstance(metadata, Metadata) or not isinstance(metadata.storage_data, dict):
+        raise pickle.UnpicklingError("it is no index")
+    return metadata
