@@ -1,0 +1,239 @@
+"""`megamask VERB ...`: finds the verb, prints what it answers, turns errors into messages and exit codes.
+
+Each verb is a module beside this one with `add_arguments(parser)`, `run(arguments) -> dict` and, for people,
+`render(result) -> str`. Only the verb that is asked for is imported, so that help is immediate.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib
+import math
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import IO, Any, NoReturn, Protocol
+
+from megamask.errors import ExitCode, MegamaskError, UsageError
+
+VERBS: Mapping[str, str] = {
+    "prepare": "make a corpus of text",
+    "train": "train a run, or resume it",
+    "evaluate": "measure the likelihood bound of a run or checkpoint on held-out text",
+    "sample": "generate text, or fill in what is masked",
+    "inspect": "show the exact samples and masks of a training step",
+    "verify": "read every byte of a corpus or checkpoint and compare it with its record",
+    "status": "tell where a run stands",
+    "explain": "explain a setting: meaning, range, default, and who set it",
+}
+_HELP = """usage: megamask VERB [CONFIG.yaml] [key.path=value ...] [--json]
+
+Pretrains masked-diffusion language models on megatron-core.
+
+verbs:
+{verbs}
+
+options:
+  -h, --help   this text; `megamask VERB --help` has the verb's
+  --version    the version of megamask
+  --json       with every verb: one JSON object as the last line of stdout, everything else on stderr
+"""
+
+
+class Verb(Protocol):
+    """What a verb's module offers; `render` may be missing."""
+
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        """Declares the verb's arguments."""
+
+    def run(self, arguments: argparse.Namespace) -> dict[str, Any]:
+        """Does the work; an "exit_code" in the answer becomes the process's."""
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose complaint is an error like every other."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(message, hint=f"`{self.prog} --help` shows the arguments")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command.
+
+    Args:
+        arguments: the command line after `megamask`; None means the process's own.
+
+    Returns:
+        The exit code of the contract (megamask.errors.ExitCode).
+    """
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    wants_json = "--json" in given
+    if not given or given[0] in ("-h", "--help"):
+        _print(_help_text(), sys.stdout if given else sys.stderr)
+        return int(ExitCode.DONE if given else ExitCode.USAGE)
+    if given[0] == "--version":
+        from importlib.metadata import version
+
+        _print(f"megamask {version('megamask')}")
+        return int(ExitCode.DONE)
+    with _stdout_kept_for_the_answer(wants_json, owns_process=arguments is None) as answer:
+        return _guarded(lambda: _run_verb(given[0], given[1:], answer), given[0], answer if wants_json else None)
+
+
+def _run_verb(name: str, arguments: list[str], answer: IO[str]) -> int:
+    verb = _import_verb(name)
+    parser = _Parser(prog=f"megamask {name}", description=VERBS[name], allow_abbrev=False)
+    verb.add_arguments(parser)
+    parser.add_argument("--json", action="store_true", help="one JSON object as the last line of stdout")
+    with contextlib.redirect_stdout(answer):  # where --help is printed
+        parsed = parser.parse_intermixed_args(arguments)
+    _configure_logging()
+    result = verb.run(parsed)
+    if parsed.json:
+        _print_json(result, answer)
+    else:
+        render: Callable[[dict[str, Any]], str] = getattr(verb, "render", _render_plainly)
+        _print(render(result), answer)
+    return int(result.get("exit_code") or ExitCode.DONE)
+
+
+def _import_verb(name: str) -> Any:
+    if name not in VERBS:
+        import difflib
+
+        nearest = difflib.get_close_matches(name, VERBS, n=1, cutoff=0.5)
+        hint = f"did you mean {nearest[0]}?" if nearest else "`megamask --help` tells what each verb does"
+        raise UsageError(f"unknown verb {name!r}; allowed: {', '.join(VERBS)}. Nothing was started.", hint=hint)
+    return importlib.import_module(f"megamask_pipelines.cli.{name}")
+
+
+def _guarded(action: Callable[[], int], name: str, json_answer: IO[str] | None) -> int:
+    """The action's exit code, or that of the error that it ends with."""
+    try:
+        return action()
+    except MegamaskError as error:
+        return _report(error, json_answer)
+    except OSError as error:
+        if (refusal := _storage_refusal(error, name)) is not None:
+            return _report(refusal, json_answer)
+        return _report_bug(error, json_answer)
+    except KeyboardInterrupt:
+        interrupted = MegamaskError("interrupted")
+        interrupted.exit_code = ExitCode.INTERRUPTED_TWICE
+        return _report(interrupted, json_answer)
+    except SystemExit as end:  # argparse's --help; a rank that has left its report to the launcher
+        if isinstance(end.code, int):
+            return end.code
+        return int(ExitCode.DONE if end.code is None else ExitCode.BUG)
+    except Exception as error:  # noqa: BLE001  the outermost frame: the traceback is printed, the exit code says bug
+        return _report_bug(error, json_answer)
+
+
+def _report(error: MegamaskError, json_answer: IO[str] | None) -> int:
+    _print(f"error: {error.message}", sys.stderr)
+    if error.hint is not None:
+        _print(f"hint: {error.hint}", sys.stderr)
+    if json_answer is not None:
+        described = {"error": error.message, "hint": error.hint, "exit_code": int(error.exit_code)}
+        _print_json(described, json_answer)
+    return int(error.exit_code)
+
+
+def _report_bug(error: Exception, json_answer: IO[str] | None) -> int:
+    import traceback
+
+    _print("".join(traceback.format_exception(error)).rstrip(), sys.stderr)
+    described = MegamaskError(f"{type(error).__name__}: {error}", hint="this is a bug in megamask; the trace is above")
+    return _report(described, json_answer)
+
+
+def _storage_refusal(error: OSError, name: str) -> MegamaskError | None:
+    """The error of a full, read-only or failing disk that no room has named, or None where storage is not to blame."""
+    from megamask.errors import StorageError
+    from megamask.storage.durable import storage_errors
+
+    try:
+        with storage_errors(f"megamask {name}"):
+            raise error
+    except StorageError as refusal:
+        return refusal
+    except OSError:
+        return None
+
+
+def _configure_logging() -> None:
+    import logging
+
+    logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+
+
+@contextlib.contextmanager
+def _stdout_kept_for_the_answer(wants_json: bool, *, owns_process: bool) -> Iterator[IO[str]]:
+    """With --json, whatever libraries and child processes print goes to stderr; the answer alone goes to stdout.
+
+    Args:
+        owns_process: this is the process's only command, so its descriptor 1 may point at stderr until the end; what C
+            libraries still have in their buffers then cannot follow the answer.
+    """
+    if not wants_json:
+        yield sys.stdout
+        return
+    with contextlib.ExitStack() as stack:
+        answer: IO[str] = sys.stdout
+        if owns_process and (kept := _divert_stdout()) is not None:
+            answer = stack.enter_context(os.fdopen(kept, "w", encoding="utf-8"))
+        stack.enter_context(contextlib.redirect_stdout(sys.stderr))
+        yield answer
+
+
+def _divert_stdout() -> int | None:
+    """Points descriptor 1 at stderr and returns a copy of what it was, or None where one of them is closed."""
+    try:
+        sys.stdout.flush()
+        kept = os.dup(1)
+        os.dup2(2, 1)
+    except (OSError, ValueError, AttributeError):  # AttributeError: the interpreter has no stdout at all
+        return None
+    return kept
+
+
+def _print_json(result: Mapping[str, Any], stream: IO[str]) -> None:
+    import json
+
+    _print(json.dumps(_finite(result), allow_nan=False), stream)
+
+
+def _finite(value: Any) -> Any:
+    """The value with non-finite numbers as strings, as the journal has them: JSON knows no NaN."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else str(value)
+    if isinstance(value, Mapping):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return value
+
+
+def _render_plainly(result: Mapping[str, Any]) -> str:
+    width = max((len(name) for name in result), default=0)
+    return "\n".join(f"{name:{width}}  {value}" for name, value in result.items() if name != "exit_code")
+
+
+def _help_text() -> str:
+    return _HELP.format(verbs="\n".join(f"  {name:10} {text}" for name, text in VERBS.items()))
+
+
+def _print(text: str, stream: IO[str] | None = None) -> None:
+    """Writes a line; a reader that has gone away (`| head`) is no error."""
+    stream = sys.stdout if stream is None else stream
+    try:
+        stream.write(f"{text.rstrip()}\n")
+        stream.flush()
+    except BrokenPipeError:
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # so that the interpreter's last flush is quiet
+
+
+if __name__ == "__main__":
+    sys.exit(main())
