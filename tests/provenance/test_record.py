@@ -42,6 +42,19 @@ def test_code_version_is_the_packages_without_a_readable_checkout(
     assert record.code_version() == "megamask-1.2"
 
 
+@pytest.mark.parametrize(
+    ("package", "has_git", "is_tree"),
+    [("platform/megamask", True, True), ("platform/megamask", False, False), ("lib/megamask", True, False)],
+)
+def test_source_tree_is_only_a_checkout_of_this_project(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: str, has_git: bool, is_tree: bool
+) -> None:
+    if has_git:
+        (tmp_path / ".git").mkdir()
+    monkeypatch.setattr(record, "__file__", str(tmp_path / package / "provenance" / "record.py"))
+    assert record.source_tree() == (tmp_path if is_tree else None)
+
+
 def test_library_versions_leave_out_what_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(record, "_LIBRARIES", ("numpy", "no-such-library"))
     versions = record.library_versions()

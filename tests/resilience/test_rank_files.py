@@ -20,10 +20,11 @@ def test_rank_failures_read_back_by_rank(tmp_path: Path) -> None:
     assert (tmp_path / "attempts/0001/rank-00003.json").exists()
 
 
-def test_first_failure_of_a_rank_holds(tmp_path: Path) -> None:
+def test_first_failure_of_a_rank_holds(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert write_rank_failure(tmp_path, 1, rank=0, exit_code=64, reason="first")
     assert not write_rank_failure(tmp_path, 1, rank=0, exit_code=1, reason="second")
     assert read_rank_failures(tmp_path, 1)[0].reason == "first"
+    assert caplog.text == ""
 
 
 def test_rank_failure_never_raises_when_storage_refuses(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

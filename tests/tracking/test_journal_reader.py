@@ -71,6 +71,13 @@ def test_tail_ends_with_the_last_line_whatever_the_budget(run_dir: Path, budget:
     assert lines == everything[-len(lines) :]
 
 
+def test_tail_keeps_a_line_that_fits_exactly(run_dir: Path) -> None:
+    sizes = [len(line.data) + 1 for line in tail(run_dir, 10**9)]
+    for count in (1, 2, 3):
+        assert len(tail(run_dir, sum(sizes[-count:]))) == count
+        assert len(tail(run_dir, sum(sizes[-count:]) - 1)) == max(count - 1, 3 if count == 1 else 1)
+
+
 def test_tail_offsets_point_at_their_lines(run_dir: Path) -> None:
     for line in tail(run_dir, 700):
         data = line.file.path.read_bytes()
@@ -85,6 +92,11 @@ def test_verify_finds_a_removed_line(run_dir: Path) -> None:
     assert [finding.line for finding in verify_chain(run_dir)] == [2]
     path.write_bytes(first + second + third)
     assert verify_chain(run_dir) == []
+
+
+def test_verify_finds_a_wrong_count_on_a_line_whose_hashes_hold(run_dir: Path) -> None:
+    change(journal_files(run_dir)[-1].path, b'"seq":9,', b'"seq":8,')
+    assert [finding.problem for finding in verify_chain(run_dir)] == ["its seq is 8, after 8"]
 
 
 def test_verify_finds_a_removed_file(run_dir: Path) -> None:

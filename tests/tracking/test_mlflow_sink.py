@@ -181,6 +181,18 @@ def test_deleted_run_is_made_anew_with_its_whole_history(output_dir: Path) -> No
     assert [step for step, _ in history(output_dir, "deleted", "loss")] == [1, 2, 3]
 
 
+def test_parameter_that_is_written_otherwise_later_keeps_its_first_value(output_dir: Path) -> None:
+    """MLflow refuses to change a parameter; a later version that writes the same setting otherwise still sends."""
+    run_dir = make_run(output_dir, "params", identity={"optimizer.eps": "1e-8"})
+    write_attempt(run_dir, 1, range(1, 2), 75)
+    assert send(run_dir)
+    record = json.loads((run_dir / "run.json").read_text())
+    (run_dir / "run.json").write_text(json.dumps({**record, "identity": {"optimizer.eps": 1e-08}}))
+    write_attempt(run_dir, 2, range(2, 3), 75)
+    assert send(run_dir)
+    assert stored_run(output_dir, "params").data.params == {"optimizer.eps": "1e-8"}
+
+
 def test_backlog_longer_than_a_batch_arrives_whole(output_dir: Path) -> None:
     run_dir = make_run(output_dir, "long")
     write_attempt(run_dir, 1, range(1, 801), 75)  # 3 points a step

@@ -10,8 +10,6 @@ from functools import cache
 from importlib import metadata
 from pathlib import Path
 
-import megamask
-
 _LIBRARIES = (
     "torch",
     "megatron-core",
@@ -40,9 +38,9 @@ def code_version() -> str:
 
 def source_tree() -> Path | None:
     """The checkout that this package runs from, or None when it was installed."""
-    package = Path(megamask.__file__).resolve().parent
-    root = package.parent.parent
-    return root if (root / ".git").exists() and (root / "platform" / "megamask") == package else None
+    package = Path(__file__).resolve().parents[1]
+    root = package.parents[1]
+    return root if (root / ".git").exists() and root / "platform" / "megamask" == package else None
 
 
 def library_versions() -> dict[str, str]:
