@@ -1,0 +1,98 @@
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import webdataset
+import yaml
+
+from megamask.data.manifest import Manifest
+from megamask_pipelines.cli import prepare
+from megamask_pipelines.corpus import prepare_corpus, progress_display
+from support.texts import corpus_config, write_inputs
+
+CONTRACT = {"corpus_id", "documents", "tokens", "sequences", "shards", "bytes"}
+
+
+def arguments(*given: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    prepare.add_arguments(parser)
+    return parser.parse_args(given)
+
+
+def test_job_reports_the_corpus_it_made(tmp_path: Path) -> None:
+    report = prepare_corpus(corpus_config(write_inputs(tmp_path / "inputs"), tmp_path / "corpus"))
+    manifest = Manifest.load(tmp_path / "corpus")
+    assert set(report) >= CONTRACT
+    assert report["corpus_id"] == manifest.corpus_id
+    assert report["sequences"] == sum(split.num_rows for split in manifest.splits.values())
+    assert report["reused"] is False
+    assert json.loads(json.dumps(report)) == report
+
+
+def test_shards_of_a_prepared_corpus_are_plain_webdatasets(tmp_path: Path) -> None:
+    prepare_corpus(corpus_config(write_inputs(tmp_path / "inputs"), tmp_path / "corpus"))
+    manifest = Manifest.load(tmp_path / "corpus")
+    urls = [str(tmp_path / "corpus" / shard.name) for shard in manifest.split("train").shards]
+    keys = [sample["__key__"] for sample in webdataset.WebDataset(urls, shardshuffle=False, empty_check=False)]
+    assert keys == [f"{number:06d}" for number in range(manifest.split("train").num_blocks)]
+
+
+def test_progress_is_silent_when_stderr_is_no_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    prepare_corpus(corpus_config(write_inputs(tmp_path / "inputs"), tmp_path / "corpus"))
+    captured = capsys.readouterr()
+    assert (captured.out, captured.err) == ("", "")
+
+
+def test_progress_names_each_phase_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setenv("TERM", "xterm")
+    with progress_display() as progress:
+        progress("reading the inputs", 0, 10)
+        progress("encoding", 10, 10)
+    assert "reading the inputs" in terminal.getvalue()
+    assert "encoding" in terminal.getvalue()
+
+
+def test_verb_prepares_what_the_config_and_overrides_say(tmp_path: Path) -> None:
+    inputs = write_inputs(tmp_path / "inputs")
+    config = tmp_path / "corpus.yaml"
+    section = {"inputs": inputs, "output_dir": "x", "sequence_length": 16, "tokenizer": {"vocab_size": 280}}
+    config.write_text(yaml.safe_dump({"corpus": section}))
+    given = arguments(str(config), f"corpus.output_dir={tmp_path}/corpus", "corpus.sequence_length=32")
+    result = prepare.run(given)
+    assert set(result) >= CONTRACT
+    assert Manifest.load(tmp_path / "corpus").sequence_length == 32
+    again = prepare.run(given)
+    assert again == result | {"reused": True}
+
+
+def test_verb_tells_a_person_in_two_lines_whether_anything_was_made() -> None:
+    result = SimpleNamespace(
+        **dict.fromkeys(["documents", "bytes", "tokens", "vocab_size", "sequences", "shards"], 3),
+        corpus_id="c0ffee",
+        output_dir="corpora/x",
+    )
+    made = prepare.render(vars(result) | {"reused": False})
+    found = prepare.render(vars(result) | {"reused": True})
+    assert made.splitlines()[0] == "corpus c0ffee prepared in corpora/x"
+    assert found.splitlines()[0] == "corpus c0ffee is already in corpora/x"
+    assert len(made.splitlines()) == 2
+
+
+def test_shipped_corpus_config_prepares_the_standard_library_twice_alike(tmp_path: Path) -> None:
+    config = str(Path(__file__).parents[2] / "configs" / "corpus" / "python_stdlib.yaml")
+    first = prepare.run(arguments(config, f"corpus.output_dir={tmp_path}/one"))
+    second = prepare.run(arguments(config, f"corpus.output_dir={tmp_path}/two"))
+    assert first["corpus_id"] == second["corpus_id"]
+    assert (first["documents"] > 100, Manifest.load(tmp_path / "one").vocab_size) == (True, 512)
