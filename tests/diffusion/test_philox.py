@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import megamask.diffusion.philox as philox_module
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+
+import megamask.diffusion.philox as philox_module
 from megamask.diffusion.philox import Purpose, philox4x32, run_key, uniform_words
 from support.order_oracle import philox4x32_10
 

@@ -1,0 +1,107 @@
+"""From clean rows to noised rows: which positions are masked, and how much each view weighs.
+
+A pure function of the run key and the global sample index: any rank, layout or restart makes the same masks, and
+nobody sends them. Shapes: b samples, r = b * views rows, L positions.
+
+Sources: masks and weights, MDLM (arXiv:2406.07524) and MD4 (arXiv:2406.04329); the complementary pair with weights
+p'/p and p'/(1-p) keeps both views unbiased for the NELBO under every schedule (docs/architecture.md, section 4).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megamask.diffusion.philox import Purpose, uniform_words
+from megamask.diffusion.schedule import NoiseSchedule, threshold
+
+_RESOLUTION = 1 << 32
+
+
+@dataclass(frozen=True, kw_only=True)
+class CorruptedBatch:
+    """Noised rows, sample-major: A0 B0 A1 B1 ... for the pair, A0 A1 ... for the single view.
+
+    Args:
+        x_t: int64 [r, L], x_0 with the mask id at masked positions.
+        x_0: int64 [r, L], the clean ids.
+        is_masked: bool [r, L], what is scored.
+        weight: float32 [r], of each masked position's cross entropy.
+    """
+
+    x_t: Tensor
+    x_0: Tensor
+    is_masked: Tensor
+    weight: Tensor
+
+
+def corrupt(
+    x_0: Tensor,
+    is_eligible: Tensor,
+    sample_index: Tensor,
+    times: Sequence[float],
+    *,
+    schedule: NoiseSchedule,
+    complementary: bool,
+    mask_token_id: int,
+    key: tuple[int, int],
+    draw: int = 0,
+    first_position: int = 0,
+) -> CorruptedBatch:
+    """Noises samples by the noise law.
+
+    View A masks the eligible positions with u_pos < T, T = floor(p(t) * 2^32), and weighs p'(t) / p^ with p^ = T/2^32.
+    View B of a complementary pair masks the other eligible positions and weighs p'(t) / (1 - p^).
+
+    Args:
+        x_0: int64 [b, L] clean ids.
+        is_eligible: bool [b, L]; other positions are never masked.
+        sample_index: int64 [b], global index of each sample.
+        times: t of each sample, in [0, 1).
+        schedule: how p depends on t.
+        complementary: whether to make view B too.
+        mask_token_id: what stands at a masked position.
+        key: the run key.
+        draw: 0 for training; independent views count up from 1.
+        first_position: place in the row of column 0, for a rank that owns a part of each row.
+
+    Raises:
+        ValueError: when the shapes do not agree.
+    """
+    num_samples, num_positions = x_0.shape
+    if is_eligible.shape != x_0.shape or sample_index.shape != (num_samples,) or len(times) != num_samples:
+        raise ValueError(
+            f"x_0 is {tuple(x_0.shape)}, is_eligible {tuple(is_eligible.shape)}, sample_index "
+            f"{tuple(sample_index.shape)}, with {len(times)} times; allowed: [b, L], [b, L], [b] and b times"
+        )
+    thresholds = [threshold(schedule.mask_probability(t)) for t in times]
+    words = uniform_words(
+        sample_index, num_positions, purpose=Purpose.MASK, key=key, draw=draw, first_position=first_position
+    )
+    limits = torch.tensor(thresholds, dtype=torch.int64, device=x_0.device)
+    is_below = words < limits[:, None]
+    views = [is_eligible & is_below, is_eligible & ~is_below] if complementary else [is_eligible & is_below]
+    is_masked = torch.stack(views, dim=1).reshape(-1, num_positions)
+    clean = x_0.repeat_interleave(len(views), dim=0)
+    return CorruptedBatch(
+        x_t=clean.masked_fill(is_masked, mask_token_id),
+        x_0=clean,
+        is_masked=is_masked,
+        weight=_weights(schedule, times, thresholds, complementary=complementary).to(x_0.device),
+    )
+
+
+def _weights(
+    schedule: NoiseSchedule, times: Sequence[float], thresholds: Sequence[int], *, complementary: bool
+) -> Tensor:
+    """float32 [r] on the host, divided in float64: the probabilities are those of the thresholds, not of p(t)."""
+    weights = []
+    for t, limit in zip(times, thresholds, strict=True):
+        realised = limit / _RESOLUTION
+        weights.append(schedule.derivative(t) / realised)
+        if complementary:
+            weights.append(schedule.derivative(t) / (1 - realised))
+    return torch.tensor(weights, dtype=torch.float64).to(torch.float32)

@@ -1,0 +1,107 @@
+"""Noise schedules and the times at which a global batch is noised.
+
+A schedule only chooses how the mask probability p is sampled: the NELBO is an integral over p, and the weight p'(t) / p
+undoes the choice. p and p' are computed in float64 on the host, so every rank and device uses the same thresholds.
+
+Sources: linear, LLaDA (arXiv:2502.09992); sine, MD4 (arXiv:2406.04329); cosine, BD3-LM (arXiv:2503.09573). The last
+two are both called "cosine" in the field and curve in opposite ways, so their names here say whose they are.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from megamask.diffusion.philox import Purpose, philox4x32
+from megamask.errors import UsageError
+
+EPS = 1e-3
+"""p stays within [EPS, 1 - EPS], so that no weight exceeds p' / EPS."""
+
+_RESOLUTION = 1 << 32
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoiseSchedule:
+    """p(t) = EPS + (1 - 2*EPS) * s(t) with s(0) = 0 and s(1) = 1, rising.
+
+    Args:
+        name: as in `objective.noise_schedule`.
+        shape: s.
+        shape_derivative: s'.
+    """
+
+    name: str
+    shape: Callable[[float], float]
+    shape_derivative: Callable[[float], float]
+
+    def mask_probability(self, t: float) -> float:
+        """p(t), the chance that an eligible token is masked in view A; t in [0, 1]."""
+        return EPS + (1 - 2 * EPS) * self.shape(t)
+
+    def derivative(self, t: float) -> float:
+        """p'(t), not negative."""
+        return (1 - 2 * EPS) * self.shape_derivative(t)
+
+
+def _one(t: float) -> float:
+    return 1.0
+
+
+_SCHEDULES = {
+    schedule.name: schedule
+    for schedule in (
+        NoiseSchedule(name="linear", shape=float, shape_derivative=_one),
+        NoiseSchedule(
+            name="cosine_md4",
+            shape=lambda t: math.sin(math.pi * t / 2),
+            shape_derivative=lambda t: math.pi / 2 * math.cos(math.pi * t / 2),
+        ),
+        NoiseSchedule(
+            name="cosine_bd3",
+            shape=lambda t: 1 - math.cos(math.pi * t / 2),
+            shape_derivative=lambda t: math.pi / 2 * math.sin(math.pi * t / 2),
+        ),
+    )
+}
+
+
+def noise_schedule(name: str) -> NoiseSchedule:
+    """The schedule of that name.
+
+    Raises:
+        UsageError: when there is none.
+    """
+    if name not in _SCHEDULES:
+        raise UsageError(
+            f"objective.noise_schedule is {name!r}; allowed: {', '.join(_SCHEDULES)}. Nothing was started."
+        )
+    return _SCHEDULES[name]
+
+
+def stratified_times(step: int, global_batch_size: int, key: tuple[int, int]) -> list[float]:
+    """t_j = frac(u + j/B) of each place j of a global batch: one time in each of B equal strata of [0, 1).
+
+    Args:
+        step: 1-based number of the update that the batch makes.
+        global_batch_size: B, samples of the whole batch, whatever the layout.
+        key: the run key.
+
+    Returns:
+        B float64 times, place 0 first. u is made of 53 bits of Philox, purpose 2, index step - 1.
+
+    Raises:
+        ValueError: for a step or a batch size below 1.
+    """
+    if step < 1 or global_batch_size < 1:
+        raise ValueError(f"step and global_batch_size are at least 1, not {step} and {global_batch_size}")
+    index = step - 1
+    words = philox4x32((index % _RESOLUTION, index // _RESOLUTION, 0, int(Purpose.STRATIFIED_TIME)), key)
+    u = (int(words[0]) * 2**21 + int(words[1]) // 2**11) * 2.0**-53
+    return [math.modf(u + place / global_batch_size)[0] for place in range(global_batch_size)]
+
+
+def threshold(p: float) -> int:
+    """T = floor(p * 2^32): a position is masked where its 32-bit word is below T, so with probability T / 2^32."""
+    return math.floor(p * _RESOLUTION)
