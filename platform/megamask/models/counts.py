@@ -1,0 +1,49 @@
+"""Parameters and floating-point operations of a network."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from megamask.models.initial_weights import canonical_shapes
+from megamask.models.spec import ModelSpec
+
+
+@dataclass(frozen=True, kw_only=True)
+class FlopsPerToken:
+    """Floating-point operations per position that the network sees; a multiply-add counts two.
+
+    Args:
+        forward: one forward pass.
+        training: forward and backward, three times the forward pass; recomputation is not counted.
+    """
+
+    forward: float
+    training: float
+
+
+def parameter_count(spec: ModelSpec) -> int:
+    """Trainable numbers of the canonical tensors; vocabulary padding is not counted, a tied head once."""
+    return sum(math.prod(shape) for shape in canonical_shapes(spec).values())
+
+
+def flops_per_token(spec: ModelSpec, *, scored_fraction: float = 0.5) -> FlopsPerToken:
+    """Matrix products per processed position, for MFU.
+
+    Attention is bidirectional, so every position attends to all `max_sequence_length` positions: twice what is usual
+    for causal models. Embedding look-up, norms, rotary positions and softmax are left out, as is usual.
+
+    Args:
+        spec: the network.
+        scored_fraction: part of the positions that the head scores. A complementary pair scores each token in exactly
+            one of its two rows, and a single view masks one half on average: 0.5.
+    """
+    matrices = sum(
+        math.prod(shape)
+        for name, shape in canonical_shapes(spec).items()
+        if name.startswith("model.layers.") and len(shape) == 2
+    )
+    scores_and_mixture = 2 * spec.max_sequence_length * spec.num_attention_heads * spec.head_dim * spec.num_layers
+    head = scored_fraction * spec.vocab_size * spec.hidden_size
+    forward = 2.0 * (matrices + scores_and_mixture + head)
+    return FlopsPerToken(forward=forward, training=3 * forward)

@@ -1,0 +1,135 @@
+"""Initial weights by the noise law: every layout starts from the same network.
+
+Each element is an integer function of (run.seed, canonical name, row-major place of the element), so a rank makes just
+the part that it owns. Names and shapes are those of the unfused, Hugging-Face-style tensors, with global layer numbers
+and the unpadded vocabulary. The law is in docs/architecture.md, section 4, "Initial weights".
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from functools import lru_cache
+from types import MappingProxyType
+
+import torch
+from torch import Tensor
+
+from megamask.diffusion.philox import Purpose, philox4x32
+from megamask.models.spec import ModelSpec
+from megamask.storage.hashing import hash_of, key_of
+
+WEIGHTS_LAW_VERSION = 1
+
+# A sum of twelve uniform 16-bit integers has this mean, and this standard deviation: twelve times (65536^2 - 1) / 12.
+_MEAN_OF_TWELVE = 393210
+_STD_OF_TWELVE = math.sqrt(65536**2 - 1)
+_ELEMENTS_AT_A_TIME = 1 << 20  # bounds the temporaries to about 100 MiB
+
+
+@lru_cache(maxsize=8)
+def canonical_shapes(spec: ModelSpec) -> Mapping[str, tuple[int, ...]]:
+    """Name and shape of every canonical tensor, in the network's order; lm_head.weight is absent where it is tied."""
+    hidden, queries, keys = (
+        spec.hidden_size,
+        _width(spec.num_attention_heads, spec),
+        _width(spec.num_query_groups, spec),
+    )
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (spec.vocab_size, hidden)}
+    for layer in range(spec.num_layers):
+        prefix = f"model.layers.{layer}."
+        shapes[prefix + "input_layernorm.weight"] = (hidden,)
+        for letter, rows in (("q", queries), ("k", keys), ("v", keys)):
+            shapes[f"{prefix}self_attn.{letter}_proj.weight"] = (rows, hidden)
+            if spec.qkv_bias:
+                shapes[f"{prefix}self_attn.{letter}_proj.bias"] = (rows,)
+        if spec.qk_norm:
+            shapes[prefix + "self_attn.q_norm.weight"] = (spec.head_dim,)
+            shapes[prefix + "self_attn.k_norm.weight"] = (spec.head_dim,)
+        shapes[prefix + "self_attn.o_proj.weight"] = (hidden, queries)
+        shapes[prefix + "post_attention_layernorm.weight"] = (hidden,)
+        shapes[prefix + "mlp.gate_proj.weight"] = (spec.ffn_hidden_size, hidden)
+        shapes[prefix + "mlp.up_proj.weight"] = (spec.ffn_hidden_size, hidden)
+        shapes[prefix + "mlp.down_proj.weight"] = (hidden, spec.ffn_hidden_size)
+    shapes["model.norm.weight"] = (hidden,)
+    if not spec.tie_embeddings:
+        shapes["lm_head.weight"] = (spec.vocab_size, hidden)
+    return MappingProxyType(shapes)
+
+
+def initial_tensor(
+    seed: int,
+    name: str,
+    spec: ModelSpec,
+    index: tuple[slice, ...] | None = None,
+    device: str | torch.device = "cpu",
+) -> Tensor:
+    """The initial values of a canonical tensor, or of a rectangle of it.
+
+    Args:
+        seed: run.seed.
+        name: a name of `canonical_shapes`.
+        index: one slice of step 1 for each dimension; None means the whole tensor.
+        device: where the values are made; they are the same everywhere.
+
+    Returns:
+        float32, of the rectangle's shape.
+
+    Raises:
+        ValueError: for a name that the model does not have, or an index that is not such a rectangle.
+    """
+    shape = canonical_shapes(spec).get(name)
+    if shape is None:
+        raise ValueError(f"the model has no canonical tensor {name}")
+    spans = _spans(shape, index)
+    sizes = tuple(stop - start for start, stop in spans)
+    if name.endswith("norm.weight"):
+        return torch.ones(sizes, device=device)
+    if name.endswith(".bias"):
+        return torch.zeros(sizes, device=device)
+    key = key_of(hash_of(seed, name))
+    std = standard_deviation(name, spec)
+    divisor = torch.tensor(_STD_OF_TWELVE, dtype=torch.float64, device=device)
+    values = torch.empty(math.prod(sizes), dtype=torch.float32, device=device)
+    for start in range(0, values.numel(), _ELEMENTS_AT_A_TIME):
+        stop = min(start + _ELEMENTS_AT_A_TIME, values.numel())
+        place = torch.arange(start, stop, device=device)
+        row = torch.div(place, sizes[1], rounding_mode="floor")
+        element = (row + spans[0][0]).mul_(shape[1]).add_(place - row * sizes[1] + spans[1][0])
+        # A divisor on the device: CUDA multiplies by the reciprocal of a host number, which rounds differently.
+        z = (sum_of_twelve(element, key) - _MEAN_OF_TWELVE).to(torch.float64) / divisor
+        values[start:stop] = z.mul_(std)
+    return values.view(sizes)
+
+
+def sum_of_twelve(element: Tensor, key: tuple[int, int]) -> Tensor:
+    """The integer behind a weight: twelve 16-bit halves of an element's six words, added up; int64, [0, 786420]."""
+    low, high = element & 0xFFFFFFFF, element >> 32
+    first = philox4x32((low, high, 0, int(Purpose.INITIAL_WEIGHTS)), key)
+    second = philox4x32((low, high, 1, int(Purpose.INITIAL_WEIGHTS)), key)
+    total = torch.zeros_like(element)
+    for word in (*first, second[0], second[1]):
+        total += word & 0xFFFF
+        total += word >> 16
+    return total
+
+
+def standard_deviation(name: str, spec: ModelSpec) -> float:
+    """Of a weight matrix: `model.init_std`, smaller for the two projections that write to the residual stream."""
+    if name.endswith(("o_proj.weight", "down_proj.weight")):
+        return spec.init_std / math.sqrt(2 * spec.num_layers)
+    return spec.init_std
+
+
+def _width(heads: int, spec: ModelSpec) -> int:
+    return heads * spec.head_dim
+
+
+def _spans(shape: tuple[int, ...], index: tuple[slice, ...] | None) -> list[tuple[int, int]]:
+    """(start, stop) in each dimension."""
+    if index is None:
+        return [(0, size) for size in shape]
+    if len(index) != len(shape) or any(part.step not in (None, 1) for part in index):
+        raise ValueError(f"index {index} is not one slice of step 1 for each dimension of {shape}")
+    spans = [part.indices(size)[:2] for part, size in zip(index, shape, strict=True)]
+    return [(start, max(start, stop)) for start, stop in spans]

@@ -1,0 +1,191 @@
+"""The network in plain PyTorch: the oracle of tests, and what stand-alone evaluation and decoding run.
+
+Never used for training. The block is Llama's, without the causal mask; q/k norms as in Qwen3 and q/k/v biases as in
+Qwen2 are options. Shapes: b rows, s positions, d hidden channels, n heads, g key/value heads, c channels of a head.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from megamask.models.initial_weights import initial_tensor
+from megamask.models.spec import ModelSpec
+from megamask.models.vocabulary import Vocabulary
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight, with the statistics in float32."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self._eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Same shape and type as x, [..., size]."""
+        wide = x.float()
+        scale = torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + self._eps)
+        return self.weight * (wide * scale).to(x.dtype)
+
+
+class Linear(nn.Module):
+    """x @ weight.T (+ bias). Starts at zero: building a network draws nothing from a global generator."""
+
+    def __init__(self, inputs: int, outputs: int, *, bias: bool = False) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(outputs, inputs))
+        self.bias = nn.Parameter(torch.zeros(outputs)) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., inputs] -> [..., outputs]."""
+        return functional.linear(x, self.weight, self.bias)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention of every position to every position."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__()
+        self._head_dim = spec.head_dim
+        self._heads_per_group = spec.num_attention_heads // spec.num_query_groups
+        queries, keys = spec.num_attention_heads * spec.head_dim, spec.num_query_groups * spec.head_dim
+        self.q_proj = Linear(spec.hidden_size, queries, bias=spec.qkv_bias)
+        self.k_proj = Linear(spec.hidden_size, keys, bias=spec.qkv_bias)
+        self.v_proj = Linear(spec.hidden_size, keys, bias=spec.qkv_bias)
+        self.o_proj = Linear(queries, spec.hidden_size)
+        if spec.qk_norm:
+            self.q_norm = RMSNorm(spec.head_dim, spec.norm_eps)
+            self.k_norm = RMSNorm(spec.head_dim, spec.norm_eps)
+        self._has_norms = spec.qk_norm
+
+    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+        """[b, s, d] -> [b, s, d]; rotation as `rotary_positions` gives it."""
+        query, key, value = (self._heads(projection(x)) for projection in (self.q_proj, self.k_proj, self.v_proj))
+        if self._has_norms:
+            query, key = self.q_norm(query), self.k_norm(key)
+        query, key = rotate(query, rotation), rotate(key, rotation)
+        key, value = (part.repeat_interleave(self._heads_per_group, dim=1) for part in (key, value))
+        mixed = functional.scaled_dot_product_attention(query, key, value)  # [b, n, s, c], no mask
+        output: Tensor = self.o_proj(mixed.transpose(1, 2).flatten(2))
+        return output
+
+    def _heads(self, x: Tensor) -> Tensor:
+        rows, positions, _ = x.shape
+        return x.view(rows, positions, -1, self._head_dim).transpose(1, 2)
+
+
+class FeedForward(nn.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__()
+        self.gate_proj = Linear(spec.hidden_size, spec.ffn_hidden_size)
+        self.up_proj = Linear(spec.hidden_size, spec.ffn_hidden_size)
+        self.down_proj = Linear(spec.ffn_hidden_size, spec.hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[b, s, d] -> [b, s, d]."""
+        output: Tensor = self.down_proj(functional.silu(self.gate_proj(x)) * self.up_proj(x))
+        return output
+
+
+class Layer(nn.Module):
+    """Attention and feed-forward, each behind a norm and added to the residual stream."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(spec.hidden_size, spec.norm_eps)
+        self.self_attn = Attention(spec)
+        self.post_attention_layernorm = RMSNorm(spec.hidden_size, spec.norm_eps)
+        self.mlp = FeedForward(spec)
+
+    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+        """[b, s, d] -> [b, s, d]."""
+        attended: Tensor = x + self.self_attn(self.input_layernorm(x), rotation)
+        output: Tensor = attended + self.mlp(self.post_attention_layernorm(attended))
+        return output
+
+
+class Backbone(nn.Module):
+    """Embedding, layers and final norm; the module that canonical names call `model`."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(
+            spec.vocab_size, spec.hidden_size, _weight=torch.zeros(spec.vocab_size, spec.hidden_size)
+        )
+        self.layers = nn.ModuleList(Layer(spec) for _ in range(spec.num_layers))
+        self.norm = RMSNorm(spec.hidden_size, spec.norm_eps)
+
+
+class ReferenceModel(nn.Module):
+    """The whole network on one device; its state dict has exactly the canonical names.
+
+    Weights are zero until `initialize` or `load_state_dict` sets them.
+    """
+
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__()
+        self.spec = spec
+        self.model = Backbone(spec)
+        if not spec.tie_embeddings:
+            self.lm_head = Linear(spec.hidden_size, spec.vocab_size)
+
+    def forward(self, x_t: Tensor) -> Tensor:
+        """Final hidden states. Shapes: x_t int64 [b, s] below vocab_size -> [b, s, d]."""
+        hidden: Tensor = self.model.embed_tokens(x_t)
+        rotation = rotary_positions(self.spec, x_t.shape[1], x_t.device)
+        for layer in self.model.layers:
+            hidden = layer(hidden, rotation)
+        output: Tensor = self.model.norm(hidden)
+        return output
+
+    def logits(self, hidden: Tensor, *, vocabulary: Vocabulary, mask_logit: str) -> Tensor:
+        """Scores over the real vocabulary.
+
+        Args:
+            hidden: [..., d] final hidden states, of any selection of positions.
+            vocabulary: names the mask id.
+            mask_logit: "excluded" sets the mask id's logit to -inf, "included" leaves it.
+
+        Returns:
+            [..., vocab_size].
+
+        Raises:
+            ValueError: for any other mask_logit.
+        """
+        if mask_logit not in ("excluded", "included"):
+            raise ValueError(f"mask_logit is {mask_logit!r}; allowed: excluded, included")
+        head = self.model.embed_tokens if self.spec.tie_embeddings else self.lm_head
+        logits = functional.linear(hidden, head.weight)
+        if mask_logit == "included":
+            return logits
+        is_mask = torch.arange(logits.shape[-1], device=logits.device) == vocabulary.mask_token_id
+        return logits.masked_fill(is_mask, float("-inf"))
+
+    @torch.no_grad()
+    def initialize(self, seed: int) -> None:
+        """Sets every weight to its initial value under run.seed."""
+        for name, parameter in self.named_parameters():
+            parameter.copy_(initial_tensor(seed, name, self.spec, device=parameter.device))
+
+
+def rotary_positions(spec: ModelSpec, num_positions: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of each position's angles, float32 [s, c]; both halves of a head turn by the same angles.
+
+    Source: RoFormer, arXiv:2104.09864, with the channels paired half by half as in Llama's Hugging Face layout.
+    """
+    exponent = torch.arange(0, spec.head_dim, 2, dtype=torch.float32, device=device) / spec.head_dim
+    frequency = 1.0 / spec.rope_theta**exponent
+    angle = torch.arange(num_positions, dtype=torch.float32, device=device)[:, None] * frequency
+    both = torch.cat((angle, angle), dim=-1)
+    return both.cos(), both.sin()
+
+
+def rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+    """Turns each channel pair (i, i + c/2) of [b, n, s, c] by its position's angle."""
+    cosine, sine = rotation
+    first, second = x.chunk(2, dim=-1)
+    return x * cosine.to(x.dtype) + torch.cat((-second, first), dim=-1) * sine.to(x.dtype)

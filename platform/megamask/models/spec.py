@@ -1,0 +1,153 @@
+"""What a network is, in numbers: the config's model section, completed and checked."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from megamask.config.schema.model import ModelConfig
+from megamask.errors import UsageError
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSpec:
+    """A bidirectional transformer: RMSNorm, SwiGLU, rotary positions, grouped-query attention; no dropout.
+
+    The fields are those of config/schema/model.py with every default resolved, and three sizes that come from the
+    corpus and the training section.
+
+    Args:
+        vocab_size: entries of the tokenizer; canonical tensors have exactly these rows.
+        padded_vocab_size: vocab_size rounded up; the extra rows are zero and never enter a loss.
+        max_sequence_length: `training.sequence_length`.
+
+    Raises:
+        UsageError: when the numbers do not fit together; names the keys to change.
+    """
+
+    num_layers: int
+    hidden_size: int
+    ffn_hidden_size: int
+    num_attention_heads: int
+    num_query_groups: int
+    head_dim: int
+    qk_norm: bool
+    qkv_bias: bool
+    tie_embeddings: bool
+    rope_theta: float
+    norm_eps: float
+    init_std: float
+    vocab_size: int
+    padded_vocab_size: int
+    max_sequence_length: int
+
+    def __post_init__(self) -> None:
+        for name in _COUNTS:
+            if getattr(self, name) < 1:
+                raise _refusal(f"model.{name} is {getattr(self, name)}; allowed: >= 1")
+        for name in _REALS:
+            if not 0 < getattr(self, name) < float("inf"):
+                raise _refusal(f"model.{name} is {getattr(self, name)}; allowed: a number > 0")
+        if self.num_attention_heads % self.num_query_groups:
+            raise _refusal(
+                f"model.num_query_groups is {self.num_query_groups}, but model.num_attention_heads is "
+                f"{self.num_attention_heads}; allowed: {_divisors(self.num_attention_heads)}"
+            )
+        if self.head_dim % 2:
+            raise _refusal(
+                f"model.head_dim is {self.head_dim}; allowed: an even number, because rotary positions turn pairs of "
+                "channels"
+            )
+        if self.padded_vocab_size < self.vocab_size:
+            raise _refusal(
+                f"the vocabulary has {self.vocab_size} entries but is padded to {self.padded_vocab_size}; allowed: no "
+                "less than the entries"
+            )
+
+    @classmethod
+    def from_config(cls, model: ModelConfig, vocab_size: int, sequence_length: int) -> ModelSpec:
+        """Completes a model section.
+
+        Args:
+            model: the section as configured; its own ranges hold already.
+            vocab_size: entries of the corpus' tokenizer.
+            sequence_length: tokens of a row.
+
+        Raises:
+            UsageError: when the numbers do not fit together; names the keys to change.
+        """
+        return cls(
+            num_layers=model.num_layers,
+            hidden_size=model.hidden_size,
+            ffn_hidden_size=model.ffn_hidden_size,
+            num_attention_heads=model.num_attention_heads,
+            num_query_groups=model.num_attention_heads if model.num_query_groups is None else model.num_query_groups,
+            head_dim=_head_dim(model),
+            qk_norm=model.qk_norm,
+            qkv_bias=model.qkv_bias,
+            tie_embeddings=model.tie_embeddings,
+            rope_theta=float(model.rope_theta),
+            norm_eps=float(model.norm_eps),
+            init_std=float(model.init_std),
+            vocab_size=vocab_size,
+            padded_vocab_size=-(-vocab_size // model.vocab_padding_multiple) * model.vocab_padding_multiple,
+            max_sequence_length=sequence_length,
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields as a JSON object of integers, booleans and real numbers."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> ModelSpec:
+        """Reads what `to_json` wrote.
+
+        Raises:
+            ValueError: when a field is missing, unknown or of another type.
+            UsageError: when the numbers do not fit together.
+        """
+        expected = {field.name: str(field.type) for field in fields(cls)}
+        if set(value) != set(expected):
+            raise ValueError(f"model fields differ: {', '.join(sorted(set(value) ^ set(expected)))}")
+        for name, kind in expected.items():
+            is_right = {
+                "int": type(value[name]) is int,
+                "bool": type(value[name]) is bool,
+                "float": type(value[name]) in (int, float),
+            }[kind]
+            if not is_right:
+                raise ValueError(f"model field {name} is {value[name]!r}; allowed: {kind}")
+        reals: dict[str, Any] = {name: float(value[name]) for name, kind in expected.items() if kind == "float"}
+        return cls(**(value | reals))
+
+
+_COUNTS = (
+    "num_layers",
+    "hidden_size",
+    "ffn_hidden_size",
+    "num_attention_heads",
+    "num_query_groups",
+    "head_dim",
+    "vocab_size",
+    "max_sequence_length",
+)
+_REALS = ("rope_theta", "norm_eps", "init_std")
+
+
+def _head_dim(model: ModelConfig) -> int:
+    if model.head_dim is not None:
+        return model.head_dim
+    if model.num_attention_heads < 1 or model.hidden_size % model.num_attention_heads:
+        raise _refusal(
+            f"model.num_attention_heads is {model.num_attention_heads}, but model.hidden_size is {model.hidden_size}; "
+            f"allowed: {_divisors(model.hidden_size)}, or set model.head_dim"
+        )
+    return model.hidden_size // model.num_attention_heads
+
+
+def _divisors(number: int) -> str:
+    return ", ".join(str(divisor) for divisor in range(1, number + 1) if number % divisor == 0)
+
+
+def _refusal(message: str) -> UsageError:
+    return UsageError(f"{message}. Nothing was built.", hint="change the model section of the config")
