@@ -1,0 +1,94 @@
+"""All ranks succeed or all raise: how a failure on one rank becomes the same failure everywhere."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+from megamask.errors import ExitCode, MegamaskError
+
+Result = TypeVar("Result")
+
+
+class Place(Protocol):
+    """This rank among all."""
+
+    @property
+    def rank(self) -> int:
+        """Global rank of this process."""
+
+    @property
+    def world_size(self) -> int:
+        """Processes of the job."""
+
+
+class CheckpointEngine(Protocol):
+    """What saving and loading ask of the engine; every method but `is_main` is called by all ranks together."""
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is global rank 0."""
+
+    @property
+    def topology(self) -> Place:
+        """Where this rank stands."""
+
+    def save_state(self, folder: Path) -> list[str]:
+        """Writes the sharded state; returns the names, relative to the folder, of the files this rank wrote."""
+
+    def load_state(self, folder: Path) -> None:
+        """Reads the sharded state under this engine's own layout."""
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        """The values of all ranks in rank order, at least on rank 0."""
+
+    def broadcast_object(self, value: Any) -> Any:
+        """Rank 0's value, on every rank."""
+
+
+@contextmanager
+def captured(failures: list[BaseException]) -> Iterator[None]:
+    """Keeps this rank's failure in a list, so that the rank still comes to the next collective call."""
+    try:
+        yield
+    except Exception as error:  # noqa: BLE001 - re-raised on every rank by agree()
+        failures.append(error)
+
+
+def agree(engine: CheckpointEngine, failures: list[BaseException]) -> None:
+    """Collective: returns if no rank failed, raises on every rank if one did.
+
+    A rank that failed raises its own error; the others raise the first rank's, with the same exit code.
+    """
+    own = None if not failures else _describe(failures[0])
+    gathered = engine.gather_objects(own)
+    first = None
+    if engine.is_main:
+        first = next(((rank, *entry) for rank, entry in enumerate(gathered) if entry is not None), None)
+    first = engine.broadcast_object(first)
+    if failures:
+        raise failures[0]
+    if first is not None:
+        rank, code, message, hint = first
+        kind = next((kind for kind in MegamaskError.__subclasses__() if kind.exit_code == code), MegamaskError)
+        raise kind(f"rank {rank}: {message}", hint=hint)
+
+
+def _describe(error: BaseException) -> tuple[int, str, str | None]:
+    if isinstance(error, MegamaskError):
+        return int(error.exit_code), error.message, error.hint
+    return int(ExitCode.BUG), f"{type(error).__name__}: {error}", None
+
+
+def on_main(engine: CheckpointEngine, action: Callable[[], Result]) -> Result:
+    """Collective: rank 0 does something, every rank gets the result or raises the same error."""
+    failures: list[BaseException] = []
+    result = None
+    if engine.is_main:
+        with captured(failures):
+            result = action()
+    agree(engine, failures)
+    value: Result = engine.broadcast_object(result)
+    return value

@@ -1,0 +1,169 @@
+"""The two documents that make a checkpoint folder complete by itself: state.json and model.json."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from megamask.checkpoint.commit import LAWS, Commit
+from megamask.checkpoint.names import MODEL_NAME, STATE_NAME
+from megamask.diffusion.objective import ObjectiveSpec
+from megamask.errors import CheckpointIntegrityError, UsageError
+from megamask.models.spec import ModelSpec
+from megamask.models.vocabulary import Vocabulary
+from megamask.storage.hashing import canonical_json
+
+STATE_FORMAT = "megamask-trainer-state"
+STATE_VERSION = 1
+MODEL_FORMAT = "megamask-model"
+MODEL_VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainerState:
+    """Where training stands after a step; all that resuming needs beside the engine's own tensors.
+
+    Args:
+        step: completed updates.
+        consumed_samples: the whole state of the data pipeline.
+        consumed_tokens: clean eligible tokens, each counted once.
+        seed: run.seed; evaluation of a copied checkpoint takes its masks from it.
+        schedule: positions of schedules, integers and strings (training_steps, ...).
+    """
+
+    step: int
+    consumed_samples: int
+    consumed_tokens: int
+    seed: int
+    schedule: Mapping[str, int | str] = field(default_factory=dict)
+
+    def scalars(self) -> dict[str, Any]:
+        """What COMMIT.json repeats; the seed as text, because 64 bits are more than some JSON readers keep."""
+        return {
+            "step": self.step,
+            "consumed_samples": self.consumed_samples,
+            "consumed_tokens": self.consumed_tokens,
+            "seed": str(self.seed),
+        }
+
+    def to_bytes(self) -> bytes:
+        """The content of state.json: canonical JSON."""
+        return canonical_json(
+            {"format": STATE_FORMAT, "version": STATE_VERSION, **self.scalars(), "schedule": dict(self.schedule)}
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelDocument:
+    """What model.json says: enough to rebuild the network, its vocabulary and the objective it was trained for."""
+
+    spec: ModelSpec
+    vocabulary: Vocabulary
+    objective: ObjectiveSpec
+    tokenizer_digest: str
+
+    def to_json(self) -> dict[str, Any]:
+        """The document as a JSON object; real numbers are written so that they read back exactly."""
+        return {
+            "format": MODEL_FORMAT,
+            "version": MODEL_VERSION,
+            "model": self.spec.to_json(),
+            "objective": asdict(self.objective),
+            "shift": False,
+            "vocabulary_size": self.vocabulary.vocab_size,
+            "padded_vocabulary_size": self.vocabulary.padded_vocab_size,
+            "mask_token_id": self.vocabulary.mask_token_id,
+            "eod_token_id": self.vocabulary.eod_token_id,
+            "pad_token_id": self.vocabulary.pad_token_id,
+            "tokenizer_digest": self.tokenizer_digest,
+            "laws": dict(LAWS),
+        }
+
+    def to_bytes(self) -> bytes:
+        """The content of model.json: sorted, indented, one final newline."""
+        return (json.dumps(self.to_json(), sort_keys=True, indent=2, allow_nan=False) + "\n").encode()
+
+
+def read_state(folder: Path) -> TrainerState:
+    """The trainer's state of a verified checkpoint folder.
+
+    Raises:
+        CheckpointIntegrityError: it is damaged. UsageError: a newer megamask wrote it.
+    """
+    document = _read(folder / STATE_NAME, STATE_FORMAT, STATE_VERSION)
+    try:
+        return TrainerState(
+            step=int(document["step"]),
+            consumed_samples=int(document["consumed_samples"]),
+            consumed_tokens=int(document["consumed_tokens"]),
+            seed=int(document["seed"]),
+            schedule=dict(document["schedule"]),
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise _misstated(folder / STATE_NAME, error) from error
+
+
+def read_model(folder: Path) -> ModelDocument:
+    """The model document of a verified checkpoint folder. Raises as `read_state`, and UsageError for other laws."""
+    path = folder / MODEL_NAME
+    document = _read(path, MODEL_FORMAT, MODEL_VERSION)
+    try:
+        refuse_other_laws(document["laws"], path)
+        if document["shift"] is not False:
+            raise UsageError(f"{path} says shift: {document['shift']}; this megamask builds unshifted models only")
+        return ModelDocument(
+            spec=ModelSpec.from_json(document["model"]),
+            vocabulary=Vocabulary(
+                vocab_size=document["vocabulary_size"],
+                padded_vocab_size=document["padded_vocabulary_size"],
+                mask_token_id=document["mask_token_id"],
+                eod_token_id=document["eod_token_id"],
+                pad_token_id=document["pad_token_id"],
+            ),
+            objective=ObjectiveSpec(**document["objective"]),
+            tokenizer_digest=document["tokenizer_digest"],
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise _misstated(path, error) from error
+
+
+def check_state(commit: Commit, state: TrainerState) -> None:
+    """The scalars that COMMIT.json repeats must be those of state.json."""
+    if dict(commit.state) != state.scalars() or commit.step != state.step:
+        raise CheckpointIntegrityError(
+            f"{commit.folder}: {STATE_NAME} and COMMIT.json state different positions. Nothing was loaded from it."
+        )
+
+
+def refuse_other_laws(laws: Mapping[str, Any], path: Path) -> None:
+    """Training and decoding know one version of each law.
+
+    Raises:
+        UsageError: the document was made under another version.
+    """
+    if dict(laws) != LAWS:
+        raise UsageError(f"{path} was made under laws {dict(laws)}; this megamask trains under {LAWS}")
+
+
+def _read(path: Path, expected_format: str, version: int) -> dict[str, Any]:
+    try:
+        document = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise _misstated(path, error) from error
+    if not isinstance(document, dict) or document.get("format") != expected_format:
+        raise _misstated(path, ValueError("format"))
+    stated = document.get("version")
+    if not isinstance(stated, int) or stated < 1:
+        raise _misstated(path, ValueError("version"))
+    if stated > version:
+        raise UsageError(
+            f"{path} has format version {stated}, this megamask reads up to {version}. Nothing was loaded."
+        )
+    return document
+
+
+def _misstated(path: Path, error: Exception) -> CheckpointIntegrityError:
+    return CheckpointIntegrityError(f"{path} lacks or misstates a field ({error}). Nothing was loaded from it.")

@@ -1,0 +1,141 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megamask.checkpoint import integrity, loader
+from megamask.checkpoint.commit import CommitFields, publish
+from megamask.checkpoint.contents import ModelDocument, TrainerState
+from megamask.checkpoint.integrity import digest_and_flush
+from megamask.checkpoint.saver import save
+from megamask.errors import CheckpointIntegrityError, UsageError
+from support.model_documents import model_document
+from support.thread_world import ThreadWorld
+
+
+@pytest.fixture
+def saved(run_dir: Path, tmp_path: Path) -> ThreadWorld:
+    """Three ranks that committed steps 20 and 40; their state says at which step it was made."""
+    (tmp_path / "tokenizer").mkdir()
+    (tmp_path / "tokenizer" / "tokenizer.json").write_text("{}")
+    world = ThreadWorld(3)
+    for step in (20, 40):
+        for engine in world.engines:
+            engine.content = f"rank {engine.rank} at {step}".encode()
+        results = world.run(
+            lambda engine: save(
+                engine,
+                run_dir,
+                attempt=1,
+                state=TrainerState(step=step, consumed_samples=8 * step, consumed_tokens=step, seed=7),  # noqa: B023
+                model=model_document(),
+                tokenizer_folder=tmp_path / "tokenizer",
+                corpora={},
+                journal_head=(0, "0" * 64),
+                run_id="r",
+                parent=None,
+                check_claim=lambda: None,
+            )
+        )
+        assert not isinstance(results[0], Exception), results[0]
+    return ThreadWorld(3)
+
+
+def _load(world: ThreadWorld, run_dir: Path, model: ModelDocument | None = None) -> list[Any]:
+    return world.run(lambda engine: loader.load(engine, run_dir, model=model or model_document()))
+
+
+def _folder(run_dir: Path, step: int) -> Path:
+    return run_dir / "checkpoints" / f"step-{step:08d}-a0001"
+
+
+def test_load_restores_the_newest_checkpoint_on_every_rank(saved: ThreadWorld, run_dir: Path) -> None:
+    results = _load(saved, run_dir)
+    assert [result.state.step for result in results] == [40] * 3
+    assert [engine.content for engine in saved.engines] == [f"rank {rank} at 40".encode() for rank in range(3)]
+    assert results[0].incidents == []
+    assert results[0].state.consumed_samples == 320
+
+
+def test_fresh_run_starts_without_a_checkpoint(run_dir: Path) -> None:
+    results = _load(ThreadWorld(2), run_dir)
+    assert [(result.commit, result.state, result.incidents) for result in results] == [(None, None, [])] * 2
+
+
+@pytest.mark.parametrize(
+    "name", ["__0_0.distcp", "__2_0.distcp", "state.json", "COMMIT.json", "tokenizer/tokenizer.json"]
+)
+def test_load_falls_back_with_an_incident_when_any_file_is_damaged(
+    saved: ThreadWorld, run_dir: Path, flip_byte: Callable[..., None], name: str
+) -> None:
+    flip_byte(_folder(run_dir, 40) / name, 1)
+    results = _load(saved, run_dir)
+    assert [result.state.step for result in results] == [20] * 3
+    assert all(engine.loaded_from == _folder(run_dir, 20) for engine in saved.engines)
+    for result in results:
+        assert result.damaged == ["step-00000040-a0001"]
+        assert name in result.incidents[0]["problem"]
+
+
+def test_load_ends_with_integrity_error_on_every_rank_when_none_is_left(
+    saved: ThreadWorld, run_dir: Path, flip_byte: Callable[..., None]
+) -> None:
+    for step in (20, 40):
+        flip_byte(_folder(run_dir, step) / "__1_0.distcp")
+    results = _load(saved, run_dir)
+    assert [type(result) for result in results] == [CheckpointIntegrityError] * 3
+    assert all(engine.loaded_from is None for engine in saved.engines)
+
+
+def test_nothing_is_loaded_before_all_files_verify(
+    saved: ThreadWorld, run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    verified: list[str] = []
+    real = integrity.problems
+
+    def watch(commit: Any, names: list[str]) -> list[str]:
+        assert all(engine.loaded_from is None for engine in saved.engines)
+        verified.extend(names)
+        return real(commit, names)
+
+    monkeypatch.setattr(loader, "problems", watch)
+    commit = _load(saved, run_dir)[0].commit
+    assert sorted(verified) == sorted(commit.files)
+
+
+def test_link_in_a_checkpoint_is_damage(saved: ThreadWorld, run_dir: Path) -> None:
+    (_folder(run_dir, 40) / "extra").symlink_to("/")
+    assert [result.state.step for result in _load(saved, run_dir)] == [20] * 3
+
+
+def test_checkpoint_of_another_model_is_refused_and_the_difference_named(saved: ThreadWorld, run_dir: Path) -> None:
+    other = model_document(spec=replace(model_document().spec, num_layers=3))
+    results = _load(saved, run_dir, other)
+    assert [type(result) for result in results] == [UsageError] * 3
+    assert "model.num_layers is 2 there, 3 here" in results[0].message
+
+
+def test_state_that_contradicts_its_commit_is_damage(run_dir: Path, tmp_path: Path, saved: ThreadWorld) -> None:
+    folder = run_dir / "checkpoints" / "step-00000060-a0001"
+    folder.mkdir()
+    (folder / "model.json").write_bytes(model_document().to_bytes())
+    state = TrainerState(step=60, consumed_samples=1, consumed_tokens=1, seed=7)
+    (folder / "state.json").write_bytes(state.to_bytes())
+    files = {name: digest_and_flush(folder, name) for name in ("model.json", "state.json")}
+    publish(folder, files, CommitFields(run_id="r", state=replace(state, consumed_samples=2).scalars()))
+    results = _load(saved, run_dir)
+    assert [result.state.step for result in results] == [40] * 3
+    assert "different positions" in results[0].incidents[0]["problem"]
+
+
+def test_ranks_that_see_different_file_systems_do_not_load(
+    saved: ThreadWorld, run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loader, "read_commit_bytes", lambda folder: b"something else")
+    results = _load(saved, run_dir)
+    assert [type(result) for result in results] == [CheckpointIntegrityError] * 3
+    assert "differently on two ranks" in results[0].message

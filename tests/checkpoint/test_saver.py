@@ -1,0 +1,187 @@
+from __future__ import annotations
+
+import resource
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megamask.checkpoint import saver
+from megamask.checkpoint.commit import Commit
+from megamask.checkpoint.contents import TrainerState, read_model, read_state
+from megamask.checkpoint.integrity import verify_folder
+from megamask.checkpoint.reader import candidates, resolve
+from megamask.errors import MegamaskError, StorageError, SupersededError
+from support.model_documents import model_document
+from support.thread_world import ThreadEngine, ThreadWorld
+
+Save = Callable[..., list[Any]]
+
+
+@pytest.fixture
+def tokenizer_folder(tmp_path: Path) -> Path:
+    folder = tmp_path / "tokenizer"
+    folder.mkdir()
+    (folder / "tokenizer.json").write_text('{"model": {}}')
+    (folder / "special_tokens.json").write_text("{}")
+    return folder
+
+
+@pytest.fixture
+def save(run_dir: Path, tokenizer_folder: Path) -> Save:
+    """Saves from every rank of a world; returns each rank's commit or exception."""
+
+    def do(world: ThreadWorld, step: int, **options: Any) -> list[Any]:
+        given = {
+            "attempt": 1,
+            "parent": None,
+            "check_claim": lambda: None,
+            "state": TrainerState(step=step, consumed_samples=8 * step, consumed_tokens=100 * step, seed=7),
+        } | options
+
+        def job(engine: ThreadEngine) -> Commit:
+            return saver.save(
+                engine,
+                run_dir,
+                model=model_document(),
+                tokenizer_folder=tokenizer_folder,
+                corpora={"main": "c" * 64},
+                journal_head=(12, "e" * 64),
+                run_id="r1",
+                **given,
+            )
+
+        return world.run(job)
+
+    return do
+
+
+def test_save_commits_every_rank_file_and_the_documents(save: Save, run_dir: Path) -> None:
+    commits = save(ThreadWorld(3), 20)
+    assert commits[0] == commits[1] == commits[2] == verify_folder(resolve(run_dir))
+    commit = commits[0]
+    assert sorted(commit.files) == [
+        "__0_0.distcp",
+        "__1_0.distcp",
+        "__2_0.distcp",
+        "model.json",
+        "state.json",
+        "tokenizer/special_tokens.json",
+        "tokenizer/tokenizer.json",
+    ]
+    assert (commit.run_id, commit.corpora, commit.journal) == (
+        "r1",
+        {"main": "c" * 64},
+        {"seq": 12, "sha256": "e" * 64},
+    )
+    assert read_model(commit.folder) == model_document()
+    assert dict(commit.state) == read_state(commit.folder).scalars()
+
+
+def test_save_chains_commits_by_digest(save: Save, run_dir: Path) -> None:
+    first = save(ThreadWorld(1), 20)[0]
+    second = save(ThreadWorld(1), 40, parent=first.digest)[0]
+    assert verify_folder(second.folder).parent == first.digest
+
+
+def test_nothing_is_visible_when_a_newer_attempt_has_claimed_the_run(save: Save, run_dir: Path) -> None:
+    def superseded() -> None:
+        folder = run_dir / "checkpoints" / "step-00000020-a0001"
+        assert (folder / "state.json").exists() and not (folder / "COMMIT.json").exists()
+        raise SupersededError("attempt 2 owns the run")
+
+    results = save(ThreadWorld(2), 20, check_claim=superseded)
+    assert [type(result) for result in results] == [SupersededError] * 2
+    assert candidates(run_dir) == []
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_all_ranks_end_with_storage_error_and_the_last_commit_stands_when_one_disk_is_full(
+    save: Save, run_dir: Path, rank: int
+) -> None:
+    world = ThreadWorld(3)
+    before = save(world, 20)[0]
+    world.engines[rank].fail_on_save = OSError(28, "No space left on device")
+    results = save(world, 40)
+    assert [type(result) for result in results] == [StorageError] * 3
+    assert "disk is full" in results[1].message
+    assert resolve(run_dir) == before.folder
+    assert [path.name for path in (run_dir / "checkpoints").glob("step-*")] == [before.folder.name]
+
+
+def test_write_failure_of_the_tensor_writer_counts_as_storage(save: Save) -> None:
+    world = ThreadWorld(1)
+    world.engines[0].fail_on_save = RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 64 vs 0")
+    assert isinstance(save(world, 20)[0], StorageError)
+
+
+def test_other_failure_of_the_engine_is_not_called_storage(save: Save) -> None:
+    world = ThreadWorld(2)
+    world.engines[1].fail_on_save = RuntimeError("shape mismatch")
+    results = save(world, 20)
+    assert isinstance(results[1], RuntimeError) and not isinstance(results[1], MegamaskError)
+    assert (type(results[0]), results[0].exit_code) == (MegamaskError, 1)
+
+
+def test_save_fails_cleanly_at_a_real_file_size_limit(save: Save, run_dir: Path) -> None:
+    world = ThreadWorld(2)
+    before = save(world, 20)[0]
+    world.engines[1].content = b"x" * 200_000
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        results = save(world, 40)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [type(result) for result in results] == [StorageError] * 2
+    assert resolve(run_dir) == before.folder
+
+
+def test_save_succeeds_again_after_a_failed_one(save: Save, run_dir: Path) -> None:
+    world = ThreadWorld(2)
+    world.engines[1].fail_on_save = OSError(28, "No space left on device")
+    save(world, 20)
+    world.engines[1].fail_on_save = None
+    assert verify_folder(save(world, 20)[0].folder).step == 20
+
+
+@pytest.mark.parametrize("claim_twice", [True, False])
+def test_file_with_two_writers_or_none_is_never_published(
+    save: Save, run_dir: Path, monkeypatch: pytest.MonkeyPatch, claim_twice: bool
+) -> None:
+    def save_state(engine: ThreadEngine, folder: Path) -> list[str]:
+        (folder / "common.pt").write_bytes(b"same on both")
+        return ["common.pt"] if claim_twice else []
+
+    monkeypatch.setattr(ThreadEngine, "save_state", save_state)
+    results = save(ThreadWorld(2), 20)
+    assert all(isinstance(result, MegamaskError) and "common.pt" in result.message for result in results)
+    assert candidates(run_dir) == []
+
+
+def test_commit_comes_after_every_flush(save: Save, monkeypatch: pytest.MonkeyPatch) -> None:
+    events: list[str] = []
+    real_flush, real_publish, real_directory = saver.digest_and_flush, saver.publish, saver.fsync_directory
+
+    def flush(folder: Path, name: str) -> Any:
+        events.append(f"flush {name}")
+        return real_flush(folder, name)
+
+    def directory(path: Path) -> None:
+        events.append(f"directory {path.name}")
+        real_directory(path)
+
+    def publish(*arguments: Any) -> Commit:
+        events.append("publish")
+        return real_publish(*arguments)
+
+    monkeypatch.setattr(saver, "digest_and_flush", flush)
+    monkeypatch.setattr(saver, "fsync_directory", directory)
+    monkeypatch.setattr(saver, "publish", publish)
+    commit = save(ThreadWorld(2), 20, check_claim=lambda: events.append("claim"))[0]
+    assert events[-2:] == ["claim", "publish"]
+    assert {event for event in events if event.startswith("flush")} == {f"flush {name}" for name in commit.files}
+    folders = [event for event in events if event.startswith("directory")]
+    assert folders == [f"directory {name}" for name in ("tokenizer", "step-00000020-a0001", "checkpoints")]
+    assert events.index(folders[0]) > max(at for at, event in enumerate(events) if event.startswith("flush"))

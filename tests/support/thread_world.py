@@ -1,0 +1,72 @@
+"""Ranks as threads: a stand-in for the engine's collectives that needs no process group."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+
+class ThreadEngine:
+    """One rank: the methods of the engine that checkpoints use, with bytes for a state."""
+
+    def __init__(self, world: ThreadWorld, rank: int) -> None:
+        self.world, self.rank = world, rank
+        self.topology = SimpleNamespace(rank=rank, world_size=world.size)
+        self.content = f"rank {rank}".encode()
+        self.loaded_from: Path | None = None
+        self.fail_on_save: Exception | None = None
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def save_state(self, folder: Path) -> list[str]:
+        if self.fail_on_save is not None:
+            raise self.fail_on_save
+        name = f"__{self.rank}_0.distcp"
+        (folder / name).write_bytes(self.content)
+        return [name]
+
+    def load_state(self, folder: Path) -> None:
+        self.content = (folder / f"__{self.rank}_0.distcp").read_bytes()
+        self.loaded_from = folder
+
+    def gather_objects(self, value: Any) -> list[Any] | None:
+        values = self.world.exchange(self.rank, value)
+        return values if self.is_main else None  # stricter than the engine: only rank 0 may look
+
+    def broadcast_object(self, value: Any) -> Any:
+        return self.world.exchange(self.rank, value)[0]
+
+
+class ThreadWorld:
+    """A group of ranks that meet at every collective call; a rank that stays away makes the others fail in 20 s."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self._slots: list[Any] = [None] * size
+        self._barrier = threading.Barrier(size)
+        self.engines = [ThreadEngine(self, rank) for rank in range(size)]
+
+    def exchange(self, rank: int, value: Any) -> list[Any]:
+        self._slots[rank] = value
+        self._barrier.wait(timeout=20)
+        values = list(self._slots)
+        self._barrier.wait(timeout=20)
+        return values
+
+    def run(self, job: Callable[[ThreadEngine], Any]) -> list[Any]:
+        """The result, or the exception, of each rank."""
+
+        def guarded(engine: ThreadEngine) -> Any:
+            try:
+                return job(engine)
+            except Exception as error:  # noqa: BLE001 - the test looks at it
+                return error
+
+        with ThreadPoolExecutor(self.size) as pool:
+            return list(pool.map(guarded, self.engines))
