@@ -1,0 +1,122 @@
+"""`megamask inspect RUN --step N`: the samples of one step, their documents, and which tokens were masked."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megamask.errors import UsageError
+
+if TYPE_CHECKING:
+    from megamask.data.loader import Loader
+
+_MASK_SIGN = "░"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The verb's arguments."""
+    parser.add_argument("run", help="a run directory, <run.output_dir>/<run.name>")
+    parser.add_argument("--step", type=int, required=True, help="1-based number of the step")
+    parser.add_argument(
+        "--corpus",
+        action="append",
+        default=[],
+        metavar="NAME=FOLDER",
+        help="where a corpus of the run is now, if it has moved",
+    )
+
+
+def run(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Recomputes the samples of a step.
+
+    Returns:
+        step, seed, samples, batch_digest, content_digest, masked_tokens, matches_journal; for a person each sample
+        has its text and the names of its inputs too.
+    """
+    from megamask_pipelines.inspect_step import inspect_step, open_loader, recorded_run
+
+    recorded = recorded_run(Path(arguments.run), _corpora(arguments.corpus))
+    with open_loader(recorded) as loader:
+        report = inspect_step(recorded, loader, arguments.step)
+        if not getattr(arguments, "json", False):
+            _explain(report["samples"], loader)
+    return report
+
+
+def _corpora(given: Sequence[str]) -> dict[str, str]:
+    corpora = {}
+    for pair in given:
+        name, sign, folder = pair.partition("=")
+        if not (name and sign and folder):
+            raise UsageError(f"--corpus is {pair!r}; allowed: NAME=FOLDER. Nothing was recomputed.")
+        corpora[name] = folder
+    return corpora
+
+
+def _explain(samples: list[dict[str, Any]], loader: Loader) -> None:
+    """Adds to each sample its text with masked tokens as blocks, and the names of the inputs of its documents."""
+    numbers = {document["number"] for sample in samples for document in sample["documents"]}
+    names = _input_names(loader, numbers)
+    for sample in samples:
+        sample["text"] = _text(sample, loader)
+        for document in sample["documents"]:
+            document["input"] = names.get(document["number"], "unknown")
+
+
+def _input_names(loader: Loader, numbers: set[int]) -> dict[int, str]:
+    import pyarrow.parquet as pq
+
+    names: dict[int, str] = {}
+    first = 0
+    for table in loader.manifest.content["documents"]["tables"]:
+        wanted = sorted(number for number in numbers if first <= number < first + table["documents"])
+        first += table["documents"]
+        if wanted:
+            rows = pq.read_table(
+                loader.folder / table["name"], columns=["number", "input"], filters=[("number", "in", wanted)]
+            )
+            names |= dict(zip(rows["number"].to_pylist(), rows["input"].to_pylist(), strict=True))
+    return names
+
+
+def _text(sample: Mapping[str, Any], loader: Loader) -> str:
+    """The row's text; a masked token is as many blocks as it has bytes, and never shows."""
+    tokenizer = loader.tokenizer
+    masked = set(sample["masked"])
+    parts: list[str] = []
+    visible: list[int] = []
+    for position, token in enumerate(sample["tokens"]):
+        if token == tokenizer.pad_token_id:
+            break
+        if position not in masked:
+            visible.append(token)
+            continue
+        parts.append(tokenizer.decode(visible))
+        visible = []
+        parts.append(_MASK_SIGN * max(1, tokenizer.token_bytes[token]))
+    parts.append(tokenizer.decode(visible))
+    return "".join(parts)
+
+
+def render(result: Mapping[str, Any]) -> str:
+    """A few lines a sample for a person."""
+    journal = {True: "as the journal says", None: "the journal has no line of this step"}[result["matches_journal"]]
+    lines = [
+        f"step {result['step']}, seed {result['seed']}, {len(result['samples'])} samples, "
+        f"content {result['content_digest']} ({journal})"
+    ]
+    for sample in result["samples"]:
+        num_eligible = len(sample["tokens"]) - sample["num_padding"]
+        lines += [
+            "",
+            f"sample {sample['sample_index']}: {sample['source']} row {sample['row']}, t {sample['t']:.4f}, "
+            f"{len(sample['masked'])} of {num_eligible} tokens masked, {sample['num_padding']} padding",
+            *(
+                f"  from position {document['start']}: document {document['number']} ({document.get('input', '?')})"
+                for document in sample["documents"]
+            ),
+            sample.get("text", ""),
+        ]
+    return "\n".join(lines)

@@ -1,0 +1,200 @@
+"""The exact samples of one training step, recomputed from the run directory and the corpus alone.
+
+Nothing here asks the training code: the order law names the rows, the noise law names the masks, and run.json holds
+every number that both need.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from megamask.diffusion.schedule import noise_schedule, stratified_times, threshold
+
+from megamask.config.load import load_train_config
+from megamask.config.schema.data import DataConfig
+from megamask.config.schema.roots import TrainConfig
+from megamask.data.content import add_content, batch_digest, content_digest, content_hash
+from megamask.data.loader import Loader
+from megamask.data.order import ORDER_LAW_VERSION
+from megamask.data.reader import Row
+from megamask.diffusion.philox import NOISE_LAW_VERSION, Purpose, run_key, uniform_words
+from megamask.errors import DataIntegrityError, UsageError
+from megamask.tracking.journal_reader import read_journal
+from megamask.training.run_directory import read_run
+
+_COMPARED = ("batch_digest", "content_digest", "masked_tokens")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecordedRun:
+    """What a run directory says about its data and its noise."""
+
+    folder: Path
+    identity: Mapping[str, Any]  # flat dotted keys
+    corpus_ids: Mapping[str, str]
+    steps: int  # training.steps of the newest attempt
+    corpora: Mapping[str, str]  # name -> folder, of the newest attempt
+
+    def value(self, key: str) -> Any:
+        """One identity field.
+
+        Raises:
+            UsageError: run.json does not hold it.
+        """
+        if key not in self.identity:
+            raise UsageError(f"{self.folder / 'run.json'} has no identity field {key}. Nothing was recomputed.")
+        return self.identity[key]
+
+
+def recorded_run(folder: Path, corpora: Mapping[str, str] | None = None) -> RecordedRun:
+    """Reads run.json and the newest resolved config of a run directory.
+
+    Args:
+        folder: the run directory.
+        corpora: name -> folder, for corpora that have moved since.
+
+    Raises:
+        UsageError: no run directory, or one of a law that this version does not know.
+    """
+    content = read_run(folder).content
+    for law, known in (("order", ORDER_LAW_VERSION), ("noise", NOISE_LAW_VERSION)):
+        if content["laws"].get(law) != known:
+            raise UsageError(
+                f"{folder / 'run.json'} was written under version {content['laws'].get(law)} of the {law} law; "
+                f"this megamask knows version {known}. Nothing was recomputed.",
+                hint="use the version of megamask that made the run",
+            )
+    corpus_ids = dict(content["corpora"])
+    unknown = sorted(set(corpora or {}) - set(corpus_ids))
+    if unknown:
+        raise UsageError(
+            f"--corpus names {unknown[0]}, which the run does not have; allowed: {', '.join(corpus_ids)}. "
+            "Nothing was recomputed."
+        )
+    config = _newest_config(folder)
+    return RecordedRun(
+        folder=folder,
+        identity=content["identity"],
+        corpus_ids=corpus_ids,
+        steps=config.training.steps,
+        corpora={name: (corpora or {}).get(name) or config.data.corpora.get(name, "") for name in corpus_ids},
+    )
+
+
+def _newest_config(folder: Path) -> TrainConfig:
+    configs = sorted((folder / "config").glob("attempt-*.yaml"))
+    if not configs:
+        raise UsageError(
+            f"{folder / 'config'} holds no attempt-NNNN.yaml. Nothing was recomputed.",
+            hint="restore the run directory; the newest resolved config names the corpora and the steps",
+        )
+    return load_train_config(configs[-1], []).config
+
+
+def open_loader(run: RecordedRun) -> Loader:
+    """Opens the training split of a run's corpus, which must be the one that was recorded.
+
+    Raises:
+        UsageError: the corpus is not where the newest config, or --corpus, says.
+        DataIntegrityError: it is another corpus, or damaged.
+    """
+    data = DataConfig(
+        corpora=dict(run.corpora),
+        seed=run.value("data.seed"),
+        shuffle_window_blocks=run.value("data.shuffle_window_blocks"),
+    )
+    loader = Loader(data.corpora, data, run.value("training.sequence_length"))
+    for name, corpus_id in loader.corpus_ids.items():
+        if corpus_id != run.corpus_ids[name]:
+            loader.close()
+            raise DataIntegrityError(
+                f"data.corpora.{name} ({run.corpora[name]}) is corpus {corpus_id}, but the run was made with "
+                f"{run.corpus_ids[name]}. Nothing was recomputed.",
+                hint=f"give the recorded corpus: --corpus {name}=FOLDER",
+            )
+    return loader
+
+
+def inspect_step(run: RecordedRun, loader: Loader, step: int) -> dict[str, Any]:
+    """Samples, documents, noise levels and masks of one step, in batch order.
+
+    Args:
+        run: of `recorded_run`.
+        loader: of `open_loader`.
+        step: 1-based.
+
+    Returns:
+        The object that `megamask inspect --json` prints.
+
+    Raises:
+        UsageError: the run has no such step.
+        DataIntegrityError: a row is damaged, or the journal of the run holds other digests for this step.
+    """
+    if not 1 <= step <= run.steps:
+        raise UsageError(
+            f"--step is {step}; allowed: 1 to {run.steps} (training.steps of {run.folder}). Nothing was recomputed."
+        )
+    seed, batch_size = int(run.value("run.seed")), int(run.value("training.global_batch_size"))
+    first_index = (step - 1) * batch_size
+    times = stratified_times(step, batch_size, run_key(seed))
+    samples: list[dict[str, Any]] = []
+    hashes: list[int] = []
+    for index, (source, row) in enumerate(loader.rows(first_index, batch_size), start=first_index):
+        content = loader.read(source, row)
+        t = times[index - first_index]
+        samples.append(
+            {"sample_index": index, "source": source, "row": row, "t": t} | _view(run, loader, content, index, t)
+        )
+        hashes.append(content_hash(index, loader.source_digest, row, content.tokens_crc32c, content.documents_crc32c))
+    report = {
+        "step": step,
+        "seed": seed,
+        "samples": samples,
+        "batch_digest": batch_digest(first_index, batch_size),
+        "content_digest": content_digest(add_content(*hashes)),
+        "masked_tokens": sum(len(sample["masked"]) for sample in samples),
+    }
+    return report | {"matches_journal": _compare_with_journal(run.folder, report)}
+
+
+def _view(run: RecordedRun, loader: Loader, content: Row, index: int, t: float) -> dict[str, Any]:
+    """What a sample holds and which of its tokens the first view masks, by the noise law."""
+    tokens = torch.from_numpy(content.tokens.astype("int64"))
+    is_eligible = tokens != loader.manifest.pad_token_id
+    limit = threshold(noise_schedule(str(run.value("objective.noise_schedule"))).mask_probability(t))
+    words = uniform_words(
+        torch.tensor([index]), len(tokens), purpose=Purpose.MASK, key=run_key(int(run.value("run.seed")))
+    )
+    is_masked = is_eligible & (words[0] < limit)
+    return {
+        "tokens": tokens.tolist(),
+        "num_padding": int((~is_eligible).sum()),
+        "masked": is_masked.nonzero().flatten().tolist(),
+        "documents": [{"start": int(start), "number": int(number)} for start, number in content.documents],
+    }
+
+
+def _compare_with_journal(folder: Path, report: Mapping[str, Any]) -> bool | None:
+    """True where the journal's line of the step holds the same digests and count, None where it has no such line.
+
+    Raises:
+        DataIntegrityError: it holds others.
+    """
+    recorded: Mapping[str, Any] | None = None
+    for record in read_journal(folder):
+        if record.get("kind") == "step" and record.get("step") == report["step"]:
+            recorded = record  # attempts come in order; for a repeated step the highest holds
+    if recorded is None:
+        return None
+    for name in _COMPARED:
+        if name in recorded and recorded[name] != report[name]:
+            raise DataIntegrityError(
+                f"step {report['step']}: recomputed {name} is {report[name]}, the journal of {folder} says "
+                f"{recorded[name]}. The samples or masks are not those that the run was trained on.",
+                hint="one of corpus, run.json and journal was changed; `megamask verify corpus` checks the first",
+            )
+    return True
