@@ -1,0 +1,46 @@
+"""`megamask sample RUN_OR_CHECKPOINT`: continues a prompt, or fills the masked spans of a text."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The verb's arguments."""
+    parser.add_argument("checkpoint", help="a run directory (its newest checkpoint) or a checkpoint folder")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--prompt", metavar="TEXT", help="text to continue; without it and --infill, text from nothing")
+    what.add_argument("--infill", metavar="TEXT", help="text in which each <|mask:N|> stands for N tokens to fill")
+    parser.add_argument("--length", type=int, metavar="N", help="tokens after the prompt (64, or what fits)")
+    parser.add_argument("--steps", type=int, metavar="N", help="denoising steps (one for each masked token)")
+    parser.add_argument("--block-length", type=int, metavar="N", help="masked tokens finished at a time (all)")
+    parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 takes the likeliest token (0)")
+    parser.add_argument("--seed", type=int, default=0, metavar="S", help="seed of the sampling noise (0)")
+
+
+def run(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Decodes one sequence.
+
+    Returns: text, infilled, tokens, num_denoising_steps, nfe, checkpoint, step.
+    """
+    from megamask.generation.confidence import DecodingOptions
+    from megamask_pipelines.sample import SampleRequest, sample
+
+    options = DecodingOptions(
+        num_denoising_steps=arguments.steps,
+        block_length=arguments.block_length,
+        temperature=arguments.temperature,
+        seed=arguments.seed,
+    )
+    request = SampleRequest(
+        prompt=arguments.prompt, text_with_spans=arguments.infill, length=arguments.length, options=options
+    )
+    return sample(Path(arguments.checkpoint), request)
+
+
+def render(result: Mapping[str, Any]) -> str:
+    """The text and nothing else."""
+    return str(result["text"])

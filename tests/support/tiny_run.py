@@ -1,0 +1,114 @@
+"""A run directory with a committed checkpoint of an untrained tiny model, made without megatron-core."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from megamask.checkpoint.commit import Commit
+from megamask.checkpoint.contents import ModelDocument, TrainerState
+from megamask.checkpoint.saver import save
+from megamask.config.load import load_train_config
+from megamask.config.schema.corpus import CorpusConfig, TokenizerConfig
+from megamask.config.schema.roots import TrainConfig
+from megamask.data.manifest import Manifest
+from megamask.data.prepare import build
+from megamask.diffusion.objective import ObjectiveSpec
+from megamask.engine.torch_dist import Piece, write
+from megamask.models.initial_weights import canonical_shapes, initial_tensor
+from megamask.models.spec import ModelSpec
+from megamask.models.vocabulary import Vocabulary
+from megamask.training.run_directory import open_run, store_attempt_config
+from support.thread_world import ThreadEngine, ThreadWorld
+
+SEQUENCE_LENGTH = 32
+SEED = 2**40 + 9
+WORDS = ("alpha", "beta", "gamma", "delta", "h\u00e9\u00e9")
+CONFIG = """
+run: {{name: run, output_dir: "{folder}", seed: {seed}}}
+model: {{num_layers: 2, hidden_size: 32, num_attention_heads: 2, ffn_hidden_size: 64}}
+data: {{corpora: {{main: "{corpus}"}}}}
+optimizer: {{learning_rate: 0.001}}
+training: {{steps: {step}, global_batch_size: 4, sequence_length: {length}}}
+"""
+
+
+def write_corpus(folder: Path, *, words: Sequence[str] = WORDS, sequence_length: int = SEQUENCE_LENGTH) -> Path:
+    """A prepared corpus of some random words, with a validation split."""
+    (folder / "texts").mkdir(parents=True)
+    generator = random.Random(3)
+    for number in range(30):
+        text = " ".join(generator.choice(words) for _ in range(generator.randrange(20, 80)))
+        (folder / "texts" / f"{number:02}.txt").write_text(text, encoding="utf-8")
+    config = CorpusConfig(
+        inputs=[str(folder / "texts" / "*.txt")],
+        output_dir=str(folder / "corpus"),
+        sequence_length=sequence_length,
+        validation_fraction=0.3,
+        rows_per_block=4,
+        tokenizer=TokenizerConfig(vocab_size=270),
+    )
+    build(config, lambda phase, done, total: None)
+    return folder / "corpus"
+
+
+class InitialWeights(ThreadEngine):
+    """One process that saves a network's initial weights, in the engine's own format."""
+
+    spec: ModelSpec
+
+    def save_state(self, folder: Path) -> list[str]:
+        pieces = [
+            Piece(name=name, shape=shape, offsets=(0,) * len(shape), data=initial_tensor(SEED, name, self.spec))
+            for name, shape in canonical_shapes(self.spec).items()
+        ]
+        return write(folder, pieces, self)  # type: ignore[arg-type]
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        return [value]
+
+
+def write_run(folder: Path, corpus: Path, *, step: int = 20) -> tuple[Path, Commit]:
+    """A run directory on that corpus, with one checkpoint."""
+    manifest = Manifest.load(corpus)
+    text = CONFIG.format(folder=folder, corpus=corpus, seed=SEED, step=step, length=manifest.sequence_length)
+    (folder / "config.yaml").write_text(text)
+    config = load_train_config(folder / "config.yaml", []).config
+    run_dir = folder / "run"
+    corpora = {"main": manifest.corpus_id}
+    record = open_run(run_dir, config, corpora=corpora, tokenizer_digest=manifest.tokenizer_digest, code_version="test")
+    store_attempt_config(run_dir, 1, config)
+    return run_dir, _commit(run_dir, config, manifest, corpus, record.run_id, step)
+
+
+def _commit(run_dir: Path, config: TrainConfig, manifest: Manifest, corpus: Path, run_id: str, step: int) -> Commit:
+    spec = ModelSpec.from_config(config.model, manifest.vocab_size, manifest.sequence_length)
+    vocabulary = Vocabulary(
+        vocab_size=manifest.vocab_size,
+        padded_vocab_size=spec.padded_vocab_size,
+        mask_token_id=manifest.mask_token_id,
+        eod_token_id=manifest.eod_token_id,
+        pad_token_id=manifest.pad_token_id,
+    )
+    engine = InitialWeights(ThreadWorld(1), 0)
+    engine.spec = spec
+    return save(
+        engine,
+        run_dir,
+        attempt=1,
+        state=TrainerState(step=step, consumed_samples=4 * step, consumed_tokens=100 * step, seed=SEED),
+        model=ModelDocument(
+            spec=spec,
+            vocabulary=vocabulary,
+            objective=ObjectiveSpec(noise_schedule="linear", complementary=True, mask_logit="excluded"),
+            tokenizer_digest=manifest.tokenizer_digest,
+        ),
+        tokenizer_folder=corpus / "tokenizer",
+        corpora={"main": manifest.corpus_id},
+        journal_head=(3, "0" * 64),
+        run_id=run_id,
+        parent=None,
+        check_claim=lambda: None,
+    )
