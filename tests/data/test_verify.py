@@ -234,6 +234,27 @@ def test_document_table_of_a_block_is_compared_with_the_documents(corpus: Path, 
     refused(corpus, r"member 000001\.docs\.npy does not list the documents")
 
 
+def test_row_of_nothing_but_padding_is_refused(corpus: Path) -> None:
+    manifest = Manifest.load(corpus)
+    last = manifest.split("train").num_blocks - 1
+
+    def lengthen(number: int, block: Block) -> Block | None:
+        if number != last:
+            return None
+        row = np.full((1, 16), manifest.pad_token_id, dtype=block.tokens.dtype)
+        return Block(tokens=np.concatenate([block.tokens, row]), docs=block.docs)
+
+    rewrite_shard(corpus, lengthen)
+
+    def count(content: dict[str, Any]) -> None:
+        split = content["splits"]["train"]
+        split.update(sequences=split["sequences"] + 1, padding=split["padding"] + 16)
+        content["totals"]["sequences"] += 1
+
+    forge(corpus, count)  # the counts agree with the shards; only the documents' lengths say that a row is too many
+    refused(corpus, r"split train has \d+ rows; its documents fill")
+
+
 def test_row_that_omits_a_document_it_begins_inside_is_refused(corpus: Path) -> None:
     rewrite_shard(
         corpus, lambda number, block: Block(tokens=block.tokens, docs=block.docs[1:]) if number == 1 else None
