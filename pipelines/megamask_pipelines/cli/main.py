@@ -226,7 +226,9 @@ def _help_text() -> str:
 
 def _print(text: str, stream: IO[str] | None = None) -> None:
     """Writes a line; a reader that has gone away (`| head`) is no error."""
-    stream = sys.stdout if stream is None else stream
+    stream = stream or sys.stdout
+    if stream is None:  # the process was started with the descriptor closed: nobody listens
+        return
     try:
         stream.write(f"{text.rstrip()}\n")
         stream.flush()

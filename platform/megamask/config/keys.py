@@ -7,6 +7,7 @@ import difflib
 import functools
 import types
 import typing
+from collections.abc import Sequence
 from dataclasses import MISSING, dataclass
 from typing import Any, Literal
 
@@ -47,6 +48,12 @@ class Key:
     def is_required(self) -> bool:
         """Whether a config must set it."""
         return self.default is MISSING
+
+    @property
+    def type_name(self) -> str:
+        """The type as the schema writes it, as "int | None"."""
+        name = {"list": "list[str]", "dict": "dict[str, str]"}.get(self.base, self.base)
+        return f"{name} | None" if self.is_optional else name
 
     @property
     def allowed(self) -> str:
@@ -97,6 +104,11 @@ def nearest(name: str, root: type) -> str:
     The same last part in another section comes first (model.tensor_parallel_size), then the closest spelling.
     """
     candidates = [*all_keys(root), *all_sections(root)]
+    return nearest_of(name, candidates)
+
+
+def nearest_of(name: str, candidates: Sequence[str]) -> str:
+    """The dotted name among the candidates that an unknown one most likely meant; see `nearest`."""
     last = name.rpartition(".")[2]
     if same := [candidate for candidate in candidates if candidate.rpartition(".")[2] == last]:
         return max(same, key=lambda candidate: _likeness(name, candidate))
