@@ -130,6 +130,8 @@ CONTRADICTIONS: dict[str, Callable[[dict[str, Any]], object]] = {
     "missing field": lambda m: m.pop("tokenizer"),
     "unknown shard field": lambda m: m["splits"]["train"]["shards"][0].update(path="/etc/passwd"),
     "wrong type": lambda m: m["splits"]["train"]["shards"][0].update(rows="4"),
+    "negative count": lambda m: m["splits"]["train"].update(documents=-1),
+    "count that is no number": lambda m: m["splits"]["validation"]["shards"][0].update(rows=True),
     "splits a list": lambda m: m.update(splits=[]),
 }
 

@@ -11,7 +11,7 @@ import errno
 import fcntl
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from megamask.errors import UsageError
@@ -26,8 +26,9 @@ def exclusive(target: Path) -> Iterator[None]:
         UsageError: another live process builds the same target.
         OSError: the storage refused.
     """
-    created = _make_parents(target.parent)
+    created = [folder for folder in target.parents if not folder.exists()]
     try:
+        _make_parents(target.parent, created)
         descriptor = _lock(target)
         try:
             yield
@@ -62,17 +63,17 @@ def folder_being_built(target: Path) -> Iterator[Path]:
         raise
 
 
-def _make_parents(parent: Path) -> list[Path]:
-    """Creates a folder and its parents; returns those that are new, the deepest first."""
-    missing = [folder for folder in (parent, *parent.parents) if not folder.exists()]
+def _make_parents(parent: Path, missing: Sequence[Path]) -> None:
+    """Creates a folder and those of its parents that are missing, and flushes their names."""
     try:
         parent.mkdir(parents=True, exist_ok=True)
+        for folder in missing:
+            fsync_directory(folder.parent)
     except (FileExistsError, NotADirectoryError) as error:
         raise UsageError(
             f"corpus.output_dir lies below {error.filename}, which is not a folder. Nothing was written.",
             hint="choose another corpus.output_dir",
         ) from error
-    return missing
 
 
 def _lock_path(target: Path) -> Path:

@@ -236,6 +236,13 @@ def _split_of(value: Mapping[str, Any]) -> SplitEntry:
     )
 
 
+def _are_counts(split: SplitEntry) -> bool:
+    counts: list[Any] = [value for name, value in vars(split).items() if name != "shards"]
+    for shard in split.shards:
+        counts += [shard.bytes, shard.blocks, shard.rows]
+    return all(type(count) is int and count >= 0 for count in counts)
+
+
 def _contradiction(manifest: Manifest) -> str | None:
     """What in the manifest cannot be true, or None."""
     content = manifest.content
@@ -254,6 +261,8 @@ def _contradiction(manifest: Manifest) -> str | None:
             if shard.name != f"shards/{name}-{number:06d}.tar":
                 return f"shard {number} of split {name} is called {shard.name!r}"
             digests += [shard.sha256, shard.index_sha256, shard.tar_index_sha256]
+        if not _are_counts(split):
+            return f"a count of split {name} is not a whole number of at least 0"
         if split.num_rows != sum(shard.rows for shard in split.shards) or split.num_blocks != sum(
             shard.blocks for shard in split.shards
         ):
