@@ -8,6 +8,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megamask.errors import MegamaskError
+
 
 class Collectives:
     """Collective calls over all ranks of the job; every rank must make each of them, in the same order.
@@ -63,6 +65,18 @@ class Collectives:
         values: list[Any] = [None] * self.world_size
         dist.all_gather_object(values, value)
         return values
+
+    def raise_alike(self, failures: Sequence[BaseException], kind: type[MegamaskError]) -> None:
+        """Returns if no rank failed; otherwise raises on every rank, so that none waits for one that has gone.
+
+        A rank that failed raises its own error; the others raise one of `kind` that quotes the first rank's.
+        """
+        told = self.gather_objects(str(failures[0]) or type(failures[0]).__name__ if failures else None)
+        if failures:
+            raise failures[0]
+        for rank, message in enumerate(told):
+            if message is not None:
+                raise kind(f"rank {rank}: {message}")
 
     def barrier(self) -> None:
         """Waits until every rank has come here."""

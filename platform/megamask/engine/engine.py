@@ -161,8 +161,7 @@ class Engine:
         Raises:
             CheckpointIntegrityError: the folder does not hold the whole state of this network.
         """
-        state.load(folder, self._optimizer, self._canonical)
-        self._optimizer.publish_weights()
+        state.load(folder, self._optimizer, self._canonical, self._collectives)
 
     def parameter_digest(self) -> str:
         """sha256 over all weights; equal for two runs of one layout exactly if their weights are equal, bit for bit."""

@@ -48,15 +48,20 @@ def save(folder: Path, optimizer: Any, canonical: CanonicalMap, collectives: Col
     return names
 
 
-def load(folder: Path, optimizer: Any, canonical: CanonicalMap) -> None:
-    """Reads this rank's shards; the weights of other ranks' shards must be gathered afterwards.
+def load(folder: Path, optimizer: Any, canonical: CanonicalMap, collectives: Collectives) -> None:
+    """Reads this rank's shards and gathers the others'; collective.
 
     Raises:
-        CheckpointIntegrityError: the folder does not hold the whole state of this network.
+        CheckpointIntegrityError: the folder does not hold the whole state of this network; every rank raises.
     """
-    num_updates = _read_num_updates(folder / OPTIMIZER_NAME)
-    StateReader(folder).read(list(_pieces(optimizer, canonical, is_saving=False)))
-    optimizer.num_updates = num_updates
+    failures: list[BaseException] = []
+    try:
+        optimizer.num_updates = _read_num_updates(folder / OPTIMIZER_NAME)
+        StateReader(folder).read(list(_pieces(optimizer, canonical, is_saving=False)))
+    except CheckpointIntegrityError as error:
+        failures.append(error)
+    collectives.raise_alike(failures, CheckpointIntegrityError)
+    optimizer.publish_weights()
 
 
 def read_canonical_weights(folder: Path, spec: ModelSpec) -> dict[str, torch.Tensor]:

@@ -200,7 +200,8 @@ class TrainingStep:
         counts that `loss_function` returns and divides once.
         """
         stage, sums = self._stage, list[torch.Tensor]()
-        capacity = (self._head_capacity or batch.tokens.size(1)) * self._micro_batch_size
+        sequence_length = batch.tokens.size(1)
+        capacity = min(self._head_capacity or sequence_length, sequence_length) * self._micro_batch_size
 
         def forward_step(micro_batches: Iterator[MicroBatch], model: Any) -> tuple[torch.Tensor, Callable[..., Any]]:
             micro_batch = next(micro_batches)
@@ -224,7 +225,7 @@ class TrainingStep:
             data_iterator=self._micro_batches(batch, noised),
             model=[stage.model],
             num_microbatches=len(batch.place) // self._micro_batch_size,
-            seq_length=batch.tokens.size(1),
+            seq_length=sequence_length,
             micro_batch_size=self._micro_batch_size * stage.objective.num_views,
             forward_only=False,
         )

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import pickle
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -128,15 +128,6 @@ class _LoadPlanner(DefaultLoadPlanner):
         raise pickle.UnpicklingError("this state holds no objects, only tensors")
 
 
-@dataclass(kw_only=True)
-class _Part:
-    """What one rank tells rank 0 about its file."""
-
-    plan: SavePlan
-    results: list[WriteResult]
-    failure: str | None
-
-
 def write(folder: Path, pieces: Sequence[Piece], collectives: Collectives) -> list[str]:
     """Writes all ranks' pieces; collective. Together they must be every element of every tensor exactly once.
 
@@ -145,44 +136,28 @@ def write(folder: Path, pieces: Sequence[Piece], collectives: Collectives) -> li
         OSError, RuntimeError: this rank could not write.
         StorageError: another rank could not.
     """
-    rank, is_main = collectives.rank, collectives.is_main
     planner, writer = _SavePlanner(pieces), _Writer(folder, thread_count=1, sync_files=False, overwrite=False)
-    writer.set_up_storage_writer(is_main)
-    part, failures = _Part(plan=planner.create_local_plan(), results=[], failure=None), list[BaseException]()
-
-    def write_own() -> None:
-        plan = writer.prepare_global_plan([writer.prepare_local_plan(part.plan)] * (rank + 1))[rank]
-        part.results = writer.write_data(planner.finish_plan(plan), planner).wait()
-
-    _attempt(write_own, failures, part)
-    parts: list[_Part] = collectives.gather_objects(part)
-    _raise_alike(parts, failures)
-
-    def write_index() -> None:
-        _, metadata = planner.create_global_plan([part.plan for part in parts])
-        writer.finish(metadata, [part.results for part in parts])
-
-    if is_main:
-        _attempt(write_index, failures, part)
-    _raise_alike(collectives.gather_objects(part), failures)
-    own = sorted({result.storage_data.relative_path for result in part.results} | {f"__{rank}_0.distcp"})
-    return [*own, METADATA_NAME] if is_main else own
-
-
-def _attempt(action: Callable[[], None], failures: list[BaseException], part: _Part) -> None:
+    writer.set_up_storage_writer(collectives.is_main)
+    failures: list[BaseException] = []
+    results: list[WriteResult] = []
     try:
-        action()
-    except Exception as error:  # noqa: BLE001 - every rank raises once all have been told
+        plan = writer.prepare_local_plan(planner.create_local_plan())
+        # torch numbers files by a plan's place in the list of all; this rank's place is all that matters here
+        plan = writer.prepare_global_plan([plan] * (collectives.rank + 1))[-1]
+        results = writer.write_data(planner.finish_plan(plan), planner).wait()
+    except (OSError, RuntimeError) as error:
         failures.append(error)
-        part.failure = f"{type(error).__name__}: {error}"
-
-
-def _raise_alike(parts: Sequence[_Part], failures: Sequence[BaseException]) -> None:
-    if failures:
-        raise failures[0]
-    for rank, part in enumerate(parts):
-        if part.failure is not None:
-            raise StorageError(f"rank {rank} could not write its part of the state ({part.failure})")
+    collectives.raise_alike(failures, StorageError)
+    parts = collectives.gather_objects((planner.create_local_plan(), results))
+    if collectives.is_main:
+        try:
+            _, metadata = planner.create_global_plan([plan for plan, _ in parts])
+            writer.finish(metadata, [results for _, results in parts])
+        except (OSError, RuntimeError, ValueError) as error:
+            failures.append(error)
+    collectives.raise_alike(failures, StorageError)
+    own = f"__{collectives.rank}_0.distcp"
+    return [own, METADATA_NAME] if collectives.is_main else [own]
 
 
 class StateReader:

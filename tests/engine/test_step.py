@@ -1,0 +1,139 @@
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import pytest
+import torch
+
+from megamask.errors import UsageError
+from support import engine_cases as cases
+from support.engine_cases import OPTIONS, PLAIN
+
+pytestmark = pytest.mark.multiprocess
+
+
+@pytest.mark.parametrize("spec", [PLAIN, OPTIONS], ids=["plain", "options"])
+@pytest.mark.parametrize("goal", [cases.objective(), cases.objective(complementary=False, mask_logit="included")])
+def test_loss_and_gradients_equal_the_reference_networks(build, spec, goal):
+    engine = build(spec, goal=goal, micro_batch_size=2, clip_grad_norm=0.0)
+    report = cases.take_step(engine, 1, learning_rate=0.0)
+
+    model = cases.reference(spec)
+    loss = cases.reference_loss(model, 1, goal)
+    loss.backward()
+    expected = {name: parameter.grad for name, parameter in model.named_parameters()}
+    gradients = cases.canonical_gradients(engine)
+
+    assert report.loss == pytest.approx(loss.item(), rel=1e-5)
+    assert set(gradients) == set(expected)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-5, atol=1e-5 * float(expected[name].abs().max()))
+    norm = math.sqrt(sum(float(gradient.double().square().sum()) for gradient in expected.values()))
+    assert report.grad_norm == pytest.approx(norm, rel=1e-5)
+
+
+def test_counts_are_those_of_the_noise_law(build):
+    engine = build()
+    report = cases.take_step(engine, 3)
+    share = cases.batch(list(range(cases.GLOBAL_BATCH_SIZE)), 3)
+    rows = cases.noised(share, 3, PLAIN, cases.objective())
+    assert report.num_eligible == int(share.is_eligible.sum())
+    assert report.masked_tokens == int(rows.is_masked[::2].sum())
+    assert report.content_sum == share.content_sum > 2**32  # both halves of the sum matter
+    assert report.is_finite
+
+
+def test_loss_stays_when_only_the_padding_of_the_vocabulary_changes(build):
+    reports = []
+    for padded in (61, 64, 192):
+        engine = build(dataclasses.replace(PLAIN, padded_vocab_size=padded))
+        reports.append([cases.take_step(engine, step) for step in (1, 2, 3)])
+    for other in reports[1:]:
+        for one, two in zip(reports[0], other, strict=True):
+            assert two.loss == pytest.approx(one.loss, rel=1e-6)
+            assert two.grad_norm == pytest.approx(one.grad_norm, rel=1e-5)
+
+
+def test_losses_stay_when_the_micro_batch_size_changes(build):
+    """float32 sums in another order; 1e-6 is about ten units in the last place."""
+    losses = {}
+    for size in (1, 2, 4):
+        engine = build(micro_batch_size=size)
+        losses[size] = [cases.take_step(engine, step).loss for step in (1, 2, 3)]
+    assert losses[2] == pytest.approx(losses[1], rel=1e-6)
+    assert losses[4] == pytest.approx(losses[1], rel=1e-6)
+
+
+def test_loss_falls(build):
+    engine = build(micro_batch_size=4)
+    losses = [cases.take_step(engine, 1 + step % 4, learning_rate=5e-3).loss for step in range(40)]
+    assert sum(losses[-4:]) < 0.88 * sum(losses[:4])
+
+
+def test_step_repeats_bit_for_bit(build):
+    first = [cases.report_fields(cases.take_step(engine, step)) for engine in [build()] for step in (1, 2)]
+    second = [cases.report_fields(cases.take_step(engine, step)) for engine in [build()] for step in (1, 2)]
+    assert first == second
+
+
+def test_padding_rows_of_the_vocabulary_stay_zero(build):
+    engine = build(OPTIONS)
+    for step in (1, 2):
+        cases.take_step(engine, step)
+    weights = dict(engine._stage.network.named_parameters())["embedding.word_embeddings.weight"]
+    assert not weights[OPTIONS.vocab_size :].any()
+    assert weights[: OPTIONS.vocab_size].any(dim=1).all()
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+def test_nothing_is_updated_when_the_loss_is_not_finite(build, poison):
+    engine = build()
+    cases.take_step(engine, 1)
+    parameter = dict(engine._stage.network.named_parameters())["decoder.layers.1.mlp.linear_fc2.weight"]
+    with torch.no_grad():
+        parameter[0, 0] = poison
+    before, updates = engine.parameter_digest(), engine._optimizer.num_updates
+    report = cases.take_step(engine, 2)
+    assert not report.is_finite
+    assert not (math.isfinite(report.loss) and math.isfinite(report.grad_norm))
+    assert engine.parameter_digest() == before
+    assert engine._optimizer.num_updates == updates == 1
+
+
+def test_head_capacity_changes_nothing_when_it_suffices(build):
+    wanted = cases.report_fields(cases.take_step(build(), 1))
+    enough = cases.SEQUENCE_LENGTH - 1  # every row of step 1 is either shorter or masks fewer in the pair
+    goal = cases.objective(complementary=False)
+    single = cases.report_fields(cases.take_step(build(goal=goal), 1))
+    assert cases.take_step(build(goal=goal, head_capacity=enough), 1).loss == pytest.approx(single["loss"], rel=1e-6)
+    assert cases.take_step(build(head_capacity=10 * cases.SEQUENCE_LENGTH), 1).loss == wanted["loss"]
+
+
+def test_head_capacity_is_refused_when_masks_do_not_fit_and_nothing_is_updated(build):
+    engine = build(head_capacity=20)
+    before = engine.parameter_digest()
+    with pytest.raises(UsageError, match=r"training\.head_capacity is 20 rows per sample.*32 masked.*at least 32"):
+        cases.take_step(engine, 1)
+    assert engine.parameter_digest() == before
+
+
+def test_weight_decay_spares_vectors(build):
+    engine = build(weight_decay=1.0, clip_grad_norm=0.0)
+    names = {}
+    for shard in engine._optimizer.shards():
+        names[shard.parameter] = shard.weight.data_ptr()
+    decay = {
+        tensor.data_ptr(): group["weight_decay"] for group in engine._optimizer._groups for tensor in group["params"]
+    }
+    for name, address in names.items():
+        assert decay[address] == (0.0 if "layernorm" in name else 1.0), name
+
+
+def test_gradients_are_clipped_to_the_configured_norm(build):
+    free = build(clip_grad_norm=0.0)
+    norm = cases.take_step(free, 1, learning_rate=0.0).grad_norm
+    clipped = build(clip_grad_norm=norm / 10)
+    assert cases.take_step(clipped, 1, learning_rate=0.0).grad_norm == norm  # reported before clipping
+    total = sum(float(gradient.square().sum()) for gradient in cases.canonical_gradients(clipped).values())
+    assert math.sqrt(total) == pytest.approx(norm / 10, rel=1e-4)

@@ -1,0 +1,70 @@
+from __future__ import annotations
+
+import itertools
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megamask.config.schema.layout import LayoutConfig
+from megamask.engine.topology import Topology
+from megamask.errors import UsageError
+
+
+def mesh(tp: int, dp: int, pp: int) -> list[Topology]:
+    layout = LayoutConfig(tensor_parallel_size=tp, data_parallel_size=dp, pipeline_parallel_size=pp)
+    return [Topology.from_layout(layout, rank=rank, world_size=tp * dp * pp) for rank in range(tp * dp * pp)]
+
+
+def test_ranks_are_numbered_tensor_parallel_fastest_then_data_then_pipeline():
+    coordinates = [
+        (rank.pipeline_parallel_rank, rank.data_parallel_rank, rank.tensor_parallel_rank) for rank in mesh(2, 3, 4)
+    ]
+    assert coordinates == list(itertools.product(range(4), range(3), range(2)))
+
+
+sizes = st.integers(1, 4)
+
+
+@given(tp=sizes, dp=sizes, pp=sizes, micro_batch_size=sizes, num_micro_batches=sizes)
+def test_each_place_of_a_batch_is_computed_by_one_data_parallel_coordinate(
+    tp, dp, pp, micro_batch_size, num_micro_batches
+):
+    batch = dp * micro_batch_size * num_micro_batches
+    shares = {}
+    for rank in mesh(tp, dp, pp):
+        share = rank.members(batch, micro_batch_size)
+        assert shares.setdefault(rank.data_parallel_rank, share) == share
+        assert len(share) == micro_batch_size * num_micro_batches
+    assert sorted(itertools.chain(*shares.values())) == list(range(batch))
+    # micro-batch m of coordinate d begins at (m*dp + d) * micro_batch_size
+    for coordinate, share in shares.items():
+        firsts = share[::micro_batch_size]
+        assert firsts == [(m * dp + coordinate) * micro_batch_size for m in range(num_micro_batches)]
+
+
+@given(tp=sizes, dp=sizes, pp=sizes)
+def test_one_rank_speaks_for_each_data_parallel_coordinate(tp, dp, pp):
+    speakers = [rank.data_parallel_rank for rank in mesh(tp, dp, pp) if rank.counts]
+    assert sorted(speakers) == list(range(dp))
+
+
+def test_stages_share_the_layers_in_order():
+    assert [list(rank.layers(8)) for rank in mesh(1, 1, 4)] == [[0, 1], [2, 3], [4, 5], [6, 7]]
+    assert [(rank.is_first_stage, rank.is_last_stage) for rank in mesh(1, 1, 3)] == [
+        (True, False),
+        (False, False),
+        (False, True),
+    ]
+
+
+def test_layout_is_refused_when_it_does_not_fit_the_processes():
+    layout = LayoutConfig(tensor_parallel_size=2, data_parallel_size=3)
+    with pytest.raises(UsageError, match=r"2 tensor-parallel x 3 data-parallel x 1 pipeline-parallel = 6.*4 were") as e:
+        Topology.from_layout(layout, rank=0, world_size=4)
+    assert "layout.data_parallel_size" in str(e.value)
+
+
+def test_sequence_parallel_is_off_when_there_is_nothing_to_shard():
+    layout = LayoutConfig(sequence_parallel=True)
+    assert not Topology.from_layout(layout, rank=0, world_size=1).sequence_parallel

@@ -1,0 +1,190 @@
+"""Tiny networks and synthetic batches for tests of the engine, with the oracle's answers beside them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from megamask.config.schema.layout import LayoutConfig
+from megamask.config.schema.optimizer import OptimizerConfig
+from megamask.config.schema.training import TrainingConfig
+from megamask.diffusion.corruption import CorruptedBatch, corrupt
+from megamask.diffusion.objective import ObjectiveSpec
+from megamask.diffusion.philox import run_key
+from megamask.diffusion.schedule import noise_schedule, stratified_times
+from megamask.models.reference import ReferenceModel
+from megamask.models.spec import ModelSpec
+from megamask.models.vocabulary import Vocabulary
+
+SEED = 11
+GLOBAL_BATCH_SIZE = 8
+SEQUENCE_LENGTH = 32
+LEARNING_RATE = 1e-2
+
+PLAIN = ModelSpec(
+    num_layers=2,
+    hidden_size=32,
+    ffn_hidden_size=48,
+    num_attention_heads=4,
+    num_query_groups=2,
+    head_dim=8,
+    qk_norm=False,
+    qkv_bias=False,
+    tie_embeddings=False,
+    rope_theta=10000.0,
+    norm_eps=1e-5,
+    init_std=0.05,
+    vocab_size=61,
+    padded_vocab_size=64,
+    max_sequence_length=SEQUENCE_LENGTH,
+)
+# every option at once, a head width that is not hidden_size / heads, and a shard of padding only when cut in two
+OPTIONS = dataclasses.replace(
+    PLAIN, qk_norm=True, qkv_bias=True, tie_embeddings=True, head_dim=16, padded_vocab_size=128, rope_theta=500.0
+)
+
+
+@dataclass
+class SyntheticBatch:
+    tokens: torch.Tensor
+    is_eligible: torch.Tensor
+    sample_index: torch.Tensor
+    place: torch.Tensor
+    content_sum: int
+
+
+def vocabulary(spec: ModelSpec) -> Vocabulary:
+    return Vocabulary(
+        vocab_size=spec.vocab_size,
+        padded_vocab_size=spec.padded_vocab_size,
+        mask_token_id=spec.vocab_size - 1,
+        eod_token_id=spec.vocab_size - 3,
+        pad_token_id=spec.vocab_size - 2,
+    )
+
+
+def objective(*, complementary: bool = True, mask_logit: str = "excluded") -> ObjectiveSpec:
+    return ObjectiveSpec(noise_schedule="linear", complementary=complementary, mask_logit=mask_logit)
+
+
+def make_engine(
+    spec: ModelSpec = PLAIN,
+    layout: dict[str, Any] | None = None,
+    *,
+    micro_batch_size: int = 1,
+    head_capacity: int | None = None,
+    goal: ObjectiveSpec | None = None,
+    **optimizer: float,
+) -> Any:
+    from megamask.engine.engine import Engine
+
+    return Engine(
+        spec,
+        vocabulary(spec),
+        goal or objective(),
+        OptimizerConfig(**({"learning_rate": LEARNING_RATE} | optimizer)),
+        LayoutConfig(**(layout or {})),
+        TrainingConfig(
+            steps=100,
+            global_batch_size=GLOBAL_BATCH_SIZE,
+            micro_batch_size=micro_batch_size,
+            sequence_length=SEQUENCE_LENGTH,
+            head_capacity=head_capacity,
+        ),
+        SEED,
+    )
+
+
+def batch(members: list[int], step: int) -> SyntheticBatch:
+    """Places of the global batch of a step: learnable rows of different lengths, a large content hash for each."""
+    indices = [(step - 1) * GLOBAL_BATCH_SIZE + place for place in members]
+    rows, eligible = [], []
+    for index in indices:
+        generator = torch.Generator().manual_seed(index)
+        row = torch.randint(0, 58, (SEQUENCE_LENGTH,), generator=generator)
+        row[1::2] = (row[0::2] * 7 + 3) % 58
+        rows.append(row)
+        eligible.append(torch.arange(SEQUENCE_LENGTH) < SEQUENCE_LENGTH - index % 5)
+    return SyntheticBatch(
+        tokens=torch.stack(rows),
+        is_eligible=torch.stack(eligible),
+        sample_index=torch.tensor(indices),
+        place=torch.tensor(members),
+        content_sum=sum((index + 1) * 0x9E3779B97F4A7C15 % 2**64 for index in indices) % 2**64,
+    )
+
+
+def take_step(engine: Any, step: int, learning_rate: float = LEARNING_RATE) -> Any:
+    return engine.step(batch(engine.members(GLOBAL_BATCH_SIZE), step), step=step, learning_rate=learning_rate)
+
+
+def noised(share: SyntheticBatch, step: int, spec: ModelSpec, goal: ObjectiveSpec) -> CorruptedBatch:
+    """The noise of a whole global batch, made without the engine."""
+    key = run_key(SEED)
+    return corrupt(
+        share.tokens,
+        share.is_eligible,
+        share.sample_index,
+        stratified_times(step, GLOBAL_BATCH_SIZE, key),
+        schedule=noise_schedule(goal.noise_schedule),
+        complementary=goal.complementary,
+        mask_token_id=vocabulary(spec).mask_token_id,
+        key=key,
+    )
+
+
+def reference(spec: ModelSpec) -> ReferenceModel:
+    model = ReferenceModel(spec)
+    model.initialize(SEED)
+    return model
+
+
+def reference_cross_entropy(
+    model: ReferenceModel, x_t: torch.Tensor, x_0: torch.Tensor, is_masked: torch.Tensor, goal: ObjectiveSpec
+) -> torch.Tensor:
+    """Row sums from full logits: no row is left out, no position chosen."""
+    spec = model.spec
+    logits = model.logits(model(x_t), vocabulary=vocabulary(spec), mask_logit=goal.mask_logit)
+    cross_entropy = torch.nn.functional.cross_entropy(logits.flatten(0, 1), x_0.flatten(), reduction="none")
+    return (cross_entropy.view_as(x_0) * is_masked).sum(dim=1)
+
+
+def reference_loss(model: ReferenceModel, step: int, goal: ObjectiveSpec) -> torch.Tensor:
+    share = batch(list(range(GLOBAL_BATCH_SIZE)), step)
+    rows = noised(share, step, model.spec, goal)
+    sums = reference_cross_entropy(model, rows.x_t, rows.x_0, rows.is_masked, goal)
+    return (sums * rows.weight).sum() / (int(share.is_eligible.sum()) * goal.num_views)
+
+
+def canonical_gradients(engine: Any) -> dict[str, torch.Tensor]:
+    """Gradients in the buffers of a one-process engine, by canonical name."""
+    from megamask.models.initial_weights import canonical_shapes
+
+    gradients = {name: torch.full(shape, float("nan")) for name, shape in canonical_shapes(engine._spec).items()}
+    for name, parameter in engine._stage.network.named_parameters():
+        for block in engine._canonical.blocks(name):
+            rows = slice(block.first_row, block.first_row + block.sizes[0])
+            gradients[block.name][block.index] = parameter.main_grad[rows]
+    return gradients
+
+
+def probe_rows(count: int, spec: ModelSpec) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """x_t, x_0, is_masked of some rows with different numbers of masks, one of them with none."""
+    x_0 = batch(list(range(count)), 77).tokens
+    draws = torch.rand(x_0.shape, generator=torch.Generator().manual_seed(3))
+    is_masked = draws < torch.arange(count)[:, None] / count
+    return x_0.masked_fill(is_masked, vocabulary(spec).mask_token_id), x_0, is_masked
+
+
+def report_fields(report: Any) -> dict[str, Any]:
+    """What two runs must agree on."""
+    fields = dataclasses.asdict(report)
+    return {name: value for name, value in fields.items() if not name.endswith("_s")}
+
+
+def as_json(value: Any) -> Any:
+    return json.loads(json.dumps(value))
