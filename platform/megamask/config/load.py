@@ -150,6 +150,11 @@ class _Composer:
                 hint=f"its keys: {', '.join(below)}",
             )
         for key, (line, child) in node.entries.items():
+            if "." in key:
+                raise UsageError(
+                    f"unknown key {key} ({_where(source, line)})",
+                    hint="in a file keys are nested: one mapping a section, as `training:` with `steps: 20` below it",
+                )
             self._add(f"{section}.{key}" if section else key, child, source, line=line)
 
     def _add(self, name: str, node: Node, source: str | None, *, line: int) -> None:
@@ -163,7 +168,7 @@ class _Composer:
         elif (parent := _mapping_of(name, keys)) is not None:
             self._add_entry(parent, name, node, source, line=line)
         else:
-            raise self._unknown(name, _where(source, line), is_nested="." not in name or source is None)
+            raise self._unknown(name, _where(source, line))
 
     def _add_mapping(self, key: Key, node: Node, source: str | None, *, line: int) -> None:
         convert(key, node, _where(source, line))
@@ -185,10 +190,8 @@ class _Composer:
         origin = OVERRIDE_ORIGIN if source is None else f"{source}:{line}"
         self.given[name] = _Given(value=value, origin=origin)
 
-    def _unknown(self, name: str, where: str, *, is_nested: bool) -> UsageError:
+    def _unknown(self, name: str, where: str) -> UsageError:
         message = f"unknown key {name} ({where})"
-        if name in all_keys(self.root) or not is_nested:
-            return UsageError(message, hint="nest it: one mapping a section, as `training:` with `steps: 20` below it")
         for other, command in _COMMANDS.items():
             if other is not self.root and (name in all_keys(other) or name in all_sections(other)):
                 return UsageError(message, hint=f"{name} belongs to a config of `{command}`")

@@ -1,0 +1,111 @@
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from megamask.config.dump import to_plain, to_yaml
+from megamask.config.keys import Key, all_keys, all_sections
+from megamask.config.load import load_config
+from megamask.config.schema.corpus import CorpusConfig, TokenizerConfig
+from megamask.config.schema.roots import PrepareConfig, TrainConfig
+
+TRICKY = ["1e3", "null", "yes", "No", "~", "", " ", "1", "0x10", "a: b", "#x", "- a", "'", '"', "a\nb\n", "é", "\u2028"]
+# Refused on purpose in any value: NUL, interpolation and what looks like a credential or a reference.
+texts = st.one_of(st.sampled_from(TRICKY), st.text(st.characters(codec="utf-8", exclude_characters="\0$@?:")))
+
+
+def values(key: Key) -> st.SearchStrategy:
+    setting = key.setting
+    if setting.choices:
+        found = st.sampled_from(setting.choices)
+    elif setting.pattern:
+        found = st.from_regex(r"\A[A-Za-z0-9_-][A-Za-z0-9._-]{0,20}\Z")
+    elif key.base == "int":
+        found = st.integers(setting.minimum, setting.maximum or 2**62)
+    elif key.base == "float":
+        low = setting.minimum if setting.minimum is not None else setting.above
+        high = setting.maximum if setting.maximum is not None else setting.below
+        found = st.floats(low, high, allow_nan=False, allow_infinity=False).filter(setting.accepts)
+    elif key.base == "bool":
+        found = st.booleans()
+    elif key.base == "list":
+        found = st.lists(texts, max_size=3)
+    elif key.base == "dict":
+        found = st.dictionaries(st.from_regex(r"\A[A-Za-z0-9._-]{1,20}\Z"), texts, min_size=1, max_size=3)
+    else:
+        found = texts
+    return st.one_of(st.none(), found) if key.is_optional else found
+
+
+def configs(root: type, prefix: str = "", top: type | None = None) -> st.SearchStrategy:
+    top = top or root
+    parts = {}
+    for field in dataclasses.fields(root):
+        name = prefix + field.name
+        section = all_sections(top).get(name)
+        parts[field.name] = values(all_keys(top)[name]) if section is None else configs(section, f"{name}.", top)
+    return st.builds(root, **parts)
+
+
+def read_back(text: str, root: type) -> object:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "x.yaml"
+        path.write_bytes(text.encode())
+        return load_config(root, path).config
+
+
+@given(configs(TrainConfig))
+def test_train_config_survives_yaml_unchanged(config):
+    assert read_back(to_yaml(config), TrainConfig) == config
+
+
+@given(configs(PrepareConfig))
+@example(
+    PrepareConfig(
+        corpus=CorpusConfig(
+            inputs=TRICKY, output_dir="null", sequence_length=16, tokenizer=TokenizerConfig(path="on"), licence="1e3"
+        )
+    )
+)
+def test_prepare_config_survives_yaml_unchanged(config):
+    again = read_back(to_yaml(config), PrepareConfig)
+    assert again == config
+    assert to_yaml(again) == to_yaml(config)
+
+
+@given(texts)
+def test_dumped_string_is_the_same_string_to_other_yaml_readers(text):
+    config = PrepareConfig(
+        corpus=CorpusConfig(inputs=[text], output_dir=text, sequence_length=16, tokenizer=TokenizerConfig())
+    )
+    assert yaml.safe_load(to_yaml(config))["corpus"]["output_dir"] == text
+
+
+ANY_PREPARE = PrepareConfig(
+    corpus=CorpusConfig(inputs=["a"], output_dir="b", sequence_length=16, tokenizer=TokenizerConfig())
+)
+
+
+def test_yaml_is_in_schema_order_and_complete():
+    loaded = yaml.safe_load(to_yaml(ANY_PREPARE))
+    assert list(loaded["corpus"]) == [field.name for field in dataclasses.fields(CorpusConfig)]
+    assert loaded == to_plain(ANY_PREPARE)
+
+
+def test_plain_shares_nothing_with_the_config():
+    plain = to_plain(ANY_PREPARE)
+    plain["corpus"]["inputs"].append("c")
+    assert ANY_PREPARE.corpus.inputs == ["a"]
+
+
+@pytest.mark.parametrize("word", ["yes", "off", "Null", "TRUE", "1e3", "1_000", "12:30", "2024-01-01", "0o7", ".5"])
+def test_strings_that_yaml_1_1_would_take_for_something_else_are_quoted(word):
+    config = dataclasses.replace(ANY_PREPARE, corpus=dataclasses.replace(ANY_PREPARE.corpus, output_dir=word))
+    assert f"output_dir: {word}\n" not in to_yaml(config)
+    assert yaml.safe_load(to_yaml(config))["corpus"]["output_dir"] == word

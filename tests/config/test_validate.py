@@ -1,0 +1,194 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megamask.config.load import load_prepare_config
+from megamask.config.validate import (
+    allowed_tensor_parallel_sizes,
+    effective_query_groups,
+    length_unit,
+    validate_prepare,
+    validate_train,
+)
+from support.config_files import write_configs
+
+
+def refused(train, refusal, *overrides):
+    loaded = train(*overrides)
+    return refusal(validate_train, loaded.config, loaded.origins)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        (),
+        ("layout.tensor_parallel_size=2", "layout.sequence_parallel=true"),
+        ("layout.tensor_parallel_size=4",),
+        ("layout.pipeline_parallel_size=2",),
+        ("layout.data_parallel_size=8",),
+        ("training.steps=1", "optimizer.warmup_steps=10", "optimizer.decay_steps=100"),
+        ("training.stop_after_step=20",),
+        ("training.head_capacity=128",),
+        ("training.head_capacity=64", "objective.complementary=false"),
+        ("model.head_dim=10",),
+        ("optimizer.min_learning_rate=3e-3",),
+    ],
+)
+def test_config_that_fits_is_accepted(train, overrides):
+    loaded = train(*overrides)
+    validate_train(loaded.config, loaded.origins)
+
+
+REFUSED = [
+    (
+        ("layout.tensor_parallel_size=3",),
+        "layout.tensor_parallel_size is 3, but model.num_attention_heads is 4; allowed: 1, 2, 4.",
+    ),
+    (
+        ("layout.tensor_parallel_size=4", "model.num_query_groups=2"),
+        "layout.tensor_parallel_size is 4, but model.num_query_groups is 2; allowed: 1, 2.",
+    ),
+    (("layout.tensor_parallel_size=4", "model.ffn_hidden_size=90"), "but model.ffn_hidden_size is 90; allowed: 1, 2."),
+    (
+        ("layout.tensor_parallel_size=4", "model.vocab_padding_multiple=2"),
+        "but model.vocab_padding_multiple is 2; allowed: 1, 2.",
+    ),
+    (
+        (
+            "layout.tensor_parallel_size=3",
+            "model.num_attention_heads=6",
+            "model.head_dim=8",
+            "model.ffn_hidden_size=96",
+            "model.vocab_padding_multiple=96",
+        ),
+        "but training.sequence_length is 128, not a multiple of lcm(16, 2 * 3); allowed: 1, 2.",
+    ),
+    (
+        ("layout.pipeline_parallel_size=3",),
+        "layout.pipeline_parallel_size is 3, but model.num_layers is 2; allowed: 1, 2.",
+    ),
+    (
+        ("layout.data_parallel_size=3",),
+        "layout.data_parallel_size is 3, but training.global_batch_size is 8; allowed: 1, 2, 4, 8.",
+    ),
+    (
+        ("layout.data_parallel_size=2", "training.micro_batch_size=3"),
+        "training.micro_batch_size is 3, but each of 2 data-parallel ranks has 4 of training.global_batch_size = 8; "
+        "allowed: 1, 2, 4.",
+    ),
+    (("layout.sequence_parallel=true",), "layout.sequence_parallel is true, but layout.tensor_parallel_size is 1"),
+    (("precision.compute=bf16",), "precision.compute is 'bf16', which is not built yet; allowed: fp32."),
+    (("training.sequence_length=100",), "allowed: a multiple of 16; the nearest are 96 or 112."),
+    (("training.sequence_length=10",), "allowed: a multiple of 16; the nearest are 16."),
+    (
+        ("training.sequence_length=100", "layout.tensor_parallel_size=4"),
+        "100, which is not a multiple of 16 = lcm(16, 2 * layout.tensor_parallel_size)",
+    ),
+    (("data.corpora.second=x",), "data.corpora is {'main': 'corpora/main', 'second': 'x'}, which has 2 entries"),
+    (("data.corpora.main=''",), "its entry main names no folder"),
+    (
+        ("model.num_query_groups=3",),
+        "model.num_query_groups is 3, but model.num_attention_heads is 4; allowed: 1, 2, 4.",
+    ),
+    (("model.num_attention_heads=5",), "model.num_attention_heads is 5, but model.hidden_size is 64"),
+    (("model.hidden_size=12",), "rotary positions need pairs; allowed: a multiple of 8"),
+    (("model.head_dim=7",), "model.head_dim is 7, but rotary positions need pairs"),
+    (("training.stop_after_step=21",), "training.stop_after_step is 21, but training.steps is 20; allowed: 1 to 20"),
+    (
+        ("optimizer.min_learning_rate=1e-2",),
+        "optimizer.min_learning_rate is 0.01, but optimizer.learning_rate is 0.003",
+    ),
+    (("training.head_capacity=129",), "training.head_capacity is 129, but a sample has training.sequence_length = 128"),
+    (("training.head_capacity=127",), "objective.complementary scores every token of a full row"),
+]
+
+
+@pytest.mark.parametrize(("overrides", "message"), REFUSED, ids=[" ".join(overrides) for overrides, _ in REFUSED])
+def test_config_that_does_not_fit_is_refused_with_what_is_allowed(train, refusal, overrides, message):
+    error = refused(train, refusal, *overrides)
+    assert message in error.message
+    assert error.message.endswith("Nothing was started.")
+
+
+def test_refusal_says_where_to_change_the_key(train, refusal, tmp_path):
+    error = refused(train, refusal, "layout.pipeline_parallel_size=3")
+    assert error.hint == "change layout.pipeline_parallel_size on the command line"
+    write_configs(
+        tmp_path, model="model:\n  num_layers: 2\n  hidden_size: 64\n  num_attention_heads: 5\n  ffn_hidden_size: 128\n"
+    )
+    assert refused(train, refusal).hint == "change model.num_attention_heads in model.yaml:4"
+    write_configs(tmp_path)
+    assert refused(train, refusal, "data.corpora.b=x").hint == "change data.corpora in run.yaml:7"
+    assert refusal(validate_train, train("data.corpora.b=x").config).hint is None
+
+
+def test_default_that_does_not_fit_is_called_a_default(train, refusal):
+    error = refused(train, refusal, "training.sequence_length=96", "model.num_attention_heads=1", "model.hidden_size=5")
+    assert "model.hidden_size is 5" in error.message
+    wider = "training.global_batch_size=3", "layout.tensor_parallel_size=3", "model.num_attention_heads=6"
+    error = refused(train, refusal, *wider, "model.head_dim=8", "model.ffn_hidden_size=96")
+    assert "model.vocab_padding_multiple is 128" in error.message
+
+
+@given(
+    heads=st.integers(1, 32),
+    ffn=st.integers(1, 256),
+    padding=st.integers(1, 128),
+    length=st.integers(1, 64).map(lambda k: 16 * k),
+)
+def test_allowed_tensor_parallel_sizes_are_exactly_those_that_are_accepted(train, refusal, heads, ffn, padding, length):
+    overrides = [
+        f"model.num_attention_heads={heads}",
+        "model.head_dim=8",
+        f"model.ffn_hidden_size={ffn}",
+        f"model.vocab_padding_multiple={padding}",
+        f"training.sequence_length={length}",
+    ]
+    allowed = allowed_tensor_parallel_sizes(train(*overrides).config)
+    assert allowed[0] == 1
+    for size in range(1, heads + 2):
+        loaded = train(*overrides, f"layout.tensor_parallel_size={size}")
+        if size in allowed:
+            validate_train(loaded.config)
+        else:
+            assert "layout.tensor_parallel_size" in refusal(validate_train, loaded.config).message
+
+
+def test_length_unit_is_the_shape_law():
+    assert [length_unit(size) for size in (1, 2, 3, 8, 16)] == [16, 16, 48, 16, 32]
+    assert all(length_unit(size) == math.lcm(16, 2 * size) for size in range(1, 100))
+
+
+def test_query_groups_default_to_one_a_head(train):
+    assert effective_query_groups(train().config.model) == 4
+    assert effective_query_groups(train("model.num_query_groups=2").config.model) == 2
+
+
+PREPARE_REFUSED = {
+    ("corpus.inputs=[]",): "corpus.inputs is [], which names no text",
+    ("corpus.inputs=['']",): "which names no text",
+    ("corpus.output_dir=''",): "corpus.output_dir is '', which names no folder",
+    ("corpus.sequence_length=100",): "a multiple of 16; the nearest are 96 or 112",
+    ("corpus.tokenizer.vocab_size=null",): "neither is set",
+    ("corpus.tokenizer.path=t.json",): "both are set",
+    ("corpus.tokenizer.eod_token=''",): "corpus.tokenizer.eod_token is '', which is empty",
+    ("corpus.tokenizer.mask_token=<|pad|>",): "which corpus.tokenizer.pad_token is too",
+    ("corpus.jsonl_text_key=''",): "corpus.jsonl_text_key is ''",
+}
+
+
+@pytest.mark.parametrize("overrides", PREPARE_REFUSED, ids=" ".join)
+def test_preparation_that_does_not_fit_is_refused(tmp_path, refusal, overrides):
+    write_configs(tmp_path)
+    loaded = load_prepare_config(tmp_path / "prepare.yaml", overrides)
+    assert PREPARE_REFUSED[overrides] in refusal(validate_prepare, loaded.config, loaded.origins).message
+
+
+@pytest.mark.parametrize("overrides", [(), ("corpus.tokenizer.vocab_size=null", "corpus.tokenizer.path=t.json")])
+def test_preparation_that_fits_is_accepted(tmp_path, overrides):
+    write_configs(tmp_path)
+    validate_prepare(load_prepare_config(tmp_path / "prepare.yaml", overrides).config)
