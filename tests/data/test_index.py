@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import struct
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -78,12 +79,26 @@ def test_index_is_refused_when_bytes_follow_it() -> None:
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("tokens_offset", 10**9), ("tokens_bytes", 1), ("rows", 0), ("rows", 5), ("docs_offset", 700), ("docs", 6)],
+    [
+        ("tokens_offset", 10**9),
+        ("tokens_offset", 640),
+        ("tokens_bytes", 1),
+        ("rows", 0),
+        ("rows", 5),
+        ("docs_offset", 700),
+        ("docs", 6),
+    ],
 )
 def test_index_is_refused_when_it_contradicts_itself_under_a_right_checksum(field: str, value: int) -> None:
     index = make_index()
     index.blocks[1][field] = value
     with pytest.raises(DataIntegrityError, match="block 7"):
+        ShardIndex.unpack(index.pack(), name="x.idx")
+
+
+def test_index_is_refused_when_it_has_more_row_checksums_than_rows() -> None:
+    index = replace(make_index(), row_crc32c=np.arange(13, dtype="<u4"))
+    with pytest.raises(DataIntegrityError, match="the blocks hold 12 rows, the header says 13"):
         ShardIndex.unpack(index.pack(), name="x.idx")
 
 

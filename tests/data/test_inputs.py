@@ -95,6 +95,7 @@ def test_jsonl_gives_a_document_a_line_with_its_place(tmp_path: Path) -> None:
     assert [document.text for document in documents] == ["one", "tüwo\n"]
     data = path.read_bytes()
     assert [json.loads(data[d.offset : d.offset + d.bytes])["body"] for d in documents] == ["one", "tüwo\n"]
+    assert [(d.offset, d.bytes) for d in documents] == [(0, 16), (21, len(data) - 21)]
     assert reader.num_bytes == len(data)
 
 

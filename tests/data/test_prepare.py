@@ -357,6 +357,19 @@ def test_input_that_changes_meanwhile_is_refused_and_leaves_nothing(tmp_path: Pa
     assert_nothing_is_left(tmp_path)
 
 
+def test_input_that_changes_between_its_documents_is_refused(tmp_path: Path) -> None:
+    inputs = write_inputs(tmp_path / "inputs")
+
+    def meddle(phase: str, done: int, total: int) -> None:
+        if phase == "encoding" and done == 0:
+            with (tmp_path / "inputs" / "lines.jsonl").open("a") as file:
+                file.write("\n")
+
+    with pytest.raises(DataIntegrityError, match=r"lines\.jsonl changed while"):
+        build(corpus_config(inputs, tmp_path / "corpus"), meddle)
+    assert_nothing_is_left(tmp_path)
+
+
 def test_tokenizer_that_loses_text_is_refused_and_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -387,6 +400,16 @@ def test_second_live_prepare_of_one_target_is_refused(tmp_path: Path) -> None:
             build(corpus_config(inputs, tmp_path / "corpus"))
     assert not (tmp_path / "corpus").exists()
     build(corpus_config(inputs, tmp_path / "corpus"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["corpus", "inputs"]
+
+
+def test_leftovers_of_an_interrupted_prepare_are_swept(tmp_path: Path) -> None:
+    (tmp_path / ".corpus.building" / "shards").mkdir(parents=True)
+    (tmp_path / ".corpus.building" / "shards" / "train-000000.tar").write_text("half")
+    (tmp_path / ".corpus.building" / "junk").write_text("half")
+    (tmp_path / ".corpus.lock").touch()
+    _, corpus = prepared(tmp_path)
+    assert not (corpus / "junk").exists()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["corpus", "inputs"]
 
 
