@@ -67,6 +67,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit code of the contract (megamask.errors.ExitCode).
     """
+    if sys.stdout is None:  # started with descriptor 1 closed: nobody listens, and no other file may take its place
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  open until the process ends
     given = list(sys.argv[1:] if arguments is None else arguments)
     wants_json = "--json" in given
     if not given or given[0] in ("-h", "--help"):
@@ -227,8 +229,6 @@ def _help_text() -> str:
 def _print(text: str, stream: IO[str] | None = None) -> None:
     """Writes a line; a reader that has gone away (`| head`) is no error."""
     stream = stream or sys.stdout
-    if stream is None:  # the process was started with the descriptor closed: nobody listens
-        return
     try:
         stream.write(f"{text.rstrip()}\n")
         stream.flush()
