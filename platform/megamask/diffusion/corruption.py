@@ -84,7 +84,7 @@ def corrupt(
     limits = torch.tensor(thresholds, dtype=torch.int64, device=x_0.device)
     is_below = words < limits[:, None]
     views = [is_eligible & is_below, is_eligible & ~is_below] if complementary else [is_eligible & is_below]
-    is_masked = torch.stack(views, dim=1).reshape(-1, num_positions)
+    is_masked = torch.stack(views, dim=1).flatten(0, 1)
     clean = x_0.repeat_interleave(len(views), dim=0)
     return CorruptedBatch(
         x_t=clean.masked_fill(is_masked, mask_token_id),

@@ -167,4 +167,4 @@ def uniform_words(
     low, high = index & _MASK_32, index >> 32
     made = philox4x32((low[:, None], high[:, None], words[None, :], int(purpose) + 256 * draw), key)
     offset = first_position - 4 * first_word
-    return torch.stack(made, dim=-1).reshape(index.shape[0], -1)[:, offset : offset + num_positions].contiguous()
+    return torch.stack(made, dim=-1).flatten(1)[:, offset : offset + num_positions].contiguous()
