@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from megamask.diffusion.schedule import noise_schedule, stratified_times, threshold
 
 from megamask.config.load import load_train_config
 from megamask.config.schema.data import DataConfig
@@ -22,6 +21,7 @@ from megamask.data.loader import Loader
 from megamask.data.order import ORDER_LAW_VERSION
 from megamask.data.reader import Row
 from megamask.diffusion.philox import NOISE_LAW_VERSION, Purpose, run_key, uniform_words
+from megamask.diffusion.schedule import noise_schedule, stratified_times, threshold
 from megamask.errors import DataIntegrityError, UsageError
 from megamask.tracking.journal_reader import read_journal
 from megamask.training.run_directory import read_run

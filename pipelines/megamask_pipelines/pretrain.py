@@ -7,16 +7,15 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megamask.diffusion.objective import ObjectiveSpec
-from megamask.models.spec import ModelSpec
-from megamask.models.vocabulary import Vocabulary
-
 from megamask.checkpoint.contents import ModelDocument
 from megamask.checkpoint.loader import Loaded, load
 from megamask.checkpoint.retention import sweep
 from megamask.config.schema.roots import TrainConfig
 from megamask.data.loader import Loader
+from megamask.diffusion.objective import ObjectiveSpec
 from megamask.errors import ExitCode, MegamaskError, SupersededError
+from megamask.models.spec import ModelSpec
+from megamask.models.vocabulary import Vocabulary
 from megamask.provenance.record import code_version
 from megamask.resilience.parent_death import die_with_parent
 from megamask.resilience.rank_files import read_rank_failures, write_rank_failure
@@ -24,8 +23,8 @@ from megamask.resilience.signals import StopRequest
 from megamask.training.attempt import Attempt, AttemptView
 from megamask.training.checkpointing import CheckpointCommitter
 from megamask.training.evaluating import open_validation, validation_measure
-from megamask.training.hooks import Hook, PeriodicCheckpoint, PeriodicEvaluation, StatusFile, StepJournal
-from megamask.training.loop import TrainingRun, train
+from megamask.training.hooks import PeriodicCheckpoint, PeriodicEvaluation, StatusFile, StepJournal
+from megamask.training.loop import Hook, TrainingRun, train
 from megamask.training.progress import Progress
 from megamask.training.run_directory import open_run, run_path
 from megamask.training.schedules import check_extension
@@ -111,7 +110,9 @@ class Job:
 
     def prepare(self) -> TrainingRun:
         """Builds the engine, restores the newest checkpoint and puts the loop's parts together; collective."""
-        from megamask.engine.engine import Engine  # megatron-core takes seconds to import: a refusal need not wait
+        # megatron-core takes seconds to import: a refusal in open() need not wait for it
+        from megamask.engine.backend import init_process_group, select_backend
+        from megamask.engine.engine import Engine
 
         config, corpora = self._config, self._corpora
         objective = ObjectiveSpec(
@@ -119,6 +120,8 @@ class Job:
             complementary=config.objective.complementary,
             mask_logit=config.objective.mask_logit,
         )
+        backend = select_backend()
+        init_process_group(backend)
         engine = Engine(
             spec=corpora.spec,
             vocabulary=corpora.vocabulary,
@@ -135,7 +138,7 @@ class Job:
             objective=objective,
             tokenizer_digest=corpora.tokenizer_digest,
         )
-        loaded = self._restore(engine, view, model)
+        loaded = self._restore(engine, view, model, device=backend.name)
         return TrainingRun(
             config=config,
             engine=engine,
@@ -158,7 +161,7 @@ class Job:
         self._view = self._attempt or AttemptView(self._run_dir, *shared)
         return self._view
 
-    def _restore(self, engine: Engine, view: AttemptView, model: ModelDocument) -> Loaded:
+    def _restore(self, engine: Engine, view: AttemptView, model: ModelDocument, *, device: str) -> Loaded:
         """Loads the newest checkpoint that verifies; a changed number of steps must keep the past."""
         if self._attempt is not None:
             sweep(self._run_dir, view.number)
@@ -176,7 +179,7 @@ class Job:
             commit = loaded.commit
             self._attempt.started(
                 world_size=engine.world_size,
-                device=engine.device_name,
+                device=device,
                 resumed=None
                 if commit is None
                 else {"step": commit.step, "checkpoint": commit.folder.name, "digest": commit.digest},

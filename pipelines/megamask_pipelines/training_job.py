@@ -64,7 +64,7 @@ def _close_status(run_dir: Path, exit_code: int, reason: str) -> None:
 def outcome(run_dir: Path) -> dict[str, Any]:
     """What a training command answers, from the run directory alone."""
     record, status = read_run(run_dir), read_status(run_dir)
-    recent = (line.record for line in reversed(tail(run_dir, _TAIL_BYTES)))
+    recent = (line.record() for line in reversed(tail(run_dir, _TAIL_BYTES)))
     step = next((found for found in recent if found is not None and found["kind"] == "step"), None)
     return {
         "run_id": record.run_id,

@@ -19,7 +19,6 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     Returns: corpus_id, documents, tokens, sequences, shards, bytes, vocab_size, output_dir, reused.
     """
     from megamask.config.load import load_prepare_config
-
     from megamask_pipelines.corpus import prepare_corpus
 
     loaded = load_prepare_config(arguments.config, arguments.overrides)

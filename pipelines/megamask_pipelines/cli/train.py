@@ -21,7 +21,6 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """
     from megamask.config.load import load_train_config
     from megamask.config.validate import validate_train
-
     from megamask.launch.local import is_launched, leave_report
     from megamask_pipelines.training_job import run_training
 

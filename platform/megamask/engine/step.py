@@ -9,12 +9,13 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
+from megamask.data.loader import Batch
 from megamask.diffusion.corruption import CorruptedBatch, corrupt
 from megamask.diffusion.objective import ObjectiveSpec, normalizer, select_rows, weighted_cross_entropy_sum
 from megamask.diffusion.philox import run_key
@@ -26,21 +27,6 @@ from megamask.engine.network import DiffusionNetwork
 from megamask.engine.optimizer import ShardedAdamW
 from megamask.engine.topology import Topology
 from megamask.models.vocabulary import Vocabulary
-
-
-class Batch(Protocol):
-    """This rank's share of a global batch; every rank of a data-parallel coordinate holds the same."""
-
-    tokens: torch.Tensor
-    """int64 [b, s] clean ids, padding included."""
-    is_eligible: torch.Tensor
-    """bool [b, s]."""
-    sample_index: torch.Tensor
-    """int64 [b], global index of each sample."""
-    place: torch.Tensor
-    """int64 [b], place in the global batch."""
-    content_sum: int
-    """Sum mod 2^64 of the share's content hashes."""
 
 
 @dataclass(frozen=True, kw_only=True)

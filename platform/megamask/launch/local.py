@@ -155,15 +155,12 @@ def _start(
     environment[_REPORT_VARIABLE] = str(folder / f"report-{rank}.json")
     environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // world_size)))
     environment.setdefault("GLOO_SOCKET_IFNAME", "lo")  # the host's own name need not resolve
-    pass_fds: tuple[int, ...] = ()
-    if rank == 0:
-        environment["MEGAMASK_STORE_FD"] = str(listener.fileno())
-        pass_fds = (listener.fileno(),)
+    environment["MEGAMASK_STORE_FD"] = str(listener.fileno())  # tells every rank how they meet; rank 0 inherits it
     with (folder / f"stderr-{rank}").open("wb") as log:
         return subprocess.Popen(
             [sys.executable, "-m", *arguments],
             env=environment,
-            pass_fds=pass_fds,
+            pass_fds=(listener.fileno(),) if rank == 0 else (),
             stdin=None if rank == 0 else subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=None if rank == 0 else log,

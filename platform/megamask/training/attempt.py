@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from megamask.config.schema.roots import TrainConfig
-from megamask.errors import MegamaskError, StorageError, SupersededError
+from megamask.errors import ExitCode, MegamaskError, StorageError, SupersededError
 from megamask.provenance.record import code_version, library_versions
+from megamask.provenance.redaction import redact
 from megamask.resilience.claims import claim, is_superseded, refuse_if_superseded
+from megamask.resilience.numerics import NotFiniteError
 from megamask.resilience.status import Phase, Status, write_status
 from megamask.tracking.console import Console
 from megamask.tracking.journal import Journal
@@ -23,8 +25,8 @@ from megamask.training.stopping import StopReason
 
 # A claim is looked at this often between steps; a commit looks at it again.
 _CLAIM_CHECK_S = 1.0
-# How long a failing attempt waits for MLflow; a good end waits as tracking.mlflow.drain_timeout_s says.
-_FAILURE_DRAIN_S = 10.0
+# How long an attempt waits for MLflow when it failed or was told to leave: schedulers kill after 30 seconds.
+_HASTY_DRAIN_S = 10.0
 _log = logging.getLogger(__name__)
 
 
@@ -71,7 +73,7 @@ class Attempt(AttemptView):
         self.console = Console(config, bytes_per_token=bytes_per_token)
         self.journal.subscribe(self.console.on_record)
         self.sink = (
-            MLflowSink(run_dir, config.tracking.mlflow, on_incident=self.journal.incident)
+            MLflowSink(run_dir, config.tracking.mlflow, on_incident=self.journal.incident, redact=redact)
             if config.tracking.mlflow.enabled
             else None
         )
@@ -141,17 +143,20 @@ class Attempt(AttemptView):
             self._end(reason.phase, int(reason.exit_code), progress.step, reason.sentence)
             if reason is StopReason.FINISHED:
                 self.append("run_completed", step=progress.step, consumed_tokens=progress.consumed_tokens)
-        self._shut(self._config.tracking.mlflow.drain_timeout_s)
+        patience = self._config.tracking.mlflow.drain_timeout_s
+        self._shut(patience if reason.exit_code == ExitCode.DONE else min(patience, _HASTY_DRAIN_S))
 
     def fail(self, error: BaseException, exit_code: int, progress: Progress) -> None:
         """The attempt ends with an error; a superseded one writes nothing more."""
         reason = error.message if isinstance(error, MegamaskError) else f"{type(error).__name__}: {error}"
         try:
+            if isinstance(error, NotFiniteError):
+                self.append("incident", **error.incident)
             if not isinstance(error, SupersededError):
                 self._end("failed", exit_code, progress.step, reason)
         except StorageError as refusal:
             _log.warning("the end of attempt %d could not be written: %s", self.number, refusal)
-        self._shut(_FAILURE_DRAIN_S)
+        self._shut(_HASTY_DRAIN_S)
 
     def _end(self, phase: Phase, exit_code: int, step: int, reason: str) -> None:
         self.append("attempt_ended", attempt=self.number, phase=phase, exit_code=exit_code, step=step, reason=reason)

@@ -6,6 +6,7 @@ from enum import IntEnum
 from typing import Protocol
 
 from megamask.errors import ExitCode
+from megamask.resilience.status import Phase
 
 
 class StopReason(IntEnum):
@@ -28,13 +29,11 @@ class StopReason(IntEnum):
         }.get(self, ExitCode.DONE)
 
     @property
-    def phase(self) -> str:
+    def phase(self) -> Phase:
         """The phase that status.json shows after such an end."""
-        return {
-            StopReason.FINISHED: "done",
-            StopReason.STOP_AFTER_STEP: "stopped",
-            StopReason.PREEMPTED: "preempted",
-        }.get(self, "stopped")
+        if self is StopReason.FINISHED:
+            return "done"
+        return "preempted" if self is StopReason.PREEMPTED else "stopped"
 
     @property
     def sentence(self) -> str:

@@ -1,0 +1,68 @@
+"""The held-out likelihood bound, measured from the loop on the engine, under the run's own layout."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from megamask.config.schema.roots import TrainConfig
+from megamask.data.loader import Loader
+from megamask.diffusion.philox import run_key
+from megamask.evaluation.on_engine import evaluate_on_engine
+
+if TYPE_CHECKING:
+    from megamask.engine.engine import Engine
+
+Measure = Callable[[], dict[str, Any]]
+
+
+def open_validation(config: TrainConfig) -> Loader | None:
+    """The validation split, when evaluation during training is asked for.
+
+    Raises:
+        UsageError: evaluation.every_steps is set and the corpus has no validation split.
+    """
+    if config.evaluation.every_steps is None:
+        return None
+    return Loader(config.data.corpora, config.data, config.training.sequence_length, split="validation")
+
+
+def validation_measure(config: TrainConfig, engine: Engine, loader: Loader) -> Measure:
+    """A function that scores the first evaluation.rows validation rows; collective, the same answer on every rank."""
+    evaluation = config.evaluation
+    num_rows = min(evaluation.rows, loader.num_rows)
+    values = np.stack([loader.read(loader.source, row).tokens for row in range(num_rows)])
+    tokens = torch.from_numpy(values.astype(np.int64))
+    is_eligible = tokens != loader.manifest.pad_token_id
+    token_bytes = torch.tensor(loader.tokenizer.token_bytes)
+    num_bytes = int(token_bytes[tokens[is_eligible]].sum())
+    seed = config.run.seed if evaluation.seed is None else evaluation.seed
+
+    def measure() -> dict[str, Any]:
+        started = time.monotonic()
+        report = evaluate_on_engine(
+            engine,
+            tokens,
+            is_eligible,
+            draws=evaluation.draws,
+            replicates=evaluation.replicates,
+            key=run_key(seed),
+            mask_token_id=loader.manifest.mask_token_id,
+            batch_rows=config.training.micro_batch_size * (2 if config.objective.complementary else 1),
+            num_bytes=num_bytes,
+        )
+        return {
+            "nelbo_nats_per_token": report.nelbo_nats_per_token,
+            "standard_error": report.standard_error,
+            "bits_per_byte": report.bits_per_byte,
+            "num_tokens": report.num_tokens,
+            "num_bytes": report.num_bytes,
+            "num_samples": report.num_samples,
+            "seconds": {"evaluation": round(time.monotonic() - started, 6)},
+        }
+
+    return measure
