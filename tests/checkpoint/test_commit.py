@@ -47,6 +47,20 @@ def test_commit_digest_is_the_sha256_of_its_canonical_bytes(commit_step: MakeCom
     assert canonical_json(json.loads(data)) == data
 
 
+def test_commit_states_the_law_versions_of_the_rooms_that_hold_them(commit_step: MakeCommit) -> None:
+    from megamask.data.order import ORDER_LAW_VERSION
+    from megamask.diffusion.philox import NOISE_LAW_VERSION
+    from megamask.evaluation.likelihood import LIKELIHOOD_LAW_VERSION
+    from megamask.models.initial_weights import WEIGHTS_LAW_VERSION
+
+    assert commit_step(20).laws == {
+        "order": ORDER_LAW_VERSION,
+        "noise": NOISE_LAW_VERSION,
+        "weights": WEIGHTS_LAW_VERSION,
+        "likelihood": LIKELIHOOD_LAW_VERSION,
+    }
+
+
 def test_latest_names_the_folder_committed_last(commit_step: MakeCommit, run_dir: Path) -> None:
     commit_step(20)
     commit_step(40, attempt=2)

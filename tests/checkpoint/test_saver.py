@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from megamask.checkpoint import saver
+from megamask.checkpoint import retention, saver
 from megamask.checkpoint.commit import Commit
 from megamask.checkpoint.contents import TrainerState, read_model, read_state
 from megamask.checkpoint.integrity import verify_folder
@@ -185,3 +185,24 @@ def test_commit_comes_after_every_flush(save: Save, monkeypatch: pytest.MonkeyPa
     folders = [event for event in events if event.startswith("directory")]
     assert folders == [f"directory {name}" for name in ("tokenizer", "step-00000020-a0001", "checkpoints")]
     assert events.index(folders[0]) > max(at for at, event in enumerate(events) if event.startswith("flush"))
+
+
+def test_commit_whose_last_flush_failed_is_withdrawn_before_its_files(
+    save: Save, run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def publish(folder: Path, *arguments: Any) -> Commit:
+        (folder / "COMMIT.json").write_text("{}")
+        raise StorageError("the device reports an input/output error")
+
+    removed: list[bool] = []
+    real = retention.shutil.rmtree
+
+    def remove(path: Path) -> None:
+        removed.append((path / "COMMIT.json").exists())
+        real(path)
+
+    monkeypatch.setattr(saver, "publish", publish)
+    monkeypatch.setattr(retention.shutil, "rmtree", remove)
+    assert [type(result) for result in save(ThreadWorld(2), 20)] == [StorageError] * 2
+    assert removed == [False]
+    assert candidates(run_dir) == []

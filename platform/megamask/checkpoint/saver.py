@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -12,6 +12,7 @@ from megamask.checkpoint.commit import Commit, CommitFields, FileDigest, begin, 
 from megamask.checkpoint.contents import ModelDocument, TrainerState
 from megamask.checkpoint.integrity import digest_and_flush
 from megamask.checkpoint.names import MODEL_NAME, STATE_NAME, TOKENIZER_NAME
+from megamask.checkpoint.retention import remove_committed
 from megamask.errors import MegamaskError, StorageError
 from megamask.storage.durable import fsync_directory, storage_errors
 
@@ -60,7 +61,8 @@ def save(
         return on_main(engine, lambda: _commit(folder, files, fields, check_claim))
     except BaseException:
         if engine.is_main:
-            shutil.rmtree(folder, ignore_errors=True)  # it was never visible; a leftover is swept by the next attempt
+            with contextlib.suppress(OSError, StorageError):  # what cannot be removed is swept by the next attempt
+                remove_committed(folder)  # COMMIT.json may stand if only its last flush failed
         raise
 
 
