@@ -87,10 +87,13 @@ def _wait(processes: list[subprocess.Popen], folder: Path, timeout_s: float) -> 
         time.sleep(0.05)
     if failed := [rank for rank, process in enumerate(processes) if process.returncode != 0]:
         raise AssertionError(_report(processes, folder, failed, timeout_s))
+    if any((folder / f"{rank}.log").stat().st_size for rank in range(len(processes))):
+        raise AssertionError(_report(processes, folder, [], timeout_s))
 
 
 def _report(processes: list[subprocess.Popen], folder: Path, failed: list[int], timeout_s: float) -> str:
-    parts = [f"ranks {failed} failed" if failed else f"not done after {timeout_s} s"]
+    is_over = all(process.poll() is not None for process in processes)
+    parts = [f"ranks {failed} failed" if failed else "it was not silent" if is_over else f"not done in {timeout_s} s"]
     for rank in failed + [rank for rank in range(len(processes)) if rank not in failed]:
         if text := (folder / f"{rank}.log").read_text(errors="replace").strip():
             parts.append(f"--- rank {rank}, exit code {processes[rank].poll()} ---\n{text[-6000:]}")

@@ -87,7 +87,7 @@ def select_backend(environment: Mapping[str, str] = os.environ) -> Backend:
     torch.cuda.set_device(device)
     # the same layout must give the same bits again: after a restart, and for whoever recomputes a run
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.use_deterministic_algorithms(True)
     return Backend(name="cuda", device=device, collectives="nccl", adam=_choose_adam(has_cuda=True))
 
 

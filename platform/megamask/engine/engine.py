@@ -12,6 +12,7 @@ from megatron.core import parallel_state, tensor_parallel
 from megamask.config.schema.layout import LayoutConfig
 from megamask.config.schema.optimizer import OptimizerConfig
 from megamask.config.schema.training import TrainingConfig
+from megamask.data.loader import Batch
 from megamask.diffusion.objective import ObjectiveSpec
 from megamask.engine import scoring, state
 from megamask.engine.backend import Backend, select_backend
@@ -20,7 +21,7 @@ from megamask.engine.collectives import Collectives
 from megamask.engine.head import MaskedRowHead
 from megamask.engine.network import build_network, wrap_data_parallel
 from megamask.engine.optimizer import ShardedAdamW
-from megamask.engine.step import Batch, Stage, StepReport, TrainingStep
+from megamask.engine.step import Stage, StepReport, TrainingStep
 from megamask.engine.topology import Topology
 from megamask.models.spec import ModelSpec
 from megamask.models.vocabulary import Vocabulary

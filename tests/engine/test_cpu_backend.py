@@ -1,0 +1,54 @@
+from __future__ import annotations
+
+import torch
+
+import megamask.engine  # noqa: F401 - readies torch
+from megamask.engine import cpu_backend
+
+
+def test_cuda_literals_make_cpu_tensors():
+    made = [
+        torch.zeros(2, device="cuda"),
+        torch.tensor([1.0], device=torch.device("cuda", 0)),
+        torch.empty(1, device=torch.cuda.current_device()),
+        torch.ones(2).cuda(),
+    ]
+    assert all(tensor.device.type == "cpu" for tensor in made)
+    assert made[1].tolist() == [1.0]
+
+
+def test_other_devices_are_left_alone():
+    assert torch.zeros(2, device="meta").device.type == "meta"
+    with torch.device("meta"):
+        assert torch.ones(2).device.type == "meta"
+
+
+def test_the_cuda_generator_is_the_default_one():
+    torch.manual_seed(5)
+    state = torch.cuda.get_rng_state()
+    first = torch.rand(3)
+    torch.cuda.set_rng_state(state)
+    assert torch.equal(torch.rand(3), first)
+    torch.cuda.manual_seed(7)
+    one = torch.rand(3)
+    torch.manual_seed(7)
+    assert torch.equal(torch.rand(3), one)
+
+
+def test_tensor_types_are_named_as_ever_outside_megatron():
+    assert torch.zeros(1).type() == "torch.FloatTensor"
+    assert torch.zeros(1).type(torch.float64).dtype == torch.float64
+    scope = {"__name__": "megatron.core.optimizer.clip_grads"}
+    exec("def ask(tensor): return tensor.type()", scope)
+    assert scope["ask"](torch.zeros(1)) == "torch.cuda.FloatTensor"
+
+
+def test_cuda_is_still_reported_missing():
+    """Only megatron-core's literals are answered; nobody may come to believe in a device."""
+    assert not torch.cuda.is_available()
+
+
+def test_installing_twice_changes_nothing():
+    before = torch.zeros
+    cpu_backend.install()
+    assert torch.zeros is before

@@ -1,0 +1,193 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import pickle
+import shutil
+import subprocess
+import threading
+
+import pytest
+import torch
+
+from megamask.engine.state import read_canonical_weights
+from megamask.engine.torch_dist import Piece, StateReader
+from megamask.errors import CheckpointIntegrityError
+from megamask.models.initial_weights import canonical_shapes, initial_tensor
+from support import engine_cases as cases
+from support.engine_cases import OPTIONS, PLAIN
+
+pytestmark = pytest.mark.multiprocess
+
+
+@pytest.fixture
+def saved(build, tmp_path):
+    """A folder with the state after two steps, and the engine that wrote it."""
+    engine = build(OPTIONS)
+    for step in (1, 2):
+        cases.take_step(engine, step)
+    names = engine.save_state(tmp_path)
+    assert (
+        sorted(names)
+        == [".metadata", "__0_0.distcp", "optimizer.json"]
+        == sorted(path.name for path in tmp_path.iterdir())
+    )
+    return tmp_path, engine
+
+
+def test_training_goes_on_bit_for_bit_after_save_and_load(saved, build):
+    """Whichever Adam the backend chose: its moments and its step count come back."""
+    folder, engine = saved
+    wanted = [cases.report_fields(cases.take_step(engine, step)) for step in (3, 4, 5)]
+    digest, adam = engine.parameter_digest(), engine.backend.adam
+    other = build(OPTIONS)
+    cases.take_step(other, 9)  # something else is in there before
+    other.load_state(folder)
+    assert other._optimizer.num_updates == 2
+    assert [cases.report_fields(cases.take_step(other, step)) for step in (3, 4, 5)] == wanted
+    assert other.parameter_digest() == digest
+    assert other.backend.adam == adam == "megamask.engine.adam.Adam"
+
+
+def test_saving_changes_nothing(saved, build):
+    _, engine = saved
+    wanted = cases.report_fields(cases.take_step(engine, 3))
+    other = build(OPTIONS)
+    for step in (1, 2):
+        cases.take_step(other, step)
+    assert cases.report_fields(cases.take_step(other, 3)) == wanted
+
+
+def test_state_before_the_first_step_is_whole(build, tmp_path):
+    build(PLAIN).save_state(tmp_path)
+    for name, weight in read_canonical_weights(tmp_path, PLAIN).items():
+        assert torch.equal(weight, initial_tensor(cases.SEED, name, PLAIN)), name
+    engine = build(PLAIN)
+    engine.load_state(tmp_path)
+    assert engine._optimizer.num_updates == 0
+
+
+def test_stored_tensors_are_the_canonical_ones_and_adams_moments(saved):
+    folder, _ = saved
+    stored = StateReader(folder)._metadata.state_dict_metadata
+    shapes = canonical_shapes(OPTIONS)
+    expected = {prefix + name for name in shapes for prefix in ("", "optimizer.exp_avg.", "optimizer.exp_avg_sq.")}
+    assert set(stored) == expected
+    for name, shape in shapes.items():
+        assert tuple(stored[name].size) == shape
+    moment = torch.empty(shapes["model.norm.weight"])
+    StateReader(folder).read(
+        [Piece(name="optimizer.exp_avg_sq.model.norm.weight", shape=(32,), offsets=(0,), data=moment)]
+    )
+    assert (moment > 0).all()
+
+
+def test_a_rectangle_of_a_stored_tensor_can_be_read_alone(saved):
+    folder, _ = saved
+    name = "model.layers.1.self_attn.q_proj.weight"
+    whole = read_canonical_weights(folder, OPTIONS)[name]
+    part = torch.empty(11, 5)
+    StateReader(folder).read([Piece(name=name, shape=tuple(whole.shape), offsets=(13, 7), data=part)])
+    assert torch.equal(part, whole[13:24, 7:12])
+
+
+def test_saving_starts_no_process_and_no_thread(build, tmp_path, monkeypatch):
+    engine = build(PLAIN)
+
+    def forbidden(*args, **kwargs):
+        raise AssertionError("the state is written in this thread of this process")
+
+    monkeypatch.setattr(os, "fork", forbidden)
+    monkeypatch.setattr(subprocess.Popen, "__init__", forbidden)
+    monkeypatch.setattr(threading.Thread, "start", forbidden)
+    engine.save_state(tmp_path)
+
+
+def test_files_do_not_name_the_folder_and_repeat_byte_for_byte(saved, tmp_path_factory):
+    folder, engine = saved
+    again = tmp_path_factory.mktemp("again")
+    engine.save_state(again)
+    for path in folder.iterdir():
+        assert path.read_bytes() == (again / path.name).read_bytes(), path.name
+        assert str(folder).encode() not in path.read_bytes()
+
+
+def test_an_older_state_in_the_folder_is_not_overwritten(saved):
+    folder, engine = saved
+    before = (folder / "__0_0.distcp").read_bytes()
+    cases.take_step(engine, 3)
+    with pytest.raises(RuntimeError, match="already exists"):
+        engine.save_state(folder)
+    assert (folder / "__0_0.distcp").read_bytes() == before
+
+
+class Evil:
+    def __reduce__(self):
+        return os.system, ("touch was-executed",)
+
+
+@pytest.mark.parametrize("path", ["load_state", "read_canonical_weights"])
+def test_a_pickle_that_calls_functions_is_refused_and_not_run(saved, path, monkeypatch):
+    folder, engine = saved
+    monkeypatch.chdir(folder)
+    (folder / ".metadata").write_bytes(pickle.dumps(Evil()))
+    with pytest.raises(CheckpointIntegrityError, match=r"names posix\.system"):
+        engine.load_state(folder) if path == "load_state" else read_canonical_weights(folder, OPTIONS)
+    assert not (folder / "was-executed").exists()
+
+
+def test_an_index_that_points_outside_the_folder_is_refused(saved):
+    folder, _ = saved
+    data = (folder / ".metadata").read_bytes()
+    name = b"__0_0.distcp"
+    (folder / ".metadata").write_bytes(data.replace(name, b"../../../abc"))
+    with pytest.raises(CheckpointIntegrityError, match=r"'\.\./\.\./\.\./abc'"):
+        StateReader(folder)
+
+
+def cut(path, length):
+    path.write_bytes(path.read_bytes()[:length])
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda folder: (folder / ".metadata").unlink(),
+        lambda folder: cut(folder / ".metadata", 100),
+        lambda folder: (folder / ".metadata").write_bytes(pickle.dumps([1, 2])),
+        lambda folder: (folder / "__0_0.distcp").unlink(),
+        lambda folder: cut(folder / "__0_0.distcp", 3000),
+        lambda folder: (folder / "optimizer.json").unlink(),
+        lambda folder: (folder / "optimizer.json").write_bytes(b"{"),
+        lambda folder: (folder / "optimizer.json").write_text(
+            json.dumps({"format": "megamask-optimizer", "version": 2, "num_updates": 2})
+        ),
+    ],
+)
+def test_a_damaged_state_is_refused(saved, damage):
+    folder, engine = saved
+    damage(folder)
+    with pytest.raises(CheckpointIntegrityError):
+        engine.load_state(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"num_layers": 3}, "has no tensor model.layers.2"),
+        ({"ffn_hidden_size": 64}, r"\(48, 32\) there.*\(64, 32\) here"),
+    ],
+)
+def test_the_state_of_another_network_is_refused(saved, change, reason):
+    folder, _ = saved
+    with pytest.raises(CheckpointIntegrityError, match=reason):
+        read_canonical_weights(folder, dataclasses.replace(OPTIONS, **change))
+
+
+def test_a_copied_folder_is_complete(saved, tmp_path_factory):
+    folder, engine = saved
+    copy = tmp_path_factory.mktemp("far") / "away"
+    shutil.copytree(folder, copy)
+    shutil.rmtree(folder)
+    engine.load_state(copy)

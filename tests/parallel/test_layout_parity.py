@@ -1,0 +1,132 @@
+"""One network, one batch, one noise: every layout takes the same steps.
+
+Losses agree to 1e-6 relative. A layout changes only the order of float32 sums (unit roundoff 6e-8): partial products
+over the tensor-parallel ranks, gradients over micro-batches and data-parallel ranks. After twenty steps that is
+some roundings of each weight; a wrong shard, weight or mask shows in the first digits. Integers agree exactly.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from support import engine_cases as cases
+from support import layout_worker as worker
+from support.gloo import run_gloo
+
+pytestmark = [pytest.mark.multiprocess, pytest.mark.timeout(300)]
+
+TENSOR = {"tensor_parallel_size": 2}
+SEQUENCE = TENSOR | {"sequence_parallel": True}
+PIPELINE = {"pipeline_parallel_size": 2}
+DATA = {"data_parallel_size": 2}
+TWO = [(spec, layout) for spec in worker.SPECS for layout in (TENSOR, SEQUENCE, PIPELINE, DATA)]
+FOUR = [
+    ("plain", TENSOR | DATA),
+    ("options", TENSOR | DATA),
+    ("options", SEQUENCE | PIPELINE),
+]
+
+
+def name(run) -> str:
+    spec, layout = run
+    return f"{spec}-" + "-".join(f"{key.split('_')[0]}{int(value)}" for key, value in layout.items())
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("states")
+
+
+@pytest.fixture(scope="module")
+def single(root) -> dict:
+    """One process, the same network: what every layout is compared with; its state lies in `root`."""
+    answers = run_gloo(1, worker.__file__, "run_layouts", root=str(root), runs=[[spec, {}] for spec in worker.SPECS])
+    return dict(zip(worker.SPECS, answers[0], strict=True))
+
+
+@pytest.fixture(scope="module")
+def layouts(root, single) -> dict:
+    """All ranks' answers for each run."""
+    found = {}
+    for num_processes, runs in ((2, TWO), (4, FOUR)):
+        answers = run_gloo(
+            num_processes, worker.__file__, "run_layouts", root=str(root), runs=[list(run) for run in runs]
+        )
+        found |= {name(run): [answer[number] for answer in answers] for number, run in enumerate(runs)}
+    return found
+
+
+every_layout = pytest.mark.parametrize("run", TWO + FOUR, ids=name)
+
+
+def close(reports: list[dict], expected: list[dict]) -> None:
+    for one, two in zip(reports, expected, strict=True):
+        assert one["loss"] == pytest.approx(two["loss"], rel=1e-6)
+        assert one["grad_norm"] == pytest.approx(two["grad_norm"], rel=1e-5)
+        for field in ("num_eligible", "masked_tokens", "content_sum", "is_finite"):
+            assert one[field] == two[field], field
+
+
+@every_layout
+def test_steps_are_those_of_one_process(run, single, layouts):
+    ranks = layouts[name(run)]
+    close(ranks[0]["reports"], single[run[0]]["reports"])
+    assert all(rank["reports"] == ranks[0]["reports"] for rank in ranks), "ranks disagree about their step"
+
+
+@every_layout
+def test_resumed_run_is_bit_identical_on_the_same_layout(run, layouts):
+    for rank in layouts[name(run)]:
+        assert rank["resumed"] == [rank["reports"][step - 1] for step in worker.RESUMED_STEPS]
+        assert rank["resumed_digest"] == rank["digest"]
+
+
+@every_layout
+def test_state_of_one_process_goes_on_under_any_layout(run, single, layouts):
+    for rank in layouts[name(run)]:
+        close([rank["resharded"]], [single[run[0]]["reports"][worker.SAVED_STEP]])
+
+
+@every_layout
+def test_every_rank_names_its_own_files_and_together_all(run, root, layouts):
+    names = [file for rank in layouts[name(run)] for file in rank["files"]]
+    assert len(names) == len(set(names))
+    assert sorted(names) == sorted(path.name for path in worker.folder_of(str(root), *run).iterdir())
+
+
+@every_layout
+def test_scores_are_the_reference_networks_on_every_rank(run, root, layouts):
+    """Of the weights that were saved at that step, read without any engine."""
+    from megamask.engine.state import read_canonical_weights
+
+    spec, goal = worker.SPECS[run[0]], cases.objective()
+    model = cases.reference(spec)
+    model.load_state_dict(read_canonical_weights(worker.folder_of(str(root), *run), spec))
+    with torch.no_grad():
+        expected = cases.reference_cross_entropy(model, *cases.probe_rows(worker.NUM_PROBE_ROWS, spec), goal)
+    for rank in layouts[name(run)]:
+        assert rank["scores"] == pytest.approx(expected.tolist(), rel=1e-5, abs=1e-6)
+        assert rank["scores"] == layouts[name(run)][0]["scores"]
+
+
+@every_layout
+def test_no_rank_updates_when_one_weight_of_one_rank_is_nan(run, layouts):
+    assert [rank["poisoned"] for rank in layouts[name(run)]] == [
+        {"is_finite": False, "is_unchanged": True} for _ in layouts[name(run)]
+    ]
+
+
+def test_every_layouts_state_goes_on_in_one_process(root, single, layouts):
+    answers = run_gloo(1, worker.__file__, "resume_all", root=str(root), runs=[list(run) for run in TWO + FOUR])
+    for run, report in zip(TWO + FOUR, answers[0], strict=True):
+        close([report], [single[run[0]]["reports"][worker.SAVED_STEP]])
+
+
+def test_every_rank_raises_when_one_cannot_go_on(root, single):
+    answers = run_gloo(2, worker.__file__, "fail_alike", root=str(root), layout=PIPELINE)
+    assert all(answer["load"].startswith("CheckpointIntegrityError") for answer in answers)
+    assert "nowhere" in answers[0]["load"] and answers[0]["load"].startswith("CheckpointIntegrityError: rank 1: ")
+    assert all("training.head_capacity is 20" in answer["head"] for answer in answers)

@@ -1,0 +1,103 @@
+"""What each process of a layout test does; answers travel as JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from support import engine_cases as cases
+
+STEPS = {"plain": range(1, 21), "options": range(1, 7)}
+SAVED_STEP = 3
+RESUMED_STEPS = (4, 5, 6)
+NUM_PROBE_ROWS = 3
+SPECS = {"plain": cases.PLAIN, "options": cases.OPTIONS}
+
+
+def folder_of(root: str, spec: str, layout: dict[str, Any]) -> Path:
+    sizes = "".join(f"-{name}{value}" for name, value in sorted(layout.items()))
+    return Path(root) / f"{spec}{sizes}"
+
+
+def run_layouts(root: str, runs: list[list[Any]]) -> list[dict[str, Any]]:
+    """Each run: name of a spec and a layout."""
+    return [run_layout(root, spec, layout) for spec, layout in runs]
+
+
+def run_layout(root: str, spec: str, layout: dict[str, Any]) -> dict[str, Any]:
+    """Trains, saves, restores, and breaks one layout; what it returns is compared by the test."""
+    folder = folder_of(root, spec, layout)
+    engine = cases.make_engine(SPECS[spec], layout)
+    answer: dict[str, Any] = {"files": {}, "coordinate": engine.topology.data_parallel_rank}
+    reports = []
+    for step in STEPS[spec]:
+        reports.append(cases.report_fields(cases.take_step(engine, step)))
+        if step == SAVED_STEP:
+            answer["scores"] = engine.masked_cross_entropy(*cases.probe_rows(NUM_PROBE_ROWS, SPECS[spec])).tolist()
+            if engine.is_main:
+                folder.mkdir()
+            engine.barrier()
+            answer["files"] = engine.save_state(folder)
+        if step == RESUMED_STEPS[-1]:
+            answer["digest"] = engine.parameter_digest()
+    answer["reports"] = reports
+    engine.close()
+
+    again = cases.make_engine(SPECS[spec], layout)
+    again.load_state(folder)
+    answer["resumed"] = [cases.report_fields(cases.take_step(again, step)) for step in RESUMED_STEPS]
+    answer["resumed_digest"] = again.parameter_digest()
+
+    again.load_state(folder_of(root, spec, {}))  # what one process saved
+    answer["resharded"] = cases.report_fields(cases.take_step(again, SAVED_STEP + 1))
+    answer["poisoned"] = _poison(again, SAVED_STEP + 2)
+    again.close()
+    return answer
+
+
+def _poison(engine: Any, step: int) -> dict[str, Any]:
+    """One nan in one weight of the last rank alone."""
+    if engine.rank == engine.world_size - 1:
+        with torch.no_grad():
+            next(iter(engine._stage.network.decoder.layers[0].parameters())).view(-1)[0] = float("nan")
+    before, updates = engine.parameter_digest(), engine._optimizer.num_updates
+    report = cases.take_step(engine, step)
+    return {
+        "is_finite": report.is_finite,
+        "is_unchanged": before == engine.parameter_digest() and updates == engine._optimizer.num_updates,
+    }
+
+
+def resume_all(root: str, runs: list[list[Any]]) -> list[dict[str, Any]]:
+    """The step after the saved one, in this layout of one process, from each layout's state."""
+    reports = []
+    for spec, layout in runs:
+        engine = cases.make_engine(SPECS[spec], {})
+        engine.load_state(folder_of(root, spec, layout))
+        reports.append(cases.report_fields(cases.take_step(engine, SAVED_STEP + 1)))
+        engine.close()
+    return reports
+
+
+def fail_alike(root: str, layout: dict[str, Any]) -> dict[str, str]:
+    """What each rank raises when rank 1 cannot read the state, and when masks do not fit the head."""
+    engine = cases.make_engine(cases.PLAIN, layout, head_capacity=20)
+    folder = Path(root) / "nowhere" if engine.rank == 1 else folder_of(root, "plain", {})
+    answer = {
+        "load": _raised(lambda: engine.load_state(folder)),
+        "head": _raised(lambda: cases.take_step(engine, 1)),
+    }
+    engine.barrier()
+    engine.close()
+    return answer
+
+
+def _raised(action: Callable[[], Any]) -> str:
+    try:
+        action()
+    except Exception as error:  # noqa: BLE001 - the test looks at it
+        return f"{type(error).__name__}: {error}"
+    return "nothing"
