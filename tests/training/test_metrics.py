@@ -1,0 +1,95 @@
+"""The journal's step line: which fields, which of them are exact, how seconds add up."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+
+from megamask.config.load import load_train_config
+from megamask.config.schema.roots import TrainConfig
+from megamask.data.content import batch_digest
+from megamask.engine.step import StepReport
+from megamask.training.metrics import PHASES, PhaseClock, step_record
+from megamask.training.progress import Progress
+
+TINY = Path(__file__).parents[2] / "configs" / "run" / "tiny.yaml"
+
+
+@pytest.fixture
+def config() -> TrainConfig:
+    return load_train_config(str(TINY), []).config
+
+
+def report(**changes: object) -> StepReport:
+    fields = {
+        "loss": 5.5,
+        "grad_norm": 1.25,
+        "is_finite": True,
+        "num_eligible": 1000,
+        "masked_tokens": 480,
+        "content_sum": 2**64 - 1,
+        "forward_backward_s": 0.25,
+        "optimizer_s": 0.125,
+    }
+    return StepReport(**{**fields, **changes})  # type: ignore[arg-type]
+
+
+def progress() -> Progress:
+    made = Progress(num_views=2)
+    for _ in range(3):
+        made.advance(global_batch_size=8, num_eligible=1000)
+    return made
+
+
+def test_record_has_the_fields_of_the_format(config: TrainConfig) -> None:
+    fields = step_record(config, progress(), report(), learning_rate=1e-3, clock=PhaseClock()).fields
+    assert set(fields) == {
+        *("step", "loss", "loss_terms", "nelbo_nats_per_token", "grad_norm", "learning_rate"),
+        *("consumed_samples", "consumed_tokens", "processed_tokens", "masked_tokens"),
+        *("batch_digest", "content_digest", "seconds", "tokens_per_second", "mfu"),
+    }
+    assert (fields["step"], fields["consumed_samples"]) == (3, 24)
+    assert (fields["consumed_tokens"], fields["processed_tokens"]) == (3000, 6000)
+    assert fields["content_digest"] == "f" * 16
+    assert fields["batch_digest"] == batch_digest(16, 8)
+    assert fields["loss"] == fields["loss_terms"]["nelbo"] == 5.5
+
+
+def test_utilisation_is_unknown_where_the_peak_is_unknown(config: TrainConfig) -> None:
+    assert step_record(config, progress(), report(), learning_rate=1e-3, clock=PhaseClock()).fields["mfu"] is None
+
+
+def test_utilisation_counts_every_processed_token(config: TrainConfig) -> None:
+    clock = PhaseClock()
+    clock.lap("data")
+    clock.lap_step(report())
+    fields = step_record(
+        config, progress(), report(), learning_rate=1e-3, clock=clock, flops_per_token=10.0, flops_per_second_peak=1e6
+    ).fields
+    total = sum(fields["seconds"].values())
+    assert fields["mfu"] == pytest.approx(2 * 8 * 128 * 10.0 / total / 1e6, rel=1e-3)
+
+
+def test_clock_gives_every_moment_to_one_phase() -> None:
+    started = time.monotonic()
+    clock = PhaseClock()
+    time.sleep(0.02)
+    clock.lap("data")
+    time.sleep(0.03)
+    clock.lap_step(report(forward_backward_s=0.01, optimizer_s=0.005))
+    seconds = clock.take()
+    assert tuple(seconds) == PHASES
+    assert seconds["forward_backward"] == pytest.approx(0.01)
+    assert seconds["optimizer"] == pytest.approx(0.005)
+    assert seconds["data"] >= 0.02
+    assert seconds["data"] + seconds["other"] + 0.015 <= time.monotonic() - started + 1e-3
+
+
+def test_clock_starts_over_after_each_record() -> None:
+    clock = PhaseClock()
+    time.sleep(0.01)
+    clock.lap("other")
+    assert clock.take()["other"] > 0
+    assert clock.take() == dict.fromkeys(PHASES, 0.0)
