@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import ast
 import dataclasses
+import importlib
 import re
 import tomllib
 from functools import cache
@@ -205,6 +207,15 @@ def test_verbs_named_in_documents_exist(path: Path) -> None:
 def test_readme_lists_every_verb() -> None:
     named = {row[0].strip("`").split()[1] for row in table(ROOT / "README.md", "Verbs")}
     assert named == verbs_of_cli()
+
+
+def test_options_in_the_readme_are_those_of_their_verbs() -> None:
+    for row in table(ROOT / "README.md", "Verbs"):
+        verb = row[0].strip("`").split()[1]
+        parser = argparse.ArgumentParser()
+        importlib.import_module(f"megamask_pipelines.cli.{verb}").add_arguments(parser)
+        known = set(parser._option_string_actions)
+        assert set(re.findall(r"--[a-z]+", row[0])) <= known, row[0]
 
 
 def test_every_promise_of_the_readme_names_its_test() -> None:
