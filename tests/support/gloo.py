@@ -28,7 +28,7 @@ destroy_process_group()
 
 
 def run_gloo(
-    num_processes: int, script: str | Path, function: str, *, timeout_s: float = 180, **arguments: Any
+    num_processes: int, script: str | Path, function: str, *, timeout_s: float = 280, **arguments: Any
 ) -> list:
     """Calls a function of a script in each of N processes with an initialised process group.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,15 @@ import torch
 
 from support import engine_cases as cases
 
-STEPS = {"plain": range(1, 21), "options": range(1, 7)}
+STEPS = {"plain": range(1, 21), "options": range(1, 7), "deep": range(1, 7)}
 SAVED_STEP = 3
 RESUMED_STEPS = (4, 5, 6)
 NUM_PROBE_ROWS = 3
-SPECS = {"plain": cases.PLAIN, "options": cases.OPTIONS}
+SPECS = {
+    "plain": cases.PLAIN,
+    "options": cases.OPTIONS,
+    "deep": dataclasses.replace(cases.OPTIONS, num_layers=4),  # four stages: two of them make no noise
+}
 
 
 def folder_of(root: str, spec: str, layout: dict[str, Any]) -> Path:
@@ -30,7 +35,7 @@ def run_layouts(root: str, runs: list[list[Any]]) -> list[dict[str, Any]]:
 def run_layout(root: str, spec: str, layout: dict[str, Any]) -> dict[str, Any]:
     """Trains, saves, restores, and breaks one layout; what it returns is compared by the test."""
     folder = folder_of(root, spec, layout)
-    engine = cases.make_engine(SPECS[spec], layout)
+    engine = cases.make_engine(SPECS[spec], layout, micro_batch_size=2)
     answer: dict[str, Any] = {"files": {}, "coordinate": engine.topology.data_parallel_rank}
     reports = []
     for step in STEPS[spec]:
@@ -46,7 +51,7 @@ def run_layout(root: str, spec: str, layout: dict[str, Any]) -> dict[str, Any]:
     answer["reports"] = reports
     engine.close()
 
-    again = cases.make_engine(SPECS[spec], layout)
+    again = cases.make_engine(SPECS[spec], layout, micro_batch_size=2)
     again.load_state(folder)
     answer["resumed"] = [cases.report_fields(cases.take_step(again, step)) for step in RESUMED_STEPS]
     answer["resumed_digest"] = again.parameter_digest()
@@ -75,7 +80,7 @@ def resume_all(root: str, runs: list[list[Any]]) -> list[dict[str, Any]]:
     """The step after the saved one, in this layout of one process, from each layout's state."""
     reports = []
     for spec, layout in runs:
-        engine = cases.make_engine(SPECS[spec], {})
+        engine = cases.make_engine(SPECS[spec], {}, micro_batch_size=2)
         engine.load_state(folder_of(root, spec, layout))
         reports.append(cases.report_fields(cases.take_step(engine, SAVED_STEP + 1)))
         engine.close()
