@@ -5,11 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from megamask.checkpoint.contents import ModelDocument
 from megamask.diffusion.objective import ObjectiveSpec
 from megamask.models.spec import ModelSpec
 from megamask.models.vocabulary import Vocabulary
-
-from megamask.checkpoint.contents import ModelDocument
 
 
 def model_document(**changes: Any) -> ModelDocument:

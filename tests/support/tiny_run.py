@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from megamask.checkpoint.commit import Commit
 from megamask.checkpoint.contents import ModelDocument, TrainerState
 from megamask.checkpoint.saver import save
@@ -16,6 +18,7 @@ from megamask.config.schema.roots import TrainConfig
 from megamask.data.manifest import Manifest
 from megamask.data.prepare import build
 from megamask.diffusion.objective import ObjectiveSpec
+from megamask.engine.collectives import Collectives
 from megamask.engine.torch_dist import Piece, write
 from megamask.models.initial_weights import canonical_shapes, initial_tensor
 from megamask.models.spec import ModelSpec
@@ -54,6 +57,16 @@ def write_corpus(folder: Path, *, words: Sequence[str] = WORDS, sequence_length:
     return folder / "corpus"
 
 
+class OneProcess(Collectives):
+    """Collective calls of a job of one process, without a process group."""
+
+    rank = 0
+    world_size = 1
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        return [value]
+
+
 class InitialWeights(ThreadEngine):
     """One process that saves a network's initial weights, in the engine's own format."""
 
@@ -64,10 +77,7 @@ class InitialWeights(ThreadEngine):
             Piece(name=name, shape=shape, offsets=(0,) * len(shape), data=initial_tensor(SEED, name, self.spec))
             for name, shape in canonical_shapes(self.spec).items()
         ]
-        return write(folder, pieces, self)  # type: ignore[arg-type]
-
-    def gather_objects(self, value: Any) -> list[Any]:
-        return [value]
+        return write(folder, pieces, OneProcess(torch.device("cpu")))
 
 
 def write_run(folder: Path, corpus: Path, *, step: int = 20) -> tuple[Path, Commit]:
