@@ -191,3 +191,12 @@ def test_a_copied_folder_is_complete(saved, tmp_path_factory):
     shutil.copytree(folder, copy)
     shutil.rmtree(folder)
     engine.load_state(copy)
+
+
+def test_torchs_own_loader_reads_the_state(saved):
+    """What docs/formats.md promises to a stranger."""
+    folder, _ = saved
+    name = "model.layers.0.mlp.down_proj.weight"
+    found = {name: torch.empty(canonical_shapes(OPTIONS)[name])}
+    torch.distributed.checkpoint.load(found, checkpoint_id=folder, no_dist=True)
+    assert torch.equal(found[name], read_canonical_weights(folder, OPTIONS)[name])
