@@ -14,6 +14,7 @@ from megamask.config.schema.roots import TrainConfig
 from megamask.data.loader import Loader
 from megamask.diffusion.objective import ObjectiveSpec
 from megamask.errors import ExitCode, MegamaskError, SupersededError
+from megamask.models.counts import flops_per_token
 from megamask.models.spec import ModelSpec
 from megamask.models.vocabulary import Vocabulary
 from megamask.provenance.record import code_version
@@ -31,6 +32,8 @@ from megamask.training.schedules import check_extension
 from megamask.training.stopping import StopFlag, StopReason
 
 if TYPE_CHECKING:
+    import torch
+
     from megamask.engine.engine import Engine
 
 
@@ -152,7 +155,14 @@ class Job:
                 stop_after_step=config.training.stop_after_step,
             ),
             hooks=self._hooks(engine, view, model, loaded),
+            token_seconds_at_peak=self._token_seconds_at_peak(backend.device, engine.world_size),
         )
+
+    def _token_seconds_at_peak(self, device: torch.device, world_size: int) -> float | None:
+        from megamask.engine.probes import device_name, peak_flops_per_second
+
+        peak = peak_flops_per_second(device_name(device), self._config.precision.compute)
+        return None if peak is None else flops_per_token(self._corpora.spec).training / (peak * world_size)
 
     def _share(self, engine: Engine) -> AttemptView:
         shared = engine.broadcast_object(

@@ -70,6 +70,7 @@ class Attempt(AttemptView):
         self.config_path = store_attempt_config(run_dir, self.number, config)
         self.write_status("starting", step=None)
         self.journal = Journal.open(run_dir, self.number)
+        self._is_first = self.journal.head[0] == 0  # an attempt that died at once may have left run.json and no line
         self.console = Console(config, bytes_per_token=bytes_per_token)
         self.journal.subscribe(self.console.on_record)
         self.sink = (
@@ -101,7 +102,7 @@ class Attempt(AttemptView):
 
     def started(self, *, world_size: int, device: str, resumed: Mapping[str, Any] | None, extended: Any) -> None:
         """Journals who trains, where and from what; the readers begin."""
-        if self.record.is_new:
+        if self._is_first:
             self.append("run_started", run_id=self.run_id, corpora=self.record.content["corpora"])
         self.append(
             "attempt_started",

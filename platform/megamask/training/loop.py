@@ -38,6 +38,7 @@ class TrainingRun:
     progress: Progress
     stop: StopFlag
     hooks: Sequence[Hook]
+    token_seconds_at_peak: float | None
 
     def next_batch(self) -> Batch:
         """This rank's share of the next global batch, arithmetic on consumed_samples; the one after is read ahead."""
@@ -72,7 +73,14 @@ def train(run: TrainingRun) -> StopReason:
                 sample_indices=range(progress.consumed_samples, progress.consumed_samples + size),
             )
         progress.advance(global_batch_size=size, num_eligible=report.num_eligible)
-        record = step_record(run.config, progress, report, learning_rate=rate, clock=clock)
+        record = step_record(
+            run.config,
+            progress,
+            report,
+            learning_rate=rate,
+            clock=clock,
+            token_seconds_at_peak=run.token_seconds_at_peak,
+        )
         for hook in run.hooks:
             hook.after_step(progress, record)
     for hook in run.hooks:

@@ -58,22 +58,21 @@ def step_record(
     *,
     learning_rate: float,
     clock: PhaseClock,
-    flops_per_second_peak: float | None = None,
-    flops_per_token: float | None = None,
+    token_seconds_at_peak: float | None = None,
 ) -> StepRecord:
     """The record of the step that progress has just counted.
 
     Args:
-        flops_per_second_peak: of all ranks' devices together, for mfu; None where the device's peak is not known.
-        flops_per_token: training FLOPs per processed token, bidirectional attention counted in full.
+        token_seconds_at_peak: what one processed position would take if all ranks' devices ran at their named peak,
+            bidirectional attention counted in full; None where the peak is not known, and mfu is null.
     """
     size = config.training.global_batch_size
     seconds = clock.take()
     total = sum(seconds.values())
     processed = size * config.training.sequence_length * (2 if config.objective.complementary else 1)
     mfu = None
-    if flops_per_second_peak and flops_per_token and total > 0:
-        mfu = processed * flops_per_token / total / flops_per_second_peak
+    if token_seconds_at_peak is not None and total > 0:
+        mfu = processed * token_seconds_at_peak / total
     fields = {
         "step": progress.step,
         "loss": report.loss,
