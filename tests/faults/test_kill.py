@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from megamask.engine.state import read_canonical_weights
 
 from megamask.checkpoint.contents import read_model
+from megamask.engine.state import read_canonical_weights
 from support.command import checkpoints, megamask, start, step_lines, tiny
 
 pytestmark = pytest.mark.multiprocess
