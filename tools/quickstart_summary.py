@@ -1,6 +1,7 @@
 """Held-out bits per byte of a run beside two baselines on the same bytes: unigram tokens and gzip.
 
-    python tools/quickstart_summary.py --corpus corpora/python_stdlib --run runs/quickstart [--rows 64]
+    megamask evaluate RUN --split validation --json > evaluation.json
+    python tools/quickstart_summary.py --corpus corpora/python_stdlib --evaluation evaluation.json
 
 The model's figure is an upper bound (the negative ELBO); the baselines are exact code lengths. The unigram model is
 fitted on the training split with add-one smoothing; gzip compresses the very text of the scored rows.
@@ -12,7 +13,6 @@ import argparse
 import gzip
 import json
 import math
-import subprocess
 import sys
 from pathlib import Path
 
@@ -43,16 +43,12 @@ def main() -> int:
     """Prints the table; exit code 1 when the model does not beat the unigram baseline by two standard errors."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--corpus", type=Path, required=True)
-    parser.add_argument("--run", type=Path, required=True)
-    parser.add_argument("--rows", type=int, default=64)
+    parser.add_argument("--evaluation", type=Path, required=True, help="what megamask evaluate --json printed")
     arguments = parser.parse_args()
-
-    command = [sys.executable, "-m", "megamask_pipelines.cli.main", "evaluate", str(arguments.run)]
-    command += ["--split", "validation", "--rows", str(arguments.rows), "--json"]
-    answer = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
+    answer = json.loads(arguments.evaluation.read_text(encoding="utf-8").splitlines()[-1])
 
     tokenizer = CorpusTokenizer.load(arguments.corpus / "tokenizer")
-    held_out = split_tokens(arguments.corpus, "validation", arguments.rows)
+    held_out = split_tokens(arguments.corpus, "validation", answer["num_samples"])
     text = tokenizer.decode_bytes(held_out.tolist())
     unigram = unigram_nats_per_token(
         split_tokens(arguments.corpus, "train", None), held_out, Manifest.load(arguments.corpus).vocab_size
