@@ -157,6 +157,7 @@ FILES_REFUSED = {
     "? [a]\n: 1\n": "a list or mapping stands where a key is expected",
     "run: " + "[" * 40 + "]" * 40: "nested deeper than",
     "run: \x01": "not valid YAML",
+    'run:\n  output_dir: "a\\0b"\n': "run.output_dir holds a NUL character (bad.yaml:2)",
 }
 
 
