@@ -11,8 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megamask.data.loader import open_corpus
-from megamask.data.manifest import Manifest
+from megamask.data.manifest import Manifest, open_corpus
 from megamask.data.packing import RowPacker, token_dtype
 from megamask.data.reader import SplitReader
 from megamask.data.tokenizer import CorpusTokenizer
@@ -165,7 +164,10 @@ def _corpus(checkpoint: LoadedCheckpoint, request: EvaluationRequest) -> tuple[P
     from megamask_pipelines.inspect_step import recorded_run
 
     [(name, folder)] = recorded_run(run_dir).corpora.items()
-    manifest = open_corpus(Path(folder), f"data.corpora.{name}")
+    try:
+        manifest = open_corpus(Path(folder), f"data.corpora.{name}")
+    except UsageError as error:
+        raise UsageError(error.message, hint="give --corpus FOLDER, or --text FILE...") from error
     if manifest.corpus_id != checkpoint.commit.corpora.get(name):
         raise UsageError(
             f"data.corpora.{name} ({folder}) is corpus {manifest.corpus_id}, but the checkpoint was trained on "

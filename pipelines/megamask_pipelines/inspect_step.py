@@ -107,7 +107,11 @@ def open_loader(run: RecordedRun) -> Loader:
         seed=run.value("data.seed"),
         shuffle_window_blocks=run.value("data.shuffle_window_blocks"),
     )
-    loader = Loader(data.corpora, data, run.value("training.sequence_length"))
+    try:
+        loader = Loader(data.corpora, data, run.value("training.sequence_length"))
+    except UsageError as error:
+        names = " ".join(f"--corpus {name}=FOLDER" for name in run.corpora)
+        raise UsageError(error.message, hint=f"tell where the run's corpus is now: {names}") from error
     for name, corpus_id in loader.corpus_ids.items():
         if corpus_id != run.corpus_ids[name]:
             loader.close()
@@ -117,6 +121,18 @@ def open_loader(run: RecordedRun) -> Loader:
                 hint=f"give the recorded corpus: --corpus {name}=FOLDER",
             )
     return loader
+
+
+def check_step(run: RecordedRun, step: int) -> None:
+    """Refuses a step that the run does not have, before its corpus is opened.
+
+    Raises:
+        UsageError: names the steps that there are.
+    """
+    if not 1 <= step <= run.steps:
+        raise UsageError(
+            f"--step is {step}; allowed: 1 to {run.steps} (training.steps of {run.folder}). Nothing was recomputed."
+        )
 
 
 def inspect_step(run: RecordedRun, loader: Loader, step: int) -> dict[str, Any]:
@@ -134,10 +150,7 @@ def inspect_step(run: RecordedRun, loader: Loader, step: int) -> dict[str, Any]:
         UsageError: the run has no such step.
         DataIntegrityError: a row is damaged, or the journal of the run holds other digests for this step.
     """
-    if not 1 <= step <= run.steps:
-        raise UsageError(
-            f"--step is {step}; allowed: 1 to {run.steps} (training.steps of {run.folder}). Nothing was recomputed."
-        )
+    check_step(run, step)
     seed, batch_size = int(run.value("run.seed")), int(run.value("training.global_batch_size"))
     first_index = (step - 1) * batch_size
     times = stratified_times(step, batch_size, run_key(seed))

@@ -13,7 +13,7 @@ from megamask.checkpoint.retention import sweep
 from megamask.config.schema.roots import TrainConfig
 from megamask.data.loader import Loader
 from megamask.diffusion.objective import ObjectiveSpec
-from megamask.errors import ExitCode, MegamaskError, SupersededError
+from megamask.errors import ExitCode, MegamaskError, SupersededError, error_with_code
 from megamask.models.counts import flops_per_token
 from megamask.models.spec import ModelSpec
 from megamask.models.vocabulary import Vocabulary
@@ -247,15 +247,7 @@ class Job:
         return error
 
 
-class PeerFailedError(MegamaskError):
-    """This rank lost its connection because another rank failed; the message and the exit code are that rank's."""
-
-    def __init__(self, rank: int, exit_code: int, reason: str) -> None:
-        super().__init__(f"rank {rank}: {reason}")
-        self.exit_code = ExitCode(exit_code)
-
-
-def _peer_failure(run_dir: Path, attempt: int, rank: int) -> PeerFailedError | None:
+def _peer_failure(run_dir: Path, attempt: int, rank: int) -> MegamaskError | None:
     """The failure of another rank that explains a lost connection, waited for a moment."""
     import time
 
@@ -263,7 +255,7 @@ def _peer_failure(run_dir: Path, attempt: int, rank: int) -> PeerFailedError | N
     while True:
         for failure in read_rank_failures(run_dir, attempt).values():
             if failure.rank != rank and failure.exit_code != ExitCode.BUG:
-                return PeerFailedError(failure.rank, failure.exit_code, failure.reason)
+                return error_with_code(failure.exit_code, f"rank {failure.rank}: {failure.reason}")
         if time.monotonic() >= deadline:
             return None
         time.sleep(0.1)

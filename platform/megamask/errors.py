@@ -80,3 +80,24 @@ class SupersededError(MegamaskError):
     """A newer attempt has claimed the run; this one stops without writing."""
 
     exit_code = ExitCode.DO_NOT_REQUEUE
+
+
+_KINDS = (
+    UsageError,
+    DataIntegrityError,
+    CheckpointIntegrityError,
+    NumericsError,
+    StorageError,
+    SupersededError,
+)
+
+
+def error_with_code(exit_code: int, message: str, *, hint: str | None = None) -> MegamaskError:
+    """The error that another process ended with, told by its exit code.
+
+    Returns: of the type that carries this code, or a plain MegamaskError that was given it.
+    """
+    kind = next((kind for kind in _KINDS if kind.exit_code == exit_code), MegamaskError)
+    error = kind(message, hint=hint)
+    error.exit_code = ExitCode(exit_code)
+    return error

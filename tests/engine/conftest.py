@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def job() -> Iterator[None]:
-    """A job of one process; engines are made and closed inside it."""
+    """A job of one process. Engines of one layout share its groups: gloo never frees the threads of a group."""
     from megamask.engine.backend import destroy_process_group, init_process_group, select_backend
 
     init_process_group(select_backend())
@@ -17,18 +17,8 @@ def job() -> Iterator[None]:
 
 
 @pytest.fixture
-def build(job: None) -> Iterator[Any]:
-    """Makes engines, one at a time; making the next one closes the one before."""
+def build(job: None) -> Any:
+    """Makes engines on one process."""
     from support.engine_cases import make_engine
 
-    open_engines: list[Any] = []
-
-    def build(*args: Any, **kwargs: Any) -> Any:
-        while open_engines:
-            open_engines.pop().close()
-        open_engines.append(make_engine(*args, **kwargs))
-        return open_engines[-1]
-
-    yield build
-    while open_engines:
-        open_engines.pop().close()
+    return make_engine

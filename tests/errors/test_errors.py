@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from megamask import errors
-from megamask.errors import ExitCode, MegamaskError
+from megamask.errors import ExitCode, MegamaskError, error_with_code
 
 KINDS = {
     "UsageError": 2,
@@ -43,3 +43,15 @@ def test_exit_codes_are_documented_in_the_architecture():
     text = (Path(__file__).parents[2] / "docs" / "architecture.md").read_text(encoding="utf-8")
     for code in ExitCode:
         assert str(int(code)) in text
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_error_of_another_process_has_the_type_of_its_code(name):
+    error = error_with_code(KINDS[name], "what happened", hint="what to do")
+    assert type(error) is getattr(errors, name)
+    assert (int(error.exit_code), error.message, error.hint) == (KINDS[name], "what happened", "what to do")
+
+
+def test_error_of_a_code_without_a_type_of_its_own_keeps_the_code():
+    assert error_with_code(70, "x").exit_code is ExitCode.HARDWARE
+    assert MegamaskError("y").exit_code is ExitCode.BUG

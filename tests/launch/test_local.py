@@ -13,7 +13,7 @@ import pytest
 
 from megamask.errors import ExitCode, NumericsError, UsageError
 from megamask.launch import local
-from megamask.launch.local import RankExit, RankFailedError, failure_of, is_launched, leave_report, run_local_ranks
+from megamask.launch.local import RankExit, failure_of, is_launched, leave_report, run_local_ranks
 
 TESTS = Path(__file__).parents[1]
 
@@ -164,7 +164,3 @@ def is_running(pid: int) -> bool:
     except (ProcessLookupError, FileNotFoundError):
         return False
     return state != "Z"
-
-
-def test_rank_failure_keeps_the_rank_s_exit_code() -> None:
-    assert RankFailedError("x", exit_code=70).exit_code is ExitCode.HARDWARE

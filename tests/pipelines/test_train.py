@@ -64,7 +64,8 @@ def test_journal_tells_the_run_in_order(finished: Path) -> None:
     assert [record["step"] for record in steps] == list(range(1, 21))
     assert [record["consumed_samples"] for record in steps] == [8 * step for step in range(1, 21)]
     assert all(set(record["seconds"]) == {"data", "forward_backward", "optimizer", "other"} for record in steps)
-    assert steps[-1]["loss"] < steps[0]["loss"]
+    rates = [record["learning_rate"] for record in steps]
+    assert rates == pytest.approx([3e-3 * min(step, 10) / 10 for step in range(1, 21)])
 
 
 def test_two_runs_of_one_config_have_equal_step_lines(finished: Path, runs: Path, small_corpus: Path) -> None:

@@ -10,7 +10,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The verb's arguments."""
     parser.add_argument("key", nargs="?", help="a key as training.steps, or a section as layout; without it, every key")
     parser.add_argument("config", nargs="?", help="a config whose values are wanted too, and who set them")
-    parser.add_argument("overrides", nargs="*", help="key.path=value, on top of the config")
+    parser.add_argument("overrides", nargs="*", default=[], help="key.path=value, on top of the config")
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:

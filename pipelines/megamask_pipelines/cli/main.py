@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import importlib
 import math
 import os
@@ -55,7 +56,7 @@ class _Parser(argparse.ArgumentParser):
     """A parser whose complaint is an error like every other."""
 
     def error(self, message: str) -> NoReturn:
-        raise UsageError(message, hint=f"`{self.prog} --help` shows the arguments")
+        raise UsageError(f"{message}. Nothing was started.", hint=f"`{self.prog} --help` shows the arguments")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -117,9 +118,8 @@ def _guarded(action: Callable[[], int], name: str, json_answer: IO[str] | None) 
     except MegamaskError as error:
         return _report(error, json_answer)
     except OSError as error:
-        if (refusal := _storage_refusal(error, name)) is not None:
-            return _report(refusal, json_answer)
-        return _report_bug(error, json_answer)
+        refusal = _path_refusal(error) or _storage_refusal(error, name)
+        return _report_bug(error, json_answer) if refusal is None else _report(refusal, json_answer)
     except KeyboardInterrupt:
         interrupted = MegamaskError("interrupted")
         interrupted.exit_code = ExitCode.INTERRUPTED_TWICE
@@ -148,6 +148,13 @@ def _report_bug(error: Exception, json_answer: IO[str] | None) -> int:
     _print("".join(traceback.format_exception(error)).rstrip(), sys.stderr)
     described = MegamaskError(f"{type(error).__name__}: {error}", hint="this is a bug in megamask; the trace is above")
     return _report(described, json_answer)
+
+
+def _path_refusal(error: OSError) -> MegamaskError | None:
+    """The error of a path that no file system takes, whichever verb, key or option gave it; None for other causes."""
+    if error.errno not in (errno.ENAMETOOLONG, errno.ELOOP):
+        return None
+    return UsageError(f"{error.filename} cannot be a path: {error.strerror}. Nothing was started.", hint="shorten it")
 
 
 def _storage_refusal(error: OSError, name: str) -> MegamaskError | None:

@@ -10,7 +10,7 @@ from typing import Any
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The verb's arguments."""
     parser.add_argument("config", help="a corpus config, as configs/corpus/python_stdlib.yaml")
-    parser.add_argument("overrides", nargs="*", help="key.path=value, later ones win")
+    parser.add_argument("overrides", nargs="*", default=[], help="key.path=value, later ones win")
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -19,9 +19,11 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     Returns: corpus_id, documents, tokens, sequences, shards, bytes, vocab_size, output_dir, reused.
     """
     from megamask.config.load import load_prepare_config
+    from megamask.config.validate import validate_prepare
     from megamask_pipelines.corpus import prepare_corpus
 
     loaded = load_prepare_config(arguments.config, arguments.overrides)
+    validate_prepare(loaded.config, loaded.origins)
     return prepare_corpus(loaded.config.corpus)
 
 

@@ -11,7 +11,7 @@ from megamask.errors import MegamaskError
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The verb's arguments."""
     parser.add_argument("config", help="a run config, as configs/run/tiny.yaml")
-    parser.add_argument("overrides", nargs="*", help="key.path=value, later ones win")
+    parser.add_argument("overrides", nargs="*", default=[], help="key.path=value, later ones win")
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -20,6 +20,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     Returns: run_id, run_dir, step, loss, exit_code, reason.
     """
     from megamask.config.load import load_train_config
+    from megamask.config.secrets import resolve_secret
     from megamask.config.validate import validate_train
     from megamask.launch.local import is_launched, leave_report
     from megamask_pipelines.training_job import run_training
@@ -27,6 +28,11 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     try:
         loaded = load_train_config(arguments.config, arguments.overrides)
         validate_train(loaded.config, loaded.origins)
+        mlflow = loaded.config.tracking.mlflow
+        if mlflow.enabled and mlflow.uri is not None:
+            resolve_secret(
+                "tracking.mlflow.uri", mlflow.uri
+            )  # a variable that is not set is refused now, not at the end
         return run_training(loaded.config, ["train", arguments.config, *arguments.overrides])
     except MegamaskError as error:
         if is_launched() and leave_report(error):

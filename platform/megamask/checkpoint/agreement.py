@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from megamask.errors import ExitCode, MegamaskError
+from megamask.errors import ExitCode, MegamaskError, error_with_code
 
 Result = TypeVar("Result")
 
@@ -72,8 +72,7 @@ def agree(engine: CheckpointEngine, failures: list[BaseException]) -> None:
         raise failures[0]
     if first is not None:
         rank, code, message, hint = first
-        kind = next((kind for kind in MegamaskError.__subclasses__() if kind.exit_code == code), MegamaskError)
-        raise kind(f"rank {rank}: {message}", hint=hint)
+        raise error_with_code(code, f"rank {rank}: {message}", hint=hint)
 
 
 def _describe(error: BaseException) -> tuple[int, str, str | None]:

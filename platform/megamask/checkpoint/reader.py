@@ -42,7 +42,7 @@ def none_left(run_dir: Path, incidents: list[dict[str, Any]]) -> CheckpointInteg
     """The error for a run whose checkpoints exist and are all damaged."""
     return CheckpointIntegrityError(
         f"{run_dir} has {len(incidents)} checkpoint(s) and none verifies; the newest: {incidents[0]['problem']} "
-        "Nothing was loaded and nothing was overwritten.",
+        "Nothing was overwritten.",
         hint="restore a checkpoint folder from a copy; to start over, choose another run.name",
     )
 

@@ -152,7 +152,7 @@ class _Composer:
         for key, (line, child) in node.entries.items():
             if "." in key:
                 raise UsageError(
-                    f"unknown key {key} ({_where(source, line)})",
+                    f"unknown key {key} ({_where(source, line)}). Nothing was started.",
                     hint="in a file keys are nested: one mapping a section, as `training:` with `steps: 20` below it",
                 )
             self._add(f"{section}.{key}" if section else key, child, source, line=line)
@@ -191,7 +191,7 @@ class _Composer:
         self.given[name] = _Given(value=value, origin=origin)
 
     def _unknown(self, name: str, where: str) -> UsageError:
-        message = f"unknown key {name} ({where})"
+        message = f"unknown key {name} ({where}). Nothing was started."
         for other, command in _COMMANDS.items():
             if other is not self.root and (name in all_keys(other) or name in all_sections(other)):
                 return UsageError(message, hint=f"{name} belongs to a config of `{command}`")

@@ -38,7 +38,9 @@ def override_node(name: str, text: str, root: type) -> Node:
     try:
         node = parse_yaml(text, None)
     except UsageError as error:
-        raise UsageError(f"{name} cannot be read: {error.message}", hint=error.hint) from error
+        # a bare * is YAML's sign of an alias, and what a user writes who means a glob
+        hint = f"""quote what begins with *, as '{name}=["*.txt"]'""" if "*" in text else error.hint
+        raise UsageError(f"{name} cannot be read: {error.message}", hint=hint) from error
     return node or Node(line=1, text="", is_plain=True)
 
 

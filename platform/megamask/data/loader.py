@@ -18,7 +18,7 @@ import torch
 
 from megamask.config.schema.data import DataConfig
 from megamask.data.content import add_content, content_hash
-from megamask.data.manifest import Manifest
+from megamask.data.manifest import open_corpus
 from megamask.data.order import SourceOrder, order_key
 from megamask.data.reader import Row, SplitReader
 from megamask.data.tokenizer import CorpusTokenizer
@@ -185,30 +185,6 @@ class Loader:
             rows=[(self.source, row) for row in rows],
             content_sum=add_content(*hashes),
         )
-
-
-def open_corpus(folder: Path, key: str) -> Manifest:
-    """The manifest of a corpus folder that a setting or an argument names.
-
-    Args:
-        folder: the corpus.
-        key: what names it in an error, as "data.corpora.main".
-
-    Raises:
-        UsageError: there is no such folder, or it holds no manifest.json.
-        DataIntegrityError: the manifest is damaged.
-    """
-    if not folder.is_dir():
-        raise UsageError(
-            f"{key} is {folder}, which is not a folder. No row was read.",
-            hint=f"run `megamask prepare` first, or correct {key}",
-        )
-    if not (folder / "manifest.json").is_file():
-        raise UsageError(
-            f"{key} is {folder}, which is not a prepared corpus: it has no manifest.json. No row was read.",
-            hint=f"run `megamask prepare` again if it was interrupted, or correct {key}",
-        )
-    return Manifest.load(folder)
 
 
 def _share(first_index: int, global_batch_size: int, members: Sequence[int]) -> _Share:

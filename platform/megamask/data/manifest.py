@@ -197,6 +197,30 @@ class Manifest:
         return manifest
 
 
+def open_corpus(folder: Path, key: str) -> Manifest:
+    """The manifest of a corpus folder that a setting or an argument names.
+
+    Args:
+        folder: the corpus.
+        key: what names it in an error, as "data.corpora.main".
+
+    Raises:
+        UsageError: there is no such folder, or it holds no manifest.json.
+        DataIntegrityError: the manifest is damaged.
+    """
+    if not folder.is_dir():
+        raise UsageError(
+            f"{key} is {folder}, which is not a folder. No row was read.",
+            hint=f"run `megamask prepare` first, or correct {key}",
+        )
+    if not (folder / MANIFEST_NAME).is_file():
+        raise UsageError(
+            f"{key} is {folder}, which is not a prepared corpus: it has no {MANIFEST_NAME}. No row was read.",
+            hint=f"run `megamask prepare` again if it was interrupted, or correct {key}",
+        )
+    return Manifest.load(folder)
+
+
 def _damaged(path: Path, problem: str) -> DataIntegrityError:
     return DataIntegrityError(
         f"{path}: {problem}. No sample of the corpus was used.", hint="restore the file or prepare the corpus again"

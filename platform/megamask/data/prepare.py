@@ -167,11 +167,20 @@ def _refuse_foreign(target: Path) -> None:
     except OSError as error:
         if error.errno not in (errno.ENAMETOOLONG, errno.ELOOP):
             raise
-        raise UsageError(f"corpus.output_dir {target} cannot be a folder: {error.strerror}.") from error
+        raise UsageError(
+            f"corpus.output_dir {target} cannot be a folder: {error.strerror}. Nothing was written.",
+            hint="choose another corpus.output_dir",
+        ) from error
     if is_taken and not (target / MANIFEST_NAME).is_file():
         raise UsageError(
             f"corpus.output_dir {target} exists and is not a corpus. It was not touched.",
             hint="choose another corpus.output_dir, or remove what is there",
+        )
+    standing = next(folder for folder in target.parents if folder.exists())
+    if not standing.is_dir():
+        raise UsageError(
+            f"corpus.output_dir {target} lies below {standing}, which is not a folder. Nothing was written.",
+            hint="choose another corpus.output_dir",
         )
 
 

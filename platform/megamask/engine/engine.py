@@ -173,7 +173,7 @@ class Engine:
         return hash_of(*self.gather_objects(digest.hexdigest()))
 
     def close(self) -> None:
-        """Frees the groups of this layout, so that another engine can be made; the process group stays."""
+        """Forgets the groups of this layout, so that an engine of another one can be made; the process group stays."""
         parallel_state.destroy_model_parallel()
 
     @property
@@ -182,17 +182,27 @@ class Engine:
 
 
 def _create_groups(topology: Topology) -> None:
-    parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=topology.tensor_parallel_size,
-        pipeline_model_parallel_size=topology.pipeline_parallel_size,
-        create_gloo_process_groups=False,
-    )
+    """Makes megatron-core's groups, or keeps those of an earlier engine: gloo never frees the threads of a group."""
+    if not parallel_state.model_parallel_is_initialized():
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=topology.tensor_parallel_size,
+            pipeline_model_parallel_size=topology.pipeline_parallel_size,
+            create_gloo_process_groups=False,
+        )
     actual = (
         parallel_state.get_tensor_model_parallel_rank(),
         parallel_state.get_data_parallel_rank(),
         parallel_state.get_pipeline_model_parallel_rank(),
+        parallel_state.get_tensor_model_parallel_world_size(),
+        parallel_state.get_pipeline_model_parallel_world_size(),
     )
-    expected = (topology.tensor_parallel_rank, topology.data_parallel_rank, topology.pipeline_parallel_rank)
+    expected = (
+        topology.tensor_parallel_rank,
+        topology.data_parallel_rank,
+        topology.pipeline_parallel_rank,
+        topology.tensor_parallel_size,
+        topology.pipeline_parallel_size,
+    )
     if actual != expected:
         raise RuntimeError(f"megatron-core places rank {topology.rank} at {actual}, the topology at {expected}")
     # sequence parallelism forks a generator of this name; nothing draws from it, dropout is 0

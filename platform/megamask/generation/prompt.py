@@ -45,11 +45,17 @@ def continuation(
     ids = tokenizer.encode(prompt)
     room = max_length - len(ids)
     wanted = min(64, room) if length is None else length
-    if room < 1 or not 1 <= wanted <= room:
+    if room < 1:
         raise UsageError(
-            f"--length is {'not given' if length is None else length} and the prompt has {len(ids)} tokens, but the "
-            f"model's rows hold {max_length}; allowed here: 1 to {max(room, 0)}. Nothing was decoded.",
-            hint="shorten --prompt or --length" if room < 1 else "change --length",
+            f"--prompt has {len(ids)} tokens, but the model's rows hold {max_length}, the answer included; allowed: at "
+            f"most {max_length - 1}. Nothing was decoded.",
+            hint="shorten --prompt",
+        )
+    if not 1 <= wanted <= room:
+        raise UsageError(
+            f"--length is {wanted} and the prompt has {len(ids)} tokens, but the model's rows hold {max_length}; "
+            f"allowed here: 1 to {room}. Nothing was decoded.",
+            hint="change --length",
         )
     return MaskedSequence(tokens=ids + [mask_token_id] * wanted, spans=[(len(ids), len(ids) + wanted)])
 

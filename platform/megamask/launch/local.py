@@ -19,7 +19,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megamask.errors import ExitCode, MegamaskError
+from megamask.errors import ExitCode, MegamaskError, error_with_code
 from megamask.resilience.exit_codes import combine
 
 FORWARDED_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
@@ -47,14 +47,6 @@ class RankExit:
     returncode: int
     report: MegamaskError | None
     stderr_tail: str
-
-
-class RankFailedError(MegamaskError):
-    """A local rank ended with an error; the message and the exit code are that rank's."""
-
-    def __init__(self, message: str, *, exit_code: int, hint: str | None = None) -> None:
-        super().__init__(message, hint=hint)
-        self.exit_code = ExitCode(exit_code)
 
 
 def is_launched() -> bool:
@@ -100,7 +92,7 @@ def run_local_ranks(
         return [_rank_exit(rank, process.returncode, Path(folder)) for rank, process in enumerate(processes)]
 
 
-def failure_of(exits: Sequence[RankExit]) -> RankFailedError | None:
+def failure_of(exits: Sequence[RankExit]) -> MegamaskError | None:
     """The one error to show for a group of ranks, or None if all ended well or as agreed.
 
     The exit code is the most specific one of all ranks; the message is the first rank's that ended with it.
@@ -110,10 +102,10 @@ def failure_of(exits: Sequence[RankExit]) -> RankFailedError | None:
         return None
     for rank_exit in exits:
         if rank_exit.report is not None and rank_exit.report.exit_code == code:
-            return RankFailedError(rank_exit.report.message, exit_code=code, hint=rank_exit.report.hint)
+            return rank_exit.report
     for rank_exit in exits:
         if rank_exit.returncode not in _AGREED:
-            return RankFailedError(_without_report(rank_exit), exit_code=code)
+            return error_with_code(code, _without_report(rank_exit))
     return None
 
 
@@ -204,6 +196,6 @@ def _rank_exit(rank: int, returncode: int, folder: Path) -> RankExit:
     path = folder / f"report-{rank}.json"
     if path.exists():
         stored = json.loads(path.read_text(encoding="utf-8"))
-        report = RankFailedError(stored["message"], exit_code=stored["exit_code"], hint=stored["hint"])
+        report = error_with_code(stored["exit_code"], stored["message"], hint=stored["hint"])
     tail = (folder / f"stderr-{rank}").read_bytes()[-8192:].decode(errors="replace").strip()
     return RankExit(rank=rank, returncode=returncode, report=report, stderr_tail=tail)

@@ -15,7 +15,7 @@ from megamask.checkpoint.reader import candidates, has_commit
 from megamask.config.dump import to_yaml
 from megamask.config.identity import compare_identity, extendable_fields, identity_fields
 from megamask.config.schema.roots import TrainConfig
-from megamask.data.manifest import Manifest
+from megamask.data.manifest import open_corpus
 from megamask.errors import UsageError
 from megamask.resilience.status import read_status
 from megamask.storage.durable import create_exclusive, storage_errors, write_atomic
@@ -70,9 +70,12 @@ def _create(
 ) -> None:
     run_dir = path.parent
     with storage_errors(f"creating {run_dir}"):
-        if run_dir.exists() and not run_dir.is_dir():
+        standing = next(folder for folder in (run_dir, *run_dir.absolute().parents) if folder.exists())
+        if not standing.is_dir():
+            where = "is" if standing == run_dir else f"lies below {standing}, which is"
             raise UsageError(
-                f"{run_dir} is a file, not a run directory. Nothing was started.", hint="set run.output_dir"
+                f"the run directory {run_dir} {where} not a folder. Nothing was started.",
+                hint="change run.output_dir or run.name",
             )
         run_dir.mkdir(parents=True, exist_ok=True)
         strangers = sorted(entry.name for entry in run_dir.iterdir() if not entry.name.startswith(".run.json."))
@@ -108,7 +111,11 @@ def read_run(run_dir: Path) -> RunRecord:
     """
     path = run_dir / "run.json"
     if not path.is_file():
-        raise UsageError(f"{run_dir} is not a run directory: it has no run.json.")
+        what = "has no run.json" if run_dir.is_dir() else "is not a folder"
+        raise UsageError(
+            f"{run_dir} is not a run directory: it {what}. Nothing was read.",
+            hint="a run directory is <run.output_dir>/<run.name>",
+        )
     return RunRecord(path=path, is_new=False, **_read(path))
 
 
@@ -190,5 +197,8 @@ def is_complete(run_dir: Path, config: TrainConfig) -> bool:
     compare_identity(dict(record.content["identity"]), config, where=str(record.path))
     if status is None or status.phase != "done" or status.step != config.training.steps:
         return False
-    corpora = {name: Manifest.load(folder).corpus_id for name, folder in config.data.corpora.items()}
+    corpora = {
+        name: open_corpus(Path(folder), f"data.corpora.{name}").corpus_id
+        for name, folder in config.data.corpora.items()
+    }
     return corpora == record.content["corpora"] and any(has_commit(folder) for folder in candidates(run_dir))
