@@ -114,7 +114,7 @@ def test_folder_with_something_else_is_refused(tmp_path: Path) -> None:
 
 def test_file_in_place_of_the_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "run").write_text("x")
-    with pytest.raises(UsageError, match="is a file"):
+    with pytest.raises(UsageError, match=r"run is not a folder\. .*\n.*run\.output_dir or run\.name"):
         opened(tmp_path / "run")
 
 

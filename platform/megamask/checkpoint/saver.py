@@ -94,7 +94,8 @@ def _engine_files(engine: CheckpointEngine, folder: Path) -> list[str]:
     except RuntimeError as error:
         if any(text in str(error) for text in _TORCH_WRITE_FAILURES):
             raise StorageError(
-                f"writing {folder}: the storage refused ({str(error).splitlines()[0]}). Nothing was published.",
+                f"writing {folder}: the storage took no more; the disk is full, or a quota or the file-size limit is "
+                f"reached ({str(error).splitlines()[0]}). Nothing was published.",
                 hint="free space or choose another folder, then run again",
             ) from error
         raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import secrets
 from collections.abc import Mapping
@@ -11,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from megamask.checkpoint.commit import LAWS
+from megamask.checkpoint.contents import read_state
 from megamask.checkpoint.reader import candidates, has_commit
 from megamask.config.dump import to_yaml
 from megamask.config.identity import compare_identity, extendable_fields, identity_fields
 from megamask.config.schema.roots import TrainConfig
 from megamask.data.manifest import open_corpus
-from megamask.errors import UsageError
+from megamask.errors import CheckpointIntegrityError, StorageError, UsageError
 from megamask.resilience.status import read_status
 from megamask.storage.durable import create_exclusive, storage_errors, write_atomic
 
@@ -69,21 +71,7 @@ def _create(
     path: Path, config: TrainConfig, corpora: Mapping[str, str], tokenizer_digest: str, code_version: str
 ) -> None:
     run_dir = path.parent
-    with storage_errors(f"creating {run_dir}"):
-        standing = next(folder for folder in (run_dir, *run_dir.absolute().parents) if folder.exists())
-        if not standing.is_dir():
-            where = "is" if standing == run_dir else f"lies below {standing}, which is"
-            raise UsageError(
-                f"the run directory {run_dir} {where} not a folder. Nothing was started.",
-                hint="change run.output_dir or run.name",
-            )
-        run_dir.mkdir(parents=True, exist_ok=True)
-        strangers = sorted(entry.name for entry in run_dir.iterdir() if not entry.name.startswith(".run.json."))
-    if strangers and "run.json" not in strangers:
-        raise UsageError(
-            f"{run_dir} is not empty and has no run.json (it holds {', '.join(strangers[:5])}). Nothing was started.",
-            hint="choose another run.name or run.output_dir",
-        )
+    created = _make_folder(run_dir)
     content = {
         "format": FORMAT,
         "version": VERSION,
@@ -101,6 +89,37 @@ def _create(
         create_exclusive(path, json.dumps(content, indent=2, sort_keys=True).encode() + b"\n")
     except FileExistsError:
         return  # another attempt was first; the claim decides between the two
+    except StorageError:
+        for folder in created:
+            with contextlib.suppress(OSError):  # somebody else uses it by now
+                folder.rmdir()
+        raise
+
+
+def _make_folder(run_dir: Path) -> list[Path]:
+    """Creates the run directory where it is missing and returns the folders that are new, the innermost first.
+
+    Raises:
+        UsageError: it cannot be a folder, or holds something that is no run.
+    """
+    with storage_errors(f"creating {run_dir}"):
+        places = (run_dir, *run_dir.absolute().parents)
+        missing = [folder for folder in places if not folder.exists()]
+        standing = places[len(missing)]
+        if not standing.is_dir():
+            where = "is" if standing == run_dir else f"lies below {standing}, which is"
+            raise UsageError(
+                f"the run directory {run_dir} {where} not a folder. Nothing was started.",
+                hint="change run.output_dir or run.name",
+            )
+        run_dir.mkdir(parents=True, exist_ok=True)
+        strangers = sorted(entry.name for entry in run_dir.iterdir() if not entry.name.startswith(".run.json."))
+    if strangers and "run.json" not in strangers:
+        raise UsageError(
+            f"{run_dir} is not empty and has no run.json (it holds {', '.join(strangers[:5])}). Nothing was started.",
+            hint="choose another run.name or run.output_dir",
+        )
+    return missing
 
 
 def read_run(run_dir: Path) -> RunRecord:
@@ -202,3 +221,16 @@ def is_complete(run_dir: Path, config: TrainConfig) -> bool:
         for name, folder in config.data.corpora.items()
     }
     return corpora == record.content["corpora"] and any(has_commit(folder) for folder in candidates(run_dir))
+
+
+def recorded_schedule(record: RunRecord) -> tuple[int, int]:
+    """training.steps as last recorded, and the steps taken under it: of the newest checkpoint, else of run.json.
+
+    Only for refusing an impossible change before anything starts; a checkpoint that does not read is passed over here
+    and dealt with when it is loaded.
+    """
+    for folder in candidates(record.path.parent):
+        with contextlib.suppress(CheckpointIntegrityError, UsageError):
+            state = read_state(folder)
+            return int(state.schedule["training_steps"]), state.step
+    return record.recorded_steps, 0

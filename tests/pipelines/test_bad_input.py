@@ -1,0 +1,386 @@
+"""Every verb with bad input: one clear error, the right exit code, and nothing created or changed.
+
+The command line runs in this process where that is safe; other processes are started only for what needs them: several
+ranks and limits of the system. Bad input beside a run that exists is in test_bad_input_on_a_run.py, damage that
+training meets after it has begun in test_train.py.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from megamask_pipelines.cli import main as cli
+from support.command import TINY, command, environment
+from support.refusals import READERS, STDLIB, Refuse, check_refusal, limit_files, prepare, train, truncate
+
+SECRET = "hunter2"
+# What is not there, is of another kind, or belongs to something else.
+
+CONFIG_READERS = {
+    "prepare": ["prepare"],
+    "train": ["train"],
+    "explain": ["explain", "training.steps"],
+}
+
+
+@pytest.mark.parametrize("verb", READERS)
+@pytest.mark.parametrize(("given", "why"), [("nope", "folder"), ("text.txt", "folder"), ("folder", "folder")])
+def test_verb_refuses_what_is_missing_a_file_or_another_folder(refuse: Refuse, verb: str, given: str, why: str) -> None:
+    refuse(*READERS[verb], given, says=(f"error: {given} is n", why))
+
+
+@pytest.mark.parametrize("verb", CONFIG_READERS)
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ("nope.yaml", ("cannot read the config nope.yaml: No such file",)),
+        ("folder", ("cannot read the config folder: Is a directory",)),
+        ("text.txt", ("text.txt:1: a config is a mapping of sections",)),
+        ("latin.txt", ("latin.txt is not UTF-8 text",)),
+        ("broken.yaml", ("broken.yaml:2: not valid YAML",)),
+        ("lost.yaml", ("nope.yaml (named in lost.yaml:2)",)),
+        ("empty.txt", ("empty.txt does not set", "hint: set")),
+    ],
+)
+def test_verb_refuses_a_config_that_is_none(refuse: Refuse, verb: str, given: str, words: tuple[str, ...]) -> None:
+    refuse(*CONFIG_READERS[verb], given, says=words)
+
+
+@pytest.mark.parametrize("arguments", [["trian", "x"], ["verify"], ["verify", "moon", "x"], *([v] for v in cli.VERBS)])
+def test_command_line_without_what_it_needs_is_refused(refuse: Refuse, arguments: list[str]) -> None:
+    if arguments == ["explain"]:
+        pytest.skip("explain alone lists every key")
+    error = refuse(*arguments, says=("hint: ",))
+    assert "overrides" not in error  # which may always be left out
+
+
+def test_no_verb_is_a_usage_error(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([]) == 2
+    assert "verbs:" in capsys.readouterr().err
+    refused = cli.main(["--json"])
+    written = capsys.readouterr()
+    check_refusal(refused, written.out, written.err, 2, ("unknown verb '--json'; allowed: prepare, train",))
+
+
+# Keys and values.
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["train", TINY, "training.stepps=3"], ("training.stepps (on the command line)", "mean training.steps?")),
+        (["train", "bad_train.yaml"], ("training.stepps (bad_train.yaml:4)", "mean training.steps?")),
+        (["train", TINY, "corpus.inputs=[a]"], ("corpus.inputs", "belongs to a config of `megamask prepare`")),
+        (["train", STDLIB], ("corpus", "python_stdlib.yaml:", "belongs to a config of `megamask prepare`")),
+        (["train", "alone.yaml"], ("alone.yaml does not set run.name", "hint: set run.name")),
+        (["train", TINY, "training.steps"], ("'training.steps' is not an override", "key.path=value")),
+        (["train", TINY, "--steps=3"], ("unrecognized arguments: --steps=3", "megamask train --help")),
+        (prepare("corpus.sequence_lenght=64"), ("corpus.sequence_lenght", "mean corpus.sequence_length?")),
+        (["prepare", "bad_prepare.yaml"], ("(bad_prepare.yaml:3)", "mean corpus.sequence_length?")),
+        (["prepare", TINY], ("belongs to a config of `megamask train`",)),
+        (["explain", "training.steps", TINY, "training.stepps=3"], ("mean training.steps?",)),
+        (["explain", "training.steps", "bad_train.yaml"], ("training.stepps (bad_train.yaml:4)",)),
+    ],
+)
+def test_unknown_key_is_refused_with_its_place_and_the_nearest(
+    refuse: Refuse, arguments: list[str], words: tuple[str, ...]
+) -> None:
+    refuse(*arguments, says=words)
+
+
+def test_explaining_an_unknown_key_names_the_nearest(refuse: Refuse) -> None:
+    refuse("explain", "training.stepps", says=("unknown key training.stepps", "mean training.steps?"), assures=False)
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("training.steps=two", ("training.steps is 'two' (a string)", "an integer >= 1", "command line")),
+        ("training.steps=2.5", ("training.steps is 2.5", "an integer >= 1")),
+        ("training.steps=0", ("training.steps is 0", "an integer >= 1")),
+        ("optimizer.learning_rate=-1", ("optimizer.learning_rate is -1.0", "a number > 0")),
+        ("optimizer.learning_rate=.nan", ("optimizer.learning_rate", "finite")),
+        ("objective.complementary=yes", ("objective.complementary is 'yes'", "true or false")),
+        ("objective.noise_schedule=quadratic", ("'quadratic'", "linear, cosine_md4, cosine_bd3")),
+        ("run.seed=-1", ("run.seed is -1", ">= 0")),
+        ("run.name=a/b", ("run.name is 'a/b'", "letters, digits")),
+        ("run.name=..", ("run.name is '..'", "not '.' or '..'")),
+        ("precision.compute=bf16", ("precision.compute is 'bf16'", "not built", "allowed: fp32")),
+        ("precision.compute=fp8", ("precision.compute is 'fp8'", "allowed: fp32, bf16")),
+        ("training.stop_after_step=3", ("training.stop_after_step is 3", "allowed: 1 to 2")),
+        ("model.num_query_groups=3", ("model.num_query_groups is 3", "num_attention_heads is 4", "1, 2, 4")),
+        ("data.corpora.more=x", ("data.corpora", "2 entries", "exactly one")),
+        ("data.corpora.main=null", ("does not set data.corpora",)),
+        ("training.head_capacity=65", ("training.head_capacity is 65", "1 to 64")),
+    ],
+)
+def test_value_that_a_run_cannot_have_is_refused(
+    refuse: Refuse, small_corpus: Path, override: str, words: tuple[str, ...]
+) -> None:
+    refuse(*train(small_corpus, override), says=words)
+
+
+@pytest.mark.parametrize("arguments", [["train"], ["explain", "training.steps"]])
+def test_wrong_type_in_a_file_is_refused_with_its_line(refuse: Refuse, arguments: list[str]) -> None:
+    refuse(*arguments, "bad_type.yaml", says=("training.steps is 'many'", "an integer >= 1 (bad_type.yaml:3)"))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["layout.tensor_parallel_size=3"], ("layout.tensor_parallel_size is 3", "num_attention_heads is 4", "1, 2")),
+        (["layout.tensor_parallel_size=0"], ("layout.tensor_parallel_size is 0", ">= 1")),
+        (["layout.pipeline_parallel_size=3"], ("layout.pipeline_parallel_size is 3", "model.num_layers is 2", "1, 2")),
+        (["layout.data_parallel_size=3"], ("layout.data_parallel_size is 3", "global_batch_size is 8", "1, 2, 4, 8")),
+        (["training.micro_batch_size=3"], ("training.micro_batch_size is 3", "1, 2, 4, 8")),
+        (["training.global_batch_size=7"], ("training.micro_batch_size is 2", "global_batch_size = 7", "1, 7")),
+        (["layout.sequence_parallel=true"], ("layout.sequence_parallel is true", "tensor_parallel_size is 1")),
+        (["training.sequence_length=63"], ("training.sequence_length is 63", "a multiple of 16", "48 or 64")),
+        (["training.sequence_length=128"], ("training.sequence_length is 128", "have 64", "sequence_length=64")),
+    ],
+)
+def test_layout_or_shape_that_cannot_be_is_refused(
+    refuse: Refuse, small_corpus: Path, overrides: list[str], words: tuple[str, ...]
+) -> None:
+    refuse(*train(small_corpus, *overrides), says=words)
+
+
+def test_shape_law_meets_the_tensor_parallel_size(refuse: Refuse, small_corpus: Path) -> None:
+    shape = ["model.num_attention_heads=16", "model.num_query_groups=16", "model.hidden_size=128"]
+    refuse(
+        *train(small_corpus, "layout.tensor_parallel_size=16", "training.sequence_length=48", *shape),
+        says=("layout.tensor_parallel_size is 16", "training.sequence_length is 48", "lcm(16, 2 * 16)"),
+    )
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        (f"tracking.mlflow.uri=https://me:{SECRET}@host/x", ("tracking.mlflow.uri carries a credential", "env:NAME")),
+        (f"tracking.mlflow.uri=https://host/x?token={SECRET}", ("tracking.mlflow.uri carries a credential",)),
+        (f"tracking.mlflow.urii=https://me:{SECRET}@host", ("mean tracking.mlflow.uri?",)),
+        (f"run.name=https://me:{SECRET}@host", ("run.name carries a credential",)),
+        (f"https://me:{SECRET}@host", ("not an override",)),
+    ],
+)
+def test_credential_is_refused_and_not_echoed(
+    refuse: Refuse, small_corpus: Path, override: str, words: tuple[str, ...]
+) -> None:
+    assert SECRET not in refuse(*train(small_corpus, override), says=words)
+
+
+@pytest.mark.parametrize(
+    ("reference", "words"),
+    [
+        ("env:MEGAMASK_TEST_UNSET", ("MEGAMASK_TEST_UNSET is not set", "export MEGAMASK_TEST_UNSET=")),
+        ("env:NO-NAME", ("env:NAME", "letters, digits")),
+    ],
+)
+def test_tracking_server_that_no_variable_names_is_refused_before_training(
+    refuse: Refuse, small_corpus: Path, reference: str, words: tuple[str, ...]
+) -> None:
+    overrides = ("tracking.mlflow.enabled=true", f"tracking.mlflow.uri={reference}")
+    refuse(*train(small_corpus, *overrides), says=("tracking.mlflow.uri", *words))
+
+
+# prepare: inputs, tokenizers, outputs.
+
+
+def write_tokenizers(folder: Path) -> None:
+    import tokenizers
+
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "?": 1}, unk_token="?"))
+    words.save(str(folder / "words.json"))
+    spaces = tokenizers.Tokenizer(tokenizers.models.BPE())
+    spaces.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    spaces.save(str(folder / "spaces.json"))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "code", "words"),
+    [
+        (["corpus.inputs=[empty.txt]"], 2, ("the corpus is empty", "no text", "corpus.inputs")),
+        (["corpus.inputs=['*.nope']"], 2, ("corpus.inputs: *.nope matches no file",)),
+        (["corpus.inputs=[*.txt]"], 2, ("corpus.inputs", "quote", "'corpus.inputs=[\"*.txt\"]'")),
+        (["corpus.inputs=[nope.txt]"], 2, ("corpus.inputs: nope.txt matches no file",)),
+        (["corpus.inputs=[folder]"], 2, ("corpus.inputs names the folder folder", "folder/**/*.txt")),
+        (["corpus.inputs=[]"], 2, ("corpus.inputs", "at least one")),
+        (["corpus.inputs=text.txt"], 2, ("corpus.inputs is 'text.txt'", "a list")),
+        (["corpus.inputs=[latin.txt]"], 64, ("latin.txt", "byte 3 (0xe9)", "not UTF-8")),
+        (["corpus.sequence_length=8"], 2, ("corpus.sequence_length is 8", "an integer >= 16")),
+        (["corpus.sequence_length=65"], 2, ("corpus.sequence_length is 65", "a multiple of 16", "64 or 80")),
+        (["corpus.validation_fraction=1"], 2, ("corpus.validation_fraction is 1.0", "< 1")),
+        (["corpus.validation_fraction=0.5"], 2, ("corpus.validation_fraction is 0.5", "a single document")),
+        (["corpus.tokenizer.vocab_size=10"], 2, ("corpus.tokenizer.vocab_size is 10", ">= 259")),
+        (["corpus.tokenizer.pad_token=<|mask|>"], 2, ("corpus.tokenizer.", "differ")),
+        (["corpus.output_dir=text.txt"], 2, ("corpus.output_dir", "text.txt exists and is not a corpus")),
+        (["corpus.output_dir=text.txt/deep/er"], 2, ("corpus.output_dir", "/place/text.txt, which is not a folder")),
+        (["corpus.output_dir=folder"], 2, ("corpus.output_dir", "is not a corpus", "not touched")),
+        ([f"corpus.output_dir={'x' * 300}"], 2, ("corpus.output_dir", "File name too long")),
+        (["corpus.output_dir="], 2, ("corpus.output_dir", "a folder")),
+    ],
+)
+def test_corpus_that_cannot_be_made_is_refused(
+    refuse: Refuse, overrides: list[str], code: int, words: tuple[str, ...]
+) -> None:
+    refuse(*prepare(*overrides), code=code, says=words)
+
+
+@pytest.mark.parametrize(
+    ("path", "words"),
+    [
+        ("nope.json", ("corpus.tokenizer.path: nope.json cannot be read",)),
+        ("folder", ("corpus.tokenizer.path: folder cannot be read",)),
+        ("text.txt", ("text.txt: not JSON", "byte-level BPE", "corpus.tokenizer.path")),
+        ("words.json", ("words.json", "WordLevel", "byte-level BPE")),
+        ("spaces.json", ("spaces.json", "does not end with ByteLevel")),
+    ],
+)
+def test_tokenizer_that_cannot_be_served_is_refused(
+    refuse: Refuse, place: Path, path: str, words: tuple[str, ...]
+) -> None:
+    write_tokenizers(place)
+    refuse(*prepare("corpus.tokenizer.vocab_size=null", f"corpus.tokenizer.path={path}"), says=words)
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("corpus.tokenizer.path=x.json", "both are set"),
+        ("corpus.tokenizer.vocab_size=null", "neither is set"),
+    ],
+)
+def test_tokenizer_is_trained_or_loaded_and_not_both(refuse: Refuse, override: str, words: str) -> None:
+    refuse(*prepare(override), says=(words, "corpus.tokenizer.vocab_size", "corpus.tokenizer.path", "exactly one"))
+
+
+def test_another_corpus_is_not_overwritten(refuse: Refuse, small_corpus: Path) -> None:
+    refuse(*prepare(f"corpus.output_dir={small_corpus}"), says=("holds another corpus", "inputs", "not touched"))
+
+
+@pytest.mark.parametrize(
+    ("lines", "words"),
+    [('{"text": "a"}\n{"txt": "b"}\n', ("x.jsonl:2", "'text'")), ("{}}\n", ("x.jsonl:1", "not a JSON value"))],
+)
+def test_damaged_line_of_an_input_ends_with_64(refuse: Refuse, place: Path, lines: str, words: tuple[str, ...]) -> None:
+    (place / "x.jsonl").write_text(lines)
+    refuse(*prepare("corpus.inputs=[x.jsonl]"), code=64, says=words)
+
+
+# train: places and identities.
+
+
+@pytest.mark.parametrize(
+    ("corpus", "words"),
+    [
+        ("nope", ("data.corpora.main is nope, which is not a folder", "megamask prepare")),
+        ("text.txt", ("data.corpora.main is text.txt, which is not a folder",)),
+        ("folder", ("data.corpora.main is folder", "no manifest.json")),
+    ],
+)
+def test_training_on_what_is_no_corpus_is_refused(refuse: Refuse, corpus: str, words: tuple[str, ...]) -> None:
+    refuse(*train(corpus), says=words)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["run.output_dir=text.txt"], ("text.txt", "not a folder", "run.output_dir")),
+        (["run.output_dir=text.txt/deep"], ("text.txt", "not a folder", "run.output_dir")),
+        (["run.output_dir=.", "run.name=text.txt"], ("text.txt", "not a folder", "run.name")),
+        (["run.output_dir=.", "run.name=folder"], ("folder", "thesis.tex", "no run.json", "run.name")),
+        ([f"run.output_dir={'x' * 300}"], ("File name too long",)),
+    ],
+)
+def test_run_directory_that_cannot_be_is_refused(
+    refuse: Refuse, small_corpus: Path, overrides: list[str], words: tuple[str, ...]
+) -> None:
+    refuse(*train(small_corpus, *overrides), says=words)
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "shards/train-000000.tar"])
+def test_preparing_over_a_damaged_corpus_ends_with_64(
+    refuse: Refuse, small_corpus: Path, damaged: Path, name: str
+) -> None:
+    truncate(damaged / name)
+    refuse(
+        *prepare(
+            f"corpus.inputs=['{small_corpus.parent}/texts/*.txt']",
+            f"corpus.output_dir={damaged}",
+            "corpus.tokenizer.vocab_size=300",
+            "corpus.sequence_length=64",
+            "corpus.validation_fraction=0.1",
+            "corpus.rows_per_block=16",
+        ),
+        code=64,
+        says=(name, "again"),
+    )
+
+
+# What only another process can show: limits of the system, and several ranks.
+
+
+@pytest.mark.multiprocess
+def test_preparing_onto_a_full_storage_ends_with_74_and_leaves_nothing(
+    refuse_outside: Refuse, small_corpus: Path
+) -> None:
+    arguments = prepare(f"corpus.inputs=['{small_corpus.parent}/texts/*.txt']", "corpus.tokenizer.vocab_size=300")
+    says = ("new/corpus", "file-size limit", "Nothing was published", "free space")
+    refuse_outside(*arguments, code=74, says=says, file_bytes=20_000)
+
+
+@pytest.mark.multiprocess
+def test_run_that_cannot_write_its_first_file_ends_with_74(refuse_outside: Refuse, small_corpus: Path) -> None:
+    says = ("run.json", "file-size limit", "Nothing was published")
+    refuse_outside(*train(small_corpus), code=74, says=says, file_bytes=0)
+
+
+@pytest.mark.multiprocess
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["run.output_dir=text.txt"], ("text.txt", "not a folder", "run.output_dir")),
+        (["training.sequence_length=128"], ("training.sequence_length is 128", "have 64")),
+    ],
+)
+def test_refusal_of_several_ranks_is_one_error(
+    refuse_outside: Refuse, small_corpus: Path, overrides: list[str], words: tuple[str, ...]
+) -> None:
+    stderr = refuse_outside(*train(small_corpus, "layout.data_parallel_size=2", *overrides), code=2, says=words)
+    assert len(stderr.splitlines()) == 2  # the error and its hint
+
+
+@pytest.mark.multiprocess
+def test_checkpoint_that_does_not_fit_ends_with_74_and_is_not_visible(place: Path, small_corpus: Path) -> None:
+    done = subprocess.run(
+        command(*train(small_corpus), "--json"),
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env=environment(),
+        check=False,
+        preexec_fn=lambda: limit_files(60_000),
+    )
+    assert done.returncode == 74, done.stderr
+    assert sum(line.startswith("error:") for line in done.stderr.splitlines()) == 1, done.stderr
+    assert "Traceback" not in done.stderr
+    answer = json.loads(done.stdout.splitlines()[-1])
+    assert answer["exit_code"] == 74
+    assert "file-size limit" in answer["error"]
+    assert not list(place.glob("runs/new/checkpoints/*/COMMIT.json"))
+    assert json.loads((place / "runs" / "new" / "status.json").read_text())["exit_code"] == 74
+
+
+@pytest.mark.multiprocess
+def test_answer_that_cannot_be_written_ends_with_74(place: Path) -> None:
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            command("explain", "run.seed"), stdout=full, stderr=subprocess.PIPE, text=True, timeout=60, check=False
+        )
+    assert done.returncode == 74, done.stderr
+    assert done.stderr.startswith("error: megamask explain: the disk is full")
+    assert "Traceback" not in done.stderr
