@@ -11,6 +11,7 @@ from megamask.checkpoint.contents import ModelDocument
 from megamask.checkpoint.loader import Loaded, load
 from megamask.checkpoint.retention import sweep
 from megamask.config.schema.roots import TrainConfig
+from megamask.config.secrets import resolve_secret
 from megamask.data.loader import Loader
 from megamask.diffusion.objective import ObjectiveSpec
 from megamask.errors import ExitCode, MegamaskError, SupersededError, error_with_code
@@ -27,7 +28,7 @@ from megamask.training.evaluating import open_validation, validation_measure
 from megamask.training.hooks import PeriodicCheckpoint, PeriodicEvaluation, StatusFile, StepJournal
 from megamask.training.loop import Hook, TrainingRun, train
 from megamask.training.progress import Progress
-from megamask.training.run_directory import open_run, run_path
+from megamask.training.run_directory import open_run, recorded_schedule, run_path
 from megamask.training.schedules import check_extension
 from megamask.training.stopping import StopFlag, StopReason
 
@@ -37,13 +38,13 @@ if TYPE_CHECKING:
     from megamask.engine.engine import Engine
 
 
-def pretrain(config: TrainConfig) -> StopReason:
+def pretrain(config: TrainConfig) -> tuple[StopReason, Progress]:
     """Trains on this rank until the attempt ends; every rank of the layout calls it.
 
     Args:
         config: composed and validated (config.validate.validate_train).
 
-    Returns: why the attempt ended, the same on every rank.
+    Returns: why the attempt ended and how far the run is, the same on every rank.
     Raises:
         MegamaskError: the attempt failed; its exit code says how. What must be written is written.
     """
@@ -58,7 +59,7 @@ def pretrain(config: TrainConfig) -> StopReason:
         except BaseException as error:
             raise job.failed(error) from error
         job.close(reason)
-    return reason
+    return reason, job.progress
 
 
 class Corpora:
@@ -95,12 +96,19 @@ class Job:
         self._signals = signals
         self._rank = int(os.environ.get("RANK", "0"))
         self._run_dir = run_path(config.run.output_dir, config.run.name)
-        self._progress = Progress(num_views=2 if config.objective.complementary else 1)
+        self.progress = Progress(num_views=2 if config.objective.complementary else 1)
+        self._extended: dict[str, list[int]] | None = None
         self._attempt: Attempt | None = None
         self._view: AttemptView | None = None
 
     def open(self) -> None:
-        """Rank 0 claims the run, before anything slow; another live process or another identity ends it here."""
+        """Rank 0 claims the run, before anything slow; whatever can be refused is refused before the claim."""
+        from megamask.engine.backend import select_device
+
+        select_device()
+        mlflow = self._config.tracking.mlflow
+        if mlflow.enabled and mlflow.uri is not None:
+            resolve_secret("tracking.mlflow.uri", mlflow.uri)
         if self._rank == 0:
             record = open_run(
                 self._run_dir,
@@ -109,6 +117,10 @@ class Job:
                 tokenizer_digest=self._corpora.tokenizer_digest,
                 code_version=code_version(),
             )
+            recorded, completed = recorded_schedule(record)
+            steps = self._config.training.steps
+            check_extension(self._config.optimizer, recorded_steps=recorded, num_steps=steps, completed=completed)
+            self._extended = {"training.steps": [recorded, steps]} if steps != recorded else None
             self._attempt = Attempt(self._run_dir, record, self._config, bytes_per_token=self._corpora.bytes_per_token)
 
     def prepare(self) -> TrainingRun:
@@ -146,7 +158,7 @@ class Job:
             config=config,
             engine=engine,
             loader=corpora.train,
-            progress=self._progress,
+            progress=self.progress,
             stop=StopFlag(
                 engine,
                 signals=self._signals,
@@ -172,19 +184,14 @@ class Job:
         return self._view
 
     def _restore(self, engine: Engine, view: AttemptView, model: ModelDocument, *, device: str) -> Loaded:
-        """Loads the newest checkpoint that verifies; a changed number of steps must keep the past."""
+        """Loads the newest checkpoint that verifies."""
         if self._attempt is not None:
             sweep(self._run_dir, view.number)
         loaded = load(engine, self._run_dir, model=model)
-        recorded = self._attempt.record.recorded_steps if self._attempt is not None else 0
         if loaded.state is not None:
-            self._progress.step = loaded.state.step
-            self._progress.consumed_samples = loaded.state.consumed_samples
-            self._progress.consumed_tokens = loaded.state.consumed_tokens
-            recorded = int(loaded.state.schedule["training_steps"])
-        steps = self._config.training.steps
-        recorded = engine.broadcast_object(recorded)
-        check_extension(self._config.optimizer, recorded_steps=recorded, num_steps=steps, completed=self._progress.step)
+            self.progress.step = loaded.state.step
+            self.progress.consumed_samples = loaded.state.consumed_samples
+            self.progress.consumed_tokens = loaded.state.consumed_tokens
         if self._attempt is not None:
             commit = loaded.commit
             self._attempt.started(
@@ -193,11 +200,11 @@ class Job:
                 resumed=None
                 if commit is None
                 else {"step": commit.step, "checkpoint": commit.folder.name, "digest": commit.digest},
-                extended={"training.steps": [recorded, steps]} if steps != recorded else None,
+                extended=self._extended,
             )
             for incident in loaded.incidents:
                 self._attempt.append("incident", **incident)
-            self._attempt.running(self._progress.step)
+            self._attempt.running(self.progress.step)
         return loaded
 
     def _hooks(self, engine: Engine, view: AttemptView, model: ModelDocument, loaded: Loaded) -> list[Hook]:
@@ -218,7 +225,7 @@ class Job:
         hooks: list[Hook] = [
             StepJournal(view),
             PeriodicEvaluation(view, config.evaluation, measure),
-            PeriodicCheckpoint(config.checkpoint, commit, committed_step=self._progress.step),
+            PeriodicCheckpoint(config.checkpoint, commit, committed_step=self.progress.step),
         ]
         if attempt is not None:
             hooks.append(StatusFile(attempt.running))
@@ -227,7 +234,7 @@ class Job:
     def close(self, reason: StopReason) -> None:
         """The attempt ended as all ranks agreed."""
         if self._attempt is not None:
-            self._attempt.close(reason, self._progress)
+            self._attempt.close(reason, self.progress)
 
     def failed(self, error: BaseException) -> BaseException:
         """Leaves the rank's last words and returns the error to raise: a peer's, when that one says more."""
@@ -243,7 +250,7 @@ class Job:
             reason = error.message if isinstance(error, MegamaskError) else f"{type(error).__name__}: {error}"
             write_rank_failure(self._run_dir, number, rank=self._rank, exit_code=code, reason=reason)
         if self._attempt is not None:
-            self._attempt.fail(error, code, self._progress)
+            self._attempt.fail(error, code, self.progress)
         return error
 
 

@@ -8,10 +8,13 @@ from typing import Any
 
 from megamask.config.schema.layout import LayoutConfig
 from megamask.config.schema.roots import TrainConfig
+from megamask.errors import ExitCode, MegamaskError
 from megamask.launch.local import failure_of, is_launched, run_local_ranks
+from megamask.resilience.exit_codes import combine
 from megamask.resilience.status import Status, read_status, write_status
 from megamask.tracking.journal_reader import tail
 from megamask.training.run_directory import is_complete, read_run, run_path
+from megamask.training.stopping import StopReason
 
 _TAIL_BYTES = 1 << 20
 
@@ -31,19 +34,47 @@ def run_training(config: TrainConfig, arguments: Sequence[str]) -> dict[str, Any
         MegamaskError: the attempt failed; its exit code says how.
     """
     run_dir = run_path(config.run.output_dir, config.run.name)
-    if not is_launched():
+    try:
+        if is_launched():
+            return _train_here(run_dir, config)
         if is_complete(run_dir, config):
-            return outcome(run_dir)
-        if num_processes(config.layout) > 1:
-            exits = run_local_ranks(arguments, num_processes(config.layout))
-            if (failure := failure_of(exits)) is not None:
-                _close_status(run_dir, int(failure.exit_code), failure.message)
-                raise failure
-            return outcome(run_dir)
+            return outcome(run_dir, step=config.training.steps, exit_code=0, reason=StopReason.FINISHED.sentence)
+        if num_processes(config.layout) == 1:
+            return _train_here(run_dir, config)
+        return _train_in_local_ranks(run_dir, config, arguments)
+    except MegamaskError as error:
+        error.details = _known(run_dir, error)
+        raise
+
+
+def _train_here(run_dir: Path, config: TrainConfig) -> dict[str, Any]:
+    """This process is a rank, or the only one; it answers from what it knows, not from what rank 0 has written."""
     from megamask_pipelines.pretrain import pretrain  # after the checks above: it imports torch
 
-    pretrain(config)
-    return outcome(run_dir)
+    reason, progress = pretrain(config)
+    answer = outcome(run_dir, step=progress.step, exit_code=int(reason.exit_code), reason=reason.sentence)
+    return answer if progress.loss is None else {**answer, "loss": progress.loss}
+
+
+def _train_in_local_ranks(run_dir: Path, config: TrainConfig, arguments: Sequence[str]) -> dict[str, Any]:
+    exits = run_local_ranks(arguments, num_processes(config.layout))
+    if (failure := failure_of(exits)) is not None:
+        _close_status(run_dir, int(failure.exit_code), failure.message)
+        raise failure
+    exit_code = combine([rank_exit.returncode for rank_exit in exits])
+    status = read_status(run_dir)
+    if status is None or status.exit_code != exit_code:  # a newer attempt owns the folder and its status
+        return outcome(run_dir, step=None, exit_code=exit_code, reason=StopReason.SUPERSEDED.sentence)
+    return outcome(run_dir, step=status.step, exit_code=exit_code, reason=status.reason)
+
+
+def _known(run_dir: Path, error: MegamaskError) -> dict[str, object]:
+    """The fields of a failed training command's answer, as far as they are known."""
+    answer: dict[str, object] = dict.fromkeys(("run_id", "run_dir", "step", "loss"))
+    if (run_dir / "run.json").is_file() and error.exit_code != ExitCode.USAGE:
+        status = read_status(run_dir)
+        answer = outcome(run_dir, step=status.step if status else None, exit_code=int(error.exit_code), reason=None)
+    return {**answer, "run_dir": str(run_dir), "reason": error.message}
 
 
 def _close_status(run_dir: Path, exit_code: int, reason: str) -> None:
@@ -61,16 +92,16 @@ def _close_status(run_dir: Path, exit_code: int, reason: str) -> None:
         write_status(run_dir, closed)
 
 
-def outcome(run_dir: Path) -> dict[str, Any]:
-    """What a training command answers, from the run directory alone."""
-    record, status = read_run(run_dir), read_status(run_dir)
+def outcome(run_dir: Path, *, step: int | None, exit_code: int, reason: str | None) -> dict[str, Any]:
+    """What a training command answers; run_id and the loss of the step come from the run directory."""
     recent = (line.record() for line in reversed(tail(run_dir, _TAIL_BYTES)))
-    step = next((found for found in recent if found is not None and found["kind"] == "step"), None)
+    steps = (found for found in recent if found is not None and found["kind"] == "step")
+    line = next((found for found in steps if step is None or found["step"] == step), None)
     return {
-        "run_id": record.run_id,
+        "run_id": read_run(run_dir).run_id,
         "run_dir": str(run_dir),
-        "step": status.step if status else None,
-        "loss": step["loss"] if step else None,
-        "exit_code": status.exit_code if status else 1,
-        "reason": status.reason if status else "status.json is missing",
+        "step": step,
+        "loss": line["loss"] if line else None,
+        "exit_code": exit_code,
+        "reason": reason,
     }

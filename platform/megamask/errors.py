@@ -33,6 +33,8 @@ class MegamaskError(Exception):
     Args:
         message: what was given, what is allowed, what did not happen.
         hint: how to go on (which key or file to change); shown on a line of its own.
+
+    `details` are further fields of the verb's --json answer, for those who know them.
     """
 
     exit_code: ExitCode = ExitCode.BUG
@@ -41,6 +43,7 @@ class MegamaskError(Exception):
         super().__init__(message)
         self.message = message
         self.hint = hint
+        self.details: dict[str, object] = {}
 
     def __str__(self) -> str:
         return self.message if self.hint is None else f"{self.message}\nhint: {self.hint}"

@@ -53,7 +53,7 @@ def test_every_learning_rate_is_itself_after_json(train, value):
         "run.name=renamed",
         "tracking.mlflow.enabled=false",
         "checkpoint.every_steps=3",
-        "evaluation.seed=9",
+        "evaluation.rows=9",
     ],
 )
 def test_operational_and_extendable_changes_are_the_same_run(train, override):

@@ -76,9 +76,10 @@ def test_kinds_follow_the_config_law():
     assert {name for name, kind in kinds.items() if kind == "extendable"} == {"training.steps", "data.corpora"}
     for section in ("model", "objective", "optimizer", "precision"):
         assert {kind for name, kind in kinds.items() if name.startswith(f"{section}.")} == {"identity"}
-    for section in ("layout", "checkpoint", "tracking", "evaluation"):
+    for section in ("layout", "checkpoint", "tracking"):
         assert {kind for name, kind in kinds.items() if name.startswith(f"{section}.")} == {"operational"}
-    assert kinds["run.seed"] == kinds["data.seed"] == kinds["training.global_batch_size"] == "identity"
+    assert kinds["run.seed"] == kinds["data.seed"] == kinds["evaluation.seed"] == "identity"
+    assert kinds["training.global_batch_size"] == "identity"
     assert kinds["training.micro_batch_size"] == kinds["run.output_dir"] == "operational"
 
 

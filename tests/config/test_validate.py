@@ -35,7 +35,7 @@ def refused(train, refusal, *overrides):
         ("training.head_capacity=128",),
         ("training.head_capacity=64", "objective.complementary=false"),
         ("model.head_dim=10",),
-        ("optimizer.min_learning_rate=3e-3",),
+        ("optimizer.min_learning_rate=3e-3", "optimizer.decay_steps=5"),
     ],
 )
 def test_config_that_fits_is_accepted(train, overrides):
@@ -102,6 +102,7 @@ REFUSED = [
         ("optimizer.min_learning_rate=1e-2",),
         "optimizer.min_learning_rate is 0.01, but optimizer.learning_rate is 0.003",
     ),
+    (("optimizer.min_learning_rate=1e-4",), "optimizer.decay_steps is 0, so that the rate never falls"),
     (("training.head_capacity=129",), "training.head_capacity is 129, but a sample has training.sequence_length = 128"),
     (("training.head_capacity=127",), "objective.complementary scores every token of a full row"),
 ]

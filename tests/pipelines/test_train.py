@@ -116,13 +116,13 @@ def test_extended_run_equals_the_longer_run(runs: Path, small_corpus: Path) -> N
 def test_resuming_another_identity_is_refused_and_names_the_field(
     finished: Path, runs: Path, small_corpus: Path, override: str, words: list[str]
 ) -> None:
-    before = journal(finished)
-    done = megamask("train", *tiny(small_corpus, runs, "finished", override))
+    before = {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}
+    done = megamask("train", *tiny(small_corpus, runs, "finished", override), "--json")
     assert done.code == 2
     assert all(word in done.stderr for word in words), done.stderr
     assert "Traceback" not in done.stderr
-    if not override.startswith("training.steps"):
-        assert journal(finished) == before
+    assert done.json["exit_code"] == 2
+    assert {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()} == before
 
 
 def test_folder_that_is_no_run_is_left_alone(runs: Path, small_corpus: Path) -> None:
@@ -159,6 +159,27 @@ def test_second_live_process_on_the_same_run_is_refused(runs: Path, small_corpus
     assert first.returncode == 93
 
 
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_older_attempt_stops_with_93_when_a_newer_one_claims_the_run(
+    runs: Path, small_corpus: Path, ranks: int
+) -> None:
+    name = f"superseded-{ranks}"
+    arguments = tiny(small_corpus, runs, name, "training.steps=100000", f"layout.data_parallel_size={ranks}")
+    process = start("train", *arguments, "--json")
+    wait_for_step(runs / name, 2)
+    claim = json.loads((runs / name / "attempts" / "0001" / "claim.json").read_text())
+    (runs / name / "attempts" / "0002").mkdir()
+    newer = {**claim, "attempt": 2, "host": "another-host"}
+    (runs / name / "attempts" / "0002" / "claim.json").write_text(json.dumps(newer))
+    stdout, stderr = process.communicate(timeout=120)
+    assert process.returncode == 93, stderr
+    answer = json.loads(stdout.splitlines()[-1])
+    assert answer["exit_code"] == 93
+    assert "newer attempt" in answer["reason"]
+    assert checkpoints(runs / name) == []
+    assert "attempt_ended" not in [record["kind"] for record in complete_lines(runs / name)]
+
+
 @pytest.mark.parametrize(
     ("number", "code", "phase"),
     [(signal.SIGTERM, 75, "preempted"), (signal.SIGUSR1, 75, "preempted"), (signal.SIGINT, 93, "stopped")],
@@ -187,7 +208,8 @@ def test_signal_saves_and_ends_with_its_code(
 def test_non_finite_loss_ends_with_66_and_keeps_the_last_checkpoint(runs: Path, small_corpus: Path) -> None:
     arguments = tiny(small_corpus, runs, "exploding", "checkpoint.every_steps=1", "optimizer.learning_rate=1e30")
     done = megamask("train", *arguments, "--json")
-    assert done.code == 66
+    assert done.code == done.json["exit_code"] == 66
+    assert {"run_id", "run_dir", "step", "loss", "exit_code", "reason"} <= done.json.keys()
     assert "Traceback" not in done.stderr
     records = journal(runs / "exploding")
     [incident] = [record for record in records if record["kind"] == "incident"]

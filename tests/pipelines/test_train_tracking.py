@@ -28,13 +28,17 @@ def tracked(tmp_path_factory: pytest.TempPathFactory, small_corpus: Path) -> Pat
     return runs / "tracked"
 
 
-def test_both_attempts_are_one_finished_mlflow_run_with_the_whole_loss_curve(tracked: Path) -> None:
+def test_both_attempts_are_one_finished_mlflow_run_with_the_whole_loss_curve(
+    tracked: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from mlflow.tracking import MlflowClient
 
+    monkeypatch.chdir(tracked.parent)
     client = MlflowClient(tracking_uri=f"sqlite:///{tracked.parent}/mlflow.db")
     [experiment] = [found for found in client.search_experiments() if found.name == "megamask"]
     [run] = client.search_runs([experiment.experiment_id])
     assert run.info.status == "FINISHED"
+    assert run.info.start_time <= run.info.end_time
     losses = {point.step: point.value for point in client.get_metric_history(run.info.run_id, "loss")}
     steps = {record["step"]: record["loss"] for record in journal(tracked) if record["kind"] == "step"}
     assert losses == pytest.approx(steps)

@@ -28,8 +28,9 @@ def output_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Environment changes of the sink stay in the test, and it looks for news often."""
+def quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """Environment changes of the sink stay in the test, it looks for news often, and MLflow's own folders stay out."""
+    monkeypatch.chdir(tmp_path)
     for name, value in mlflow_sink._ENVIRONMENT.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(mlflow_sink, "_SEND_EVERY_S", 0.05)

@@ -91,7 +91,7 @@ def test_status_file_is_written_at_most_once_in_a_while() -> None:
 @pytest.mark.parametrize("views", [1, 2])
 def test_progress_counts_samples_clean_tokens_and_views(views: int) -> None:
     progress = Progress(num_views=views)
-    progress.advance(global_batch_size=8, num_eligible=500)
-    progress.advance(global_batch_size=8, num_eligible=512)
+    progress.advance(global_batch_size=8, num_eligible=500, loss=2.0)
+    progress.advance(global_batch_size=8, num_eligible=512, loss=2.0)
     assert (progress.step, progress.consumed_samples, progress.consumed_tokens) == (2, 16, 1012)
     assert progress.processed_tokens == 1012 * views

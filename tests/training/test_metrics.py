@@ -39,7 +39,7 @@ def report(**changes: object) -> StepReport:
 def progress() -> Progress:
     made = Progress(num_views=2)
     for _ in range(3):
-        made.advance(global_batch_size=8, num_eligible=1000)
+        made.advance(global_batch_size=8, num_eligible=1000, loss=2.0)
     return made
 
 

@@ -137,7 +137,7 @@ def _report(error: MegamaskError, json_answer: IO[str] | None) -> int:
     if error.hint is not None:
         _print(f"hint: {error.hint}", sys.stderr)
     if json_answer is not None:
-        described = {"error": error.message, "hint": error.hint, "exit_code": int(error.exit_code)}
+        described = {**error.details, "error": error.message, "hint": error.hint, "exit_code": int(error.exit_code)}
         _print_json(described, json_answer)
     return int(error.exit_code)
 

@@ -129,10 +129,12 @@ class _Composer:
     given: dict[str, _Given] = field(default_factory=dict)
 
     def add_layer(self, document: Node, source: str) -> None:
+        """Lays the keys of one file over what is there; later layers win."""
         entries = {key: child for key, child in (document.entries or {}).items() if key != "defaults"}
         self._add_section("", Node(line=document.line, entries=entries), source)
 
     def add_override(self, override: str) -> None:
+        """Lays one key.path=value over what is there."""
         name, sign, text = override.partition("=")
         if not sign or not name:
             what = "an argument that shows a credential" if carries_credential(override) else repr(override)
@@ -199,6 +201,7 @@ class _Composer:
 
     @property
     def origins(self) -> dict[str, str]:
+        """Who set each key: file:line, override or default."""
         origins: dict[str, str] = {}
         for name, key in all_keys(self.root).items():
             if key.base == "dict":
@@ -209,6 +212,7 @@ class _Composer:
         return origins
 
     def build(self, path: str) -> Any:
+        """The typed tree of the composed values."""
         values = {name: self._value(key) for name, key in all_keys(self.root).items()}
         missing = [key for name, key in all_keys(self.root).items() if values[name] is MISSING]
         if missing:

@@ -204,6 +204,12 @@ def _training(config: TrainConfig) -> Iterator[_Problem]:
             because=f"but optimizer.learning_rate is {optimizer.learning_rate}",
             allowed=f"0 to {optimizer.learning_rate}",
         )
+    if optimizer.min_learning_rate > 0 and optimizer.decay_steps == 0:
+        yield _Problem(
+            key="optimizer.min_learning_rate",
+            because="but optimizer.decay_steps is 0, so that the rate never falls",
+            allowed="0, or any rate with optimizer.decay_steps above 0",
+        )
     capacity, length = training.head_capacity, training.sequence_length
     if capacity is None:
         return

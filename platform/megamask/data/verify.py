@@ -152,6 +152,7 @@ def _check_documents(folder: Path, manifest: Manifest) -> dict[str, _SplitDocume
     where = folder / DOCUMENTS_DIR
 
     def walk() -> Iterator[DocumentRecord]:
+        """Every file below a folder, by its name relative to the corpus."""
         for record in read_documents(folder, [str(table["name"]) for table in content["tables"]]):
             if record.number != len(hashes) or record.split not in splits or record.tokens < 1:
                 raise damage(f"{where}: the row of document {len(hashes)} is {record}")

@@ -70,20 +70,30 @@ class Backend:
         torch.cuda.synchronize()  # on the CPU answered by cpu_backend: nothing is pending
 
 
-def select_backend(environment: Mapping[str, str] = os.environ) -> Backend:
-    """Chooses the backend of this process and readies megatron-core for it.
+def select_device(environment: Mapping[str, str] = os.environ) -> torch.device:
+    """The device of this process; with several on a node, LOCAL_RANK of the launcher's environment picks one.
 
-    With several devices on a node, LOCAL_RANK of the launcher's environment picks one.
+    Raises:
+        UsageError: the node has fewer GPUs than processes.
     """
     if not torch.cuda.is_available():
-        return Backend(name="cpu", device=torch.device("cpu"), collectives="gloo", adam=_choose_adam(has_cuda=False))
-    device = torch.device("cuda", int(environment.get("LOCAL_RANK", "0")))
-    if device.index >= torch.cuda.device_count():
+        return torch.device("cpu")
+    local_rank = int(environment.get("LOCAL_RANK", "0"))
+    needed = max(local_rank + 1, int(environment.get("LOCAL_WORLD_SIZE", "1")))
+    if needed > torch.cuda.device_count():
         raise UsageError(
-            f"local rank {device.index} needs a GPU of its own, but this node shows {torch.cuda.device_count()}. "
+            f"{needed} processes on this node need a GPU each, but it shows {torch.cuda.device_count()}. "
             "Nothing was started.",
             hint="start fewer processes on the node, or hide its GPUs (CUDA_VISIBLE_DEVICES=) to train on the CPU",
         )
+    return torch.device("cuda", local_rank)
+
+
+def select_backend(environment: Mapping[str, str] = os.environ) -> Backend:
+    """Chooses the backend of this process and readies megatron-core for it."""
+    device = select_device(environment)
+    if device.type == "cpu":
+        return Backend(name="cpu", device=device, collectives="gloo", adam=_choose_adam(has_cuda=False))
     torch.cuda.set_device(device)
     # the same layout must give the same bits again: after a restart, and for whoever recomputes a run
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

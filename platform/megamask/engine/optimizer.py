@@ -96,6 +96,7 @@ class ShardedAdamW:
 
     @num_updates.setter
     def num_updates(self, value: int) -> None:
+        """Updates made so far; it is saved with the state."""
         for group in self._groups:
             group["step"] = value
 

@@ -122,6 +122,7 @@ class _LoadPlanner(DefaultLoadPlanner):
         return self._plan
 
     def lookup_tensor(self, index: MetadataIndex) -> torch.Tensor:
+        """The tensor that an item of the plan names."""
         return self._data[(index.fqn, tuple(index.offset or ()))]
 
     def load_bytes(self, read_item: ReadItem, value: Any) -> None:
@@ -211,6 +212,7 @@ class _ClosedUnpickler(pickle.Unpickler):
     """Builds the classes of the index and nothing else: a pickle may otherwise name any function and call it."""
 
     def find_class(self, module: str, name: str) -> Any:
+        """A class of the closed list, or a refusal; nothing else is ever looked up."""
         if (module, name) not in _ALLOWED:
             raise pickle.UnpicklingError(f"it names {module}.{name}, which no index does")
         return super().find_class(module, name)

@@ -154,6 +154,7 @@ class _Speed:
         self._arrived: float | None = None
 
     def add(self, record: Record) -> None:
+        """Takes in one step line."""
         now = time.monotonic()
         phases = record.get("seconds")
         phases = phases if isinstance(phases, dict) else {}
@@ -169,14 +170,17 @@ class _Speed:
 
     @property
     def seconds_per_step(self) -> float | None:
+        """Mean wall time of the last steps."""
         return self._total(0) / len(self._recent) if self._total(0) > 0 else None
 
     @property
     def data_share(self) -> float | None:
+        """Share of the last steps spent waiting for data."""
         return self._total(1) / self._total(0) if self._total(0) > 0 else None
 
     @property
     def tokens_per_second(self) -> float | None:
+        """Eligible tokens per second over the last steps."""
         return self._total(2) / self._total(0) if self._total(0) > 0 and self._total(2) > 0 else None
 
     def _total(self, column: int) -> float:

@@ -20,8 +20,9 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from megamask.config.schema.tracking import MLflowConfig
+from megamask.tracking.journal_reader import read_journal
 from megamask.tracking.journal_tail import read_new
-from megamask.tracking.mlflow_points import Update, update_of
+from megamask.tracking.mlflow_points import Update, milliseconds, update_of
 from megamask.tracking.mlflow_state import SinkState, load_state, save_state
 
 _ENVIRONMENT = {  # set before MLflow is imported, unless the user has set them: fail soon, the journal is patient
@@ -254,6 +255,7 @@ def _create_database(database: Path, artifacts: Path) -> None:
     """Makes the schema in a file of its own and shows it whole: runs that start at once cannot meet a half-made one."""
     from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
+    _sweep_unfinished(database)
     temporary = database.with_name(f".{database.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
     try:
         store = SqlAlchemyStore(f"sqlite:///{temporary}", str(artifacts))
@@ -262,6 +264,14 @@ def _create_database(database: Path, artifacts: Path) -> None:
             os.link(temporary, database)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _sweep_unfinished(database: Path) -> None:
+    """Removes what a process that died while making the schema left behind."""
+    for path in database.parent.glob(f".{database.name}.*.tmp*"):
+        pid = path.name.removeprefix(f".{database.name}.").partition(".")[0]
+        if not (pid.isdecimal() and Path("/proc", pid).exists()):
+            path.unlink(missing_ok=True)
 
 
 def _experiment(client: Any, name: str, artifact_root: str | None) -> str:
@@ -295,7 +305,13 @@ def _find_or_create_run(client: Any, experiment_id: str, run_dir: Path, run_id: 
     found = client.search_runs([experiment_id], filter_string=f"tags.`megamask.run_id` = '{run_id}'", max_results=1)
     if found:
         return found[0]
-    return client.create_run(experiment_id, run_name=run_dir.name, tags={"megamask.run_id": run_id})
+    first = next(read_journal(run_dir), None)  # MLflow may come late: the run began with its first line
+    return client.create_run(
+        experiment_id,
+        start_time=None if first is None else milliseconds(first["time"]),
+        run_name=run_dir.name,
+        tags={"megamask.run_id": run_id},
+    )
 
 
 def _text(value: Any) -> str:

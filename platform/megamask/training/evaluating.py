@@ -43,6 +43,7 @@ def validation_measure(config: TrainConfig, engine: Engine, loader: Loader) -> M
     seed = config.run.seed if evaluation.seed is None else evaluation.seed
 
     def measure() -> dict[str, Any]:
+        """Scores the rows under the network's present weights."""
         started = time.monotonic()
         report = evaluate_on_engine(
             engine,

@@ -72,7 +72,7 @@ def train(run: TrainingRun) -> StopReason:
                 grad_norm=report.grad_norm,
                 sample_indices=range(progress.consumed_samples, progress.consumed_samples + size),
             )
-        progress.advance(global_batch_size=size, num_eligible=report.num_eligible)
+        progress.advance(global_batch_size=size, num_eligible=report.num_eligible, loss=report.loss)
         record = step_record(
             run.config,
             progress,

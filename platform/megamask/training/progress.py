@@ -14,20 +14,23 @@ class Progress:
         consumed_samples: samples used so far; also the first sample index of the next batch.
         consumed_tokens: clean eligible tokens used so far, each sample counted once.
         num_views: corrupted copies of each sample in a step.
+        loss: of the last step that this attempt took, nats per token; None before its first.
     """
 
     step: int = 0
     consumed_samples: int = 0
     consumed_tokens: int = 0
     num_views: int
+    loss: float | None = None
 
     @property
     def processed_tokens(self) -> int:
         """Eligible tokens used so far, counting every view."""
         return self.consumed_tokens * self.num_views
 
-    def advance(self, *, global_batch_size: int, num_eligible: int) -> None:
+    def advance(self, *, global_batch_size: int, num_eligible: int, loss: float) -> None:
         """Counts one completed step."""
         self.step += 1
         self.consumed_samples += global_batch_size
         self.consumed_tokens += num_eligible
+        self.loss = loss

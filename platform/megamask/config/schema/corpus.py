@@ -19,7 +19,10 @@ class TokenizerConfig:
     )
     path: str | None = identity("load this tokenizer.json instead of training one", default=None)
     training_bytes: int = identity(
-        "train on the first training documents up to this much text", default=100_000_000, minimum=1, unit="bytes"
+        "a tokenizer is trained on the first training documents up to this much text; not used with path",
+        default=100_000_000,
+        minimum=1,
+        unit="bytes",
     )
     eod_token: str = identity("special token after each document", default="<|endoftext|>")
     pad_token: str = identity("special token that fills the last row", default="<|pad|>")

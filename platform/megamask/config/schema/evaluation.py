@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megamask.config.schema.field import operational
+from megamask.config.schema.field import identity, operational
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,11 +17,13 @@ class EvaluationConfig:
         minimum=1,
         unit="steps",
     )
-    rows: int = operational("validation rows to score, from the first on", default=16, minimum=1, unit="rows")
+    rows: int = operational(
+        "validation rows to score, from the first on; at most as many as there are", default=16, minimum=1, unit="rows"
+    )
     draws: int = operational("masks per row in one replicate", default=4, minimum=1, unit="masks")
     replicates: int = operational(
         "independent replicates; the standard error comes from their spread", default=4, minimum=2, unit="replicates"
     )
-    seed: int | None = operational(
+    seed: int | None = identity(
         "seed of the evaluation masks; null means run.seed", default=None, minimum=0, maximum=2**64 - 1
     )
