@@ -30,9 +30,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         validate_train(loaded.config, loaded.origins)
         mlflow = loaded.config.tracking.mlflow
         if mlflow.enabled and mlflow.uri is not None:
-            resolve_secret(
-                "tracking.mlflow.uri", mlflow.uri
-            )  # a variable that is not set is refused now, not at the end
+            # a variable that is not set would only show as an outage at the end
+            resolve_secret("tracking.mlflow.uri", mlflow.uri)
         return run_training(loaded.config, ["train", arguments.config, *arguments.overrides])
     except MegamaskError as error:
         if is_launched() and leave_report(error):
