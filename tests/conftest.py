@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -21,24 +22,51 @@ settings.register_profile(
 settings.load_profile("megamask")
 
 
-TEXTS = 40
+WORDS = [
+    "def",
+    "return",
+    "self",
+    "for",
+    "in",
+    "range",
+    "if",
+    "not",
+    "None",
+    "value",
+    "index",
+    "token",
+    "mask",
+    "noise",
+    "step",
+    "loss",
+    "batch",
+    "row",
+]
+
+
+def text_of(number: int) -> str:
+    """A text that is the same on every machine: lines of a few words, indented like code."""
+    generator = random.Random(number)
+    lines = [f"# text {number}"]
+    while sum(map(len, lines)) < 1800:
+        words = " ".join(generator.choices(WORDS, k=generator.randint(2, 7)))
+        lines.append("    " * generator.randint(0, 2) + f"{words} = {generator.randint(0, 99)}")
+    return "\n".join(lines) + "\n"
 
 
 @pytest.fixture(scope="session")
 def small_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A corpus of small text files: 300 entries, rows of 64 tokens, a validation split; read-only for tests."""
+    """A corpus of 40 small texts: 300 entries, rows of 64 tokens, a validation split; read-only for tests."""
     from support.command import ROOT, megamask
 
     folder = tmp_path_factory.mktemp("small_corpus")
     (folder / "texts").mkdir()
-    sources = sorted((ROOT / "platform" / "megamask").rglob("*.py"))
-    for number in range(TEXTS):
-        text = sources[number % len(sources)].read_text(encoding="utf-8")
-        (folder / "texts" / f"{number:03d}.txt").write_text(f"# text {number}\n{text[:2000]}", encoding="utf-8")
+    for number in range(40):
+        (folder / "texts" / f"{number:03d}.txt").write_text(text_of(number), encoding="utf-8")
     done = megamask(
         "prepare",
         ROOT / "configs" / "corpus" / "python_stdlib.yaml",
-        f"corpus.inputs=[{folder}/texts/*.txt]",
+        f"corpus.inputs=['{folder}/texts/*.txt']",
         f"corpus.output_dir={folder}/corpus",
         "corpus.tokenizer.vocab_size=300",
         "corpus.sequence_length=64",

@@ -11,7 +11,6 @@ from megamask.checkpoint.contents import ModelDocument
 from megamask.checkpoint.loader import Loaded, load
 from megamask.checkpoint.retention import sweep
 from megamask.config.schema.roots import TrainConfig
-from megamask.config.secrets import resolve_secret
 from megamask.data.loader import Loader
 from megamask.diffusion.objective import ObjectiveSpec
 from megamask.errors import ExitCode, MegamaskError, SupersededError, error_with_code
@@ -106,9 +105,6 @@ class Job:
         from megamask.engine.backend import select_device
 
         select_device()
-        mlflow = self._config.tracking.mlflow
-        if mlflow.enabled and mlflow.uri is not None:
-            resolve_secret("tracking.mlflow.uri", mlflow.uri)
         if self._rank == 0:
             record = open_run(
                 self._run_dir,

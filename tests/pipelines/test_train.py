@@ -175,7 +175,8 @@ def test_older_attempt_stops_with_93_when_a_newer_one_claims_the_run(
     assert process.returncode == 93, stderr
     answer = json.loads(stdout.splitlines()[-1])
     assert answer["exit_code"] == 93
-    assert "newer attempt" in answer["reason"]
+    # between two steps the loop sees the claim; at a commit the check before publishing does
+    assert "newer attempt" in answer["reason"] or "superseded by attempt 2" in answer["reason"]
     assert checkpoints(runs / name) == []
     assert "attempt_ended" not in [record["kind"] for record in complete_lines(runs / name)]
 
@@ -257,7 +258,7 @@ def test_damaged_row_ends_with_64_on_one_and_on_two_ranks(runs: Path, small_corp
     corpus = Path(shutil.copytree(small_corpus, tmp_path / "corpus"))
     shard = corpus / "shards" / "train-000000.tar"
     data = bytearray(shard.read_bytes())
-    for offset in range(512 + 128, 512 + 128 + 16 * 64 * 2):
+    for offset in range(0, len(data), 50):
         data[offset] ^= 1
     shard.write_bytes(bytes(data))
     for ranks in (1, 2):
