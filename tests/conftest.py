@@ -22,26 +22,7 @@ settings.register_profile(
 settings.load_profile("megamask")
 
 
-WORDS = [
-    "def",
-    "return",
-    "self",
-    "for",
-    "in",
-    "range",
-    "if",
-    "not",
-    "None",
-    "value",
-    "index",
-    "token",
-    "mask",
-    "noise",
-    "step",
-    "loss",
-    "batch",
-    "row",
-]
+WORDS = ("def", "return", "self", "for", "in", "range", "if", "not", "None", "value", "index", "token", "mask", "noise")
 
 
 def text_of(number: int) -> str:
