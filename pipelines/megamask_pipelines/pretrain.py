@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -56,7 +57,10 @@ def pretrain(config: TrainConfig) -> tuple[StopReason, Progress]:
             job.open()
             reason = train(job.prepare())
         except BaseException as error:
-            raise job.failed(error) from error
+            told = job.failed(error)
+            if told is error:
+                raise
+            raise told from error
         job.close(reason)
     return reason, job.progress
 
@@ -229,17 +233,21 @@ class Job:
 
     def close(self, reason: StopReason) -> None:
         """The attempt ended as all ranks agreed."""
+        from megamask.engine.backend import destroy_process_group
+
         if self._attempt is not None:
             self._attempt.close(reason, self.progress)
+        destroy_process_group()
 
     def failed(self, error: BaseException) -> BaseException:
         """Leaves the rank's last words and returns the error to raise: a peer's, when that one says more."""
         if isinstance(error, KeyboardInterrupt | SystemExit):
             return error
         code = int(error.exit_code) if isinstance(error, MegamaskError) else int(ExitCode.BUG)
-        if self._view is None and self._attempt is None:
+        known = self._view or self._attempt
+        if known is None:
             return error
-        number = (self._view or self._attempt).number  # type: ignore[union-attr]
+        number = known.number
         if code == ExitCode.BUG and (peer := _peer_failure(self._run_dir, number, self._rank)) is not None:
             error, code = peer, int(peer.exit_code)
         elif not isinstance(error, SupersededError):
@@ -252,8 +260,6 @@ class Job:
 
 def _peer_failure(run_dir: Path, attempt: int, rank: int) -> MegamaskError | None:
     """The failure of another rank that explains a lost connection, waited for a moment."""
-    import time
-
     deadline = time.monotonic() + (2.0 if int(os.environ.get("WORLD_SIZE", "1")) > 1 else 0.0)
     while True:
         for failure in read_rank_failures(run_dir, attempt).values():
