@@ -49,10 +49,12 @@ def main() -> int:
 
     tokenizer = CorpusTokenizer.load(arguments.corpus / "tokenizer")
     held_out = split_tokens(arguments.corpus, "validation", answer["num_samples"])
-    text = tokenizer.decode_bytes(held_out.tolist())
+    text = tokenizer.decode_bytes(held_out[held_out != tokenizer.eod_token_id].tolist())
     unigram = unigram_nats_per_token(
         split_tokens(arguments.corpus, "train", None), held_out, Manifest.load(arguments.corpus).vocab_size
     )
+    if len(text) != answer["num_bytes"] or len(held_out) != answer["num_tokens"]:
+        sys.exit(f"the evaluation scored {answer['num_bytes']} bytes, not these {len(text)}: is it of this corpus?")
     bits = len(held_out) / (math.log(2) * len(text))
     bound, error = answer["nelbo_nats_per_token"], answer["standard_error"]
     print(f"held-out text: {len(text)} bytes, {len(held_out)} tokens")
