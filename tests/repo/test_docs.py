@@ -225,6 +225,13 @@ def test_every_promise_of_the_readme_names_its_test() -> None:
         assert "::test_" in proof, f"no test is named for: {promise}"
 
 
+def test_readme_shows_what_the_quickstart_printed() -> None:
+    capture = (ROOT / "README.md").read_text(encoding="utf-8").split("<!-- quickstart capture -->")[1].split("```")[1]
+    commands = [line.split()[2] for line in capture.splitlines() if line.startswith("$ megamask ")]
+    assert commands == ["prepare", "train", "evaluate", "sample"]
+    assert "megamask (upper bound)" in capture
+
+
 def test_every_shipped_config_is_named_or_is_a_model() -> None:
     named = text(ROOT / "README.md")
     for path in sorted((ROOT / "configs").rglob("*.yaml")):
