@@ -81,8 +81,16 @@ def test_fused_adam_is_chosen_where_it_is_installed_and_a_device_is_there(monkey
     assert backend._choose_adam(has_cuda=has_cuda) == expected
 
 
-def test_a_rank_without_a_gpu_of_its_own_is_refused(monkeypatch):
+@pytest.mark.parametrize("environment", [{"LOCAL_RANK": "2"}, {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "3"}])
+def test_a_node_with_fewer_gpus_than_processes_is_refused_on_every_rank(monkeypatch, environment):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    with pytest.raises(UsageError, match="local rank 2 needs a GPU of its own, but this node shows 2"):
-        backend.select_backend({"LOCAL_RANK": "2"})
+    with pytest.raises(UsageError, match="3 processes on this node need a GPU each, but it shows 2"):
+        backend.select_device(environment)
+
+
+def test_each_local_rank_takes_its_own_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    environment = {"LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
+    assert backend.select_device(environment) == torch.device("cuda", 1)
