@@ -14,7 +14,8 @@ from megamask.checkpoint.retention import sweep
 from megamask.config.schema.roots import TrainConfig
 from megamask.data.loader import Loader
 from megamask.diffusion.objective import ObjectiveSpec
-from megamask.errors import ExitCode, MegamaskError, SupersededError, error_with_code
+from megamask.errors import ExitCode, MegamaskError, StorageError, SupersededError, error_with_code
+from megamask.launch.local import is_launched
 from megamask.models.counts import flops_per_token
 from megamask.models.spec import ModelSpec
 from megamask.models.vocabulary import Vocabulary
@@ -22,6 +23,7 @@ from megamask.provenance.record import code_version
 from megamask.resilience.parent_death import die_with_parent
 from megamask.resilience.rank_files import read_rank_failures, write_rank_failure
 from megamask.resilience.signals import StopRequest
+from megamask.storage.durable import storage_errors
 from megamask.training.attempt import Attempt, AttemptView
 from megamask.training.checkpointing import CheckpointCommitter
 from megamask.training.evaluating import open_validation, validation_measure
@@ -38,11 +40,12 @@ if TYPE_CHECKING:
     from megamask.engine.engine import Engine
 
 
-def pretrain(config: TrainConfig) -> tuple[StopReason, Progress]:
+def pretrain(config: TrainConfig, signals: StopRequest) -> tuple[StopReason, Progress]:
     """Trains on this rank until the attempt ends; every rank of the layout calls it.
 
     Args:
         config: composed and validated (config.validate.validate_train).
+        signals: what this process was asked for; its handlers are in place.
 
     Returns: why the attempt ended and how far the run is, the same on every rank.
     Raises:
@@ -50,7 +53,7 @@ def pretrain(config: TrainConfig) -> tuple[StopReason, Progress]:
     """
     if parent := os.environ.get("MEGAMASK_PARENT_PID"):
         die_with_parent(int(parent))
-    with StopRequest() as signals, contextlib.ExitStack() as stack:
+    with contextlib.ExitStack() as stack:
         corpora = Corpora(config, stack)
         job = Job(config, corpora, signals)
         try:
@@ -97,7 +100,7 @@ class Job:
         self._config = config
         self._corpora = corpora
         self._signals = signals
-        self._rank = int(os.environ.get("RANK", "0"))
+        self._rank = int(os.environ["RANK"]) if is_launched() else 0
         self._run_dir = run_path(config.run.output_dir, config.run.name)
         self.progress = Progress(num_views=2 if config.objective.complementary else 1)
         self._extended: dict[str, list[int]] | None = None
@@ -243,6 +246,8 @@ class Job:
         """Leaves the rank's last words and returns the error to raise: a peer's, when that one says more."""
         if isinstance(error, KeyboardInterrupt | SystemExit):
             return error
+        if isinstance(error, OSError):
+            error = _typed(error)
         code = int(error.exit_code) if isinstance(error, MegamaskError) else int(ExitCode.BUG)
         known = self._view or self._attempt
         if known is None:
@@ -256,6 +261,15 @@ class Job:
         if self._attempt is not None:
             self._attempt.fail(error, code, self.progress)
         return error
+
+
+def _typed(error: OSError) -> BaseException:
+    """The error as a StorageError where the storage is to blame, so that every record has the same exit code."""
+    try:
+        with storage_errors("training"):
+            raise error
+    except (StorageError, OSError) as typed:
+        return typed
 
 
 def _peer_failure(run_dir: Path, attempt: int, rank: int) -> MegamaskError | None:

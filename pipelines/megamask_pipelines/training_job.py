@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from megamask.config.schema.layout import LayoutConfig
 from megamask.config.schema.roots import TrainConfig
-from megamask.errors import ExitCode, MegamaskError
+from megamask.errors import ExitCode, MegamaskError, UsageError
 from megamask.launch.local import failure_of, is_launched, run_local_ranks
+from megamask.resilience.claims import read_claim
 from megamask.resilience.exit_codes import combine
+from megamask.resilience.signals import StopRequest
 from megamask.resilience.status import Status, read_status, write_status
 from megamask.tracking.journal_reader import tail
 from megamask.training.run_directory import is_complete, read_run, run_path
@@ -36,6 +40,7 @@ def run_training(config: TrainConfig, arguments: Sequence[str]) -> dict[str, Any
     run_dir = run_path(config.run.output_dir, config.run.name)
     try:
         if is_launched():
+            _check_world_size(config.layout)
             return _train_here(run_dir, config)
         if is_complete(run_dir, config):
             return outcome(run_dir, step=config.training.steps, exit_code=0, reason=StopReason.FINISHED.sentence)
@@ -43,15 +48,27 @@ def run_training(config: TrainConfig, arguments: Sequence[str]) -> dict[str, Any
             return _train_here(run_dir, config)
         return _train_in_local_ranks(run_dir, config, arguments)
     except MegamaskError as error:
-        error.details = _known(run_dir, error)
+        with contextlib.suppress(MegamaskError, OSError):  # the error itself must be told, whatever the folder says
+            error.details = _known(run_dir, error)
         raise
+
+
+def _check_world_size(layout: LayoutConfig) -> None:
+    started, needed = int(os.environ["WORLD_SIZE"]), num_processes(layout)
+    if started != needed:
+        raise UsageError(
+            f"the launcher started {started} processes (WORLD_SIZE), but layout.tensor_parallel_size x "
+            f"pipeline_parallel_size x data_parallel_size is {needed}. Nothing was started.",
+            hint=f"start {needed} processes, or change layout.data_parallel_size",
+        )
 
 
 def _train_here(run_dir: Path, config: TrainConfig) -> dict[str, Any]:
     """This process is a rank, or the only one; it answers from what it knows, not from what rank 0 has written."""
-    from megamask_pipelines.pretrain import pretrain  # after the checks above: it imports torch
+    with StopRequest() as signals:  # from here on a signal asks for an orderly end
+        from megamask_pipelines.pretrain import pretrain  # after the checks above: it imports torch
 
-    reason, progress = pretrain(config)
+        reason, progress = pretrain(config, signals)
     answer = outcome(run_dir, step=progress.step, exit_code=int(reason.exit_code), reason=reason.sentence)
     return answer if progress.loss is None else {**answer, "loss": progress.loss}
 
@@ -59,7 +76,8 @@ def _train_here(run_dir: Path, config: TrainConfig) -> dict[str, Any]:
 def _train_in_local_ranks(run_dir: Path, config: TrainConfig, arguments: Sequence[str]) -> dict[str, Any]:
     exits = run_local_ranks(arguments, num_processes(config.layout))
     if (failure := failure_of(exits)) is not None:
-        _close_status(run_dir, int(failure.exit_code), failure.message)
+        with contextlib.suppress(MegamaskError, OSError):  # the failure must be told, whatever the folder says
+            _close_status(run_dir, failure, {rank_exit.pid for rank_exit in exits})
         raise failure
     exit_code = combine([rank_exit.returncode for rank_exit in exits])
     status = read_status(run_dir)
@@ -77,19 +95,23 @@ def _known(run_dir: Path, error: MegamaskError) -> dict[str, object]:
     return {**answer, "run_dir": str(run_dir), "reason": error.message}
 
 
-def _close_status(run_dir: Path, exit_code: int, reason: str) -> None:
-    """Tells a crash in status.json when rank 0 could not."""
+def _close_status(run_dir: Path, failure: MegamaskError, pids: set[int]) -> None:
+    """Tells a crash in status.json when rank 0 could not; the status of somebody else's attempt is left alone."""
     status = read_status(run_dir)
-    if status is not None and status.phase in ("starting", "running"):
-        closed = Status(
-            attempt=status.attempt,
-            phase="failed",
-            exit_code=exit_code,
-            step=status.step,
-            node=status.node,
-            reason=reason.splitlines()[0],
-        )
-        write_status(run_dir, closed)
+    if status is None or status.phase not in ("starting", "running"):
+        return
+    claim = read_claim(run_dir, status.attempt)
+    if claim is None or claim["pid"] not in pids:
+        return
+    closed = Status(
+        attempt=status.attempt,
+        phase="failed",
+        exit_code=int(failure.exit_code),
+        step=status.step,
+        node=status.node,
+        reason=failure.message.splitlines()[0],
+    )
+    write_status(run_dir, closed)
 
 
 def outcome(run_dir: Path, *, step: int | None, exit_code: int, reason: str | None) -> dict[str, Any]:

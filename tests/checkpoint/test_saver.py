@@ -96,6 +96,35 @@ def test_nothing_is_visible_when_a_newer_attempt_has_claimed_the_run(save: Save,
     assert candidates(run_dir) == []
 
 
+def test_newer_attempt_is_named_when_it_has_swept_the_folder_of_a_running_save(save: Save) -> None:
+    def superseded() -> None:
+        raise SupersededError("attempt 2 owns the run")
+
+    world = ThreadWorld(1)
+    world.engines[0].fail_on_save = FileNotFoundError(2, "No such file or directory")
+    assert isinstance(save(world, 20, check_claim=superseded)[0], SupersededError)
+
+
+def test_commit_stands_when_a_peer_is_lost_right_after_it(
+    save: Save, run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world, real = ThreadWorld(1), saver.publish
+    engine = world.engines[0]
+
+    def publish(*arguments: Any) -> Commit:
+        commit = real(*arguments)
+
+        def lost(_value: Any) -> Any:
+            raise RuntimeError("Connection closed by peer")
+
+        monkeypatch.setattr(engine, "gather_objects", lost)
+        return commit
+
+    monkeypatch.setattr(saver, "publish", publish)
+    assert isinstance(save(world, 20)[0], RuntimeError)
+    assert [folder.name for folder in candidates(run_dir)] == ["step-00000020-a0001"]
+
+
 @pytest.mark.parametrize("rank", [0, 2])
 def test_all_ranks_end_with_storage_error_and_the_last_commit_stands_when_one_disk_is_full(
     save: Save, run_dir: Path, rank: int
@@ -197,9 +226,9 @@ def test_commit_whose_last_flush_failed_is_withdrawn_before_its_files(
     removed: list[bool] = []
     real = retention.shutil.rmtree
 
-    def remove(path: Path) -> None:
+    def remove(path: Path, **options: Any) -> None:
         removed.append((path / "COMMIT.json").exists())
-        real(path)
+        real(path, **options)
 
     monkeypatch.setattr(saver, "publish", publish)
     monkeypatch.setattr(retention.shutil, "rmtree", remove)

@@ -97,6 +97,8 @@ REFUSED = [
     (("model.num_attention_heads=5",), "model.num_attention_heads is 5, but model.hidden_size is 64"),
     (("model.hidden_size=12",), "rotary positions need pairs; allowed: a multiple of 8"),
     (("model.head_dim=7",), "model.head_dim is 7, but rotary positions need pairs"),
+    (("training.global_batch_size=8388608",), "exceeds what the engine counts; allowed: at most 8388607"),
+    (("evaluation.draws=4194304",), "more than the noise law numbers; allowed: at most 4194303"),
     (("training.stop_after_step=21",), "training.stop_after_step is 21, but training.steps is 20; allowed: 1 to 20"),
     (
         ("optimizer.min_learning_rate=1e-2",),

@@ -27,8 +27,35 @@ def ranks(script: str, world_size: int = 2) -> list[RankExit]:
     return run_local_ranks([script], world_size, module="support.rank_script")
 
 
-def ended(returncode: int, report: UsageError | NumericsError | None = None, rank: int = 0, tail: str = "") -> RankExit:
-    return RankExit(rank=rank, returncode=returncode, report=report, stderr_tail=tail)
+def ended(
+    returncode: int,
+    report: UsageError | NumericsError | None = None,
+    rank: int = 0,
+    tail: str = "",
+    place: int = 0,
+    was_stopped: bool = False,
+) -> RankExit:
+    return RankExit(
+        rank=rank,
+        pid=1000 + rank,
+        returncode=returncode,
+        place_of_end=place,
+        was_stopped=was_stopped,
+        report=report,
+        stderr_tail=tail,
+    )
+
+
+def test_failure_names_the_rank_that_failed_first_not_the_one_that_lost_it() -> None:
+    failure = failure_of([ended(1, place=1), ended(-signal.SIGKILL, rank=1, place=0)])
+    assert failure is not None
+    assert failure.message.startswith("rank 1 was killed by SIGKILL")
+
+
+def test_rank_that_was_stopped_does_not_decide_the_code() -> None:
+    failure = failure_of([ended(-signal.SIGKILL, was_stopped=True), ended(70, rank=1)])
+    assert failure is not None
+    assert failure.exit_code == ExitCode.HARDWARE
 
 
 def test_every_rank_is_told_its_place(tmp_path: Path) -> None:
@@ -100,6 +127,20 @@ def test_other_ranks_are_stopped_when_rank_0_refuses(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(local, "REFUSAL_GRACE_S", 0.2)
     exits = ranks("import time\nif rank == 0: raise SystemExit(2)\ntime.sleep(300)")
     assert [e.returncode for e in exits] == [2, -signal.SIGKILL]
+
+
+def test_rank_0_is_stopped_when_another_rank_has_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(local, "FAILURE_GRACE_S", 0.2)
+    exits = ranks("import time\nif rank == 1: raise SystemExit(1)\ntime.sleep(300)")
+    assert [(e.returncode, e.was_stopped) for e in exits] == [(-signal.SIGKILL, True), (1, False)]
+    failure = failure_of(exits)
+    assert failure is not None
+    assert failure.message.startswith("rank 1 ended with exit code 1")
+
+
+def test_report_that_was_not_finished_is_no_report() -> None:
+    exits = ranks("open(os.environ['MEGAMASK_RANK_REPORT'], 'w').write('{')\nraise SystemExit(1)", 1)
+    assert exits[0].report is None
 
 
 def test_stderr_of_other_ranks_is_kept_for_the_report() -> None:

@@ -6,12 +6,13 @@ import json
 import math
 import shutil
 import signal
+import subprocess
 import time
 from pathlib import Path
 
 import pytest
 
-from support.command import checkpoints, journal, megamask, start, step_lines, tiny
+from support.command import checkpoints, command, environment, journal, megamask, start, step_lines, tiny
 
 pytestmark = pytest.mark.multiprocess
 
@@ -276,3 +277,15 @@ def test_missing_corpus_leaves_no_run_directory(runs: Path, tmp_path: Path) -> N
     assert done.code == 2
     assert "data.corpora.main" in done.stderr
     assert not (runs / "unborn").exists()
+
+
+def test_other_number_of_processes_than_the_layout_s_is_refused_before_the_run_exists(
+    runs: Path, small_corpus: Path
+) -> None:
+    arguments = command("train", *tiny(small_corpus, runs, "mismatch"), "--json")
+    launched = {**environment(), "RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    done = subprocess.run(arguments, capture_output=True, text=True, env=launched, timeout=60)
+    assert done.returncode == 2, done.stderr
+    assert "layout" in done.stderr
+    assert "WORLD_SIZE" in done.stderr
+    assert not (runs / "mismatch").exists()

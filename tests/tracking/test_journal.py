@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
@@ -276,3 +277,23 @@ def test_plain_value_survives_strict_json(fields: dict[str, object]) -> None:
     value = plain(fields)
     assert json.loads(json.dumps(value, allow_nan=False)) == value
     assert plain(value) == value
+
+
+def test_journal_stays_usable_when_the_next_file_cannot_be_opened(tmp_path, monkeypatch):
+    journal = Journal.open(tmp_path, 1, rotate_bytes=1)
+    journal.append("incident", incident="first", problem="x")
+    real = os.open
+
+    def full(path, flags, *mode, **options):
+        if str(path).endswith("-001.jsonl"):
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        return real(path, flags, *mode, **options)
+
+    with monkeypatch.context() as disk:
+        disk.setattr(os, "open", full)
+        with pytest.raises(StorageError):
+            journal.append("incident", incident="lost", problem="x")
+    journal.append("incident", incident="second", problem="x")
+    journal.close()
+    assert [record["incident"] for record in read_journal(tmp_path)] == ["first", "second"]
+    assert verify_chain(tmp_path) == []

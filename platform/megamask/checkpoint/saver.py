@@ -13,11 +13,9 @@ from megamask.checkpoint.contents import ModelDocument, TrainerState
 from megamask.checkpoint.integrity import digest_and_flush
 from megamask.checkpoint.names import MODEL_NAME, STATE_NAME, TOKENIZER_NAME
 from megamask.checkpoint.retention import remove_committed
-from megamask.errors import MegamaskError, StorageError
+from megamask.engine.collectives import TORCH_WRITE_FAILURES
+from megamask.errors import MegamaskError, StorageError, SupersededError
 from megamask.storage.durable import fsync_directory, storage_errors
-
-# What torch's zip writer says when the kernel refuses a write: it loses the error number.
-_TORCH_WRITE_FAILURES = ("PytorchStreamWriter failed", "unexpected pos", "No space left", "iostream error")
 
 
 def save(
@@ -56,13 +54,16 @@ def save(
         corpora=dict(corpora),
         journal={"seq": journal_head[0], "sha256": journal_head[1]},
     )
+    published: list[Commit] = []
     try:
         files = _write(engine, folder, state=state, model=model, tokenizer_folder=tokenizer_folder)
-        return on_main(engine, lambda: _commit(folder, files, fields, check_claim))
-    except BaseException:
-        if engine.is_main:
+        return on_main(engine, lambda: _commit(folder, files, fields, check_claim, published))
+    except BaseException as error:
+        if engine.is_main and not published:  # a peer that is lost after the commit does not undo it
             with contextlib.suppress(OSError, StorageError):  # what cannot be removed is swept by the next attempt
                 remove_committed(folder)  # COMMIT.json may stand if only its last flush failed
+            if not isinstance(error, SupersededError):
+                check_claim()  # a newer attempt may have swept the folder: then that is what happened
         raise
 
 
@@ -92,7 +93,7 @@ def _engine_files(engine: CheckpointEngine, folder: Path) -> list[str]:
         with storage_errors(f"writing {folder}"):
             return engine.save_state(folder)
     except RuntimeError as error:
-        if any(text in str(error) for text in _TORCH_WRITE_FAILURES):
+        if any(text in str(error) for text in TORCH_WRITE_FAILURES):
             raise StorageError(
                 f"writing {folder}: the storage took no more; the disk is full, or a quota or the file-size limit is "
                 f"reached ({str(error).splitlines()[0]}). Nothing was published.",
@@ -129,11 +130,16 @@ def _union(folder: Path, gathered: list[dict[str, FileDigest]]) -> dict[str, Fil
 
 
 def _commit(
-    folder: Path, files: Mapping[str, FileDigest], fields: CommitFields, check_claim: Callable[[], None]
+    folder: Path,
+    files: Mapping[str, FileDigest],
+    fields: CommitFields,
+    check_claim: Callable[[], None],
+    published: list[Commit],
 ) -> Commit:
     with storage_errors(f"flushing {folder}"):
         for parent, _, _ in os.walk(folder, topdown=False):
             fsync_directory(Path(parent))
         fsync_directory(folder.parent)
     check_claim()
-    return publish(folder, files, fields)
+    published.append(publish(folder, files, fields))
+    return published[0]

@@ -16,6 +16,10 @@ from megamask.errors import UsageError
 
 # The shape law: lengths are multiples of lcm(16, 2*cp*tp); cp is 1 as long as there is no context parallelism.
 _SHAPE_UNIT = 16
+# megatron-core counts the terms of a step's loss in int32 and stops dividing by a count that has wrapped.
+_MOST_TERMS = 2**31
+# The noise law numbers the draws of a row: 256 * draw + purpose is one 32-bit word.
+_MOST_DRAWS = 2**24
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,6 +192,13 @@ def _batch(config: TrainConfig) -> Iterator[_Problem]:
             because=f"but each of {replicas} data-parallel ranks has {share} of training.global_batch_size = {total}",
             allowed=_listed(_divisors(share)),
         )
+    views = 2 if config.objective.complementary else 1
+    if total * config.training.sequence_length * views >= _MOST_TERMS:
+        yield _Problem(
+            key="training.global_batch_size",
+            because=f"times {views} view(s) of {config.training.sequence_length} tokens exceeds what the engine counts",
+            allowed=f"at most {(_MOST_TERMS - 1) // (config.training.sequence_length * views)}",
+        )
 
 
 def _training(config: TrainConfig) -> Iterator[_Problem]:
@@ -209,6 +220,13 @@ def _training(config: TrainConfig) -> Iterator[_Problem]:
             key="optimizer.min_learning_rate",
             because="but optimizer.decay_steps is 0, so that the rate never falls",
             allowed="0, or any rate with optimizer.decay_steps above 0",
+        )
+    evaluation = config.evaluation
+    if evaluation.draws * evaluation.replicates >= _MOST_DRAWS:
+        yield _Problem(
+            key="evaluation.draws",
+            because=f"which times evaluation.replicates = {evaluation.replicates} is more than the noise law numbers",
+            allowed=f"at most {(_MOST_DRAWS - 1) // evaluation.replicates}",
         )
     capacity, length = training.head_capacity, training.sequence_length
     if capacity is None:

@@ -60,7 +60,7 @@ class BidirectionalAttention(MegatronModule):  # type: ignore[misc]
         Shapes: query [s, b, h, d]; key and value [s, b, g, d]; returns [s, b, h*d].
         """
         if attention_mask is not None or attention_bias is not None or packed_seq_params is not None:
-            raise NotImplementedError("attention masks, biases and packed sequences are not built")
+            raise ValueError("this attention sees every position: it takes no mask, bias or packed sequences")
         q, k, v = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
         attended = F.scaled_dot_product_attention(q, k, v, scale=self.scale, enable_gqa=q.size(1) != k.size(1))
         return attended.permute(2, 0, 1, 3).reshape(query.size(0), query.size(1), -1)

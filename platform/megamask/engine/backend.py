@@ -126,7 +126,7 @@ def init_process_group(backend: Backend, environment: Mapping[str, str] = os.env
     Environment: RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT as torchrun sets them. If MEGAMASK_STORE_FD is set, rank
     0 listens on that inherited socket instead of opening the port itself.
     """
-    if "RANK" not in environment:
+    if "RANK" not in environment or "WORLD_SIZE" not in environment:
         dist.init_process_group(backend.collectives, store=HashStore(), rank=0, world_size=1, timeout=_TIMEOUT)
         return
     if STORE_DESCRIPTOR not in environment:

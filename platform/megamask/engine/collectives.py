@@ -8,7 +8,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megamask.errors import MegamaskError
+from megamask.errors import ExitCode, MegamaskError, error_with_code
+
+# What torch's zip writer says when the kernel refuses a write: it loses the error number.
+TORCH_WRITE_FAILURES = ("PytorchStreamWriter failed", "unexpected pos", "No space left", "iostream error")
 
 
 class Collectives:
@@ -69,15 +72,25 @@ class Collectives:
     def raise_alike(self, failures: Sequence[BaseException], kind: type[MegamaskError]) -> None:
         """Returns if no rank failed; otherwise raises on every rank, so that none waits for one that has gone.
 
-        A rank that failed raises its own error; the others raise one of `kind` that quotes the first rank's.
+        A rank that failed raises its own error; the others raise one that quotes the first rank's: of `kind` if the
+        storage or the state was to blame, else a plain one (a bug).
         """
-        told = self.gather_objects(str(failures[0]) or type(failures[0]).__name__ if failures else None)
+        told = self.gather_objects(_describe(failures[0], kind) if failures else None)
         if failures:
             raise failures[0]
-        for rank, message in enumerate(told):
-            if message is not None:
-                raise kind(f"rank {rank}: {message}")
+        for rank, entry in enumerate(told):
+            if entry is not None:
+                raise error_with_code(entry[0], f"rank {rank}: {entry[1]}")
 
     def barrier(self) -> None:
         """Waits until every rank has come here."""
         self.max_integer(0)
+
+
+def _describe(error: BaseException, kind: type[MegamaskError]) -> tuple[int, str]:
+    text = str(error) or type(error).__name__
+    if isinstance(error, MegamaskError):
+        return int(error.exit_code), text
+    if isinstance(error, OSError) or any(sign in text for sign in TORCH_WRITE_FAILURES):
+        return int(kind.exit_code), text
+    return int(ExitCode.BUG), f"{type(error).__name__}: {text}"

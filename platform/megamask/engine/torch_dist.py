@@ -146,7 +146,7 @@ def write(folder: Path, pieces: Sequence[Piece], collectives: Collectives) -> li
         # torch numbers files by a plan's place in the list of all; this rank's place is all that matters here
         plan = writer.prepare_global_plan([plan] * (collectives.rank + 1))[-1]
         results = writer.write_data(planner.finish_plan(plan), planner).wait()
-    except (OSError, RuntimeError) as error:
+    except Exception as error:  # noqa: BLE001  raised on every rank
         failures.append(error)
     collectives.raise_alike(failures, StorageError)
     parts = collectives.gather_objects((planner.create_local_plan(), results))
@@ -154,7 +154,7 @@ def write(folder: Path, pieces: Sequence[Piece], collectives: Collectives) -> li
         try:
             _, metadata = planner.create_global_plan([plan for plan, _ in parts])
             writer.finish(metadata, [results for _, results in parts])
-        except (OSError, RuntimeError, ValueError) as error:
+        except Exception as error:  # noqa: BLE001  raised on every rank
             failures.append(error)
     collectives.raise_alike(failures, StorageError)
     own = f"__{collectives.rank}_0.distcp"

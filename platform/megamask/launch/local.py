@@ -38,13 +38,19 @@ class RankExit:
     """How one rank ended.
 
     Args:
+        pid: of its process, as its claim names it.
         returncode: as the operating system tells it; negative for a signal.
+        place_of_end: 0 for the rank that ended first.
+        was_stopped: it did not end by itself after another rank had failed.
         report: the error that the rank left for the launcher, or None.
         stderr_tail: the end of what a rank other than 0 wrote to stderr.
     """
 
     rank: int
+    pid: int
     returncode: int
+    place_of_end: int
+    was_stopped: bool
     report: MegamaskError | None
     stderr_tail: str
 
@@ -57,13 +63,16 @@ def is_launched() -> bool:
 def leave_report(error: MegamaskError) -> bool:
     """Hands an error to the process that started this rank, which prints it once for all ranks.
 
-    Returns: False when nobody asked for a report, so that the caller prints the error itself.
+    Returns: False when nobody asked for a report, or it could not be written; the caller prints the error itself.
     """
     path = os.environ.get(_REPORT_VARIABLE)
     if path is None:
         return False
     report = {"message": error.message, "hint": error.hint, "exit_code": int(error.exit_code)}
-    Path(path).write_text(json.dumps(report), encoding="utf-8")
+    try:
+        Path(path).write_text(json.dumps(report), encoding="utf-8")
+    except OSError:
+        return False
     return True
 
 
@@ -83,30 +92,41 @@ def run_local_ranks(
             with _forwarding_signals(processes):
                 for rank in range(world_size):
                     processes.append(_start([module, *arguments], rank, world_size, listener, Path(folder)))
-                _wait(processes)
+                ended, stopped = _wait(processes)
         finally:
             for process in processes:
                 if process.poll() is None:
                     process.kill()
                     process.wait()
-        return [_rank_exit(rank, process.returncode, Path(folder)) for rank, process in enumerate(processes)]
+        return [
+            RankExit(
+                rank=rank,
+                pid=process.pid,
+                returncode=process.returncode,
+                place_of_end=ended.index(rank),
+                was_stopped=rank in stopped,
+                report=_report(Path(folder), rank),
+                stderr_tail=_stderr_tail(Path(folder), rank),
+            )
+            for rank, process in enumerate(processes)
+        ]
 
 
 def failure_of(exits: Sequence[RankExit]) -> MegamaskError | None:
     """The one error to show for a group of ranks, or None if all ended well or as agreed.
 
-    The exit code is the most specific one of all ranks; the message is the first rank's that ended with it.
+    The exit code is the most specific one of all ranks that ended by themselves. The message is that of a rank that
+    reported it; if none did, of the rank that failed first: the others only lost their peer.
     """
-    code = combine([rank_exit.returncode for rank_exit in exits])
+    own = [rank_exit for rank_exit in exits if not rank_exit.was_stopped]
+    code = combine([rank_exit.returncode for rank_exit in own])
     if code in _AGREED and not any(rank_exit.report for rank_exit in exits):
         return None
-    for rank_exit in exits:
+    for rank_exit in own:
         if rank_exit.report is not None and rank_exit.report.exit_code == code:
             return rank_exit.report
-    for rank_exit in exits:
-        if rank_exit.returncode not in _AGREED:
-            return error_with_code(code, _without_report(rank_exit))
-    return None
+    failed = sorted((e for e in own if e.returncode not in _AGREED), key=lambda e: e.place_of_end)
+    return error_with_code(code, _without_report(failed[0])) if failed else None
 
 
 def _without_report(rank_exit: RankExit) -> str:
@@ -145,7 +165,7 @@ def _start(
         MEGAMASK_PARENT_PID=str(os.getpid()),
     )
     environment[_REPORT_VARIABLE] = str(folder / f"report-{rank}.json")
-    environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // world_size)))
+    environment.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // world_size)))
     environment.setdefault("GLOO_SOCKET_IFNAME", "lo")  # the host's own name need not resolve
     environment["MEGAMASK_STORE_FD"] = str(listener.fileno())  # tells every rank how they meet; rank 0 inherits it
     with (folder / f"stderr-{rank}").open("wb") as log:
@@ -176,26 +196,35 @@ def _forwarding_signals(processes: Sequence[subprocess.Popen[bytes]]) -> Iterato
             signal.signal(number, handler)
 
 
-def _wait(processes: Sequence[subprocess.Popen[bytes]]) -> None:
-    """Returns when all have ended; once one has failed, the rest end by themselves or are stopped."""
+def _wait(processes: Sequence[subprocess.Popen[bytes]]) -> tuple[list[int], set[int]]:
+    """Returns when all have ended; once one has failed, the rest end by themselves or are stopped.
+
+    Returns: the ranks in the order in which they ended, and those that had to be stopped.
+    """
     deadline: float | None = None
-    while any(process.poll() is None for process in processes):
-        failed = [rank for rank, process in enumerate(processes) if process.returncode not in (None, *_AGREED)]
-        if failed and deadline is None:
-            refused = processes[0].returncode in (ExitCode.USAGE, ExitCode.DATA_INTEGRITY)
+    ended: list[int] = []
+    stopped: set[int] = set()
+    while len(ended) < len(processes):
+        codes = [process.poll() for process in processes]  # of every rank, whoever else still lives
+        ended += [rank for rank, code in enumerate(codes) if code is not None and rank not in ended]
+        if deadline is None and any(code not in (None, *_AGREED) for code in codes):
+            refused = codes[0] in (ExitCode.USAGE, ExitCode.DATA_INTEGRITY)
             deadline = time.monotonic() + (REFUSAL_GRACE_S if refused else FAILURE_GRACE_S)
         if deadline is not None and time.monotonic() > deadline:
-            for process in processes:
-                if process.poll() is None:
-                    process.kill()
+            for rank in (rank for rank, code in enumerate(codes) if code is None):
+                processes[rank].kill()
+                stopped.add(rank)
         time.sleep(_POLL_S)
+    return ended, stopped
 
 
-def _rank_exit(rank: int, returncode: int, folder: Path) -> RankExit:
-    report: MegamaskError | None = None
-    path = folder / f"report-{rank}.json"
-    if path.exists():
-        stored = json.loads(path.read_text(encoding="utf-8"))
-        report = error_with_code(stored["exit_code"], stored["message"], hint=stored["hint"])
-    tail = (folder / f"stderr-{rank}").read_bytes()[-8192:].decode(errors="replace").strip()
-    return RankExit(rank=rank, returncode=returncode, report=report, stderr_tail=tail)
+def _report(folder: Path, rank: int) -> MegamaskError | None:
+    try:
+        stored = json.loads((folder / f"report-{rank}.json").read_text(encoding="utf-8"))
+        return error_with_code(stored["exit_code"], stored["message"], hint=stored["hint"])
+    except (FileNotFoundError, ValueError):  # none was left, or the rank died while writing it
+        return None
+
+
+def _stderr_tail(folder: Path, rank: int) -> str:
+    return (folder / f"stderr-{rank}").read_bytes()[-8192:].decode(errors="replace").strip()

@@ -196,9 +196,7 @@ class Journal:
         if descriptor is None:
             raise ValueError(f"the journal {self._path()} is closed; nothing was written")
         if self._size > 0 and self._size + len(line) > self._rotate_bytes:
-            self.close()
-            self._rotation += 1
-            descriptor = self._open_file()
+            descriptor = self._rotate(descriptor)
         with storage_errors(f"writing {self._path()}"):
             try:
                 written = os.write(descriptor, line)
@@ -213,6 +211,18 @@ class Journal:
                 hint="free space, then start the run again; it resumes from its last checkpoint",
             )
         self._size += len(line)
+
+    def _rotate(self, full: int) -> int:
+        """The next file's descriptor; the full one stays in use if the next cannot be opened."""
+        self.sync()
+        self._rotation += 1
+        try:
+            descriptor = self._open_file()
+        except BaseException:
+            self._rotation -= 1
+            raise
+        os.close(full)
+        return descriptor
 
     def _cut_back(self, descriptor: int) -> None:
         try:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from megamask.config.schema.roots import TrainConfig
-from megamask.errors import ExitCode, MegamaskError, StorageError, SupersededError
+from megamask.errors import ExitCode, MegamaskError, SupersededError
 from megamask.provenance.record import code_version, library_versions
 from megamask.provenance.redaction import redact
 from megamask.resilience.claims import claim, is_superseded, refuse_if_superseded
@@ -70,6 +70,7 @@ class Attempt(AttemptView):
         self.config_path = store_attempt_config(run_dir, self.number, config)
         self.write_status("starting", step=None)
         self.journal = Journal.open(run_dir, self.number)
+        self._is_tracked = False
         self._is_first = self.journal.head[0] == 0  # an attempt that died at once may have left run.json and no line
         self.console = Console(config, bytes_per_token=bytes_per_token)
         self.journal.subscribe(self.console.on_record)
@@ -124,6 +125,7 @@ class Attempt(AttemptView):
         )
         if self.sink is not None:
             self.sink.start()
+            self._is_tracked = True
 
     def running(self, step: int) -> None:
         """Replaces status.json by phase running at this step."""
@@ -132,7 +134,9 @@ class Attempt(AttemptView):
     def write_status(
         self, phase: Phase, *, step: int | None, exit_code: int | None = None, reason: str | None = None
     ) -> None:
-        """Replaces status.json."""
+        """Replaces status.json, unless a newer attempt has claimed the run: then it is that one's."""
+        if is_superseded(self.run_dir, self.number):
+            return
         status = Status(
             attempt=self.number, phase=phase, exit_code=exit_code, step=step, node=self._node, reason=reason
         )
@@ -144,8 +148,7 @@ class Attempt(AttemptView):
             self._end(reason.phase, int(reason.exit_code), progress.step, reason.sentence)
             if reason is StopReason.FINISHED:
                 self.append("run_completed", step=progress.step, consumed_tokens=progress.consumed_tokens)
-        patience = self._config.tracking.mlflow.drain_timeout_s
-        self._shut(patience if reason.exit_code == ExitCode.DONE else min(patience, _HASTY_DRAIN_S))
+        self._shut(is_hasty=reason.exit_code != ExitCode.DONE)
 
     def fail(self, error: BaseException, exit_code: int, progress: Progress) -> None:
         """The attempt ends with an error; a superseded one writes nothing more."""
@@ -155,17 +158,20 @@ class Attempt(AttemptView):
                 self.append("incident", **error.incident)
             if not isinstance(error, SupersededError):
                 self._end("failed", exit_code, progress.step, reason)
-        except StorageError as refusal:
-            _log.warning("the end of attempt %d could not be written: %s", self.number, refusal)
-        self._shut(_HASTY_DRAIN_S)
+            self._shut(is_hasty=True)
+        except Exception as refusal:  # noqa: BLE001  the attempt's own error is told, whatever else fails now
+            _log.warning("the end of attempt %d could not be written: %r", self.number, refusal)
 
     def _end(self, phase: Phase, exit_code: int, step: int, reason: str) -> None:
         self.append("attempt_ended", attempt=self.number, phase=phase, exit_code=exit_code, step=step, reason=reason)
         self.journal.sync()
         self.write_status(phase, step=step, exit_code=exit_code, reason=reason)
 
-    def _shut(self, drain_timeout_s: float) -> None:
+    def _shut(self, *, is_hasty: bool) -> None:
         self.console.close()
-        if self.sink is not None and not self.sink.drain(drain_timeout_s):
-            _log.warning("MLflow has not got everything within %g s; the journal has", drain_timeout_s)
+        patience = self._config.tracking.mlflow.drain_timeout_s
+        if is_hasty:
+            patience = min(patience, _HASTY_DRAIN_S)
+        if self._is_tracked and self.sink is not None and not self.sink.drain(patience):
+            _log.warning("MLflow has not got everything within %g s; the journal has", patience)
         self.journal.close()

@@ -232,5 +232,5 @@ def recorded_schedule(record: RunRecord) -> tuple[int, int]:
     for folder in candidates(record.path.parent):
         with contextlib.suppress(CheckpointIntegrityError, UsageError):
             state = read_state(folder)
-            return int(state.schedule["training_steps"]), state.step
+            return int(state.schedule.get("training_steps", record.recorded_steps)), state.step
     return record.recorded_steps, 0
