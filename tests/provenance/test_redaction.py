@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megamask.provenance.redaction import carries_credential, redact, redact_tree
+from megamask.provenance.redaction import redact
 
 SECRET = "pl4nted-S3cret-9f"
 
@@ -30,7 +30,6 @@ def test_planted_secret_is_not_shown(text: str) -> None:
     assert "***" in shown
     assert shown.startswith("before ")
     assert shown.endswith(" after")
-    assert carries_credential(text)
 
 
 @pytest.mark.parametrize("token", ["hf_" + "a1" * 17, "ghp_" + "b2" * 18, "AKIAABCDEFGHIJKLMNOP", "dapi" + "0f" * 16])
@@ -51,14 +50,6 @@ def test_known_kinds_of_token_are_not_shown_without_a_name(token: str) -> None:
 )
 def test_harmless_text_stays(text: str) -> None:
     assert redact(text) == text
-    assert not carries_credential(text)
-
-
-def test_nested_values_are_redacted_by_their_keys() -> None:
-    tree = {"uri": f"https://u:{SECRET}@h", "list": [{"api_token": SECRET}], "steps": 3, "num_tokens": 7, "none": None}
-    shown = redact_tree(tree)
-    assert SECRET not in repr(shown)
-    assert shown == {"uri": "https://***@h", "list": [{"api_token": "***"}], "steps": 3, "num_tokens": 7, "none": None}
 
 
 @given(st.text(max_size=60))

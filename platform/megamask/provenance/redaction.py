@@ -7,7 +7,6 @@ belong into the environment and are given as `env:NAME`.
 from __future__ import annotations
 
 import re
-from typing import Any
 
 MASK = "***"
 
@@ -36,29 +35,6 @@ def redact(text: str) -> str:
     text = _BEARER.sub(rf"\g<name>{MASK}", text)
     text = _KNOWN.sub(MASK, text)
     return _NAMED.sub(_mask_value, text)
-
-
-def redact_tree(value: Any) -> Any:
-    """The same for the strings in nested lists and objects, keys included."""
-    if isinstance(value, str):
-        return redact(value)
-    if isinstance(value, dict):
-        return {key: _redact_field(key, item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [redact_tree(item) for item in value]
-    return value
-
-
-def carries_credential(uri: str) -> bool:
-    """Whether a URI shows a credential, in its user part, its query or as a known kind of token."""
-    return redact(uri) != uri
-
-
-def _redact_field(key: Any, item: Any) -> Any:
-    if isinstance(key, str) and isinstance(item, str) and redact(f"{key}={item}") != f"{key}={item}":
-        whole = redact(item)
-        return whole if whole != item else MASK
-    return redact_tree(item)
 
 
 def _mask_value(match: re.Match[str]) -> str:
