@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megamask.errors import StorageError
+from megamask.storage.fault_points import reached
 
 _STORAGE_ERRNOS = {
     errno.ENOSPC: "the disk is full",
@@ -70,9 +71,11 @@ def _write_temporary(path: Path, data: bytes) -> Path:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
     try:
         with temporary.open("xb") as file:
+            reached(f"{path.name}.created")
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
+        reached(f"{path.name}.written")
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
@@ -92,7 +95,9 @@ def write_atomic(path: Path, data: bytes) -> None:
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
+        reached(f"{path.name}.replaced")
         fsync_directory(path.parent)
+        reached(f"{path.name}.flushed")
 
 
 def create_exclusive(path: Path, data: bytes) -> None:
@@ -100,12 +105,15 @@ def create_exclusive(path: Path, data: bytes) -> None:
 
     Raises:
         FileExistsError: the name exists; its content is not touched.
-        StorageError: the storage refused; the name does not exist.
+        StorageError: the storage refused; the name does not exist, unless only the last flush failed.
     """
     with storage_errors(f"creating {path}"):
         temporary = _write_temporary(path, data)
         try:
             os.link(temporary, path)  # atomic and exclusive, on NFS too
+            reached(f"{path.name}.linked")
         finally:
             temporary.unlink(missing_ok=True)
+        reached(f"{path.name}.temporary_removed")
         fsync_directory(path.parent)
+        reached(f"{path.name}.flushed")
