@@ -19,7 +19,7 @@ from megamask.config.schema.roots import PrepareConfig, TrainConfig
 from megamask.errors import ExitCode
 
 ROOT = Path(__file__).parents[2]
-DOCS = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCS = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
 FILE_SUFFIXES = {"json", "yaml", "py", "md", "tar", "idx", "jsonl", "parquet", "toml", "txt", "npy", "pt"}
 TENSOR_SUFFIXES = {"weight", "bias"}
 CLI = ROOT / "pipelines" / "megamask_pipelines" / "cli"
