@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from megamask.errors import UsageError
 from megamask.generation.confidence import DecodingOptions, decode
+from megamask.generation.predictor import ReferencePredictor
 from megamask.generation.prompt import MaskedSequence, continuation, infill, until_end
 from megamask_pipelines.checkpoint_loading import LoadedCheckpoint, load_checkpoint
 
@@ -42,19 +42,12 @@ def sample(path: Path, request: SampleRequest) -> dict[str, Any]:
         raise UsageError(f"--seed is {request.options.seed}; allowed: 0 to 2^64 - 1. Nothing was decoded.")
     checkpoint = load_checkpoint(path)
     sequence = _sequence(checkpoint, request)
-    vocabulary, mask_logit = checkpoint.model.vocabulary, checkpoint.model.objective.mask_logit
     network, device = checkpoint.network()
-
-    def logits(x_t: Tensor, positions: Tensor) -> Tensor:
-        hidden = network(x_t[None])[0, positions]
-        scores: Tensor = network.logits(hidden, vocabulary=vocabulary, mask_logit=mask_logit)
-        return scores
-
-    decoded = decode(
-        logits,
-        torch.tensor(sequence.tokens, device=device),
-        mask_token_id=vocabulary.mask_token_id,
-        forbidden=frozenset({vocabulary.pad_token_id}),
+    row = torch.tensor([sequence.tokens], device=device)
+    [decoded] = decode(
+        ReferencePredictor(network=network, vocabulary=checkpoint.model.vocabulary),
+        row,
+        is_wanted=row == checkpoint.model.vocabulary.mask_token_id,
         options=request.options,
     )
     tokens = decoded.tokens.tolist()

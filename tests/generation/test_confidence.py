@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-import math
+from typing import Any
 
 import pytest
 import torch
@@ -8,27 +8,42 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from megamask.diffusion.sampling import Draw, Prediction, choose, score_slice
 from megamask.errors import UsageError
-from megamask.generation.confidence import (
-    DecodingOptions,
-    decode,
-    gumbel_noise,
-    quotas,
-    steps_of_blocks,
-)
-from support.order_oracle import philox4x32_10
+from megamask.generation.confidence import Decoded, DecodingOptions, decode, quotas, steps_of_blocks
 
 VOCAB, PAD, MASK = 11, 9, 10
 ANSWER = torch.tensor([3, 1, 4, 1, 5, 2, 6, 5, 3, 5, 8, 7])
 
 
-def knows_the_answer(x_t: Tensor, positions: Tensor) -> Tensor:
+def predictor(logits_of: Any) -> Any:
+    """A network that answers with logits [s, v] for each row."""
+
+    def predict(x_t: Tensor, is_open: Tensor, draw: Draw) -> Prediction:
+        logits = torch.cat([logits_of(row) for row in x_t])
+        indices = is_open.flatten().nonzero()[:, 0]
+        is_excluded = torch.arange(VOCAB) >= PAD
+        scores = score_slice(
+            logits[indices],
+            indices,
+            num_positions=x_t.size(1),
+            vocab_size=VOCAB,
+            first_token=0,
+            is_excluded=is_excluded,
+            draw=draw,
+        )
+        return choose(scores[None])
+
+    return predict
+
+
+def knows_the_answer(x_t: Tensor) -> Tensor:
     """Sure of the answer everywhere, surer further right; it also likes padding and the mask, which must not show."""
     sureness = 2.0 + torch.arange(len(x_t)) / len(x_t)
     logits = torch.zeros(len(x_t), VOCAB)
     logits.scatter_(1, ANSWER[: len(x_t), None], sureness[:, None])
     logits[:, [PAD, MASK]] = 50.0
-    return logits[positions]
+    return logits
 
 
 def _masked(positions: list[int]) -> Tensor:
@@ -37,15 +52,20 @@ def _masked(positions: list[int]) -> Tensor:
     return tokens
 
 
-def _decode(tokens: Tensor, **options: object) -> tuple[Tensor, list[list[int]]]:
-    found = decode(
-        knows_the_answer,
-        tokens,
-        mask_token_id=MASK,
-        forbidden=frozenset({PAD}),
-        options=DecodingOptions(**options),  # type: ignore[arg-type]
+def _decode_one(tokens: Tensor, logits_of: Any = knows_the_answer, sequence: int = 0, **options: Any) -> Decoded:
+    [found] = decode(
+        predictor(logits_of),
+        tokens[None],
+        is_wanted=tokens[None] == MASK,
+        options=DecodingOptions(**options),
+        sequences=[sequence],
     )
     assert found.nfe == found.num_denoising_steps == len(found.committed)
+    return found
+
+
+def _decode(tokens: Tensor, **options: Any) -> tuple[Tensor, list[list[int]]]:
+    found = _decode_one(tokens, **options)
     return found.tokens, found.committed
 
 
@@ -77,31 +97,57 @@ def test_infill_keeps_every_fixed_token() -> None:
 
 
 def test_equally_confident_positions_go_from_left_to_right() -> None:
-    found = decode(
-        lambda x_t, positions: torch.zeros(len(positions), VOCAB),
-        torch.full((5,), MASK),
-        mask_token_id=MASK,
-        forbidden=frozenset({PAD}),
-        options=DecodingOptions(num_denoising_steps=5),
-    )
+    found = _decode_one(torch.full((5,), MASK), lambda x_t: torch.zeros(len(x_t), VOCAB))
     assert found.committed == [[0], [1], [2], [3], [4]]
 
 
 def test_network_sees_what_was_committed_and_only_that() -> None:
     seen: list[list[int]] = []
 
-    def watch(x_t: Tensor, positions: Tensor) -> Tensor:
+    def watch(x_t: Tensor) -> Tensor:
         seen.append(x_t.tolist())
-        return knows_the_answer(x_t, positions)
+        return knows_the_answer(x_t)
 
-    decode(
-        watch,
-        _masked([2, 3]),
-        mask_token_id=MASK,
-        forbidden=frozenset({PAD}),
-        options=DecodingOptions(),
-    )
+    _decode_one(_masked([2, 3]), watch)
     assert [row[2:4] for row in seen] == [[MASK, MASK], [MASK, 1]]
+
+
+def test_masks_that_are_not_wanted_stay_and_the_network_sees_them() -> None:
+    seen: list[list[int]] = []
+
+    def watch(x_t: Tensor) -> Tensor:
+        seen.append(x_t.tolist())
+        return knows_the_answer(x_t)
+
+    tokens = torch.tensor([[3, MASK, MASK, MASK, MASK]])
+    is_wanted = torch.tensor([[False, True, True, False, False]])
+    [found] = decode(predictor(watch), tokens, is_wanted=is_wanted, options=DecodingOptions())
+    assert found.tokens.tolist() == [3, 1, 4, MASK, MASK]
+    assert [row[3:] for row in seen] == [[MASK, MASK]] * 2
+
+
+def depends_on_the_row(x_t: Tensor) -> Tensor:
+    """Every logit depends on every token of the row."""
+    start = int((x_t * torch.arange(1, len(x_t) + 1)).sum())
+    return torch.rand(len(x_t), VOCAB, generator=torch.Generator().manual_seed(start))
+
+
+@pytest.mark.parametrize("temperature", [0.0, 2.0])
+@pytest.mark.parametrize("block_length", [None, 3])
+def test_rows_side_by_side_are_those_decoded_alone(temperature: float, block_length: int | None) -> None:
+    rows = [_masked([1, 2, 3]), _masked(list(range(12))), _masked([0, 5, 6, 7, 8, 11])]
+    options = {"temperature": temperature, "block_length": block_length, "seed": 3}
+    together = decode(
+        predictor(depends_on_the_row),
+        torch.stack(rows),
+        is_wanted=torch.stack(rows) == MASK,
+        options=DecodingOptions(**options),
+        sequences=[4, 7, 2**40],
+    )
+    for row, sequence, found in zip(rows, [4, 7, 2**40], together, strict=True):
+        alone = _decode_one(row, depends_on_the_row, sequence, **options)
+        assert found.tokens.tolist() == alone.tokens.tolist()
+        assert found.committed == alone.committed
 
 
 def test_nothing_outside_the_allowed_vocabulary_is_ever_sampled_at_high_temperature() -> None:
@@ -117,36 +163,6 @@ def test_sample_is_a_function_of_seed_and_sequence() -> None:
 
     assert sample(1, 0) == sample(1, 0)
     assert len({tuple(sample(seed, sequence)) for seed in (1, 2**40) for sequence in (0, 1)}) == 4
-
-
-def test_temperature_samples_from_the_softmax() -> None:
-    logits = torch.tensor([0.0, 1.0, 2.0], dtype=torch.float64)
-    count, temperature = 6000, 2.0
-    noise = gumbel_noise(torch.arange(count), count, 3, step=1, seed=5, sequence=0)
-    chosen = (logits + temperature * noise).argmax(dim=1)
-    for token, probability in enumerate(torch.softmax(logits / temperature, dim=0).tolist()):
-        share = float((chosen == token).double().mean())
-        assert abs(share - probability) < 6.2 * math.sqrt(probability * (1 - probability) / count)
-
-
-@given(
-    positions=st.lists(st.integers(0, 63), min_size=1, max_size=4, unique=True),
-    vocab_size=st.integers(1, 13),
-    step=st.integers(1, 1000),
-    seed=st.integers(0, 2**64 - 1),
-    sequence=st.integers(0, 2**40),
-)
-def test_noise_of_a_position_follows_the_law_whoever_else_is_asked_for(
-    positions: list[int], vocab_size: int, step: int, seed: int, sequence: int
-) -> None:
-    noise = gumbel_noise(torch.tensor(positions), 64, vocab_size, step=step, seed=seed, sequence=sequence)
-    key = (seed % 2**32, seed // 2**32)
-    for row, position in enumerate(positions):
-        for token in range(vocab_size):
-            word, lane = divmod(position * vocab_size + token, 4)
-            bits = philox4x32_10((sequence % 2**32, sequence // 2**32, word, 6 + 256 * step), key)[lane]
-            expected = -math.log(-math.log((bits + 0.5) / 2**32))
-            assert float(noise[row, token]) == pytest.approx(expected, rel=1e-12, abs=1e-12)
 
 
 @given(num_masked=st.integers(1, 500), data=st.data())
@@ -184,8 +200,3 @@ def test_options_out_of_range_are_refused(options: dict[str, object], words: str
 def test_sequence_without_masks_is_refused() -> None:
     with pytest.raises(UsageError, match="no masked token"):
         _decode(ANSWER)
-
-
-def test_noise_beyond_the_counter_is_refused() -> None:
-    with pytest.raises(UsageError, match="counter"):
-        gumbel_noise(torch.tensor([0]), 1 << 20, 1 << 14, step=1, seed=0, sequence=0)

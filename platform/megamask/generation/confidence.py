@@ -1,27 +1,25 @@
 """LLaDA's decoder: fill masked positions a few at a time, the most confident first.
 
-Source: LLaDA, arXiv:2502.09992, "low-confidence remasking". The masked positions are taken in blocks from left to
-right; within a block each denoising step evaluates the network once, chooses a token for every masked position, and
+Source: LLaDA, arXiv:2502.09992, "low-confidence remasking". The masked positions of a row are taken in blocks from left
+to right; within a block each denoising step evaluates the network once, chooses a token for every masked position, and
 commits a fixed quota of those whose chosen token has the highest probability. What is committed stays. A response after
 a prompt is one span of masks; infilling is any set of spans between fixed tokens.
 
-Sampling noise follows the noise law (purpose 6: index = sequence number, draw = denoising step, from 1), so a sample is
-a function of seed, prompt and network alone. Shapes: s positions of the sequence, v vocabulary, m masked positions.
+The policy stands here, the network behind a Predictor: `megamask sample` decodes with the reference network, previews
+during training with the engine. Shapes: r rows, s positions of a row, m open positions of all rows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from megamask.diffusion.philox import Purpose, philox4x32
+from megamask.diffusion.sampling import Draw
 from megamask.errors import UsageError
-
-Network = Callable[[Tensor, Tensor], Tensor]
-"""(x_t [s] int64, positions [m] int64) -> logits [m, v] of the tokens at those positions."""
+from megamask.generation.predictor import Predictor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,25 +27,24 @@ class DecodingOptions:
     """How to decode.
 
     Args:
-        num_denoising_steps: network evaluations to spend; None means one for each masked token.
+        num_denoising_steps: network evaluations to spend on a row; None means one for each masked token.
         block_length: masked tokens finished before the next ones begin; None means all in one block.
         temperature: 0 takes the most probable token; otherwise Gumbel noise times this is added to the logits.
-        seed: of the sampling noise. sequence: number of the sequence under that seed.
+        seed: of the sampling noise.
     """
 
     num_denoising_steps: int | None = None
     block_length: int | None = None
     temperature: float = 0.0
     seed: int = 0
-    sequence: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Decoded:
-    """A finished sequence.
+    """A finished row.
 
     Args:
-        tokens: [s] int64 without masks.
+        tokens: [s] int64 without masks where some were to be filled.
         num_denoising_steps: steps taken. nfe: network evaluations spent.
         committed: positions that each step committed.
     """
@@ -86,68 +83,69 @@ def steps_of_blocks(block_sizes: list[int], num_steps: int) -> list[int]:
     return steps
 
 
-def gumbel_noise(
-    positions: Tensor, num_positions: int, vocab_size: int, *, step: int, seed: int, sequence: int
-) -> Tensor:
-    """Standard Gumbel noise of some positions at one denoising step: [m, v] float64, a function of the arguments only.
+@dataclass(frozen=True, kw_only=True)
+class _Step:
+    """One denoising step of a row: the block it works on, and how many of its positions it commits."""
 
-    Element e = position * vocab_size + token takes word e mod 4 of counter word e div 4; the uniform is
-    (word + 1/2) / 2^32, strictly between 0 and 1. Only the positions asked for are made.
-
-    Args:
-        positions: [m] int64, below num_positions. step: 1-based denoising step.
-    """
-    if num_positions * vocab_size >= 1 << 34:
-        raise UsageError(f"{num_positions} positions x {vocab_size} tokens do not fit the noise law's counter")
-    element = positions[:, None] * vocab_size + torch.arange(vocab_size, device=positions.device)
-    first = torch.div(element[:, :1], 4, rounding_mode="floor")  # each row's own words, overlapping at most by one
-    counters = first + torch.arange(vocab_size // 4 + 2, device=positions.device)
-    counter = (sequence & 0xFFFFFFFF, sequence >> 32, counters, int(Purpose.DECODING) + 256 * step)
-    words = torch.stack(philox4x32(counter, (seed & 0xFFFFFFFF, seed >> 32)), dim=-1).flatten(1)
-    word = words.gather(1, element - 4 * first)
-    uniform = (word.to(torch.float64) + 0.5) * 2.0**-32
-    return -torch.log(-torch.log(uniform))
+    block: Tensor
+    quota: int
 
 
 @torch.no_grad()
 def decode(
-    network: Network, tokens: Tensor, *, mask_token_id: int, forbidden: frozenset[int], options: DecodingOptions
-) -> Decoded:
-    """Fills every mask of a sequence; all other tokens stay as they are.
+    predict: Predictor,
+    tokens: Tensor,
+    *,
+    is_wanted: Tensor,
+    options: DecodingOptions,
+    sequences: Sequence[int] = (0,),
+) -> list[Decoded]:
+    """Fills masks of some rows; all other tokens stay as they are. Rows take their steps side by side.
 
     Args:
-        tokens: [s] int64, with mask_token_id where a token is wanted.
-        forbidden: ids that are never chosen (padding); the mask id never is, whether listed or not.
+        tokens: [r, s] int64, with mask tokens where is_wanted.
+        is_wanted: bool [r, s], the positions to fill; other masks stay, and the network sees them.
+        sequences: [r] numbers of the rows under the seed; a row's noise depends on its own number only.
 
+    Returns: a row's result for each row, the same whoever stands beside it, up to rounding in the network.
     Raises:
-        UsageError: nothing is masked, or steps, block length or temperature are out of range.
+        UsageError: a row has nothing to fill, or steps, block length or temperature are out of range.
     """
-    x_t = tokens.clone()
-    masked = (x_t == mask_token_id).nonzero()[:, 0]
+    x_t, is_masked = tokens.clone(), is_wanted.clone()
+    plans = [_plan(row.nonzero()[:, 0], options) for row in is_wanted]
+    committed: list[list[list[int]]] = [[] for _ in plans]
+    for number in range(max(map(len, plans))):
+        is_open = torch.zeros_like(is_masked)
+        for row, plan in enumerate(plans):
+            if number < len(plan):
+                is_open[row, plan[number].block] = is_masked[row, plan[number].block]
+        draw = Draw(step=number + 1, sequences=tuple(sequences), seed=options.seed, temperature=options.temperature)
+        prediction = predict(x_t, is_open, draw)
+        first = 0
+        for row, plan in enumerate(plans):
+            positions = is_open[row].nonzero()[:, 0]
+            part = slice(first, first + len(positions))
+            first = part.stop
+            if number < len(plan):
+                best = prediction.confidence[part].argsort(descending=True, stable=True)  # of equals, the leftmost
+                best = best[: plan[number].quota]
+                x_t[row, positions[best]] = prediction.tokens[part][best]
+                is_masked[row, positions[best]] = False
+                committed[row].append(sorted(positions[best].tolist()))
+    return [
+        Decoded(tokens=x_t[row], num_denoising_steps=len(steps), nfe=len(steps), committed=steps)
+        for row, steps in enumerate(committed)
+    ]
+
+
+def _plan(masked: Tensor, options: DecodingOptions) -> list[_Step]:
     blocks = _blocks(masked, options)
     steps = steps_of_blocks([len(block) for block in blocks], options.num_denoising_steps or len(masked))
-    excluded = sorted(forbidden | {mask_token_id})
-    committed: list[list[int]] = []
-    for block, num_steps in zip(blocks, steps, strict=True):
-        for quota in quotas(len(block), num_steps):
-            open_positions = block[x_t[block] == mask_token_id]
-            logits = network(x_t, open_positions).to(torch.float64)
-            logits[:, [token for token in excluded if token < logits.shape[1]]] = -torch.inf
-            chosen = _choose(logits, open_positions, len(x_t), options, step=len(committed) + 1)
-            confidence = torch.softmax(logits, dim=1).gather(1, chosen[:, None])[:, 0]
-            best = confidence.argsort(descending=True, stable=True)[:quota]  # of equals, the leftmost first
-            x_t[open_positions[best]] = chosen[best]
-            committed.append(sorted(open_positions[best].tolist()))
-    return Decoded(tokens=x_t, num_denoising_steps=len(committed), nfe=len(committed), committed=committed)
-
-
-def _choose(logits: Tensor, positions: Tensor, num_positions: int, options: DecodingOptions, *, step: int) -> Tensor:
-    if options.temperature == 0:
-        return logits.argmax(dim=1)
-    noise = gumbel_noise(
-        positions, num_positions, logits.shape[1], step=step, seed=options.seed, sequence=options.sequence
-    )
-    return (logits + options.temperature * noise).argmax(dim=1)
+    return [
+        _Step(block=block, quota=quota)
+        for block, num_steps in zip(blocks, steps, strict=True)
+        for quota in quotas(len(block), num_steps)
+    ]
 
 
 def _blocks(masked: Tensor, options: DecodingOptions) -> list[Tensor]:
