@@ -20,6 +20,7 @@ from megamask.models.counts import flops_per_token
 from megamask.models.spec import ModelSpec
 from megamask.models.vocabulary import Vocabulary
 from megamask.provenance.record import code_version
+from megamask.provenance.redaction import reason_of
 from megamask.resilience.parent_death import die_with_parent
 from megamask.resilience.rank_files import read_rank_failures, write_rank_failure
 from megamask.resilience.signals import StopRequest
@@ -256,8 +257,7 @@ class Job:
         if code == ExitCode.BUG and (peer := _peer_failure(self._run_dir, number, self._rank)) is not None:
             error, code = peer, int(peer.exit_code)
         elif not isinstance(error, SupersededError):
-            reason = error.message if isinstance(error, MegamaskError) else f"{type(error).__name__}: {error}"
-            write_rank_failure(self._run_dir, number, rank=self._rank, exit_code=code, reason=reason)
+            write_rank_failure(self._run_dir, number, rank=self._rank, exit_code=code, reason=reason_of(error))
         if self._attempt is not None:
             self._attempt.fail(error, code, self.progress)
         return error

@@ -12,6 +12,7 @@ from megamask.config.schema.layout import LayoutConfig
 from megamask.config.schema.roots import TrainConfig
 from megamask.errors import ExitCode, MegamaskError, UsageError
 from megamask.launch.local import failure_of, is_launched, run_local_ranks
+from megamask.provenance.redaction import reason_of
 from megamask.resilience.claims import read_claim
 from megamask.resilience.exit_codes import combine
 from megamask.resilience.signals import StopRequest
@@ -109,7 +110,7 @@ def _close_status(run_dir: Path, failure: MegamaskError, pids: set[int]) -> None
         exit_code=int(failure.exit_code),
         step=status.step,
         node=status.node,
-        reason=failure.message.splitlines()[0],
+        reason=reason_of(failure).splitlines()[0],
     )
     write_status(run_dir, closed)
 

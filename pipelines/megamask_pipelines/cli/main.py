@@ -17,6 +17,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import IO, Any, NoReturn, Protocol
 
 from megamask.errors import ExitCode, MegamaskError, UsageError
+from megamask.provenance.redaction import redact, redacted
+from megamask_pipelines.cli import redacted_output
 
 VERBS: Mapping[str, str] = {
     "prepare": "make a corpus of text",
@@ -80,6 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         _print(f"megamask {version('megamask')}")
         return int(ExitCode.DONE)
+    redacted_output.install()
     with _stdout_kept_for_the_answer(wants_json, owns_process=arguments is None) as answer:
         return _guarded(lambda: _run_verb(given[0], given[1:], answer), given[0], answer if wants_json else None)
 
@@ -133,6 +136,7 @@ def _guarded(action: Callable[[], int], name: str, json_answer: IO[str] | None) 
 
 
 def _report(error: MegamaskError, json_answer: IO[str] | None) -> int:
+    error = redacted(error)
     _print(f"error: {error.message}", sys.stderr)
     if error.hint is not None:
         _print(f"hint: {error.hint}", sys.stderr)
@@ -145,7 +149,7 @@ def _report(error: MegamaskError, json_answer: IO[str] | None) -> int:
 def _report_bug(error: Exception, json_answer: IO[str] | None) -> int:
     import traceback
 
-    _print("".join(traceback.format_exception(error)).rstrip(), sys.stderr)
+    _print(redact("".join(traceback.format_exception(error)).rstrip()), sys.stderr)
     described = MegamaskError(f"{type(error).__name__}: {error}", hint="this is a bug in megamask; the trace is above")
     return _report(described, json_answer)
 

@@ -23,10 +23,12 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     from megamask.config.secrets import resolve_secret
     from megamask.config.validate import validate_train
     from megamask.launch.local import is_launched, leave_report
+    from megamask.provenance.redaction import redacted, tell_references
     from megamask_pipelines.training_job import run_training
 
     try:
         loaded = load_train_config(arguments.config, arguments.overrides)
+        tell_references(loaded.config)
         validate_train(loaded.config, loaded.origins)
         mlflow = loaded.config.tracking.mlflow
         if mlflow.enabled and mlflow.uri is not None:
@@ -34,7 +36,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
             resolve_secret("tracking.mlflow.uri", mlflow.uri)
         return run_training(loaded.config, ["train", arguments.config, *arguments.overrides])
     except MegamaskError as error:
-        if is_launched() and leave_report(error):
+        if is_launched() and leave_report(redacted(error)):
             raise SystemExit(int(error.exit_code)) from error
         raise
 

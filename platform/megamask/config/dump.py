@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Callable
 from typing import Any
 
 import yaml
@@ -34,6 +35,12 @@ def to_plain(config: Any) -> dict[str, Any]:
     return dataclasses.asdict(config)
 
 
-def to_yaml(config: Any) -> str:
-    """A config as YAML: every key, no layers, the same text for equal configs; loading it gives an equal config."""
-    return yaml.dump(to_plain(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=2**31)
+def to_yaml(config: Any, *, hide: Callable[[Any], Any] | None = None) -> str:
+    """A config as YAML: every key, no layers, the same text for equal configs; loading it gives an equal config.
+
+    Args:
+        hide: gets the plain tree and returns what may be written of it (the redactor, which stands above this room).
+    """
+    plain = to_plain(config)
+    shown = plain if hide is None else hide(plain)
+    return yaml.dump(shown, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=2**31)

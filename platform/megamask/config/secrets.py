@@ -10,17 +10,31 @@ from megamask.errors import UsageError
 
 _REFERENCE_PREFIX = "env:"
 _REFERENCE = re.compile(r"env:[A-Za-z_][A-Za-z0-9_]*")
-_SECRET_NAME = re.compile(
+SECRET_NAME = re.compile(
     r"token|passw(or)?d|secret|credential|signature|^sig$|^auth|api[_-]?key|access[_-]?key|^key$", re.IGNORECASE
 )
 _URI = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^\s'\"]+")
+# A password may hold what ends a host name: what follows the first colon and is no port is a password.
+_BEFORE_PASSWORD = r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*://)(?P<user>[^\s/@?#]*:(?![/\s])(?!\d+(?:[/?#\s]|$))"
+LOOSE_USERINFO = re.compile(_BEFORE_PASSWORD + r"[^@\s]*)@")
+_SPACED_USERINFO = re.compile(_BEFORE_PASSWORD + r"[^@\n]*)@")
+# Credentials that issuers have given a shape of their own.
+TOKEN_SHAPES = re.compile(
+    r"(?<![A-Za-z0-9])(?:hf_[A-Za-z0-9]{20,}|gh[pousr]_[A-Za-z0-9]{20,}|github_pat_\w{20,}|glpat-[\w-]{16,}"
+    r"|sk-(?:proj|ant|svcacct|admin)-[\w-]{20,}|sk-[A-Za-z0-9]{32,}|xox[abprs]-[\w-]{10,}|AIza[\w-]{35}"
+    r"|(?:AKIA|ASIA)[0-9A-Z]{16}(?![0-9A-Z])|dapi[0-9a-f]{32}|npm_[A-Za-z0-9]{36}|pypi-[\w-]{40,}"
+    r"|eyJ[\w-]{8,}\.[\w-]{8,}\.[\w-]*)|-----BEGIN [A-Z ]*PRIVATE KEY-----"
+)
 
 
 def carries_credential(text: str) -> bool:
-    """Whether a URI in the text shows a credential: a user part before '@', or a query or fragment field of that kind.
+    """Whether a text shows a credential: a URI with a user part before '@' or with a query or fragment field of that
+    kind, or anything that has the shape of a known issuer's tokens.
 
     A bare user name counts too: many services take a token in its place.
     """
+    if TOKEN_SHAPES.search(text) or _SPACED_USERINFO.search(text):
+        return True
     return any(_uri_carries_credential(match[0]) for match in _URI.finditer(text))
 
 
@@ -30,7 +44,7 @@ def _uri_carries_credential(uri: str) -> bool:
         fields = [*parse_qsl(parts.query, keep_blank_values=True), *parse_qsl(parts.fragment)]
     except ValueError:  # what cannot be read cannot be cleared
         return "@" in uri
-    return "@" in parts.netloc or any(_SECRET_NAME.search(name) and value for name, value in fields)
+    return "@" in parts.netloc or any(SECRET_NAME.search(name) and value for name, value in fields)
 
 
 def shown(value: object) -> str:
@@ -56,7 +70,7 @@ def check_no_secret(key: str, value: str, where: str) -> None:
     if carries_credential(value):
         raise UsageError(
             f"{key} carries a credential ({where}); its value is not shown. Nothing was started.",
-            hint=f"put the whole URI into an environment variable and set {key}=env:NAME",
+            hint=f"put the whole value into an environment variable and set {key}=env:NAME",
         )
 
 

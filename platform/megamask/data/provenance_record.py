@@ -11,6 +11,7 @@ from pathlib import Path
 
 from megamask.config.schema.corpus import CorpusConfig
 from megamask.data.inputs import InputFile
+from megamask.provenance.redaction import redact_values
 from megamask.storage.hashing import canonical_json
 
 PROVENANCE_NAME = "provenance.json"
@@ -35,6 +36,8 @@ def _printable(path: Path) -> str:
 def provenance(config: CorpusConfig, files: Sequence[InputFile], corpus_id: str) -> bytes:
     """The bytes of provenance.json: origin, licence, paths, code and library versions, time, and the corpus id.
 
+    Credentials in what was asked are redacted.
+
     Args:
         config: what was asked.
         files: the inputs in order.
@@ -53,4 +56,4 @@ def provenance(config: CorpusConfig, files: Sequence[InputFile], corpus_id: str)
         "libraries": {name: package_version(name) for name in _LIBRARIES},
         "prepared_at": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
     }
-    return canonical_json(record)
+    return canonical_json(redact_values(record))

@@ -1,43 +1,157 @@
-"""One redactor for everything that leaves the process as text: logs, errors, config dumps, tags.
+"""One redactor for everything that leaves the process as text: logs, errors, config dumps, journal, tags.
 
-It knows the shapes of credentials, not the credentials: a secret that looks like a plain word is not found. Secrets
-belong into the environment and are given as `env:NAME`.
+It knows the shapes of credentials, and the credentials themselves once it was told them: what `env:NAME` settings stand
+for. A secret that looks like a plain word and was not told is not found. Secrets belong into the environment and are
+given as `env:NAME`.
 """
 
 from __future__ import annotations
 
+import base64
+import dataclasses
+import os
 import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+from urllib.parse import parse_qsl, quote, unquote, urlsplit
+
+from megamask.config.secrets import LOOSE_USERINFO, SECRET_NAME, TOKEN_SHAPES, is_reference
+from megamask.errors import MegamaskError
 
 MASK = "***"
 
-_USERINFO = re.compile(r"(?P<scheme>\b[A-Za-z][A-Za-z0-9+.-]*://)(?P<user>[^\s/@?#'\"]+)@")
+_USERINFO = re.compile(r"(?P<scheme>\b[A-Za-z][A-Za-z0-9+.-]*://)(?P<user>[^\s/?#'\"]+)@")
 _NAMED = re.compile(
     r"(?P<name>\b[\w.-]*(?:password|passwd|secret|token|api[_-]?key|access[_-]?key|credential|signature|\bsig)[\w.-]*"
     r"[\"']?\s*[=:]\s*[\"']?)(?P<value>[^\s&\"',;}{)\]]+)",
     re.IGNORECASE,
 )
 _BEARER = re.compile(r"(?P<name>\b(?:bearer|basic)\s+)[A-Za-z0-9+/_.~=-]{8,}", re.IGNORECASE)
-_KNOWN = re.compile(
-    r"\b(?:hf_[A-Za-z0-9]{20,}|gh[pousr]_[A-Za-z0-9]{20,}|github_pat_\w{20,}|glpat-[\w-]{16,}|sk-[\w-]{16,}"
-    r"|AKIA[0-9A-Z]{16}|ASIA[0-9A-Z]{16}|dapi[0-9a-f]{32}|eyJ[\w-]{8,}\.[\w-]{8,}\.[\w-]*)"
-)
 # Names that only speak of tokens of text, or of where a secret stands.
 _HARMLESS = re.compile(
     r"(?:num|consumed|processed|masked|eligible|max|global_batch)[\w.]*_tokens?|tokens?_per|[\w.]*token_id|tokenizer"
     r"|per_token|special_token|mask_token|token_bytes",
     re.IGNORECASE,
 )
+# Variables that hold a secret by their name, whoever reads them (MLflow, an object store's client).
+_SECRET_VARIABLE = re.compile(r"(?:^|_)(?:TOKEN|PASSWORD|PASSWD|SECRET|API_?KEY|ACCESS_KEY|SESSION_KEY|PRIVATE_KEY)$")
+# A shorter word would be masked inside other words; nobody's secret is that short.
+_SHORTEST = 4
+_SHORTEST_VARIABLE = 8
+
+_told: set[str] = set()
+_longest_first: tuple[str, ...] = ()
+
+
+def tell_secret(value: str) -> None:
+    """Masks a value, and the parts of it that are secret where it is a URI, in every text from now on.
+
+    Words of fewer than 4 characters are not taken.
+    """
+    global _longest_first  # noqa: PLW0603  one process has one set of secrets
+    forms = {form for part in (value, *_secret_parts(value)) for form in _written_forms(part)}
+    _told.update(form for form in forms if len(form) >= _SHORTEST and form != MASK)
+    _longest_first = tuple(sorted(_told, key=lambda form: (-len(form), form)))
+
+
+def tell_references(config: Any) -> None:
+    """Tells the redactor what the `env:NAME` settings of a config stand for; variables that are not set are left out.
+
+    Args:
+        config: a settings tree (a dataclass), as `megamask.config.load` makes them.
+    """
+    for text in _strings(dataclasses.asdict(config)):
+        if is_reference(text) and (content := os.environ.get(text.partition(":")[2])):
+            tell_secret(content)
+
+
+def tell_environment() -> None:
+    """Tells the redactor the values of environment variables whose names say that they are secrets."""
+    for name, value in os.environ.items():
+        if _SECRET_VARIABLE.search(name.upper()) and len(value) >= _SHORTEST_VARIABLE:
+            tell_secret(value)
+
+
+def forget_secrets() -> None:
+    """Forgets what was told; for tests, which are many programs in one process."""
+    global _longest_first  # noqa: PLW0603
+    _told.clear()
+    _longest_first = ()
 
 
 def redact(text: str) -> str:
     """The text with every credential that it shows replaced by ***; `env:NAME` references stay."""
+    for literal in _longest_first:
+        text = text.replace(literal, MASK)
     text = _USERINFO.sub(rf"\g<scheme>{MASK}@", text)
+    text = LOOSE_USERINFO.sub(rf"\g<scheme>{MASK}@", text)
     text = _BEARER.sub(rf"\g<name>{MASK}", text)
-    text = _KNOWN.sub(MASK, text)
+    text = TOKEN_SHAPES.sub(MASK, text)
     return _NAMED.sub(_mask_value, text)
+
+
+def redact_values(value: Any) -> Any:
+    """A JSON value with every string in it redacted; names in objects stay, so that readers still find them."""
+    if isinstance(value, str):
+        return redact(value)
+    if isinstance(value, Mapping):
+        return {name: redact_values(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [redact_values(item) for item in value]
+    return value
+
+
+def redacted(error: MegamaskError) -> MegamaskError:
+    """The same error object, with its message, hint and details redacted."""
+    error.message = redact(error.message)
+    error.hint = None if error.hint is None else redact(error.hint)
+    error.details = redact_values(error.details)
+    error.args = (error.message,)
+    return error
+
+
+def reason_of(error: BaseException) -> str:
+    """What the records of a run say of an error that ended it, redacted."""
+    return redact(error.message if isinstance(error, MegamaskError) else f"{type(error).__name__}: {error}")
 
 
 def _mask_value(match: re.Match[str]) -> str:
     if match["value"].startswith(("env:", MASK)) or _HARMLESS.search(match["name"]):
         return match[0]
     return match["name"] + MASK
+
+
+def _strings(value: Any) -> Iterable[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from _strings(item)
+    elif isinstance(value, list):
+        for item in value:
+            yield from _strings(item)
+
+
+def _secret_parts(value: str) -> set[str]:
+    """Of a URI: its password (or its user where there is none), both as a Basic header has them, and its query."""
+    if "://" not in value:
+        return set()
+    loose = LOOSE_USERINFO.search(value)
+    try:
+        parts = urlsplit(value)
+        fields = [*parse_qsl(parts.query), *parse_qsl(parts.fragment)]
+        userinfo = parts.netloc.rpartition("@")[0]
+    except ValueError:
+        fields, userinfo = [], ""
+    userinfo = userinfo or (loose["user"] if loose else "")
+    found = {text for name, text in fields if SECRET_NAME.search(name) or len(text) >= _SHORTEST_VARIABLE}
+    if userinfo:
+        user, _, password = userinfo.partition(":")
+        pair = f"{unquote(user)}:{unquote(password)}"
+        found |= {userinfo, password or user, base64.b64encode(pair.encode()).decode()}
+    return found
+
+
+def _written_forms(text: str) -> set[str]:
+    """The ways in which libraries write a text: as it is, percent-encoded, decoded, and escaped as in a repr."""
+    return {text, quote(text, safe=""), quote(text), unquote(text), text.encode("unicode_escape").decode("ascii")}

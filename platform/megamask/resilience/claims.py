@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from dataclasses import asdict, fields
 from datetime import UTC, datetime
 from pathlib import Path
@@ -38,8 +39,11 @@ def claimed_attempts(run_dir: Path) -> list[int]:
     return [number for number in numbers if (attempt_folder(run_dir, number) / _CLAIM_FILE).exists()]
 
 
-def claim(run_dir: Path) -> int:
+def claim(run_dir: Path, *, redact: Callable[[str], str] = str) -> int:
     """Claims a run for the calling process.
+
+    Args:
+        redact: hides credentials in what the claim tells of the environment.
 
     Returns:
         The number of the new attempt: highest so far + 1, from 1.
@@ -58,7 +62,7 @@ def claim(run_dir: Path) -> int:
             "version": VERSION,
             "attempt": newest + 1,
             **asdict(own),
-            "scheduler_id": _scheduler_id(),
+            "scheduler_id": redact(scheduler) if (scheduler := _scheduler_id()) else None,
             "scheduler_restart": os.environ.get("SLURM_RESTART_COUNT"),
             "time": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ"),
         }

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from megamask.config.schema.roots import TrainConfig
-from megamask.errors import ExitCode, MegamaskError, SupersededError
+from megamask.errors import ExitCode, SupersededError
 from megamask.provenance.record import code_version, library_versions
-from megamask.provenance.redaction import redact
+from megamask.provenance.redaction import reason_of, redact, redact_values
 from megamask.resilience.claims import claim, is_superseded, refuse_if_superseded
 from megamask.resilience.numerics import NotFiniteError
 from megamask.resilience.status import Phase, Status, write_status
@@ -27,6 +27,8 @@ from megamask.training.stopping import StopReason
 _CLAIM_CHECK_S = 1.0
 # How long an attempt waits for MLflow when it failed or was told to leave: schedulers kill after 30 seconds.
 _HASTY_DRAIN_S = 10.0
+# Records that carry sentences which a library, a system or a person wrote.
+_IN_WORDS = frozenset({"incident", "attempt_ended"})
 _log = logging.getLogger(__name__)
 
 
@@ -62,7 +64,7 @@ class Attempt(AttemptView):
     """
 
     def __init__(self, run_dir: Path, record: RunRecord, config: TrainConfig, *, bytes_per_token: float | None) -> None:
-        super().__init__(run_dir, record.run_id, claim(run_dir))
+        super().__init__(run_dir, record.run_id, claim(run_dir, redact=redact))
         self.record = record
         self._config = config
         self._last_check = time.monotonic()
@@ -75,14 +77,17 @@ class Attempt(AttemptView):
         self.console = Console(config, bytes_per_token=bytes_per_token)
         self.journal.subscribe(self.console.on_record)
         self.sink = (
-            MLflowSink(run_dir, config.tracking.mlflow, on_incident=self.journal.incident, redact=redact)
+            MLflowSink(run_dir, config.tracking.mlflow, on_incident=self._incident, redact=redact)
             if config.tracking.mlflow.enabled
             else None
         )
 
     def append(self, kind: str, **fields: Any) -> None:
-        """Journals a record; the console and MLflow read it from there."""
-        self.journal.append(kind, **fields)
+        """Journals a record; the console and MLflow read it from there. What others said in words is redacted."""
+        self.journal.append(kind, **(redact_values(fields) if kind in _IN_WORDS else fields))
+
+    def _incident(self, incident: str, problem: str) -> None:
+        self.append("incident", incident=incident, problem=problem)
 
     def durable_journal_head(self) -> tuple[int, str]:
         """(seq, sha256) of the last line, after flushing the journal."""
@@ -137,9 +142,8 @@ class Attempt(AttemptView):
         """Replaces status.json, unless a newer attempt has claimed the run: then it is that one's."""
         if is_superseded(self.run_dir, self.number):
             return
-        status = Status(
-            attempt=self.number, phase=phase, exit_code=exit_code, step=step, node=self._node, reason=reason
-        )
+        told = None if reason is None else redact(reason)
+        status = Status(attempt=self.number, phase=phase, exit_code=exit_code, step=step, node=self._node, reason=told)
         write_status(self.run_dir, status)
 
     def close(self, reason: StopReason, progress: Progress) -> None:
@@ -152,7 +156,7 @@ class Attempt(AttemptView):
 
     def fail(self, error: BaseException, exit_code: int, progress: Progress) -> None:
         """The attempt ends with an error; a superseded one writes nothing more."""
-        reason = error.message if isinstance(error, MegamaskError) else f"{type(error).__name__}: {error}"
+        reason = reason_of(error)
         try:
             if isinstance(error, NotFiniteError):
                 self.append("incident", **error.incident)

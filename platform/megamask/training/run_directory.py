@@ -19,6 +19,7 @@ from megamask.config.identity import compare_identity, extendable_fields, identi
 from megamask.config.schema.roots import TrainConfig
 from megamask.data.manifest import open_corpus
 from megamask.errors import CheckpointIntegrityError, StorageError, UsageError
+from megamask.provenance.redaction import redact_values
 from megamask.resilience.status import read_status
 from megamask.storage.durable import create_exclusive, storage_errors, write_atomic
 
@@ -191,11 +192,11 @@ def check_same_run(
 
 
 def store_attempt_config(run_dir: Path, attempt: int, config: TrainConfig) -> Path:
-    """Writes the resolved config of an attempt, config/attempt-NNNN.yaml, and returns its path."""
+    """Writes the resolved config of an attempt, redacted, as config/attempt-NNNN.yaml and returns its path."""
     path = run_dir / "config" / f"attempt-{attempt:04d}.yaml"
     with storage_errors(f"creating {path.parent}"):
         path.parent.mkdir(exist_ok=True)
-    write_atomic(path, to_yaml(config).encode())
+    write_atomic(path, to_yaml(config, hide=redact_values).encode())
     return path
 
 
