@@ -149,6 +149,7 @@ class Job:
             layout=config.layout,
             training=config.training,
             seed=config.run.seed,
+            z_loss_weight=config.objective.z_loss_weight,
         )
         view = self._share(engine)
         model = ModelDocument(

@@ -13,19 +13,22 @@ from support.engine_cases import OPTIONS, PLAIN
 pytestmark = pytest.mark.multiprocess
 
 
+@pytest.mark.parametrize("z_loss_weight", [0.0, 0.3])
 @pytest.mark.parametrize("spec", [PLAIN, OPTIONS], ids=["plain", "options"])
 @pytest.mark.parametrize("goal", [cases.objective(), cases.objective(complementary=False, mask_logit="included")])
-def test_loss_and_gradients_equal_the_reference_networks(build, spec, goal):
-    engine = build(spec, goal=goal, micro_batch_size=2, clip_grad_norm=0.0)
+def test_loss_and_gradients_equal_the_reference_networks(build, spec, goal, z_loss_weight):
+    engine = build(spec, goal=goal, micro_batch_size=2, clip_grad_norm=0.0, z_loss_weight=z_loss_weight)
     report = cases.take_step(engine, 1, learning_rate=0.0)
 
     model = cases.reference(spec)
-    loss = cases.reference_loss(model, 1, goal)
-    loss.backward()
+    nelbo, z_loss = cases.reference_loss(model, 1, goal), z_loss_weight * cases.reference_z_loss(model, 1, goal)
+    (nelbo + z_loss).backward()
     expected = {name: parameter.grad for name, parameter in model.named_parameters()}
     gradients = cases.canonical_gradients(engine)
 
-    assert report.loss == pytest.approx(loss.item(), rel=1e-5)
+    terms = {"nelbo": nelbo.item()} | ({"z_loss": z_loss.item()} if z_loss_weight else {})
+    assert report.loss_terms == pytest.approx(terms, rel=1e-5)
+    assert report.loss == sum(report.loss_terms.values())
     assert set(gradients) == set(expected)
     for name, gradient in gradients.items():
         torch.testing.assert_close(gradient, expected[name], rtol=1e-5, atol=1e-5 * float(expected[name].abs().max()))
@@ -42,6 +45,25 @@ def test_counts_are_those_of_the_noise_law(build):
     assert report.masked_tokens == int(rows.is_masked[::2].sum())
     assert report.content_sum == share.content_sum > 2**32  # both halves of the sum matter
     assert report.is_finite
+
+
+@pytest.mark.parametrize("goal", [cases.objective(), cases.objective(complementary=False, mask_logit="included")])
+def test_loss_by_noise_level_is_the_reference_networks_mean_of_each_band(build, goal):
+    engine = build(OPTIONS, goal=goal, micro_batch_size=2)
+    report = cases.take_step(engine, 1, learning_rate=0.0)
+    means, counts = cases.reference_noise_levels(cases.reference(OPTIONS), 1, goal)
+    assert report.masked_tokens_by_noise_level == counts
+    assert goal.complementary or 0 in counts  # eight rows of one view leave levels without any
+    for mean, expected in zip(report.loss_by_noise_level, means, strict=True):
+        assert mean == (None if expected is None else pytest.approx(expected, rel=1e-5))
+
+
+def test_loss_by_noise_level_stays_when_the_micro_batch_size_changes(build):
+    first, second = (cases.take_step(build(micro_batch_size=size), 1) for size in (1, 4))
+    assert first.masked_tokens_by_noise_level == second.masked_tokens_by_noise_level
+    assert sum(first.masked_tokens_by_noise_level) == first.num_eligible  # the pair masks each eligible token once
+    for one, two in zip(first.loss_by_noise_level, second.loss_by_noise_level, strict=True):
+        assert one == (None if two is None else pytest.approx(two, rel=1e-6))
 
 
 def test_loss_stays_when_only_the_padding_of_the_vocabulary_changes(build):

@@ -65,9 +65,12 @@ every_layout = pytest.mark.parametrize("run", TWO + FOUR, ids=name)
 def close(reports: list[dict], expected: list[dict]) -> None:
     for one, two in zip(reports, expected, strict=True):
         assert one["loss"] == pytest.approx(two["loss"], rel=1e-6)
+        assert one["loss_terms"] == pytest.approx(two["loss_terms"], rel=1e-6)
         assert one["grad_norm"] == pytest.approx(two["grad_norm"], rel=1e-5)
-        for field in ("num_eligible", "masked_tokens", "content_sum", "is_finite"):
+        for field in ("num_eligible", "masked_tokens", "masked_tokens_by_noise_level", "content_sum", "is_finite"):
             assert one[field] == two[field], field
+        for mean, other in zip(one["loss_by_noise_level"], two["loss_by_noise_level"], strict=True):
+            assert mean == (None if other is None else pytest.approx(other, rel=1e-5))
 
 
 @every_layout

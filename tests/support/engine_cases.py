@@ -78,6 +78,7 @@ def make_engine(
     micro_batch_size: int = 1,
     head_capacity: int | None = None,
     goal: ObjectiveSpec | None = None,
+    z_loss_weight: float = 0.0,
     **optimizer: float,
 ) -> Any:
     from megamask.engine.engine import Engine
@@ -96,6 +97,7 @@ def make_engine(
             head_capacity=head_capacity,
         ),
         SEED,
+        z_loss_weight=z_loss_weight,
     )
 
 
@@ -158,6 +160,32 @@ def reference_loss(model: ReferenceModel, step: int, goal: ObjectiveSpec) -> tor
     rows = noised(share, step, model.spec, goal)
     sums = reference_cross_entropy(model, rows.x_t, rows.x_0, rows.is_masked, goal)
     return (sums * rows.weight).sum() / (int(share.is_eligible.sum()) * goal.num_views)
+
+
+def reference_z_loss(model: ReferenceModel, step: int, goal: ObjectiveSpec) -> torch.Tensor:
+    """Mean of (log Z)^2 over eligible tokens and views, from full logits."""
+    share = batch(list(range(GLOBAL_BATCH_SIZE)), step)
+    rows = noised(share, step, model.spec, goal)
+    logits = model.logits(model(rows.x_t), vocabulary=vocabulary(model.spec), mask_logit=goal.mask_logit)
+    squares = logits.logsumexp(dim=-1).square()
+    return (squares * rows.is_masked).sum() / (int(share.is_eligible.sum()) * goal.num_views)
+
+
+def reference_noise_levels(
+    model: ReferenceModel, step: int, goal: ObjectiveSpec
+) -> tuple[list[float | None], list[int]]:
+    """Mean cross entropy and number of the masked positions, by tenths of the mask probability as a float."""
+    rows = noised(batch(list(range(GLOBAL_BATCH_SIZE)), step), step, model.spec, goal)
+    with torch.no_grad():
+        sums = reference_cross_entropy(model, rows.x_t, rows.x_0, rows.is_masked, goal).tolist()
+    schedule, totals, counts = noise_schedule(goal.noise_schedule), [0.0] * 10, [0] * 10
+    for place, t in enumerate(stratified_times(step, GLOBAL_BATCH_SIZE, run_key(SEED))):
+        p = schedule.mask_probability(t)
+        for view, probability in enumerate((p, 1 - p)[: goal.num_views]):
+            row = place * goal.num_views + view
+            totals[int(10 * probability)] += sums[row]
+            counts[int(10 * probability)] += int(rows.is_masked[row].sum())
+    return [total / count if count else None for total, count in zip(totals, counts, strict=True)], counts
 
 
 def canonical_gradients(engine: Any) -> dict[str, torch.Tensor]:

@@ -22,6 +22,11 @@ SPECS = {
 }
 
 
+def settings(spec: str) -> dict[str, Any]:
+    """Of the engine; the z-loss stands beside the other options."""
+    return {"micro_batch_size": 2, "z_loss_weight": 0.0 if spec == "plain" else 0.1}
+
+
 def folder_of(root: str, spec: str, layout: dict[str, Any]) -> Path:
     sizes = "".join(f"-{name}{value}" for name, value in sorted(layout.items()))
     return Path(root) / f"{spec}{sizes}"
@@ -35,7 +40,7 @@ def run_layouts(root: str, runs: list[list[Any]]) -> list[dict[str, Any]]:
 def run_layout(root: str, spec: str, layout: dict[str, Any]) -> dict[str, Any]:
     """Trains, saves, restores, and breaks one layout; what it returns is compared by the test."""
     folder = folder_of(root, spec, layout)
-    engine = cases.make_engine(SPECS[spec], layout, micro_batch_size=2)
+    engine = cases.make_engine(SPECS[spec], layout, **settings(spec))
     answer: dict[str, Any] = {"files": {}, "coordinate": engine.topology.data_parallel_rank}
     reports = []
     for step in STEPS[spec]:
@@ -51,7 +56,7 @@ def run_layout(root: str, spec: str, layout: dict[str, Any]) -> dict[str, Any]:
     answer["reports"] = reports
     engine.close()
 
-    again = cases.make_engine(SPECS[spec], layout, micro_batch_size=2)
+    again = cases.make_engine(SPECS[spec], layout, **settings(spec))
     again.load_state(folder)
     answer["resumed"] = [cases.report_fields(cases.take_step(again, step)) for step in RESUMED_STEPS]
     answer["resumed_digest"] = again.parameter_digest()
@@ -80,7 +85,7 @@ def resume_all(root: str, runs: list[list[Any]]) -> list[dict[str, Any]]:
     """The step after the saved one, in this layout of one process, from each layout's state."""
     reports = []
     for spec, layout in runs:
-        engine = cases.make_engine(SPECS[spec], {}, micro_batch_size=2)
+        engine = cases.make_engine(SPECS[spec], {}, **settings(spec))
         engine.load_state(folder_of(root, spec, layout))
         reports.append(cases.report_fields(cases.take_step(engine, SAVED_STEP + 1)))
         engine.close()

@@ -25,10 +25,13 @@ def config() -> TrainConfig:
 def report(**changes: object) -> StepReport:
     fields = {
         "loss": 5.5,
+        "loss_terms": {"nelbo": 5.25, "z_loss": 0.25},
         "grad_norm": 1.25,
         "is_finite": True,
         "num_eligible": 1000,
         "masked_tokens": 480,
+        "masked_tokens_by_noise_level": [960, *(0 for _ in range(9))],
+        "loss_by_noise_level": [6.0, *(None for _ in range(9))],
         "content_sum": 2**64 - 1,
         "forward_backward_s": 0.25,
         "optimizer_s": 0.125,
@@ -48,13 +51,17 @@ def test_record_has_the_fields_of_the_format(config: TrainConfig) -> None:
     assert set(fields) == {
         *("step", "loss", "loss_terms", "nelbo_nats_per_token", "grad_norm", "learning_rate"),
         *("consumed_samples", "consumed_tokens", "processed_tokens", "masked_tokens"),
+        *("loss_by_noise_level", "masked_tokens_by_noise_level"),
         *("batch_digest", "content_digest", "seconds", "tokens_per_second", "mfu"),
     }
     assert (fields["step"], fields["consumed_samples"]) == (3, 24)
     assert (fields["consumed_tokens"], fields["processed_tokens"]) == (3000, 6000)
     assert fields["content_digest"] == "f" * 16
     assert fields["batch_digest"] == batch_digest(16, 8)
-    assert fields["loss"] == fields["loss_terms"]["nelbo"] == 5.5
+    assert fields["loss"] == sum(fields["loss_terms"].values()) == 5.5
+    assert fields["nelbo_nats_per_token"] == fields["loss_terms"]["nelbo"] == 5.25
+    assert fields["loss_by_noise_level"][:2] == [6.0, None]
+    assert sum(fields["masked_tokens_by_noise_level"]) == 960
 
 
 def test_utilisation_is_unknown_where_the_peak_is_unknown(config: TrainConfig) -> None:

@@ -20,6 +20,9 @@ from megamask.diffusion.schedule import NoiseSchedule, threshold
 
 _RESOLUTION = 1 << 32
 
+NUM_NOISE_LEVELS = 10
+"""Bands of the mask probability that the loss is reported for: [k/10, (k+1)/10)."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class CorruptedBatch:
@@ -30,12 +33,15 @@ class CorruptedBatch:
         x_0: int64 [r, L], the clean ids.
         is_masked: bool [r, L], what is scored.
         weight: float32 [r], of each masked position's cross entropy.
+        noise_level: int64 [r], the band k of the row's mask probability, k/10 <= probability < (k+1)/10: T / 2^32 for
+            view A, 1 - T / 2^32 for view B.
     """
 
     x_t: Tensor
     x_0: Tensor
     is_masked: Tensor
     weight: Tensor
+    noise_level: Tensor
 
 
 def corrupt(
@@ -91,7 +97,14 @@ def corrupt(
         x_0=clean,
         is_masked=is_masked,
         weight=_weights(schedule, times, thresholds, complementary=complementary).to(x_0.device),
+        noise_level=torch.tensor(_noise_levels(thresholds, complementary=complementary), device=x_0.device),
     )
+
+
+def _noise_levels(thresholds: Sequence[int], *, complementary: bool) -> list[int]:
+    """Integers only, so that no rounding moves a row from one band to another."""
+    of_rows = [(limit, _RESOLUTION - limit) if complementary else (limit,) for limit in thresholds]
+    return [limit * NUM_NOISE_LEVELS // _RESOLUTION for limits in of_rows for limit in limits]
 
 
 def _weights(

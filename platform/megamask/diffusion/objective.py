@@ -97,6 +97,22 @@ def weighted_cross_entropy_sum(cross_entropy: Tensor, weight_of_row: Tensor, is_
     return (used * weight_of_row).sum()
 
 
+def squared_sum(log_normalizer: Tensor, is_used: Tensor) -> Tensor:
+    """This micro-batch's share of the z-loss, before its weight and the division by N: the sum of (log Z)^2.
+
+    It keeps the logits' normaliser Z near 1 (PaLM, arXiv:2204.02311, section 5). Unweighted: the noise level of a row
+    does not matter.
+
+    Args:
+        log_normalizer: [M] log of the softmax's normaliser, over the columns that take part in it.
+        is_used: bool [M]; other rows count nothing, whatever they hold.
+
+    Returns:
+        Scalar float32; its gradient reaches used rows only.
+    """
+    return torch.where(is_used, log_normalizer.float(), 0.0).square().sum()
+
+
 def normalizer(num_eligible_tokens: int, num_views: int) -> int:
     """N: eligible tokens of the whole global batch, times views.
 

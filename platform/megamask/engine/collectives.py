@@ -51,11 +51,11 @@ class Collectives:
         dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
         return int(tensor.item())
 
-    def sum_double(self, value: float) -> float:
-        """The sum in float64; the same bits on every rank, and again on the same layout."""
-        tensor = torch.tensor([value], dtype=torch.float64, device=self._device)
+    def sum_doubles(self, values: torch.Tensor) -> list[float]:
+        """Element-wise sums in float64 [n]; the same bits on every rank, and again on the same layout."""
+        tensor = values.to(dtype=torch.float64, device=self._device, copy=True)
         dist.all_reduce(tensor, op=dist.ReduceOp.SUM)
-        return float(tensor.item())
+        return [float(value) for value in tensor.tolist()]
 
     def broadcast_object(self, value: Any) -> Any:
         """Rank 0's value, on every rank."""

@@ -36,6 +36,7 @@ class Engine:
 
     Args:
         seed: run.seed, the key of initial weights and of the noise.
+        z_loss_weight: objective.z_loss_weight; it shapes training alone, so it is no part of the objective's record.
 
     Raises:
         UsageError: the layout's sizes do not multiply to the number of processes.
@@ -50,6 +51,8 @@ class Engine:
         layout: LayoutConfig,
         training: TrainingConfig,
         seed: int,
+        *,
+        z_loss_weight: float = 0.0,
     ) -> None:
         backend = select_backend()
         self._collectives = Collectives(backend.device)
@@ -69,6 +72,7 @@ class Engine:
             head=MaskedRowHead(vocabulary, objective, topology, backend.device),
             vocabulary=vocabulary,
             objective=objective,
+            z_loss_weight=z_loss_weight,
         )
         self._step = TrainingStep(
             self._stage,

@@ -6,9 +6,10 @@ Shapes: r rows (views of samples), s sequence, h hidden, m scored positions (fix
 from __future__ import annotations
 
 import torch
-from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
+from megatron.core import parallel_state
 
 from megamask.diffusion.objective import ObjectiveSpec
+from megamask.engine.cross_entropy import sharded_cross_entropy
 from megamask.engine.network import DiffusionNetwork
 from megamask.engine.topology import Topology
 from megamask.errors import UsageError
@@ -26,26 +27,29 @@ class MaskedRowHead:
         self, vocabulary: Vocabulary, objective: ObjectiveSpec, topology: Topology, device: torch.device
     ) -> None:
         shard = vocabulary.padded_vocab_size // topology.tensor_parallel_size
-        first = topology.tensor_parallel_rank * shard
-        ids = torch.arange(first, first + shard, device=device)
+        self._first_id = topology.tensor_parallel_rank * shard
+        ids = torch.arange(self._first_id, self._first_id + shard, device=device)
         self._is_excluded = ids >= vocabulary.vocab_size
         if objective.mask_logit == "excluded":
             self._is_excluded |= ids == vocabulary.mask_token_id
 
-    def cross_entropy(
+    def score(
         self, network: DiffusionNetwork, hidden: torch.Tensor, x_0: torch.Tensor, indices: torch.Tensor
-    ) -> torch.Tensor:
-        """Cross entropy of the clean tokens at the chosen positions.
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cross entropy of the clean tokens at the chosen positions, and log Z of the softmax there, in nats.
 
-        Shapes: hidden [s, r, h]; x_0 [r, s]; indices [m] into the flattened r*s positions; returns float32 [m], nats.
+        Shapes: hidden [s, r, h]; x_0 [r, s]; indices [m] into the flattened r*s positions; returns float32 [m] twice.
         """
         num_rows, sequence_length = x_0.shape
         in_sequence_order = indices % sequence_length * num_rows + indices // sequence_length
         rows = hidden.reshape(-1, hidden.size(-1)).index_select(0, in_sequence_order)
-        logits = network.project(rows).masked_fill_(self._is_excluded, float("-inf"))
-        targets = x_0.reshape(-1).index_select(0, indices)
-        cross_entropy: torch.Tensor = vocab_parallel_cross_entropy(logits, targets)
-        return cross_entropy
+        return sharded_cross_entropy(
+            network.project(rows),
+            x_0.reshape(-1).index_select(0, indices),
+            self._is_excluded,
+            self._first_id,
+            parallel_state.get_tensor_model_parallel_group(),
+        )
 
 
 def check_capacity(largest_count: int, capacity: int, *, micro_batch_size: int) -> None:

@@ -118,9 +118,14 @@ def _transformer_config(spec: ModelSpec, topology: Topology) -> TransformerConfi
         masked_softmax_fusion=False,
         bias_dropout_fusion=False,
         apply_rope_fusion=False,
-        calculate_per_token_loss=True,  # the loss law: a sum, divided once by the global count
-        finalize_model_grads_func=finalize_model_grads,
+        calculate_per_token_loss=True,  # gradients are summed, by nobody averaged: the loss law
+        finalize_model_grads_func=_finalize_gradients,
     )
+
+
+def _finalize_gradients(model: list[Any], num_tokens: torch.Tensor | None, **options: Any) -> None:
+    """megamask's own division came before the backward pass; megatron-core's would go over the buffers once more."""
+    finalize_model_grads(model, None, **options)
 
 
 def _block_spec(config: TransformerConfig, num_layers: int) -> TransformerBlockSubmodules:

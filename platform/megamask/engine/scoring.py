@@ -38,7 +38,7 @@ def masked_cross_entropy(
         if not stage.topology.is_last_stage:
             return output, lambda output: None
         indices, is_used = select_rows(is_masked[rows], rows_per_pass * sequence_length)
-        cross_entropy = stage.head.cross_entropy(stage.network, output, x_0[rows], indices)
+        cross_entropy, _ = stage.head.score(stage.network, output, x_0[rows], indices)
 
         def keep_sums(cross_entropy: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
             flat = torch.zeros(rows_per_pass * sequence_length, dtype=torch.float64, device=cross_entropy.device)

@@ -17,12 +17,19 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megamask.data.loader import Batch
 from megamask.diffusion.corruption import CorruptedBatch, corrupt
-from megamask.diffusion.objective import ObjectiveSpec, normalizer, select_rows, weighted_cross_entropy_sum
+from megamask.diffusion.objective import (
+    ObjectiveSpec,
+    normalizer,
+    select_rows,
+    squared_sum,
+    weighted_cross_entropy_sum,
+)
 from megamask.diffusion.philox import run_key
 from megamask.diffusion.schedule import noise_schedule, stratified_times
 from megamask.engine.backend import Backend
 from megamask.engine.collectives import Collectives
 from megamask.engine.head import MaskedRowHead, check_capacity
+from megamask.engine.measures import NUM_COUNTS, NUM_SUMS, BatchCounts, Losses, count_share, sum_scores
 from megamask.engine.network import DiffusionNetwork
 from megamask.engine.optimizer import ShardedAdamW
 from megamask.engine.topology import Topology
@@ -34,20 +41,26 @@ class StepReport:
     """What a step did; the same on every rank, except for the seconds.
 
     Args:
-        loss: NELBO in nats per eligible token (law 3), before the update.
+        loss: what was minimised, the sum of `loss_terms`, before the update.
+        loss_terms: by name; `nelbo` is the NELBO in nats per eligible token (law 3).
         grad_norm: global norm before clipping.
         is_finite: whether loss and norm were; if not, nothing was updated.
         num_eligible: clean eligible tokens of the global batch, once.
         masked_tokens: masked positions of the first view, global batch.
+        masked_tokens_by_noise_level: masked positions of all views, by the band of the row's mask probability.
+        loss_by_noise_level: mean cross entropy of those positions in nats, unweighted; None where there are none.
         content_sum: sum mod 2^64 of the content hashes, global batch.
         forward_backward_s, optimizer_s: seconds on this rank.
     """
 
     loss: float
+    loss_terms: dict[str, float]
     grad_norm: float
     is_finite: bool
     num_eligible: int
     masked_tokens: int
+    masked_tokens_by_noise_level: list[int]
+    loss_by_noise_level: list[float | None]
     content_sum: int
     forward_backward_s: float
     optimizer_s: float
@@ -55,7 +68,11 @@ class StepReport:
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """What this rank holds of the network, and where it stands."""
+    """What this rank holds of the network, where it stands, and what is minimised.
+
+    Args:
+        z_loss_weight: what log Z squared of each scored position adds to the loss; 0 for nothing.
+    """
 
     topology: Topology
     backend: Backend
@@ -65,14 +82,7 @@ class Stage:
     head: MaskedRowHead
     vocabulary: Vocabulary
     objective: ObjectiveSpec
-
-
-@dataclass(frozen=True, kw_only=True)
-class MicroBatch:
-    """Rows of one forward pass; `num_terms` is this micro-batch's part of the loss's divisor."""
-
-    noised: CorruptedBatch | None
-    num_terms: int
+    z_loss_weight: float
 
 
 class TrainingStep:
@@ -106,24 +116,29 @@ class TrainingStep:
         """
         began = time.perf_counter()
         noised = self._corrupt(batch, step)
-        num_eligible, masked_tokens, content_sum = self._agree_on_counts(batch, noised)
-        num_terms = normalizer(num_eligible, self._stage.objective.num_views)
+        counts = self._agree_on_counts(batch, noised)
+        num_terms = normalizer(counts.num_eligible, self._stage.objective.num_views)
         self._optimizer.zero_gradients()
-        loss = self._forward_backward(batch, noised) / num_terms
+        sums = self._forward_backward(batch, noised, num_terms)
+        losses = Losses.from_sums(sums, counts, num_terms=num_terms, z_loss_weight=self._stage.z_loss_weight)
         self._stage.backend.synchronize()
         middle = time.perf_counter()
         grad_norm = self._optimizer.gradient_norm()
-        num_doubtful = self._stage.collectives.max_integer(not (math.isfinite(loss) and math.isfinite(grad_norm)))
-        if not num_doubtful:
+        is_doubtful = not (math.isfinite(losses.total) and math.isfinite(grad_norm))
+        is_finite = not self._stage.collectives.max_integer(is_doubtful)
+        if is_finite:
             self._optimizer.update(learning_rate=learning_rate, gradient_norm=grad_norm)
         self._stage.backend.synchronize()
         return StepReport(
-            loss=loss,
+            loss=losses.total,
+            loss_terms=losses.terms,
             grad_norm=grad_norm,
-            is_finite=not num_doubtful,
-            num_eligible=num_eligible,
-            masked_tokens=masked_tokens,
-            content_sum=content_sum,
+            is_finite=is_finite,
+            num_eligible=counts.num_eligible,
+            masked_tokens=counts.masked_tokens,
+            masked_tokens_by_noise_level=counts.masked_tokens_by_noise_level,
+            loss_by_noise_level=losses.by_noise_level,
+            content_sum=counts.content_sum,
             forward_backward_s=middle - began,
             optimizer_s=time.perf_counter() - middle,
         )
@@ -146,17 +161,15 @@ class TrainingStep:
             key=self._key,
         )
 
-    def _agree_on_counts(self, batch: Batch, noised: CorruptedBatch | None) -> tuple[int, int, int]:
-        """Exact sums over the global batch, known before any forward pass: eligible, masked (first view), content."""
-        stage, counts = self._stage, [0, 0, 0, 0]
+    def _agree_on_counts(self, batch: Batch, noised: CorruptedBatch | None) -> BatchCounts:
+        """Exact sums over the global batch, known before any forward pass."""
+        stage, counts = self._stage, [0] * NUM_COUNTS
         if stage.topology.counts and noised is not None:
-            first_view = noised.is_masked[:: stage.objective.num_views]
-            low, high = batch.content_sum & 0xFFFFFFFF, batch.content_sum >> 32
-            counts = [int(batch.is_eligible.sum()), int(first_view.sum()), low, high]
-        num_eligible, masked_tokens, low, high = stage.collectives.sum_integers(counts)
+            counts = count_share(batch, noised, num_views=stage.objective.num_views)
+        summed = stage.collectives.sum_integers(counts)
         if self._head_capacity is not None:
             self._agree_on_capacity(batch, noised, self._head_capacity)
-        return num_eligible, masked_tokens, (low + (high << 32)) % 2**64
+        return BatchCounts.from_sums(summed)
 
     def _agree_on_capacity(self, batch: Batch, noised: CorruptedBatch | None, head_capacity: int) -> None:
         largest = 0
@@ -169,59 +182,63 @@ class TrainingStep:
             micro_batch_size=self._micro_batch_size,
         )
 
-    def _micro_batches(self, batch: Batch, noised: CorruptedBatch | None) -> Iterator[MicroBatch]:
-        size, views = self._micro_batch_size, self._stage.objective.num_views
-        for first in range(0, len(batch.place), size):
-            num_eligible = int(batch.is_eligible[first : first + size].sum())
-            rows = slice(first * views, (first + size) * views)
-            yield MicroBatch(
-                noised=None if noised is None else _take(noised, rows),
-                num_terms=num_eligible * views,
-            )
+    def _micro_batches(self, noised: CorruptedBatch | None, count: int) -> Iterator[CorruptedBatch | None]:
+        num_rows = self._micro_batch_size * self._stage.objective.num_views
+        for number in range(count):
+            yield None if noised is None else _take(noised, slice(number * num_rows, (number + 1) * num_rows))
 
-    def _forward_backward(self, batch: Batch, noised: CorruptedBatch | None) -> float:
-        """Runs the pipeline schedule; returns the global sum of weight * cross entropy, in float64.
+    def _forward_backward(self, batch: Batch, noised: CorruptedBatch | None, num_terms: int) -> list[float]:
+        """Runs the pipeline schedule; returns the global sums of `measures.sum_scores`.
 
-        Gradients in the buffers are of that sum divided by the global number of terms: megatron-core adds up the
-        counts that `loss_function` returns and divides once.
+        Gradients in the buffers are of the loss: each micro-batch's share was divided by the global number of terms.
         """
         stage, sums = self._stage, list[torch.Tensor]()
-        sequence_length = batch.tokens.size(1)
+        num_micro_batches, sequence_length = len(batch.place) // self._micro_batch_size, batch.tokens.size(1)
         capacity = min(self._head_capacity or sequence_length, sequence_length) * self._micro_batch_size
+        no_count = torch.zeros((), dtype=torch.int, device=stage.backend.device)  # of megatron-core's division
 
-        def forward_step(micro_batches: Iterator[MicroBatch], model: Any) -> tuple[torch.Tensor, Callable[..., Any]]:
-            micro_batch = next(micro_batches)
-            noised = micro_batch.noised
+        def forward_step(
+            micro_batches: Iterator[CorruptedBatch | None], model: Any
+        ) -> tuple[torch.Tensor, Callable[..., Any]]:
+            noised = next(micro_batches)
             output = stage.network.encode(noised.x_t if noised is not None else None)
             if noised is None or not stage.topology.is_last_stage:
                 return output, _no_loss
             indices, is_used = select_rows(noised.is_masked, capacity)
-            weights = noised.weight.index_select(0, indices // noised.x_0.size(1))
+            row = indices // sequence_length
+            weight, level = noised.weight.index_select(0, row), noised.noise_level.index_select(0, row)
+            cross_entropy, log_normalizer = stage.head.score(stage.network, output, noised.x_0, indices)
 
             def loss_function(cross_entropy: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
-                detached = torch.where(is_used, cross_entropy.detach(), 0.0).double()
-                sums.append((detached * weights.double()).sum())
-                share = weighted_cross_entropy_sum(cross_entropy, weights, is_used)
-                return share, torch.tensor(micro_batch.num_terms, dtype=torch.int, device=share.device), {}
+                sums.append(sum_scores(cross_entropy, log_normalizer, weight, level, is_used))
+                share = weighted_cross_entropy_sum(cross_entropy, weight, is_used)
+                if stage.z_loss_weight > 0:
+                    share = share + stage.z_loss_weight * squared_sum(log_normalizer, is_used)
+                return share / num_terms, no_count, {}
 
-            return stage.head.cross_entropy(stage.network, output, noised.x_0, indices), loss_function
+            return cross_entropy, loss_function
 
         get_forward_backward_func()(
             forward_step_func=forward_step,
-            data_iterator=self._micro_batches(batch, noised),
+            data_iterator=self._micro_batches(noised, num_micro_batches),
             model=[stage.model],
-            num_microbatches=len(batch.place) // self._micro_batch_size,
+            num_microbatches=num_micro_batches,
             seq_length=sequence_length,
             micro_batch_size=self._micro_batch_size * stage.objective.num_views,
             forward_only=False,
         )
-        share = float(torch.stack(sums).sum()) if stage.topology.counts else 0.0
-        return stage.collectives.sum_double(share)
+        if stage.topology.counts:
+            return stage.collectives.sum_doubles(torch.stack(sums).sum(dim=0))
+        return stage.collectives.sum_doubles(torch.zeros(NUM_SUMS, dtype=torch.float64))
 
 
 def _take(noised: CorruptedBatch, rows: slice) -> CorruptedBatch:
     return CorruptedBatch(
-        x_t=noised.x_t[rows], x_0=noised.x_0[rows], is_masked=noised.is_masked[rows], weight=noised.weight[rows]
+        x_t=noised.x_t[rows],
+        x_0=noised.x_0[rows],
+        is_masked=noised.is_masked[rows],
+        weight=noised.weight[rows],
+        noise_level=noised.noise_level[rows],
     )
 
 

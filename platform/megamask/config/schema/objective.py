@@ -20,3 +20,8 @@ class ObjectiveConfig:
     mask_logit: str = identity(
         "whether the mask token's logit enters the softmax", default="excluded", choices=("excluded", "included")
     )
+    z_loss_weight: float = identity(
+        "weight of the z-loss: the squared logarithm of the softmax's normaliser at each masked position; 0 for none",
+        default=0.0,
+        minimum=0,
+    )
