@@ -23,7 +23,7 @@ from megamask.data.reader import Row
 from megamask.diffusion.philox import NOISE_LAW_VERSION, Purpose, run_key, uniform_words
 from megamask.diffusion.schedule import noise_schedule, stratified_times, threshold
 from megamask.errors import DataIntegrityError, UsageError
-from megamask.tracking.journal_reader import read_journal
+from megamask.tracking.journal_seek import find_step
 from megamask.training.run_directory import read_run
 
 _COMPARED = ("batch_digest", "content_digest", "masked_tokens")
@@ -197,10 +197,7 @@ def _compare_with_journal(folder: Path, report: Mapping[str, Any]) -> bool | Non
     Raises:
         DataIntegrityError: it holds others.
     """
-    recorded: Mapping[str, Any] | None = None
-    for record in read_journal(folder):
-        if record.get("kind") == "step" and record.get("step") == report["step"]:
-            recorded = record  # attempts come in order; for a repeated step the highest holds
+    recorded = find_step(folder, report["step"])
     if recorded is None:
         return None
     for name in _COMPARED:

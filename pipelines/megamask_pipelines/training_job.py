@@ -17,11 +17,9 @@ from megamask.resilience.claims import read_claim
 from megamask.resilience.exit_codes import combine
 from megamask.resilience.signals import StopRequest
 from megamask.resilience.status import Status, read_status, write_status
-from megamask.tracking.journal_reader import tail
+from megamask.tracking.journal_seek import find_step, last_step
 from megamask.training.run_directory import is_complete, read_run, run_path
 from megamask.training.stopping import StopReason
-
-_TAIL_BYTES = 1 << 20
 
 
 def num_processes(layout: LayoutConfig) -> int:
@@ -117,9 +115,7 @@ def _close_status(run_dir: Path, failure: MegamaskError, pids: set[int]) -> None
 
 def outcome(run_dir: Path, *, step: int | None, exit_code: int, reason: str | None) -> dict[str, Any]:
     """What a training command answers; run_id and the loss of the step come from the run directory."""
-    recent = (line.record() for line in reversed(tail(run_dir, _TAIL_BYTES)))
-    steps = (found for found in recent if found is not None and found["kind"] == "step")
-    line = next((found for found in steps if step is None or found["step"] == step), None)
+    line = last_step(run_dir) if step is None else find_step(run_dir, step)
     return {
         "run_id": read_run(run_dir).run_id,
         "run_dir": str(run_dir),

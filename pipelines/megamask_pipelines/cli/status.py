@@ -6,9 +6,6 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-# The newest step line is nearly always this close to the journal's end; if not, the whole journal is read.
-_TAIL_BYTES = 1 << 18
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The verb's arguments."""
@@ -28,11 +25,12 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     from megamask.checkpoint.reader import candidates
     from megamask.resilience.claims import claimed_attempts, is_live
     from megamask.resilience.status import read_status
+    from megamask.tracking.journal_seek import last_step
     from megamask.training.run_directory import read_run
 
     run_dir = Path(arguments.run)
     record = read_run(run_dir)
-    status, step = read_status(run_dir), _last_step(run_dir)
+    status, step = read_status(run_dir), last_step(run_dir)
     attempts, checkpoints = claimed_attempts(run_dir), candidates(run_dir)
     return {
         "run_id": record.run_id,
@@ -51,21 +49,6 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         "last_checkpoint": checkpoints[0].name if checkpoints else None,
         "num_checkpoints": len(checkpoints),
     }
-
-
-def _last_step(run_dir: Path) -> dict[str, Any] | None:
-    """The newest step line; damaged lines are passed over."""
-    from megamask.tracking.journal_reader import read_journal, tail
-
-    for line in reversed(tail(run_dir, _TAIL_BYTES)):
-        record = line.record()
-        if record is not None and record["kind"] == "step":
-            return record
-    found = None
-    for record in read_journal(run_dir):
-        if record["kind"] == "step":
-            found = record
-    return found
 
 
 def _steps(run_dir: Path, recorded: int) -> int:

@@ -1,0 +1,151 @@
+"""Finding the record of one step in a journal of any length, reading a few KiB for each halving of it.
+
+The step lines of one attempt ascend, so that its files, laid end to end, can be bisected over byte offsets. A line
+decides where to go on only if the line after it holds its hash: a changed number cannot lead the search astray.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+
+from megamask.storage.hashing import sha256_bytes
+from megamask.tracking.journal_reader import JournalFile, Line, Record, journal_files, parse, tail
+
+_SCAN_BYTES = 2**13  # a range this small is read line by line
+_BUFFER_BYTES = 2**12
+_FIRST_TAIL_BYTES = 2**16
+
+
+def find_step(run_dir: Path, step: int) -> Record | None:
+    """The `step` record of a step; for a repeated step the one of the highest attempt. None where there is no such.
+
+    Damaged and torn lines are passed over, as by every reader: what an older attempt says of the step then holds.
+    """
+    attempts = [list(files) for _, files in groupby(journal_files(run_dir), key=lambda file: file.attempt)]
+    for files in reversed(attempts):
+        found = _find_in_attempt(_Span(files), step)
+        if found is not None:
+            return found
+    return None
+
+
+def last_step(run_dir: Path) -> Record | None:
+    """The newest step record, searched from the journal's end; None where no step was journalled."""
+    budget, size = _FIRST_TAIL_BYTES, sum(file.path.stat().st_size for file in journal_files(run_dir))
+    while True:
+        for line in reversed(tail(run_dir, budget)):
+            record = line.record()
+            if _step_of(record) is not None:
+                return record
+        if budget >= size:
+            return None
+        budget *= 8
+
+
+def _find_in_attempt(span: _Span, step: int) -> Record | None:
+    """Bisects; lines that begin in [low, high) may be the one that is sought, those before are of earlier steps."""
+    low, high = 0, span.num_bytes
+    unconfirmed: Record | None = None
+    # most attempts are left after one look at their first step, or at their last
+    ends = [max(0, high - _SCAN_BYTES), 0]
+    while low < high:
+        is_short = high - low <= _SCAN_BYTES
+        middle = low if is_short else ends.pop() if ends else (low + high) // 2
+        pivot: _Seen | None = None
+        for seen in span.lines(middle, high):
+            if seen.step == step:
+                if seen.is_confirmed:
+                    return seen.record
+                unconfirmed = seen.record
+            if seen.step is not None and seen.is_confirmed and not is_short:
+                pivot = seen
+                break
+        if is_short:
+            break
+        if pivot is None or pivot.step is None or pivot.step > step:
+            high = middle
+        else:
+            low = pivot.end
+    return unconfirmed
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Seen:
+    """A line on the way.
+
+    Args:
+        record: what it holds, None if it is damaged or torn.
+        end: where the next line begins in the span.
+        is_confirmed: the next line holds this one's hash, so that this one is as it was written.
+    """
+
+    record: Record | None
+    end: int
+    is_confirmed: bool
+
+    @property
+    def step(self) -> int | None:
+        """The step that the line records; None for every other kind of line."""
+        return _step_of(self.record)
+
+
+class _Span:
+    """The files of one attempt as one range of bytes, in which no line goes from one file into the next."""
+
+    def __init__(self, files: Sequence[JournalFile]) -> None:
+        self._files = files
+        self._begins = [0]
+        for file in files:
+            self._begins.append(self._begins[-1] + file.path.stat().st_size)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all files, as they were when the span was made."""
+        return self._begins[-1]
+
+    def lines(self, begin: int, end: int) -> Iterator[_Seen]:
+        """The lines that begin in [begin, end), in order; reads little more than what is taken."""
+        current: tuple[int, Line] | None = None
+        for place, line in self._raw(begin):
+            if current is not None:
+                yield _seen(*current, line)
+            if place >= end:
+                return
+            current = place, line
+        if current is not None:
+            yield _seen(*current, None)
+
+    def _raw(self, begin: int) -> Iterator[tuple[int, Line]]:
+        """(place in the span, line) of every line that begins at or after a place."""
+        for file, first, last in zip(self._files, self._begins[:-1], self._begins[1:], strict=True):
+            if last <= begin:
+                continue
+            with file.path.open("rb", buffering=_BUFFER_BYTES) as stream:
+                if begin > first:
+                    stream.seek(begin - first - 1)
+                    stream.readline()  # to the end of the line that holds the byte before
+                offset = stream.tell()
+                for data in stream:
+                    is_torn = not data.endswith(b"\n")
+                    yield first + offset, Line(file=file, offset=offset, data=data.removesuffix(b"\n"), is_torn=is_torn)
+                    offset += len(data)
+
+
+def _seen(place: int, line: Line, following: Line | None) -> _Seen:
+    record = line.record()
+    is_confirmed = record is not None and following is not None and _names(following.data, line.data)
+    return _Seen(record=record, end=place + len(line.data) + 1, is_confirmed=is_confirmed)
+
+
+def _names(following: bytes, data: bytes) -> bool:
+    """Whether a line, torn or not, is a record whose `prev` is the hash of these bytes."""
+    record = parse(following)
+    return record is not None and record["prev"] == sha256_bytes(data)
+
+
+def _step_of(record: Record | None) -> int | None:
+    step = record.get("step") if record is not None and record["kind"] == "step" else None
+    return step if isinstance(step, int) else None
