@@ -127,7 +127,7 @@ def test_every_room_has_tests_of_its_own():
 
 def test_every_test_module_mirrors_something_and_tests_it():
     """A folder of tests has the name of a room, or is one of the folders that stand across rooms."""
-    across = {"parallel", "golden", "gpu", "faults", "pipelines", "repo", "support"}
+    across = {"parallel", "golden", "gpu", "faults", "pipelines", "repo", "security", "support"}
     rooms = {path.name for path in (REPO / "platform" / "megamask").iterdir()} | {"errors"}
     folders = {path.parent.name for path in TESTS if path.name.startswith("test_")} - {"tests"}
     assert folders <= rooms | across
