@@ -50,6 +50,23 @@ def test_training_goes_on_bit_for_bit_after_save_and_load(saved, build):
     assert other.backend.adam == adam == "megamask.engine.adam.Adam"
 
 
+def test_state_does_not_depend_on_which_tensors_decay(saved, build, tmp_path):
+    folder, _ = saved
+    other = build(OPTIONS, weight_decay_on_norms=True, weight_decay_on_embeddings=False)
+    other.load_state(folder)
+    again = tmp_path / "again"
+    again.mkdir()
+    other.save_state(again)
+    shapes = canonical_shapes(OPTIONS)
+    for name in [prefix + name for name in shapes for prefix in ("", "optimizer.exp_avg.", "optimizer.exp_avg_sq.")]:
+        shape = shapes[name.removeprefix("optimizer.exp_avg.").removeprefix("optimizer.exp_avg_sq.")]
+        stored = [torch.full(shape, float("nan")) for _ in (folder, again)]
+        for path, tensor in zip((folder, again), stored, strict=True):
+            StateReader(path).read([Piece(name=name, shape=shape, offsets=(0,) * len(shape), data=tensor)])
+        assert torch.equal(*stored), name
+    assert (again / "optimizer.json").read_bytes() == (folder / "optimizer.json").read_bytes()
+
+
 def test_saving_changes_nothing(saved, build):
     _, engine = saved
     wanted = cases.report_fields(cases.take_step(engine, 3))

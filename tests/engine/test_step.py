@@ -140,16 +140,38 @@ def test_head_capacity_is_refused_when_masks_do_not_fit_and_nothing_is_updated(b
     assert engine.parameter_digest() == before
 
 
-def test_weight_decay_spares_vectors(build):
-    engine = build(weight_decay=1.0, clip_grad_norm=0.0)
-    names = {}
-    for shard in engine._optimizer.shards():
-        names[shard.parameter] = shard.weight.data_ptr()
-    decay = {
-        tensor.data_ptr(): group["weight_decay"] for group in engine._optimizer._groups for tensor in group["params"]
-    }
-    for name, address in names.items():
-        assert decay[address] == (0.0 if "layernorm" in name else 1.0), name
+NORMS, BIASES, EMBEDDINGS = "weight_decay_on_norms", "weight_decay_on_biases", "weight_decay_on_embeddings"
+
+
+@pytest.mark.parametrize("spec", [PLAIN, OPTIONS], ids=["plain", "options"])
+@pytest.mark.parametrize(
+    ("settings", "decayed"),
+    [
+        ({}, {EMBEDDINGS}),
+        ({EMBEDDINGS: False}, set()),
+        ({NORMS: True, EMBEDDINGS: False}, {NORMS}),
+        ({BIASES: True}, {BIASES, EMBEDDINGS}),
+        ({NORMS: True, BIASES: True}, {NORMS, BIASES, EMBEDDINGS}),
+    ],
+    ids=lambda value: "-".join(sorted(value)) or "none",
+)
+def test_weight_decay_shrinks_the_chosen_tensors_and_matrices(build, spec, settings, decayed):
+    """With zero gradients an update is the decay alone: w -> (1 - rate * decay) * w."""
+    engine = build(spec, weight_decay=0.5, **settings)
+    weights = dict(engine._stage.network.named_parameters())
+    with torch.no_grad():
+        for weight in weights.values():
+            weight.fill_(2.0)
+    engine._optimizer.zero_gradients()
+    engine._optimizer.update(learning_rate=0.5, gradient_norm=engine._optimizer.gradient_norm())
+    for name, weight in weights.items():
+        if name.endswith(".bias"):
+            is_decayed = BIASES in decayed
+        elif "layernorm" in name:
+            is_decayed = NORMS in decayed
+        else:
+            is_decayed = "embedding" not in name or EMBEDDINGS in decayed  # an untied output layer is a matrix
+        assert torch.equal(weight, torch.full_like(weight, 1.5 if is_decayed else 2.0)), name
 
 
 def test_gradients_are_clipped_to_the_configured_norm(build):

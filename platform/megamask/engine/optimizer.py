@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
-from megatron.core.optimizer import get_megatron_optimizer
+from megatron.core.optimizer import ParamKey, ParamWithNamePredicate, get_megatron_optimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 
 from megamask.config.schema.optimizer import OptimizerConfig
@@ -41,7 +41,7 @@ class Shard:
 class ShardedAdamW:
     """AdamW under megatron-core's distributed optimizer, which is used on one process too.
 
-    Decay applies to matrices only: biases and norms have none. Steps are taken in three parts, so that the caller can
+    Matrices decay; norms, biases and the embedding as the config says. Steps are taken in three parts, so that the caller can
     look at the gradient norm before anything changes.
     """
 
@@ -62,6 +62,7 @@ class ShardedAdamW:
                 use_distributed_optimizer=True,
             ),
             [model],
+            {_undecayed(model, config): {"wd_mult": 0.0}},
             use_gloo_process_groups=False,
         )
         model.config.grad_scale_func = self._optimizer.scale_loss
@@ -129,3 +130,19 @@ class ShardedAdamW:
     def _groups(self) -> list[dict[str, Any]]:
         groups: list[dict[str, Any]] = self._sharded.optimizer.param_groups
         return groups
+
+
+def _undecayed(model: DistributedDataParallel, config: OptimizerConfig) -> ParamKey:
+    """Selects the parameters without weight decay; a checkpoint does not know of such groups."""
+    embeddings = ["embedding.word_embeddings.weight"]
+    if model.module.share_embeddings_and_output_weights:
+        embeddings.append("output_layer.weight")  # on the last pipeline stage the same tensor has this name
+
+    def is_undecayed(parameter: torch.Tensor, name: str) -> bool:
+        if name.endswith(".bias"):
+            return not config.weight_decay_on_biases
+        if "layernorm" in name:
+            return not config.weight_decay_on_norms
+        return name.endswith(tuple(embeddings)) and not config.weight_decay_on_embeddings
+
+    return ParamKey(with_name_predicate=ParamWithNamePredicate(name="undecayed", fn=is_undecayed))

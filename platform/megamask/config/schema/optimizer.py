@@ -22,7 +22,15 @@ class OptimizerConfig:
         minimum=0,
         unit="steps",
     )
-    weight_decay: float = identity("decoupled weight decay of matrices", default=0.1, minimum=0)
+    weight_decay: float = identity(
+        "decoupled weight decay; the next keys say of which tensors beside matrices", default=0.1, minimum=0
+    )
+    weight_decay_on_norms: bool = identity("whether weight decay applies to the weights of norms", default=False)
+    weight_decay_on_biases: bool = identity("whether weight decay applies to biases", default=False)
+    weight_decay_on_embeddings: bool = identity(
+        "whether weight decay applies to the token embedding, which tied embeddings share with the output layer",
+        default=True,
+    )
     beta1: float = identity("decay of the first moment", default=0.9, minimum=0, below=1)
     beta2: float = identity("decay of the second moment", default=0.95, minimum=0, below=1)
     eps: float = identity("term added to the denominator", default=1e-8, above=0)
