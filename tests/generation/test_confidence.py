@@ -101,6 +101,13 @@ def test_equally_confident_positions_go_from_left_to_right() -> None:
     assert found.committed == [[0], [1], [2], [3], [4]]
 
 
+def test_rounding_in_the_network_does_not_choose_among_equals() -> None:
+    """Noise of the size that another order of float32 sums makes; the rightmost is the largest."""
+    logits = torch.zeros(5, VOCAB, dtype=torch.float64)
+    logits[:, 3] = 1.0 + 1e-7 * torch.arange(5)
+    assert _decode_one(torch.full((5,), MASK), lambda x_t: logits).committed == [[0], [1], [2], [3], [4]]
+
+
 def test_network_sees_what_was_committed_and_only_that() -> None:
     seen: list[list[int]] = []
 

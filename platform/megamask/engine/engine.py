@@ -14,7 +14,8 @@ from megamask.config.schema.optimizer import OptimizerConfig
 from megamask.config.schema.training import TrainingConfig
 from megamask.data.loader import Batch
 from megamask.diffusion.objective import ObjectiveSpec
-from megamask.engine import scoring, state
+from megamask.diffusion.sampling import Draw, Prediction
+from megamask.engine import prediction, scoring, state
 from megamask.engine.backend import Backend, select_backend
 from megamask.engine.canonical import CanonicalMap
 from megamask.engine.collectives import Collectives
@@ -131,6 +132,16 @@ class Engine:
         """
         rows_per_pass = self._micro_batch_size * self._stage.objective.num_views
         return scoring.masked_cross_entropy(self._stage, x_t, x_0, is_masked, rows_per_pass=rows_per_pass)
+
+    def predict(self, x_t: torch.Tensor, is_open: torch.Tensor, draw: Draw) -> Prediction:
+        """What the network would write at each open position, row by row; forward only, training is not touched.
+
+        Every rank of a data-parallel coordinate calls this with the same rows; no coordinate waits for another.
+
+        Shapes: x_t int64 [r, s]; is_open bool [r, s]; the answer lies on the CPU, the same on all those ranks.
+        """
+        rows_per_pass = self._micro_batch_size * self._stage.objective.num_views
+        return prediction.predict(self._stage, x_t, is_open, draw, rows_per_pass=rows_per_pass)
 
     def sum_over_ranks(self, value: int) -> int:
         """The exact sum of every rank's value."""

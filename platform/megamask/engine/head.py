@@ -40,16 +40,22 @@ class MaskedRowHead:
 
         Shapes: hidden [s, r, h]; x_0 [r, s]; indices [m] into the flattened r*s positions; returns float32 [m] twice.
         """
-        num_rows, sequence_length = x_0.shape
-        in_sequence_order = indices % sequence_length * num_rows + indices // sequence_length
-        rows = hidden.reshape(-1, hidden.size(-1)).index_select(0, in_sequence_order)
         return sharded_cross_entropy(
-            network.project(rows),
+            self.logits(network, hidden, indices),
             x_0.reshape(-1).index_select(0, indices),
             self._is_excluded,
             self._first_id,
             parallel_state.get_tensor_model_parallel_group(),
         )
+
+    def logits(self, network: DiffusionNetwork, hidden: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+        """Logits of this rank's slice of the vocabulary at the chosen positions, its padding columns included.
+
+        Shapes: hidden [s, r, h]; indices [m] into the flattened r*s positions; returns [m, v/tp].
+        """
+        sequence_length, num_rows = hidden.shape[:2]
+        in_sequence_order = indices % sequence_length * num_rows + indices // sequence_length
+        return network.project(hidden.reshape(-1, hidden.size(-1)).index_select(0, in_sequence_order))
 
 
 def check_capacity(largest_count: int, capacity: int, *, micro_batch_size: int) -> None:
