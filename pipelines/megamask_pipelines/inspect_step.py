@@ -1,6 +1,6 @@
 """The exact samples of one training step, recomputed from the run directory and the corpus alone.
 
-Nothing here asks the training code: the order law names the rows, the noise law names the masks, and run.json holds
+Nothing here asks how training went: the order law names the rows, the noise law names the masks, and run.json holds
 every number that both need.
 """
 
@@ -16,6 +16,7 @@ import torch
 from megamask.config.load import load_train_config
 from megamask.config.schema.data import DataConfig
 from megamask.config.schema.roots import TrainConfig
+from megamask.config.schema.training import TrainingConfig
 from megamask.data.content import add_content, batch_digest, content_digest, content_hash
 from megamask.data.loader import Loader
 from megamask.data.order import ORDER_LAW_VERSION
@@ -24,6 +25,7 @@ from megamask.diffusion.philox import NOISE_LAW_VERSION, Purpose, run_key, unifo
 from megamask.diffusion.schedule import noise_schedule, stratified_times, threshold
 from megamask.errors import DataIntegrityError, UsageError
 from megamask.tracking.journal_seek import find_step
+from megamask.training.batch_size import batch_size_at, consumed_before
 from megamask.training.run_directory import read_run
 
 _COMPARED = ("batch_digest", "content_digest", "masked_tokens")
@@ -151,8 +153,9 @@ def inspect_step(run: RecordedRun, loader: Loader, step: int) -> dict[str, Any]:
         DataIntegrityError: a row is damaged, or the journal of the run holds other digests for this step.
     """
     check_step(run, step)
-    seed, batch_size = int(run.value("run.seed")), int(run.value("training.global_batch_size"))
-    first_index = (step - 1) * batch_size
+    seed, training = int(run.value("run.seed")), _batches(run)
+    first_index = consumed_before(step, training)
+    batch_size = batch_size_at(first_index, training)
     times = stratified_times(step, batch_size, run_key(seed))
     samples: list[dict[str, Any]] = []
     hashes: list[int] = []
@@ -172,6 +175,18 @@ def inspect_step(run: RecordedRun, loader: Loader, step: int) -> dict[str, Any]:
         "masked_tokens": sum(len(sample["masked"]) for sample in samples),
     }
     return report | {"matches_journal": _compare_with_journal(run.folder, report)}
+
+
+def _batches(run: RecordedRun) -> TrainingConfig:
+    """The settings that the size of a batch depends on; runs of older versions know no ramp."""
+    return TrainingConfig(
+        steps=run.steps,
+        sequence_length=int(run.value("training.sequence_length")),
+        global_batch_size=int(run.value("training.global_batch_size")),
+        batch_size_ramp_start=run.identity.get("training.batch_size_ramp_start"),
+        batch_size_ramp_increment=run.identity.get("training.batch_size_ramp_increment"),
+        batch_size_ramp_samples=run.identity.get("training.batch_size_ramp_samples"),
+    )
 
 
 def _view(run: RecordedRun, loader: Loader, content: Row, index: int, t: float) -> dict[str, Any]:

@@ -123,7 +123,7 @@ class Job:
             )
             recorded, completed = recorded_schedule(record)
             steps = self._config.training.steps
-            check_extension(self._config.optimizer, recorded_steps=recorded, num_steps=steps, completed=completed)
+            check_extension(self._config.optimizer, self._config.training, recorded_steps=recorded, completed=completed)
             self._extended = {"training.steps": [recorded, steps]} if steps != recorded else None
             self._attempt = Attempt(self._run_dir, record, self._config, bytes_per_token=self._corpora.bytes_per_token)
 

@@ -22,6 +22,81 @@ def refused(train, refusal, *overrides):
     return refusal(validate_train, loaded.config, loaded.origins)
 
 
+# levels of 2, 4, 6 and 8 samples
+RAMP = (
+    "training.batch_size_ramp_start=2",
+    "training.batch_size_ramp_increment=2",
+    "training.batch_size_ramp_samples=100",
+)
+TOKENS = "optimizer.schedule_unit=tokens"
+REFUSED_SCHEDULES = [
+    (
+        ("optimizer.warmup_tokens=9",),
+        "optimizer.warmup_tokens is 9, but optimizer.schedule_unit is steps; allowed: 0, with optimizer.warmup_steps "
+        "in its place; or optimizer.schedule_unit=tokens.",
+    ),
+    (("optimizer.decay_tokens=9",), "optimizer.decay_tokens is 9, but optimizer.schedule_unit is steps; allowed: 0"),
+    ((TOKENS, "optimizer.warmup_steps=9"), "optimizer.warmup_steps is 9, but optimizer.schedule_unit is tokens"),
+    ((TOKENS, "optimizer.decay_steps=9"), "optimizer.decay_steps is 9, but optimizer.schedule_unit is tokens"),
+    (
+        ("optimizer.lr_schedule=constant", "optimizer.decay_steps=5"),
+        "optimizer.decay_steps is 5, but optimizer.lr_schedule is constant, which never falls; allowed: 0; or another "
+        "optimizer.lr_schedule: wsd, inverse_sqrt.",
+    ),
+    (
+        (TOKENS, "optimizer.lr_schedule=cosine", "optimizer.decay_tokens=5"),
+        "optimizer.decay_tokens is 5, but optimizer.lr_schedule is cosine, which falls from the end of warm-up to "
+        "training.steps; allowed: 0",
+    ),
+    (
+        ("optimizer.lr_schedule=inverse_sqrt",),
+        "optimizer.warmup_steps is 0, but optimizer.lr_schedule is inverse_sqrt, which after warm-up is peak * "
+        "sqrt(warm-up / position); allowed: an integer >= 1.",
+    ),
+    ((TOKENS, "optimizer.lr_schedule=inverse_sqrt"), "optimizer.warmup_tokens is 0, but optimizer.lr_schedule is"),
+    (
+        ("optimizer.lr_schedule=constant", "optimizer.min_learning_rate=1e-4"),
+        "optimizer.min_learning_rate is 0.0001, but optimizer.lr_schedule is constant, so that the rate never falls; "
+        "allowed: 0; or another optimizer.lr_schedule: wsd, cosine, inverse_sqrt.",
+    ),
+    ((TOKENS, "optimizer.min_learning_rate=1e-4"), "optimizer.decay_tokens is 0, so that the rate never falls"),
+]
+REFUSED_RAMPS = [
+    (
+        RAMP[:2],
+        "training.batch_size_ramp_samples is null, but training.batch_size_ramp_start is 2, and a ramp needs all three "
+        "of training.batch_size_ramp_start, training.batch_size_ramp_increment, training.batch_size_ramp_samples; "
+        "allowed: an integer >= 1; or null for all three, and every step has 8 samples.",
+    ),
+    (RAMP[1:], "training.batch_size_ramp_start is null, but training.batch_size_ramp_increment is 2"),
+    (
+        ("training.batch_size_ramp_start=8", *RAMP[1:]),
+        "training.batch_size_ramp_start is 8, but the ramp ends at training.global_batch_size = 8; allowed: 1 to 7",
+    ),
+    (
+        (*RAMP, "training.batch_size_ramp_increment=4"),
+        "training.batch_size_ramp_increment is 4, but from training.batch_size_ramp_start = 2 to "
+        "training.global_batch_size = 8 there are 6 samples; allowed: 1, 2, 3, 6.",
+    ),
+    (
+        (*RAMP, "layout.data_parallel_size=4"),
+        "layout.data_parallel_size is 4, but the batch-size ramp's level of 2 samples does not divide by it; "
+        "allowed: 1, 2.",
+    ),
+    (
+        (*RAMP, "training.micro_batch_size=4"),
+        "training.micro_batch_size is 4, but each of 1 data-parallel ranks has 2 of the batch-size ramp's level of 2 "
+        "samples; allowed: 1, 2.",
+    ),
+    (
+        (*RAMP, "training.batch_size_ramp_start=4", "layout.data_parallel_size=2", "training.micro_batch_size=2"),
+        "training.micro_batch_size is 2, but each of 2 data-parallel ranks has 3 of the batch-size ramp's level of 6 "
+        "samples; allowed: 1.",
+    ),
+    ((*RAMP, "layout.data_parallel_size=3"), "layout.data_parallel_size is 3, but training.global_batch_size is 8"),
+]
+
+
 @pytest.mark.parametrize(
     "overrides",
     [
@@ -36,6 +111,12 @@ def refused(train, refusal, *overrides):
         ("training.head_capacity=64", "objective.complementary=false"),
         ("model.head_dim=10",),
         ("optimizer.min_learning_rate=3e-3", "optimizer.decay_steps=5"),
+        ("optimizer.lr_schedule=constant", "optimizer.warmup_steps=5"),
+        ("optimizer.lr_schedule=cosine", "optimizer.min_learning_rate=1e-4"),
+        ("optimizer.lr_schedule=inverse_sqrt", "optimizer.warmup_steps=1", "optimizer.min_learning_rate=1e-4"),
+        ("optimizer.schedule_unit=tokens", "optimizer.warmup_tokens=5", "optimizer.decay_tokens=5"),
+        (*RAMP, "layout.data_parallel_size=2"),
+        (*RAMP, "training.micro_batch_size=2"),
     ],
 )
 def test_config_that_fits_is_accepted(train, overrides):
@@ -44,6 +125,8 @@ def test_config_that_fits_is_accepted(train, overrides):
 
 
 REFUSED = [
+    *REFUSED_SCHEDULES,
+    *REFUSED_RAMPS,
     (
         ("layout.tensor_parallel_size=3",),
         "layout.tensor_parallel_size is 3, but model.num_attention_heads is 4; allowed: 1, 2, 4.",
@@ -195,3 +278,32 @@ def test_preparation_that_does_not_fit_is_refused(tmp_path, refusal, overrides):
 def test_preparation_that_fits_is_accepted(tmp_path, overrides):
     write_configs(tmp_path)
     validate_prepare(load_prepare_config(tmp_path / "prepare.yaml", overrides).config)
+
+
+@given(
+    start=st.integers(1, 24),
+    increment=st.integers(1, 12),
+    count=st.integers(1, 5),
+    replicas=st.integers(1, 6),
+    micro=st.integers(1, 6),
+)
+def test_ramp_is_accepted_exactly_when_every_level_fits_the_layout(
+    train, refusal, start, increment, count, replicas, micro
+):
+    levels = [start + number * increment for number in range(count + 1)]
+    loaded = train(
+        f"training.global_batch_size={levels[-1]}",
+        f"training.batch_size_ramp_start={start}",
+        f"training.batch_size_ramp_increment={increment}",
+        "training.batch_size_ramp_samples=50",
+        f"layout.data_parallel_size={replicas}",
+        f"training.micro_batch_size={micro}",
+    )
+    misfits = [size for size in levels if size % (replicas * micro) != 0]
+    if not misfits:
+        validate_train(loaded.config)
+        return
+    message = refusal(validate_train, loaded.config).message
+    assert any(
+        f"level of {size} samples" in message or f"global_batch_size is {size}" in message for size in misfits
+    ) or (f"global_batch_size = {levels[-1]}" in message)

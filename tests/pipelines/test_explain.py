@@ -27,7 +27,8 @@ def test_key_is_explained_for_a_person(explain):
     assert code == 0
     assert out.splitlines() == [
         "training.micro_batch_size",
-        "  samples of one forward pass of a data-parallel rank",
+        "  samples of one forward pass of a data-parallel rank; a step accumulates the gradients of global_batch_size "
+        "/ (data_parallel_size * micro_batch_size) passes, and how many changes neither loss nor weights",
         "  type     int",
         "  unit     samples",
         "  allowed  an integer >= 1",

@@ -176,11 +176,14 @@ def test_page_names_every_key_of_a_corpus(small_corpus: Path) -> None:
 
 @pytest.fixture(scope="module")
 def trained(small_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of three steps with two likelihood bounds and MLflow, its corpus read more than once."""
+    """A run of three steps of a batch-size ramp with a likelihood bound and MLflow, its corpus read more than once."""
     output_dir = tmp_path_factory.mktemp("runs")
     overrides = (
         f"training.steps={STEPS}",
-        "training.global_batch_size=20",
+        "training.global_batch_size=36",
+        "training.batch_size_ramp_start=12",
+        "training.batch_size_ramp_increment=12",
+        "training.batch_size_ramp_samples=24",
         "run.seed=9007199254740993",
         "data.shuffle_window_blocks=3",
         "objective.noise_schedule=cosine_md4",

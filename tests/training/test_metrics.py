@@ -47,10 +47,12 @@ def progress() -> Progress:
 
 
 def test_record_has_the_fields_of_the_format(config: TrainConfig) -> None:
-    fields = step_record(config, progress(), report(), learning_rate=1e-3, clock=PhaseClock()).fields
+    fields = step_record(
+        config, progress(), report(), learning_rate=1e-3, clock=PhaseClock(), global_batch_size=8
+    ).fields
     assert set(fields) == {
         *("step", "loss", "loss_terms", "nelbo_nats_per_token", "grad_norm", "learning_rate"),
-        *("consumed_samples", "consumed_tokens", "processed_tokens", "masked_tokens"),
+        *("global_batch_size", "consumed_samples", "consumed_tokens", "processed_tokens", "masked_tokens"),
         *("loss_by_noise_level", "masked_tokens_by_noise_level"),
         *("batch_digest", "content_digest", "seconds", "tokens_per_second", "mfu"),
     }
@@ -65,7 +67,26 @@ def test_record_has_the_fields_of_the_format(config: TrainConfig) -> None:
 
 
 def test_utilisation_is_unknown_where_the_peak_is_unknown(config: TrainConfig) -> None:
-    assert step_record(config, progress(), report(), learning_rate=1e-3, clock=PhaseClock()).fields["mfu"] is None
+    record = step_record(config, progress(), report(), learning_rate=1e-3, clock=PhaseClock(), global_batch_size=8)
+    assert record.fields["mfu"] is None
+
+
+def test_record_of_a_smaller_batch_counts_its_own_samples(config: TrainConfig) -> None:
+    """Within a batch-size ramp; the settings know only the last level."""
+    clock = PhaseClock()
+    clock.lap_step(report())
+    fields = step_record(
+        config,
+        progress(),
+        report(),
+        learning_rate=1e-3,
+        clock=clock,
+        global_batch_size=4,
+        token_seconds_at_peak=1e-5,
+    ).fields
+    assert fields["global_batch_size"] == 4
+    assert fields["batch_digest"] == batch_digest(20, 4)
+    assert fields["mfu"] == pytest.approx(2 * 4 * 128 * 1e-5 / sum(fields["seconds"].values()), rel=1e-3)
 
 
 def test_utilisation_counts_every_processed_token(config: TrainConfig) -> None:
@@ -73,7 +94,7 @@ def test_utilisation_counts_every_processed_token(config: TrainConfig) -> None:
     clock.lap("data")
     clock.lap_step(report())
     fields = step_record(
-        config, progress(), report(), learning_rate=1e-3, clock=clock, token_seconds_at_peak=1e-5
+        config, progress(), report(), learning_rate=1e-3, clock=clock, global_batch_size=8, token_seconds_at_peak=1e-5
     ).fields
     total = sum(fields["seconds"].values())
     assert fields["mfu"] == pytest.approx(2 * 8 * 128 * 1e-5 / total, rel=1e-3)

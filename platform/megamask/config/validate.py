@@ -4,37 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from megamask.config.identity import value_of
 from megamask.config.load import DEFAULT_ORIGIN, OVERRIDE_ORIGIN
+from megamask.config.problem import Problem, divisors, listed
 from megamask.config.schema.model import ModelConfig
 from megamask.config.schema.roots import PrepareConfig, TrainConfig
 from megamask.config.secrets import shown
+from megamask.config.validate_training import batch_problems, learning_rate_problems
 from megamask.errors import UsageError
 
 # The shape law: lengths are multiples of lcm(16, 2*cp*tp); cp is 1 as long as there is no context parallelism.
 _SHAPE_UNIT = 16
-# megatron-core counts the terms of a step's loss in int32 and stops dividing by a count that has wrapped.
-_MOST_TERMS = 2**31
 # The noise law numbers the draws of a row: 256 * draw + purpose is one 32-bit word.
 _MOST_DRAWS = 2**24
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Problem:
-    """A refusal in the making.
-
-    Args:
-        key: the key to change; its value and origin complete the message.
-        because: continues "KEY is VALUE, ..." and says why that cannot be.
-        allowed: what would do.
-    """
-
-    key: str
-    because: str
-    allowed: str
 
 
 def validate_train(config: TrainConfig, origins: Mapping[str, str] | None = None) -> None:
@@ -46,7 +30,8 @@ def validate_train(config: TrainConfig, origins: Mapping[str, str] | None = None
     Raises:
         UsageError: the first problem: key and value, why, what is allowed, where to change it.
     """
-    for check in (_not_built, _corpora, _shape, _model, _layout, _batch, _training):
+    checks = (_not_built, _corpora, _shape, _model, _layout, batch_problems, learning_rate_problems, _training)
+    for check in checks:
         for problem in check(config):
             raise _refusal(config, problem, origins)
 
@@ -70,7 +55,7 @@ def length_unit(tensor_parallel_size: int) -> int:
 def allowed_tensor_parallel_sizes(config: TrainConfig) -> list[int]:
     """The tensor-parallel sizes that divide everything which such ranks share, ascending."""
     shared = math.gcd(*(count for _, count in _shared_by_tensor_ranks(config)))
-    return [size for size in _divisors(shared) if config.training.sequence_length % length_unit(size) == 0]
+    return [size for size in divisors(shared) if config.training.sequence_length % length_unit(size) == 0]
 
 
 def _shared_by_tensor_ranks(config: TrainConfig) -> list[tuple[str, int]]:
@@ -83,27 +68,27 @@ def _shared_by_tensor_ranks(config: TrainConfig) -> list[tuple[str, int]]:
     ]
 
 
-def _not_built(config: TrainConfig) -> Iterator[_Problem]:
+def _not_built(config: TrainConfig) -> Iterator[Problem]:
     if config.precision.compute == "bf16":
-        yield _Problem(key="precision.compute", because="which is not built yet", allowed="fp32")
+        yield Problem(key="precision.compute", because="which is not built yet", allowed="fp32")
 
 
-def _corpora(config: TrainConfig) -> Iterator[_Problem]:
+def _corpora(config: TrainConfig) -> Iterator[Problem]:
     corpora = config.data.corpora
     if len(corpora) != 1:
-        yield _Problem(
+        yield Problem(
             key="data.corpora",
             because=f"which has {len(corpora)} entries; mixtures are not built yet",
             allowed="exactly one entry, name -> folder (data.corpora.NAME=null takes one away)",
         )
     for name, folder in corpora.items():
         if not folder:
-            yield _Problem(
+            yield Problem(
                 key="data.corpora", because=f"and its entry {name} names no folder", allowed="a corpus folder"
             )
 
 
-def _shape(config: TrainConfig) -> Iterator[_Problem]:
+def _shape(config: TrainConfig) -> Iterator[Problem]:
     tensor, length = config.layout.tensor_parallel_size, config.training.sequence_length
     if length % _SHAPE_UNIT != 0:
         yield _length_problem(
@@ -111,42 +96,42 @@ def _shape(config: TrainConfig) -> Iterator[_Problem]:
         )
 
 
-def _length_problem(key: str, length: int, unit: int, why: str) -> _Problem:
+def _length_problem(key: str, length: int, unit: int, why: str) -> Problem:
     below, above = length - length % unit, length - length % unit + unit
     nearest = f"{below} or {above}" if below else f"{above}"
-    return _Problem(
+    return Problem(
         key=key,
         because=f"which is not a multiple of {unit} = lcm({_SHAPE_UNIT}, {why})",
         allowed=f"a multiple of {unit}; the nearest are {nearest}",
     )
 
 
-def _model(config: TrainConfig) -> Iterator[_Problem]:
+def _model(config: TrainConfig) -> Iterator[Problem]:
     model = config.model
     heads, groups = model.num_attention_heads, effective_query_groups(model)
     if heads % groups != 0:
-        yield _Problem(
+        yield Problem(
             key="model.num_query_groups",
             because=f"but model.num_attention_heads is {heads}",
-            allowed=_listed(_divisors(heads)),
+            allowed=listed(divisors(heads)),
         )
     if model.head_dim is None and model.hidden_size % heads != 0:
-        yield _Problem(
+        yield Problem(
             key="model.num_attention_heads",
             because=f"but model.hidden_size is {model.hidden_size} and model.head_dim is null",
-            allowed=f"{_listed(_divisors(model.hidden_size))}; or set model.head_dim",
+            allowed=f"{listed(divisors(model.hidden_size))}; or set model.head_dim",
         )
     if model.head_dim is None and (model.hidden_size // heads) % 2 != 0:
-        yield _Problem(
+        yield Problem(
             key="model.hidden_size",
             because=f"which gives {heads} heads of {model.hidden_size // heads} channels; rotary positions need pairs",
             allowed=f"a multiple of {2 * heads}; or set an even model.head_dim",
         )
     if model.head_dim is not None and model.head_dim % 2 != 0:
-        yield _Problem(key="model.head_dim", because="but rotary positions need pairs", allowed="an even number")
+        yield Problem(key="model.head_dim", because="but rotary positions need pairs", allowed="an even number")
 
 
-def _layout(config: TrainConfig) -> Iterator[_Problem]:
+def _layout(config: TrainConfig) -> Iterator[Problem]:
     tensor, pipeline = config.layout.tensor_parallel_size, config.layout.pipeline_parallel_size
     length = config.training.sequence_length
     for key, count in _shared_by_tensor_ranks(config):
@@ -157,73 +142,35 @@ def _layout(config: TrainConfig) -> Iterator[_Problem]:
             config, f"but training.sequence_length is {length}, not a multiple of lcm({_SHAPE_UNIT}, 2 * {tensor})"
         )
     if config.model.num_layers % pipeline != 0:
-        yield _Problem(
+        yield Problem(
             key="layout.pipeline_parallel_size",
             because=f"but model.num_layers is {config.model.num_layers}",
-            allowed=_listed(_divisors(config.model.num_layers)),
+            allowed=listed(divisors(config.model.num_layers)),
         )
     if config.layout.sequence_parallel and tensor == 1:
-        yield _Problem(
+        yield Problem(
             key="layout.sequence_parallel",
             because="but layout.tensor_parallel_size is 1, so there are no ranks to share a sequence",
             allowed="false, or a layout.tensor_parallel_size above 1",
         )
 
 
-def _tensor_problem(config: TrainConfig, because: str) -> _Problem:
-    sizes = _listed(allowed_tensor_parallel_sizes(config))
-    return _Problem(key="layout.tensor_parallel_size", because=because, allowed=sizes)
+def _tensor_problem(config: TrainConfig, because: str) -> Problem:
+    sizes = listed(allowed_tensor_parallel_sizes(config))
+    return Problem(key="layout.tensor_parallel_size", because=because, allowed=sizes)
 
 
-def _batch(config: TrainConfig) -> Iterator[_Problem]:
-    """Of keys that do not fit the batch, the operational ones are to change: the batch makes the run what it is."""
-    replicas, micro = config.layout.data_parallel_size, config.training.micro_batch_size
-    total = config.training.global_batch_size
-    if total % replicas != 0:
-        yield _Problem(
-            key="layout.data_parallel_size",
-            because=f"but training.global_batch_size is {total}",
-            allowed=_listed(_divisors(total)),
-        )
-    elif total % (replicas * micro) != 0:
-        share = total // replicas
-        yield _Problem(
-            key="training.micro_batch_size",
-            because=f"but each of {replicas} data-parallel ranks has {share} of training.global_batch_size = {total}",
-            allowed=_listed(_divisors(share)),
-        )
-    views = 2 if config.objective.complementary else 1
-    if total * config.training.sequence_length * views >= _MOST_TERMS:
-        yield _Problem(
-            key="training.global_batch_size",
-            because=f"times {views} view(s) of {config.training.sequence_length} tokens exceeds what the engine counts",
-            allowed=f"at most {(_MOST_TERMS - 1) // (config.training.sequence_length * views)}",
-        )
-
-
-def _training(config: TrainConfig) -> Iterator[_Problem]:
-    training, optimizer = config.training, config.optimizer
+def _training(config: TrainConfig) -> Iterator[Problem]:
+    training = config.training
     if training.stop_after_step is not None and training.stop_after_step > training.steps:
-        yield _Problem(
+        yield Problem(
             key="training.stop_after_step",
             because=f"but training.steps is {training.steps}",
             allowed=f"1 to {training.steps}, or null",
         )
-    if optimizer.min_learning_rate > optimizer.learning_rate:
-        yield _Problem(
-            key="optimizer.min_learning_rate",
-            because=f"but optimizer.learning_rate is {optimizer.learning_rate}",
-            allowed=f"0 to {optimizer.learning_rate}",
-        )
-    if optimizer.min_learning_rate > 0 and optimizer.decay_steps == 0:
-        yield _Problem(
-            key="optimizer.min_learning_rate",
-            because="but optimizer.decay_steps is 0, so that the rate never falls",
-            allowed="0, or any rate with optimizer.decay_steps above 0",
-        )
     evaluation = config.evaluation
     if evaluation.draws * evaluation.replicates >= _MOST_DRAWS:
-        yield _Problem(
+        yield Problem(
             key="evaluation.draws",
             because=f"which times evaluation.replicates = {evaluation.replicates} is more than the noise law numbers",
             allowed=f"at most {(_MOST_DRAWS - 1) // evaluation.replicates}",
@@ -232,32 +179,32 @@ def _training(config: TrainConfig) -> Iterator[_Problem]:
     if capacity is None:
         return
     if capacity > length:
-        yield _Problem(
+        yield Problem(
             key="training.head_capacity",
             because=f"but a sample has training.sequence_length = {length} tokens to score",
             allowed=f"1 to {length}, or null",
         )
     if capacity < length and config.objective.complementary:
-        yield _Problem(
+        yield Problem(
             key="training.head_capacity",
             because=f"but objective.complementary scores every token of a full row, {length} of them, exactly once",
             allowed=f"{length} or null; less only with objective.complementary=false",
         )
 
 
-def _prepare(config: PrepareConfig) -> Iterator[_Problem]:
+def _prepare(config: PrepareConfig) -> Iterator[Problem]:
     corpus, tokenizer = config.corpus, config.corpus.tokenizer
     if not corpus.inputs or not all(corpus.inputs):
-        yield _Problem(key="corpus.inputs", because="which names no text", allowed="at least one path or glob")
+        yield Problem(key="corpus.inputs", because="which names no text", allowed="at least one path or glob")
     if not corpus.output_dir:
-        yield _Problem(key="corpus.output_dir", because="which names no folder", allowed="a folder")
+        yield Problem(key="corpus.output_dir", because="which names no folder", allowed="a folder")
     if corpus.sequence_length % _SHAPE_UNIT != 0:
         yield _length_problem("corpus.sequence_length", corpus.sequence_length, length_unit(1), "2")
     if not corpus.jsonl_text_key:
-        yield _Problem(key="corpus.jsonl_text_key", because="which is empty", allowed="a key of the .jsonl lines")
+        yield Problem(key="corpus.jsonl_text_key", because="which is empty", allowed="a key of the .jsonl lines")
     if (tokenizer.vocab_size is None) == (tokenizer.path is None):
         what = "both are set" if tokenizer.path is not None else "neither is set"
-        yield _Problem(
+        yield Problem(
             key="corpus.tokenizer.vocab_size",
             because=f"and corpus.tokenizer.path is {shown(tokenizer.path)}: {what}",
             allowed="exactly one of them: vocab_size trains a tokenizer, path loads one",
@@ -267,15 +214,15 @@ def _prepare(config: PrepareConfig) -> Iterator[_Problem]:
     for index, (name, token) in enumerate(zip(names, tokens, strict=True)):
         key = f"corpus.tokenizer.{name}"
         if not token:
-            yield _Problem(key=key, because="which is empty", allowed="a string that no other special token has")
+            yield Problem(key=key, because="which is empty", allowed="a string that no other special token has")
         if token in tokens[:index]:
             twin = names[tokens.index(token)]
-            yield _Problem(
+            yield Problem(
                 key=key, because=f"which corpus.tokenizer.{twin} is too", allowed="three special tokens that differ"
             )
 
 
-def _refusal(config: Any, problem: _Problem, origins: Mapping[str, str] | None) -> UsageError:
+def _refusal(config: Any, problem: Problem, origins: Mapping[str, str] | None) -> UsageError:
     value = shown(value_of(config, problem.key))
     return UsageError(
         f"{problem.key} is {value}, {problem.because}; allowed: {problem.allowed}. Nothing was started.",
@@ -294,12 +241,3 @@ def _where_to_change(key: str, origins: Mapping[str, str] | None) -> str | None:
     if origin == DEFAULT_ORIGIN:
         return f"{key} stands at its default; set it in the config or as {key}=..."
     return f"change {key} in {origin}"
-
-
-def _divisors(number: int) -> list[int]:
-    small = [size for size in range(1, math.isqrt(number) + 1) if number % size == 0]
-    return sorted({*small, *(number // size for size in small)})
-
-
-def _listed(numbers: list[int]) -> str:
-    return ", ".join(map(str, numbers))

@@ -19,6 +19,7 @@ _STEP_METRICS = (
     "nelbo_nats_per_token",
     "grad_norm",
     "learning_rate",
+    "global_batch_size",
     "consumed_samples",
     "consumed_tokens",
     "processed_tokens",

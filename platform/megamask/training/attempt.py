@@ -123,6 +123,7 @@ class Attempt(AttemptView):
                 "data_parallel_size": self._config.layout.data_parallel_size,
                 "sequence_parallel": self._config.layout.sequence_parallel,
             },
+            num_micro_batches=self._num_micro_batches(),
             code_version=code_version(),
             libraries=library_versions(),
             resumed_from=resumed,
@@ -131,6 +132,11 @@ class Attempt(AttemptView):
         if self.sink is not None:
             self.sink.start()
             self._is_tracked = True
+
+    def _num_micro_batches(self) -> int:
+        """Passes whose gradients a data-parallel rank accumulates in a step of training.global_batch_size samples."""
+        training = self._config.training
+        return training.global_batch_size // (self._config.layout.data_parallel_size * training.micro_batch_size)
 
     def running(self, step: int) -> None:
         """Replaces status.json by phase running at this step."""

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Protocol
 from megamask.config.schema.roots import TrainConfig
 from megamask.data.loader import Batch, Loader
 from megamask.resilience.numerics import numerics_error
+from megamask.training.batch_size import batch_size_at
 from megamask.training.metrics import PhaseClock, StepRecord, step_record
 from megamask.training.progress import Progress
 from megamask.training.schedules import learning_rate
@@ -42,10 +43,11 @@ class TrainingRun:
 
     def next_batch(self) -> Batch:
         """This rank's share of the next global batch, arithmetic on consumed_samples; the one after is read ahead."""
-        size = self.config.training.global_batch_size
-        members = self.engine.members(size)
-        batch = self.loader.batch(self.progress.consumed_samples, size, members)
-        self.loader.prefetch(self.progress.consumed_samples + size, size, members)
+        training, first = self.config.training, self.progress.consumed_samples
+        size = batch_size_at(first, training)
+        batch = self.loader.batch(first, size, self.engine.members(size))
+        next_size = batch_size_at(first + size, training)
+        self.loader.prefetch(first + size, next_size, self.engine.members(next_size))
         return batch
 
 
@@ -56,10 +58,10 @@ def train(run: TrainingRun) -> StopReason:
         NumericsError: a loss or a gradient is not finite, on every rank alike; the network was not updated.
     """
     training, progress, clock = run.config.training, run.progress, PhaseClock()
-    size = training.global_batch_size
     while (reason := run.stop.agreed(progress.step)) is StopReason.NONE:
         step = progress.step + 1
-        rate = learning_rate(step, run.config.optimizer, training.steps)
+        size = batch_size_at(progress.consumed_samples, training)
+        rate = learning_rate(step, run.config.optimizer, training)
         clock.lap("other")
         batch = run.next_batch()
         clock.lap("data")
@@ -77,6 +79,7 @@ def train(run: TrainingRun) -> StopReason:
             run.config,
             progress,
             report,
+            global_batch_size=size,
             learning_rate=rate,
             clock=clock,
             token_seconds_at_peak=run.token_seconds_at_peak,

@@ -56,6 +56,7 @@ def step_record(
     progress: Progress,
     report: StepReport,
     *,
+    global_batch_size: int,
     learning_rate: float,
     clock: PhaseClock,
     token_seconds_at_peak: float | None = None,
@@ -63,13 +64,13 @@ def step_record(
     """The record of the step that progress has just counted.
 
     Args:
+        global_batch_size: samples of this step.
         token_seconds_at_peak: what one processed position would take if all ranks' devices ran at their named peak,
             bidirectional attention counted in full; None where the peak is not known, and mfu is null.
     """
-    size = config.training.global_batch_size
     seconds = clock.take()
     total = sum(seconds.values())
-    processed = size * config.training.sequence_length * (2 if config.objective.complementary else 1)
+    processed = global_batch_size * config.training.sequence_length * (2 if config.objective.complementary else 1)
     mfu = None
     if token_seconds_at_peak is not None and total > 0:
         mfu = processed * token_seconds_at_peak / total
@@ -81,12 +82,13 @@ def step_record(
         "loss_by_noise_level": report.loss_by_noise_level,
         "grad_norm": report.grad_norm,
         "learning_rate": learning_rate,
+        "global_batch_size": global_batch_size,
         "consumed_samples": progress.consumed_samples,
         "consumed_tokens": progress.consumed_tokens,
         "processed_tokens": progress.processed_tokens,
         "masked_tokens": report.masked_tokens,
         "masked_tokens_by_noise_level": report.masked_tokens_by_noise_level,
-        "batch_digest": batch_digest(progress.consumed_samples - size, size),
+        "batch_digest": batch_digest(progress.consumed_samples - global_batch_size, global_batch_size),
         "content_digest": content_digest(report.content_sum),
         "seconds": seconds,
         "tokens_per_second": report.num_eligible / total if total > 0 else None,

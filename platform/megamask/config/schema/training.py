@@ -18,9 +18,33 @@ class TrainingConfig:
         minimum=1,
         unit="steps",
     )
-    global_batch_size: int = identity("samples of one optimizer step, all ranks together", minimum=1, unit="samples")
+    global_batch_size: int = identity(
+        "samples of one optimizer step, all ranks together; under a ramp, of its last level", minimum=1, unit="samples"
+    )
+    batch_size_ramp_start: int | None = identity(
+        "samples of the first steps, from which the batch grows to global_batch_size; null switches the ramp off",
+        default=None,
+        minimum=1,
+        unit="samples",
+    )
+    batch_size_ramp_increment: int | None = identity(
+        "samples that the batch grows by from one level of the ramp to the next",
+        default=None,
+        minimum=1,
+        unit="samples",
+    )
+    batch_size_ramp_samples: int | None = identity(
+        "samples of the ramp, shared equally by the levels below the last, each share rounded up to whole batches",
+        default=None,
+        minimum=1,
+        unit="samples",
+    )
     micro_batch_size: int = operational(
-        "samples of one forward pass of a data-parallel rank", default=1, minimum=1, unit="samples"
+        "samples of one forward pass of a data-parallel rank; a step accumulates the gradients of global_batch_size / "
+        "(data_parallel_size * micro_batch_size) passes, and how many changes neither loss nor weights",
+        default=1,
+        minimum=1,
+        unit="samples",
     )
     sequence_length: int = identity("tokens of a row", minimum=1, unit="tokens")
     head_capacity: int | None = operational(
