@@ -37,7 +37,7 @@ def test_step_gives_a_point_for_every_number() -> None:
         Memory(),
     )
     points = {point.key: point for point in update.points}
-    assert points.keys() == {"loss", "grad_norm", "consumed_tokens", "seconds.data", "loss.nelbo"}
+    assert points.keys() == {"loss", "grad_norm", "consumed_tokens", "seconds/data", "loss_terms/nelbo"}
     assert points["loss"] == Point("loss", 2.0, TIME_MS, 3)
     assert math.isnan(points["grad_norm"].value)
     assert points["consumed_tokens"].value == 12.0
@@ -47,8 +47,8 @@ def test_evaluation_gives_its_numbers_only() -> None:
     fields = {"nelbo_nats_per_token": 5.0, "standard_error": "inf", "split": "validation", "is_final": True}
     update = update_of([record("evaluation", step=2, **fields)], Memory())
     assert {point.key: point.value for point in update.points} == {
-        "evaluation.nelbo_nats_per_token": 5.0,
-        "evaluation.standard_error": math.inf,
+        "evaluation/nelbo_nats_per_token": 5.0,
+        "evaluation/standard_error": math.inf,
     }
 
 
@@ -60,16 +60,14 @@ def test_repeated_step_is_told_once_over_processes() -> None:
     assert [(point.key, point.step) for point in update.points] == [("loss", 4)]
 
 
-def test_repeated_commit_still_sets_its_tags() -> None:
+def test_repeated_commit_is_a_checkpoint_of_its_own() -> None:
     memory = Memory()
-    update_of([record("checkpoint_committed", step=2, digest="first")], memory)
-    update = update_of([record("checkpoint_committed", step=2, digest="second")], memory)
-    assert update.points == []
-    assert update.tags == {
-        "megamask.last_commit.step": "2",
-        "megamask.last_commit.digest": "second",
-        "megamask.commit.step-00000002": "second",
-    }
+    update_of([record("checkpoint_committed", step=2, checkpoint="step-00000002-a0001", digest="first")], memory)
+    update = update_of(
+        [record("checkpoint_committed", step=2, checkpoint="step-00000002-a0002", digest="second")], memory
+    )
+    assert [entry.checkpoint for entry in update.checkpoints] == ["step-00000002-a0002"]
+    assert update.tags == {"megamask.last_commit.step": "2", "megamask.last_commit.digest": "second"}
 
 
 @pytest.mark.parametrize(

@@ -23,8 +23,8 @@ class Position:
     offset: int = 0
 
 
-def read_new(run_dir: Path, position: Position) -> tuple[list[Record], Position]:
-    """The next records after a position, about 1 MiB at most, and the position after them.
+def read_new(run_dir: Path, position: Position, *, max_bytes: int = _READ_BYTES) -> tuple[list[Record], Position]:
+    """The next records after a position, about `max_bytes` at most, and the position after them.
 
     Damaged lines are left out. A line without its end is left for the next call while its file is the newest; once a
     newer file exists it is a torn one, which the journal cuts off, and is passed over.
@@ -39,20 +39,20 @@ def read_new(run_dir: Path, position: Position) -> tuple[list[Record], Position]
         if not files:
             return [], position
         index, position = 0, Position(file=files[0].path.name)
-    data = _complete_lines(files[index], position.offset)
+    data = _complete_lines(files[index], position.offset, max_bytes)
     if not data and index + 1 < len(files):
         index, position = index + 1, Position(file=files[index + 1].path.name)
-        data = _complete_lines(files[index], 0)
+        data = _complete_lines(files[index], 0, max_bytes)
     records = [record for record in map(parse, data.splitlines()) if record is not None]
     return records, Position(file=files[index].path.name, offset=position.offset + len(data))
 
 
-def _complete_lines(file: JournalFile, offset: int) -> bytes:
+def _complete_lines(file: JournalFile, offset: int, max_bytes: int) -> bytes:
     with file.path.open("rb") as stream:
         stream.seek(offset)
-        data = stream.read(_READ_BYTES)
+        data = stream.read(max_bytes)
         end = data.rfind(b"\n") + 1
-        while end == 0 and (more := stream.read(_READ_BYTES)):  # one line longer than a piece
+        while end == 0 and (more := stream.read(max_bytes)):  # one line longer than a piece
             data += more
             end = data.rfind(b"\n") + 1
     return data[:end]

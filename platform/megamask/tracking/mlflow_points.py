@@ -1,16 +1,34 @@
-"""What of a journal MLflow is told: metrics, tags and the run's status. Pure: nothing here knows MLflow.
+"""What of a journal MLflow is told: metrics, tags, entries and the run's status. Pure: nothing here knows MLflow.
 
 MLflow keeps every value that it is given, and a point sent twice with the same time and value once. So a point's time
 is its record's, and a step that a later attempt repeats is not sent again: the noise law makes it the same step.
+
+A name before the last "/" is the section in which MLflow draws a metric.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from datetime import datetime
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 from megamask.tracking.journal_reader import Record
+from megamask.tracking.mlflow_entries import (
+    DAMAGED,
+    PRUNED,
+    STATE_TAG,
+    CheckpointEntry,
+    DatasetEntry,
+    Point,
+    checkpoint_of,
+    datasets_of,
+    is_special,
+    milliseconds,
+    number,
+    preview_of,
+)
+
+__all__ = ["Memory", "Point", "RunStatus", "Update", "milliseconds", "status_after_exit", "update_of"]
 
 RunStatus = Literal["RUNNING", "FINISHED", "KILLED", "FAILED"]
 
@@ -26,17 +44,12 @@ _STEP_METRICS = (
     "masked_tokens",
     "tokens_per_second",
     "mfu",
+    "global_batch_size",
 )
+_TERMS = ("seconds", "loss_terms")
+_STREAMS = frozenset({"step", "evaluation", "checkpoint_committed", "sample_preview"})
+_BY_NOISE_LEVEL = ("loss_by_noise_level", "masked_tokens_by_noise_level")
 _ASKED_TO_STOP = frozenset({75, 93, 130})
-
-
-class Point(NamedTuple):
-    """One value of a metric; the time is in milliseconds since 1970."""
-
-    key: str
-    value: float
-    timestamp_ms: int
-    step: int
 
 
 @dataclass(kw_only=True)
@@ -54,33 +67,79 @@ class Memory:
 
 @dataclass(kw_only=True)
 class Update:
-    """What some records change: points to add, tags to set, and the last status that they imply with its time."""
+    """What some records change.
+
+    Args:
+        points: to add.
+        tags: to set.
+        datasets: what the run reads.
+        checkpoints: commits to enter.
+        marks: tags to set on commits that stand there already, by folder name.
+        texts: artifacts, by path.
+        status: the last one that the records imply, if any, with its time.
+    """
 
     points: list[Point] = field(default_factory=list)
     tags: dict[str, str] = field(default_factory=dict)
+    datasets: list[DatasetEntry] = field(default_factory=list)
+    checkpoints: list[CheckpointEntry] = field(default_factory=list)
+    marks: dict[str, dict[str, str]] = field(default_factory=dict)
+    texts: dict[str, str] = field(default_factory=dict)
     status: RunStatus | None = None
     status_time_ms: int = 0
 
 
-def update_of(records: list[Record], memory: Memory) -> Update:
-    """Reads records in order; `memory` is changed to what they leave behind."""
+def update_of(records: list[Record], memory: Memory, kept_times: Mapping[int, int] | None = None) -> Update:
+    """Reads records in order; `memory` is changed to what they leave behind.
+
+    Args:
+        kept_times: time of the point that MLflow holds, by step, where the memory was lost: a record of such a step
+            with another time is the repetition.
+    """
     update = Update()
     for record in records:
         kind = record["kind"]
-        step = record.get("step")
-        if kind in ("step", "evaluation", "checkpoint_committed") and isinstance(step, int):
-            if kind == "checkpoint_committed":
-                update.tags.update(_commit_tags(record))
-            stream = f"evaluation:{record['split']}" if kind == "evaluation" and "split" in record else kind
-            if step > memory.sent_through.get(stream, -1):
-                memory.sent_through[stream] = step
-                update.points.extend(_points(record))
+        if kind in _STREAMS and isinstance(record.get("step"), int):
+            _add_by_step(update, record, memory, kept_times or {})
         elif kind == "attempt_started":
             update.tags["megamask.attempts"] = str(record.get("attempt"))
+            update.datasets.extend(datasets_of(record))
+            update.points.extend(_start_points(record))
+        elif kind == "checkpoint_pruned":
+            marks = {STATE_TAG: PRUNED, "megamask.pruned_at_step": str(record.get("step"))}
+            update.marks.setdefault(str(record.get("checkpoint")), {}).update(marks)
+        elif kind == "incident" and record.get("incident") == "checkpoint_damaged":
+            marks = {STATE_TAG: DAMAGED, "megamask.problem": str(record.get("problem"))}
+            update.marks.setdefault(str(record.get("checkpoint")), {}).update(marks)
         status = _status_after(record, memory)
         if status is not None:
             update.status, update.status_time_ms = status, milliseconds(record["time"])
     return update
+
+
+def status_after_exit(exit_code: int | None, *, is_done: bool) -> RunStatus:
+    """The status that an attempt's end leaves behind; None is a death that left no exit code."""
+    if exit_code == 0:
+        return "FINISHED" if is_done else "KILLED"
+    return "KILLED" if exit_code in _ASKED_TO_STOP else "FAILED"
+
+
+def _add_by_step(update: Update, record: Record, memory: Memory, kept_times: Mapping[int, int]) -> None:
+    kind, step = record["kind"], record["step"]
+    if kind == "checkpoint_committed":  # each attempt's commit is a checkpoint of its own
+        update.checkpoints.append(checkpoint_of(record))
+        update.tags["megamask.last_commit.step"] = str(step)
+        update.tags["megamask.last_commit.digest"] = str(record.get("digest"))
+        return
+    stream = f"evaluation:{record['split']}" if kind == "evaluation" and "split" in record else kind
+    if step <= memory.sent_through.get(stream, -1):
+        return
+    memory.sent_through[stream] = step
+    if kind == "sample_preview":
+        path, text = preview_of(record)
+        update.texts[path] = text
+    elif kind != "step" or kept_times.get(step, milliseconds(record["time"])) == milliseconds(record["time"]):
+        update.points.extend(_points(record))
 
 
 def _status_after(record: Record, memory: Memory) -> RunStatus | None:
@@ -97,59 +156,38 @@ def _status_after(record: Record, memory: Memory) -> RunStatus | None:
         return "FINISHED"
     if kind != "attempt_ended":
         return None
-    code = record.get("exit_code")
-    if code == 0:
-        is_done = memory.is_completed or record.get("phase") == "done"
-        return "FINISHED" if is_done else "KILLED"
-    return "KILLED" if code in _ASKED_TO_STOP else "FAILED"
+    return status_after_exit(record.get("exit_code"), is_done=memory.is_completed or record.get("phase") == "done")
 
 
 def _points(record: Record) -> list[Point]:
-    kind = record["kind"]
     values: dict[str, Any]
-    if kind == "step":
+    if record["kind"] == "step":
         values = {key: record.get(key) for key in _STEP_METRICS}
-        values |= {f"seconds.{phase}": value for phase, value in _object(record.get("seconds")).items()}
-        values |= {f"loss.{term}": value for term, value in _object(record.get("loss_terms")).items()}
-    elif kind == "evaluation":
-        skipped = ("seq", "step")
-        values = {f"evaluation.{key}": value for key, value in record.items() if key not in skipped}
-        values = {key: value for key, value in values.items() if not isinstance(value, str) or _is_special(value)}
+        for name in _TERMS:
+            values |= {f"{name}/{term}": value for term, value in _object(record.get(name)).items()}
+        for name in _BY_NOISE_LEVEL:
+            levels = record.get(name) or []
+            values |= {f"{name}/{k / 10:.1f}-{(k + 1) / 10:.1f}": value for k, value in enumerate(levels)}
     else:
-        values = {"checkpoint.step": record["step"], "checkpoint.stall_s": record.get("stall_s")}
+        skipped = ("seq", "step")
+        values = {f"evaluation/{key}": value for key, value in record.items() if key not in skipped}
+        values = {key: value for key, value in values.items() if not isinstance(value, str) or is_special(value)}
+    return _numbers(values, record, record["step"])
+
+
+def _start_points(record: Record) -> list[Point]:
+    """How long an attempt took to its first step, at the step that it resumed from."""
+    step = _object(record.get("resumed_from")).get("step", 0)
+    phases = {"restore": record.get("restore_s")} | _object(record.get("startup_s"))
+    return _numbers({f"startup_s/{phase}": value for phase, value in phases.items()}, record, step)
+
+
+def _numbers(values: Mapping[str, Any], record: Record, step: int) -> list[Point]:
     time = milliseconds(record["time"])
     return [
-        Point(key, number, time, record["step"])
-        for key, value in values.items()
-        if (number := _number(value)) is not None
+        Point(key, value_of, time, step) for key, value in values.items() if (value_of := number(value)) is not None
     ]
-
-
-def _commit_tags(record: Record) -> dict[str, str]:
-    digest = str(record.get("digest"))
-    step = record["step"]
-    return {
-        "megamask.last_commit.step": str(step),
-        "megamask.last_commit.digest": digest,
-        f"megamask.commit.step-{step:08d}": digest,
-    }
-
-
-def milliseconds(time: str) -> int:
-    """A journal's time as milliseconds since 1970, cut off, so that the same record always gives the same point."""
-    moment = datetime.fromisoformat(time)
-    return int(moment.timestamp()) * 1000 + moment.microsecond // 1000
 
 
 def _object(value: Any) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
-
-
-def _is_special(value: str) -> bool:
-    return value in ("nan", "inf", "-inf")
-
-
-def _number(value: Any) -> float | None:
-    if isinstance(value, bool) or not isinstance(value, int | float | str):
-        return None
-    return float(value) if not isinstance(value, str) or _is_special(value) else None

@@ -1,17 +1,27 @@
-"""tracking/mlflow.json: which MLflow run a run is, and how far its journal was sent."""
+"""tracking/mlflow.json: which MLflow run a run is, and how far its journal was sent; and who may send just now."""
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import fcntl
 import json
+import os
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from megamask.storage.durable import write_atomic
+from megamask.storage.durable import storage_errors, write_atomic
 from megamask.tracking.journal_tail import Position
 from megamask.tracking.mlflow_points import Memory
 
 FORMAT = "megamask-mlflow"
 VERSION = 1
+_NO_LOCKS = frozenset({errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL})
+
+
+class BusyError(Exception):
+    """Another process is sending this run's journal just now."""
 
 
 @dataclass(kw_only=True)
@@ -32,6 +42,11 @@ class SinkState:
     position: Position = field(default_factory=Position)
     memory: Memory = field(default_factory=Memory)
     artifacts: list[str] = field(default_factory=list)
+
+    @property
+    def target(self) -> tuple[str, str, str]:
+        """What tells one place of a run in MLflow from another."""
+        return self.uri, self.experiment_id, self.run_id
 
 
 def state_path(run_dir: Path) -> Path:
@@ -64,6 +79,35 @@ def save_state(run_dir: Path, state: SinkState) -> None:
         StorageError: the storage refused; the old state is intact.
     """
     path = state_path(run_dir)
-    path.parent.mkdir(exist_ok=True)
+    with storage_errors(f"creating {path.parent}"):
+        path.parent.mkdir(exist_ok=True)
     content = {"format": FORMAT, "version": VERSION, **asdict(state)}
     write_atomic(path, json.dumps(content, indent=1).encode() + b"\n")
+
+
+@contextlib.contextmanager
+def sending(run_dir: Path) -> Iterator[None]:
+    """Holds tracking/mlflow.lock, so that a training and a `megamask sync` take turns; a dead holder holds nothing.
+
+    Where the file system knows no locks, nothing is held: what both send is the same and stands in MLflow once, but a
+    commit may be entered twice until one of them looks again.
+
+    Raises:
+        BusyError: another process holds it.
+        StorageError: the file cannot be made.
+    """
+    path = state_path(run_dir).with_suffix(".lock")
+    with storage_errors(f"opening {path}"):
+        path.parent.mkdir(exist_ok=True)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise BusyError(f"another process holds {path}") from error
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+        yield
+    finally:
+        os.close(descriptor)

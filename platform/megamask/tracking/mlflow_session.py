@@ -1,0 +1,156 @@
+"""Sending a run's journal to MLflow piece by piece, from the place that tracking/mlflow.json remembers.
+
+The state is read again before each piece and replaced after it, under a lock: a training and a `megamask sync`, or two
+of them, take turns and go on where the other one stopped. Whatever happens between sending a piece and remembering it,
+sending it again changes nothing.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from megamask.config.schema.tracking import MLflowConfig
+from megamask.tracking.journal_reader import read_journal
+from megamask.tracking.journal_tail import Position, read_new
+from megamask.tracking.mlflow_client import MLflowRun, open_run
+from megamask.tracking.mlflow_points import Memory, RunStatus, Update, milliseconds, update_of
+from megamask.tracking.mlflow_state import SinkState, load_state, save_state, sending
+from megamask.tracking.mlflow_store import place_of, shown_uri
+
+# One piece is a few requests, so that a server that answers only now and then still gets on.
+_PIECE_BYTES = 1 << 17
+
+
+class Session:
+    """A connection that knows its MLflow run and what was sent to it. Use `Session.open`.
+
+    Args:
+        keeps_state: the state is stored; a sync to another server than the run's own leaves the file alone.
+        kept_times: see `mlflow_points.update_of`.
+    """
+
+    def __init__(
+        self, run: MLflowRun, run_dir: Path, state: SinkState, *, keeps_state: bool, kept_times: dict[int, int]
+    ) -> None:
+        self.run = run
+        self._run_dir = run_dir
+        self._state = state
+        self._keeps_state = keeps_state
+        self._kept_times = kept_times
+
+    @classmethod
+    def open(cls, run_dir: Path, config: MLflowConfig, *, keeps_foreign_state: bool = False) -> Session:
+        """Finds the run in MLflow or creates it, and describes it there.
+
+        Args:
+            keeps_foreign_state: a stored state of another server stays as it is, and this session's is not stored.
+
+        Raises:
+            BusyError: another process is sending just now.
+            Exception: whatever MLflow, its database or the network raise.
+        """
+        record = json.loads((run_dir / "run.json").read_bytes())
+        uri = shown_uri(place_of(run_dir, config).uri)
+        with sending(run_dir):
+            stored = load_state(run_dir)
+            is_here = stored is not None and stored.uri == uri
+            first = next(read_journal(run_dir), None)  # MLflow may come late: the run began with its first line
+            run, is_known = open_run(
+                run_dir,
+                config,
+                run_id=str(record["run_id"]),
+                known=(stored.experiment_id, stored.run_id) if stored is not None and is_here else None,
+                start_ms=None if first is None else milliseconds(first["time"]),
+            )
+            keeps_state = stored is None or is_here or not keeps_foreign_state
+            kept_times: dict[int, int] = {}
+            if stored is not None and is_known:
+                state = stored
+            else:  # the file or the run was lost: what the run's tag finds is sent to anew
+                state = SinkState(uri=uri, experiment_id=run.experiment_id, run_id=run.run_id)
+                kept_times = {point.step: point.timestamp_ms for point in run.history("loss")}
+            session = cls(run, run_dir, state, keeps_state=keeps_state, kept_times=kept_times)
+            session._describe(record)
+            session._save()
+        return session
+
+    def send_new(self) -> int:
+        """Sends every record that was added since the last call, remembering the place after each piece.
+
+        Returns:
+            How many records were sent.
+
+        Raises:
+            BusyError: another process is sending just now.
+            Exception: whatever MLflow, its database or the network raise.
+        """
+        num_sent = 0
+        while True:
+            with sending(self._run_dir):
+                self._read_state()
+                records, position = read_new(self._run_dir, self._state.position, max_bytes=_PIECE_BYTES)
+                if position == self._state.position:
+                    self._send_configs()
+                    return num_sent
+                self._send(update_of(records, self._state.memory, self._kept_times))
+                self._state.position = position
+                self._save()
+            num_sent += len(records)
+
+    def forget(self) -> None:
+        """Begins with the journal's first line again: MLflow lost something that it had taken."""
+        with sending(self._run_dir):
+            self._state.position, self._state.memory, self._state.artifacts = Position(), Memory(), []
+            self._kept_times = {point.step: point.timestamp_ms for point in self.run.history("loss")}
+            self._save()
+
+    def end(self, status: RunStatus, time_ms: int) -> None:
+        """Sets the status that an attempt without a last line leaves behind."""
+        with sending(self._run_dir):
+            self.run.set_status(status, time_ms)
+
+    def _read_state(self) -> None:
+        """Adopts what another process has sent meanwhile to the same run."""
+        stored = load_state(self._run_dir) if self._keeps_state else None
+        if stored is not None and stored.target == self._state.target:
+            self._state = stored
+
+    def _save(self) -> None:
+        if self._keeps_state:
+            save_state(self._run_dir, self._state)
+
+    def _describe(self, record: dict[str, Any]) -> None:
+        """Parameters and tags from run.json."""
+        self.run.log_params(record.get("identity", {}))
+        tags = {
+            "megamask.run_dir": str(self._run_dir),
+            "megamask.code_version": record.get("code_version"),
+            "megamask.tokenizer_digest": record.get("tokenizer_digest"),
+        }
+        tags |= {f"megamask.corpus.{name}": value for name, value in record.get("corpora", {}).items()}
+        tags |= {f"megamask.{name}": value for name, value in record.get("extendable", {}).items()}
+        self.run.set_tags(tags)
+
+    def _send(self, update: Update) -> None:
+        run = self.run
+        run.log_points(update.points)
+        run.set_tags(update.tags)
+        run.log_datasets(update.datasets)
+        for entry in update.checkpoints:
+            run.log_checkpoint(entry, self._run_dir / entry.location / "COMMIT.json")
+        for checkpoint, tags in update.marks.items():
+            run.mark_checkpoint(checkpoint, tags)
+        for path, text in update.texts.items():
+            run.log_text(path, text)
+        if update.status is not None:
+            run.set_status(update.status, update.status_time_ms)
+
+    def _send_configs(self) -> None:
+        """Each attempt's config, once."""
+        for path in sorted((self._run_dir / "config").glob("attempt-*.yaml")):
+            if path.name not in self._state.artifacts:
+                self.run.log_file(path, "config")
+                self._state.artifacts.append(path.name)
+                self._save()

@@ -1,0 +1,125 @@
+"""Where the MLflow store of a run is, how a local one appears whole, and what of its address may be shown."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import secrets
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import parse_qsl, unquote, urlsplit
+
+from megamask.config.schema.tracking import MLflowConfig
+from megamask.config.secrets import resolve_secret
+
+URI_KEY = "tracking.mlflow.uri"
+_SQLITE = "sqlite:///"
+_SHORTEST_SECRET = 4  # a shorter piece of a URI would hide ordinary text
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """A tracking store.
+
+    Args:
+        uri: as MLflow takes it; may hold a credential.
+        artifacts: where artifacts go, or None where the server decides.
+        database: the local file to make if it is not there.
+    """
+
+    uri: str
+    artifacts: str | None = None
+    database: Path | None = None
+
+
+def place_of(run_dir: Path, config: MLflowConfig) -> Place:
+    """The store of a run: tracking.mlflow.uri, or a SQLite file beside the run directories.
+
+    Raises:
+        UsageError: the uri is env:NAME and that variable is not set.
+    """
+    if config.uri is None:
+        database = run_dir.parent / "mlflow.db"
+        artifacts = (run_dir.parent / "mlartifacts").as_uri()
+        return Place(uri=f"{_SQLITE}{database}", artifacts=artifacts, database=database)
+    uri = resolve_secret(URI_KEY, config.uri)
+    if not uri.startswith(_SQLITE):
+        return Place(uri=uri)
+    database = Path(uri.removeprefix(_SQLITE).partition("?")[0]).absolute()
+    return Place(uri=uri, artifacts=(database.parent / "mlartifacts").as_uri(), database=database)
+
+
+def create_database(database: Path, make: Callable[[str], None]) -> None:
+    """Makes the schema in a file of its own and shows it whole: runs that start at once cannot meet a half-made one.
+
+    Args:
+        make: writes the schema to a SQLite uri.
+    """
+    _sweep_unfinished(database)
+    temporary = database.with_name(f".{database.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
+    try:
+        make(f"{_SQLITE}{temporary}")
+        with contextlib.suppress(FileExistsError):  # another run was first: its file holds
+            os.link(temporary, database)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _sweep_unfinished(database: Path) -> None:
+    """Removes what a process that died while making the schema left behind."""
+    for path in database.parent.glob(f".{database.name}.*.tmp*"):
+        pid = path.name.removeprefix(f".{database.name}.").partition(".")[0]
+        if not (pid.isdecimal() and Path("/proc", pid).exists()):
+            path.unlink(missing_ok=True)
+
+
+def prepare_environment(*, timeout_s: int, retries: int) -> None:
+    """Tells MLflow's client how patient to be, before it is imported; what the user has set stays."""
+    for name, value in environment(timeout_s=timeout_s, retries=retries).items():
+        os.environ.setdefault(name, value)
+
+
+def environment(*, timeout_s: int, retries: int) -> dict[str, str]:
+    """The variables of MLflow's client that this program cares about."""
+    return {
+        "MLFLOW_HTTP_REQUEST_MAX_RETRIES": str(retries),
+        "MLFLOW_HTTP_REQUEST_TIMEOUT": str(timeout_s),
+        "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
+        "MLFLOW_TRUNCATE_LONG_VALUES": "false",  # a value cut in silence is a wrong value
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+        "MLFLOW_LOGGING_LEVEL": "ERROR",
+    }
+
+
+def silence() -> None:
+    """Keeps the warnings of MLflow and its database off the terminal; its errors arrive as exceptions."""
+    for name in ("alembic", "mlflow", "urllib3.connectionpool"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module=r"(mlflow|alembic|sqlalchemy)(\.|$)")
+
+
+def shown_uri(uri: str) -> str:
+    """A tracking uri without user, password, query and fragment."""
+    parts = urlsplit(uri)
+    host = parts.netloc.rpartition("@")[2]
+    return parts._replace(netloc=host, query="", fragment="").geturl() if parts.netloc else uri.partition("?")[0]
+
+
+def without_credentials(text: str, uri: str) -> str:
+    """A text of others that may quote a uri or its parts, with those that may hold a credential hidden."""
+    text = text.replace(uri, shown_uri(uri))
+    for piece in sorted(_secret_pieces(uri), key=len, reverse=True):
+        text = text.replace(piece, "***")
+    return text
+
+
+def _secret_pieces(uri: str) -> Iterator[str]:
+    parts = urlsplit(uri)
+    user = parts.netloc.rpartition("@")[0]
+    yield from (piece for piece in (user, parts.query, parts.fragment) if piece)
+    values = [user.partition(":")[2] or user, *(value for _, value in parse_qsl(parts.query))]
+    for value in values:
+        yield from {piece for piece in (value, unquote(value)) if len(piece) >= _SHORTEST_SECRET}
