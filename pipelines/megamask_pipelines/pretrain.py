@@ -27,6 +27,7 @@ from megamask.resilience.signals import StopRequest
 from megamask.storage.durable import storage_errors
 from megamask.training.attempt import Attempt, AttemptView
 from megamask.training.checkpointing import CheckpointCommitter
+from megamask.training.datasets import described_datasets
 from megamask.training.evaluating import open_validation, validation_measure
 from megamask.training.hooks import PeriodicCheckpoint, PeriodicEvaluation, StatusFile, StepJournal
 from megamask.training.loop import Hook, TrainingRun, train
@@ -202,6 +203,7 @@ class Job:
             self._attempt.started(
                 world_size=engine.world_size,
                 device=device,
+                datasets=described_datasets({"train": self._corpora.train, "validation": self._corpora.validation}),
                 resumed=None
                 if commit is None
                 else {"step": commit.step, "checkpoint": commit.folder.name, "digest": commit.digest},

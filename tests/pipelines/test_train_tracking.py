@@ -54,6 +54,27 @@ def test_both_attempts_are_one_finished_mlflow_run_with_the_whole_loss_curve(
     ]
 
 
+def test_commits_and_datasets_are_browsable_in_mlflow(tracked: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mlflow.tracking import MlflowClient
+
+    monkeypatch.chdir(tracked.parent)
+    client = MlflowClient(tracking_uri=f"sqlite:///{tracked.parent}/mlflow.db")
+    [experiment] = [found for found in client.search_experiments() if found.name == "megamask"]
+    models = client.search_logged_models([experiment.experiment_id])
+    committed = {r["checkpoint"]: r for r in journal(tracked) if r["kind"] == "checkpoint_committed"}
+    assert {model.tags["megamask.checkpoint"]: model.params["digest"] for model in models} == {
+        name: record["digest"] for name, record in committed.items()
+    }
+    [run] = client.search_runs([experiment.experiment_id])
+    assert {output.model_id for output in run.outputs.model_outputs} == {model.model_id for model in models}
+    record = json.loads((tracked / "run.json").read_text())
+    datasets = {found.dataset.name: found for found in run.inputs.dataset_inputs}
+    assert datasets.keys() == {"main/train", "main/validation"}
+    profile = json.loads(datasets["main/validation"].dataset.profile)
+    assert profile["corpus_id"] == record["corpora"]["main"]
+    assert profile["sequence_length"] == 64
+
+
 def test_evaluation_during_training_equals_the_verb_on_the_reference_network(tracked: Path) -> None:
     inside = [record for record in journal(tracked) if record["kind"] == "evaluation"][-1]
     assert inside["step"] == 6

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import platform as host_platform
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -106,8 +106,16 @@ class Attempt(AttemptView):
         """Raises SupersededError when a newer attempt has claimed the run."""
         refuse_if_superseded(self.run_dir, self.number)
 
-    def started(self, *, world_size: int, device: str, resumed: Mapping[str, Any] | None, extended: Any) -> None:
-        """Journals who trains, where and from what; the readers begin."""
+    def started(
+        self,
+        *,
+        world_size: int,
+        device: str,
+        datasets: Sequence[Mapping[str, Any]],
+        resumed: Mapping[str, Any] | None,
+        extended: Any,
+    ) -> None:
+        """Journals who trains, where, on what and from what; the readers begin."""
         if self._is_first:
             self.append("run_started", run_id=self.run_id, corpora=self.record.content["corpora"])
         self.append(
@@ -124,6 +132,7 @@ class Attempt(AttemptView):
                 "sequence_parallel": self._config.layout.sequence_parallel,
             },
             num_micro_batches=self._num_micro_batches(),
+            datasets=[dict(dataset) for dataset in datasets],
             code_version=code_version(),
             libraries=library_versions(),
             resumed_from=resumed,
