@@ -273,6 +273,7 @@ def test_run_directory_holds_what_the_page_lists_and_nothing_else(trained: Path)
         "attempts/N/claim.json",
         "journal/attempt-N-N.jsonl",
         "tracking/mlflow.json",
+        "tracking/mlflow.lock",
     }
     [checkpoint] = (trained / "checkpoints").glob("step-*")
     names = {re.sub(r"__\d+_\d+", "__R_K", path.name) for path in checkpoint.iterdir()}
