@@ -23,7 +23,7 @@ from megamask.data.order import ORDER_LAW_VERSION
 from megamask.data.reader import Row
 from megamask.diffusion.philox import NOISE_LAW_VERSION, Purpose, run_key, uniform_words
 from megamask.diffusion.schedule import noise_schedule, stratified_times, threshold
-from megamask.errors import DataIntegrityError, UsageError
+from megamask.errors import CheckpointIntegrityError, DataIntegrityError, UsageError
 from megamask.tracking.journal_seek import find_step
 from megamask.training.batch_size import batch_size_at, consumed_before
 from megamask.training.run_directory import read_run
@@ -61,6 +61,7 @@ def recorded_run(folder: Path, corpora: Mapping[str, str] | None = None) -> Reco
 
     Raises:
         UsageError: no run directory, or one of a law that this version does not know.
+        CheckpointIntegrityError: run.json or the newest resolved config is damaged.
     """
     content = read_run(folder).content
     for law, known in (("order", ORDER_LAW_VERSION), ("noise", NOISE_LAW_VERSION)):
@@ -94,7 +95,13 @@ def _newest_config(folder: Path) -> TrainConfig:
             f"{folder / 'config'} holds no attempt-NNNN.yaml. Nothing was recomputed.",
             hint="restore the run directory; the newest resolved config names the corpora and the steps",
         )
-    return load_train_config(configs[-1], []).config
+    try:
+        return load_train_config(configs[-1], []).config
+    except UsageError as error:
+        raise CheckpointIntegrityError(
+            f"{configs[-1]}, which the run wrote, cannot be read: {error.message}",
+            hint="restore the file from a copy; or remove it, so that the config of the attempt before is taken",
+        ) from error
 
 
 def open_loader(run: RecordedRun) -> Loader:

@@ -13,6 +13,7 @@ from megamask.checkpoint.loader import Loaded, load
 from megamask.checkpoint.retention import sweep
 from megamask.config.schema.roots import TrainConfig
 from megamask.data.loader import Loader
+from megamask.data.tokenizer import TOKENIZER_DIR, verify_files
 from megamask.diffusion.objective import ObjectiveSpec
 from megamask.errors import ExitCode, MegamaskError, StorageError, SupersededError, error_with_code
 from megamask.launch.local import is_launched
@@ -90,7 +91,8 @@ class Corpora:
             pad_token_id=manifest.pad_token_id,
         )
         self.tokenizer_digest = manifest.tokenizer_digest
-        self.tokenizer_folder = self.train.folder / "tokenizer"
+        self.tokenizer_folder = self.train.folder / TOKENIZER_DIR
+        verify_files(self.tokenizer_folder, manifest.tokenizer_digest)  # every checkpoint will hold a copy
         split = manifest.split("train")
         self.bytes_per_token = split.text_bytes / split.num_tokens
 

@@ -159,7 +159,7 @@ def test_damaged_run_json_is_refused(
 ) -> None:
     (run_dir / "run.json").write_text(content)
     arguments = train(small_corpus, "run.name=run") if verb == "train" else [*READERS[verb], run_dir]
-    refuse(*arguments, says=("run.json cannot be read as a run's record", "backup"))
+    refuse(*arguments, code=65, says=("run.json is damaged and cannot be read as a run's record", "backup"))
 
 
 @pytest.mark.parametrize("verb", ["evaluate", "sample", "verify checkpoint"])

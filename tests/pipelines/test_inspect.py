@@ -28,6 +28,7 @@ from megamask.tracking.journal import Journal
 from megamask.training.run_directory import open_run, store_attempt_config
 from megamask_pipelines.cli import inspect as cli
 from support.order_oracle import draw_rows, philox4x32_10
+from support.records import edit_run_record
 from support.shards import flip_bit
 
 SEED = 2**40 + 9
@@ -243,9 +244,7 @@ def test_corpus_that_moved_can_be_named(run_dir: Path, prepared: Path, tmp_path:
 
 def test_another_corpus_is_an_integrity_error(run_dir: Path, prepared: Path, tmp_path: Path) -> None:
     other = Path(shutil.copytree(prepared, tmp_path / "other"))
-    content = json.loads((run_dir / "run.json").read_bytes())
-    content["corpora"]["main"] = "0" * 64
-    (run_dir / "run.json").write_text(json.dumps(content))
+    edit_run_record(run_dir, corpora={"main": "0" * 64})
     with pytest.raises(DataIntegrityError, match="the run was made with 0000") as caught:
         inspect(run_dir, 1, "--corpus", f"main={other}")
     assert caught.value.exit_code == ExitCode.DATA_INTEGRITY
@@ -285,9 +284,7 @@ class TestRefusals:
 
     @pytest.mark.parametrize("law", ["order", "noise"])
     def test_run_of_other_laws_is_refused(self, run_dir: Path, law: str) -> None:
-        content = json.loads((run_dir / "run.json").read_bytes())
-        content["laws"] = LAWS | {law: 2}
-        (run_dir / "run.json").write_text(json.dumps(content))
+        edit_run_record(run_dir, laws=LAWS | {law: 2})
         self.refused(f"version 2 of the {law} law", run_dir, 1)
 
     @pytest.mark.parametrize("pair", ["main", "=folder", "main="])

@@ -2,11 +2,15 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from datetime import datetime, tzinfo
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Self
 
 import pytest
 
@@ -58,12 +62,92 @@ def test_claim_of_the_same_process_counts_up(tmp_path: Path) -> None:
     assert [claim(tmp_path) for _ in range(3)] == [1, 2, 3]
 
 
-def test_second_live_process_is_refused_by_name(tmp_path: Path, live_claimant: subprocess.Popen[str]) -> None:
+@pytest.fixture
+def sleeps(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Waiting costs no time; what would have been waited is kept."""
+    clock = [0.0]
+    slept: list[float] = []
+
+    def sleep(seconds: float) -> None:
+        slept.append(seconds)
+        clock[0] += seconds
+
+    monkeypatch.setattr(claims, "time", SimpleNamespace(sleep=sleep, monotonic=lambda: clock[0]))
+    return slept
+
+
+def test_second_live_process_is_refused_by_name(
+    tmp_path: Path, live_claimant: subprocess.Popen[str], sleeps: list[float]
+) -> None:
     with pytest.raises(UsageError) as caught:
         claim(tmp_path)
     assert f"process {live_claimant.pid} on " in caught.value.message
     assert str(tmp_path) in caught.value.message
     assert claims.claimed_attempts(tmp_path) == [1]
+
+
+def test_claimant_is_given_a_few_seconds_to_vanish_before_the_newcomer_is_refused(
+    tmp_path: Path, live_claimant: subprocess.Popen[str], sleeps: list[float]
+) -> None:
+    with pytest.raises(UsageError, match="Nothing was started"):
+        claim(tmp_path)
+    assert 3 <= sum(sleeps) <= 10
+
+
+def test_claimant_that_is_killed_a_moment_before_does_not_refuse_the_restart(
+    tmp_path: Path, live_claimant: subprocess.Popen[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It still runs when the newcomer looks: a killed process takes its time to end."""
+    waited: list[float] = []
+
+    def dies_meanwhile(seconds: float) -> None:
+        waited.append(seconds)
+        live_claimant.kill()
+        os.waitid(os.P_PID, live_claimant.pid, os.WEXITED | os.WNOWAIT)
+
+    monkeypatch.setattr(claims, "time", SimpleNamespace(sleep=dies_meanwhile, monotonic=lambda: 0.0))
+    assert claim(tmp_path) == 2
+    assert len(waited) == 1
+
+
+def test_claims_that_are_lost_give_no_number_twice(tmp_path: Path) -> None:
+    assert [claim(tmp_path), claim(tmp_path)] == [1, 2]
+    shutil.rmtree(tmp_path / "attempts")
+    assert claim(tmp_path, known_attempt=2) == 3
+    assert claim(tmp_path, known_attempt=2) == 4
+
+
+@pytest.mark.parametrize("damage", [b"", b"{", b"[]", b"\xff", b'{"format": "megamask-claim"}'])
+def test_damaged_claim_hides_its_holder_who_is_then_superseded(
+    tmp_path: Path, live_claimant: subprocess.Popen[str], damage: bytes
+) -> None:
+    (attempt_folder(tmp_path, 1) / "claim.json").write_bytes(damage)
+    assert claim(tmp_path) == 2
+    with pytest.raises(SupersededError):
+        refuse_if_superseded(tmp_path, 1)
+
+
+def test_wall_clock_that_jumps_back_changes_neither_claims_nor_their_order(
+    tmp_path: Path, live_claimant: subprocess.Popen[str], sleeps: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Past(datetime):
+        @classmethod
+        def now(cls, tz: tzinfo | None = None) -> Self:
+            return cls(1999, 1, 1, tzinfo=tz)
+
+    monkeypatch.setattr(claims, "datetime", Past)
+    with pytest.raises(UsageError):
+        claim(tmp_path)
+    live_claimant.kill()
+    live_claimant.wait()
+    assert claim(tmp_path) == 2
+    newer, older = read_claim(tmp_path, 2), read_claim(tmp_path, 1)
+    assert newer is not None
+    assert older is not None
+    assert newer["time"] < older["time"]
+    with pytest.raises(SupersededError):
+        refuse_if_superseded(tmp_path, 1)
+    refuse_if_superseded(tmp_path, 2)
 
 
 def test_killed_claimant_is_followed_even_as_a_zombie(tmp_path: Path, live_claimant: subprocess.Popen[str]) -> None:

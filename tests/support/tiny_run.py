@@ -80,8 +80,8 @@ class InitialWeights(ThreadEngine):
         return write(folder, pieces, OneProcess(torch.device("cpu")))
 
 
-def write_run(folder: Path, corpus: Path, *, step: int = 20) -> tuple[Path, Commit]:
-    """A run directory on that corpus, with one checkpoint."""
+def write_run(folder: Path, corpus: Path, *, step: int = 20, earlier_steps: Sequence[int] = ()) -> tuple[Path, Commit]:
+    """A run directory on that corpus, with one checkpoint, and those of earlier steps if they are asked for."""
     manifest = Manifest.load(corpus)
     text = CONFIG.format(folder=folder, corpus=corpus, seed=SEED, step=step, length=manifest.sequence_length)
     (folder / "config.yaml").write_text(text)
@@ -90,6 +90,8 @@ def write_run(folder: Path, corpus: Path, *, step: int = 20) -> tuple[Path, Comm
     corpora = {"main": manifest.corpus_id}
     record = open_run(run_dir, config, corpora=corpora, tokenizer_digest=manifest.tokenizer_digest, code_version="test")
     store_attempt_config(run_dir, 1, config)
+    for earlier in earlier_steps:
+        _commit(run_dir, config, manifest, corpus, record.run_id, earlier)
     return run_dir, _commit(run_dir, config, manifest, corpus, record.run_id, step)
 
 

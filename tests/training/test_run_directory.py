@@ -11,15 +11,17 @@ import pytest
 
 from megamask.config.load import load_train_config
 from megamask.config.schema.roots import TrainConfig
-from megamask.errors import UsageError
+from megamask.errors import CheckpointIntegrityError, UsageError
 from megamask.training.run_directory import (
     RunRecord,
     is_complete,
+    last_attempt_of,
     open_run,
     read_run,
     run_path,
     store_attempt_config,
 )
+from support.records import edit_run_record, flip_byte
 
 TINY = Path(__file__).parents[2] / "configs" / "run" / "tiny.yaml"
 CORPUS_ID, TOKENIZER = "c" * 64, "d" * 64
@@ -80,9 +82,7 @@ def test_another_tokenizer_is_refused(tmp_path: Path) -> None:
 
 def test_run_under_other_laws_is_refused(tmp_path: Path) -> None:
     opened(tmp_path / "run")
-    path = tmp_path / "run" / "run.json"
-    content = json.loads(path.read_text())
-    path.write_text(json.dumps({**content, "laws": {**content["laws"], "noise": 2}}))
+    edit_run_record(tmp_path / "run", laws={"order": 1, "noise": 2, "weights": 1, "likelihood": 1})
     with pytest.raises(UsageError, match="laws"):
         opened(tmp_path / "run")
 
@@ -92,15 +92,57 @@ def test_damaged_record_is_refused_and_left_alone(tmp_path: Path, damage: str) -
     opened(tmp_path / "run")
     path = tmp_path / "run" / "run.json"
     path.write_text(damage)
-    with pytest.raises(UsageError, match=r"run\.json"):
+    with pytest.raises(CheckpointIntegrityError, match=r"run\.json"):
         opened(tmp_path / "run")
     assert path.read_text() == damage
 
 
-def test_newer_record_is_refused(tmp_path: Path) -> None:
+def test_record_with_any_byte_flipped_is_damage(tmp_path: Path) -> None:
     opened(tmp_path / "run")
     path = tmp_path / "run" / "run.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "version": 99}))
+    whole = path.read_bytes()
+    for at in range(len(whole)):
+        flip_byte(path, at)
+        name_is_lost = b'"self_sha256":' not in path.read_bytes()
+        try:
+            record = read_run(tmp_path / "run")
+        except CheckpointIntegrityError as error:
+            assert "run.json" in error.message
+        else:  # only the digest went unread: what it covers is whole
+            assert name_is_lost
+            assert {**record.content, "self_sha256": 0}.items() >= {**json.loads(whole), "self_sha256": 0}.items()
+        path.write_bytes(whole)
+
+
+def test_record_of_a_run_that_began_before_it_had_a_digest_is_read(tmp_path: Path) -> None:
+    run_id = opened(tmp_path / "run").run_id
+    edit_run_record(tmp_path / "run")
+    assert opened(tmp_path / "run").run_id == run_id
+
+
+@pytest.mark.parametrize("folder", ["checkpoints", "journal", "attempts"])
+def test_run_that_lost_its_record_is_damage_and_no_new_run(tmp_path: Path, folder: str) -> None:
+    opened(tmp_path / "run")
+    (tmp_path / "run" / folder).mkdir()
+    (tmp_path / "run" / "run.json").unlink()
+    for action in (lambda: opened(tmp_path / "run"), lambda: read_run(tmp_path / "run")):
+        with pytest.raises(CheckpointIntegrityError, match=r"run\.json is missing"):
+            action()
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [folder]
+
+
+def test_last_attempt_is_known_from_what_it_left(tmp_path: Path) -> None:
+    assert last_attempt_of(tmp_path) == 0
+    (tmp_path / "journal").mkdir()
+    (tmp_path / "journal" / "attempt-0003-000.jsonl").write_text("")
+    assert last_attempt_of(tmp_path) == 3
+    (tmp_path / "checkpoints" / "step-00000010-a0005").mkdir(parents=True)
+    assert last_attempt_of(tmp_path) == 5
+
+
+def test_newer_record_is_refused(tmp_path: Path) -> None:
+    opened(tmp_path / "run")
+    edit_run_record(tmp_path / "run", version=99)
     with pytest.raises(UsageError, match="version 99"):
         read_run(tmp_path / "run")
 

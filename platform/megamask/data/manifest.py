@@ -31,11 +31,13 @@ import numpy as np
 
 from megamask.data.index import index_name, tar_index_name
 from megamask.errors import DataIntegrityError, UsageError
+from megamask.storage.durable import storage_errors
 from megamask.storage.hashing import canonical_json, hash_of, sha256_bytes
 
 FORMAT = "megamask-corpus"
 VERSION = 1
 MANIFEST_NAME = "manifest.json"
+PROVENANCE_NAME = "provenance.json"
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _SPLITS = ("train", "validation")
@@ -185,7 +187,11 @@ class Manifest:
                 f"{corpus_dir} is not a prepared corpus: it has no {MANIFEST_NAME}. Nothing was read.",
                 hint="make one with: megamask prepare CONFIG corpus.output_dir=FOLDER",
             ) from None
-        content = _parse(data, path)
+        try:
+            content = _parse(data, path)
+        except UsageError:
+            _refuse_other_than_prepared(path, sha256_bytes(data))  # damage looks like another format, too
+            raise
         try:
             manifest = cls.from_content(content)
             problem = _contradiction(manifest)
@@ -206,7 +212,7 @@ def open_corpus(folder: Path, key: str) -> Manifest:
 
     Raises:
         UsageError: there is no such folder, or it holds no manifest.json.
-        DataIntegrityError: the manifest is damaged.
+        DataIntegrityError: the manifest is damaged, or is not the one that provenance.json names.
     """
     if not folder.is_dir():
         raise UsageError(
@@ -218,13 +224,36 @@ def open_corpus(folder: Path, key: str) -> Manifest:
             f"{key} is {folder}, which is not a prepared corpus: it has no {MANIFEST_NAME}. No row was read.",
             hint=f"run `megamask prepare` again if it was interrupted, or correct {key}",
         )
-    return Manifest.load(folder)
+    manifest = Manifest.load(folder)
+    _refuse_other_than_prepared(folder / MANIFEST_NAME, manifest.corpus_id)
+    return manifest
 
 
 def _damaged(path: Path, problem: str) -> DataIntegrityError:
     return DataIntegrityError(
         f"{path}: {problem}. No sample of the corpus was used.", hint="restore the file or prepare the corpus again"
     )
+
+
+def provenance_problem(path: Path, corpus_id: str) -> str | None:
+    """What is wrong with a corpus' provenance.json, or None; a corpus that lost it still has all its content."""
+    if not path.is_file():
+        return None
+    try:
+        with storage_errors(f"reading {path}"):
+            named = json.loads(path.read_bytes())["corpus_id"]
+    except (ValueError, KeyError, TypeError) as error:
+        return f"{path} cannot be read ({error!r})"
+    return None if named == corpus_id else f"{path} is about corpus {named}, the manifest's is {corpus_id}"
+
+
+def _refuse_other_than_prepared(path: Path, corpus_id: str) -> None:
+    """A flipped byte in a manifest may leave a manifest that makes sense; provenance.json names the one written."""
+    if problem := provenance_problem(path.with_name(PROVENANCE_NAME), corpus_id):
+        raise DataIntegrityError(
+            f"{path} is not the manifest that was prepared: {problem}. No sample of the corpus was used.",
+            hint="restore the two files, or prepare the corpus again",
+        )
 
 
 def _parse(data: bytes, path: Path) -> dict[str, Any]:

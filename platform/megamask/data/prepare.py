@@ -21,9 +21,9 @@ from megamask.data.building import exclusive, folder_being_built
 from megamask.data.documents import DOCUMENTS_DIR, write_documents
 from megamask.data.encoding import Encoder
 from megamask.data.inputs import find_inputs
-from megamask.data.manifest import FORMAT, MANIFEST_NAME, VERSION, Manifest
+from megamask.data.manifest import FORMAT, MANIFEST_NAME, PROVENANCE_NAME, VERSION, Manifest
 from megamask.data.packing import PACKER_NAME, PACKER_VERSION, token_dtype
-from megamask.data.provenance_record import PROVENANCE_NAME, provenance
+from megamask.data.provenance_record import provenance
 from megamask.data.scan import Counter, Progress, ScannedCorpus, scan
 from megamask.data.shard import SHARDS_DIR, write_flushed
 from megamask.data.splits import decimal_text

@@ -14,7 +14,6 @@ from megamask.data.inputs import InputFile
 from megamask.provenance.redaction import redact_values
 from megamask.storage.hashing import canonical_json
 
-PROVENANCE_NAME = "provenance.json"
 FORMAT = "megamask-corpus-provenance"
 VERSION = 1
 _LIBRARIES = ("numpy", "tokenizers", "tiktoken", "pyarrow", "crc32c")

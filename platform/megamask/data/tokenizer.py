@@ -25,7 +25,7 @@ import tokenizers
 
 from megamask.data.byte_level_bpe import ByteLevelBpe, build, refuse
 from megamask.errors import DataIntegrityError, UsageError
-from megamask.storage.durable import write_atomic
+from megamask.storage.durable import storage_errors, write_atomic
 from megamask.storage.hashing import canonical_json, hash_of, sha256_bytes
 
 TOKENIZER_DIR = "tokenizer"
@@ -278,6 +278,24 @@ class CorpusTokenizer:
         model.train_from_iterator(iter(texts), trainer=trainer)
         name = "the trained tokenizer"
         return cls(_with_special(json.loads(model.to_str()), special, name), special, name=name)
+
+
+def verify_files(folder: Path, digest: str) -> None:
+    """Compares the two files of a corpus' tokenizer folder with the digest in its manifest, without loading them.
+
+    Raises:
+        DataIntegrityError: one is missing, or their digest is another.
+        StorageError: the storage does not answer.
+    """
+    pairs: list[list[str]] = []
+    for name in sorted((TOKENIZER_NAME, SPECIAL_TOKENS_NAME)):
+        try:
+            with storage_errors(f"reading {folder / name}"):
+                pairs.append([name, sha256_bytes((folder / name).read_bytes())])
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+            raise _damaged(folder, f"{folder / name} is missing, or no file") from None
+    if (found := hash_of(*pairs)) != digest:
+        raise _damaged(folder, f"the digest of {' and '.join(name for name, _ in pairs)} is {found}, not {digest}")
 
 
 def _damaged(folder: Path, what: str) -> DataIntegrityError:

@@ -6,7 +6,6 @@ then worked out again from the rows, so that a corpus made wrongly does not pass
 
 from __future__ import annotations
 
-import json
 import os
 import stat
 from array import array
@@ -20,8 +19,7 @@ import numpy.typing as npt
 
 from megamask.data.documents import DOCUMENTS_DIR, DocumentRecord, documents_digest, read_documents
 from megamask.data.index import block_name
-from megamask.data.manifest import MANIFEST_NAME, Manifest
-from megamask.data.provenance_record import PROVENANCE_NAME
+from megamask.data.manifest import MANIFEST_NAME, PROVENANCE_NAME, Manifest, provenance_problem
 from megamask.data.shard import SHARDS_DIR
 from megamask.data.splits import TRAIN, VALIDATION, choose_validation, split_hash
 from megamask.data.tokenizer import SPECIAL_TOKENS_NAME, TOKENIZER_DIR, TOKENIZER_NAME, CorpusTokenizer
@@ -53,7 +51,8 @@ def verify_corpus(folder: str | Path, progress: Progress | None = None) -> dict[
         raise UsageError(f"{folder} is not a folder. Nothing was checked.", hint="name a prepared corpus")
     manifest = Manifest.load(folder)
     _check_names(folder, manifest)
-    _check_provenance(folder / PROVENANCE_NAME, manifest)
+    if problem := provenance_problem(folder / PROVENANCE_NAME, manifest.corpus_id):
+        raise damage(problem)
     _check_tokenizer(folder, manifest)
     tables = _check_documents(folder, manifest)
     is_used = np.zeros(manifest.vocab_size, dtype=np.bool_)
@@ -104,17 +103,6 @@ def _check_names(folder: Path, manifest: Manifest) -> None:
                 raise damage(f"{path} is a link or no plain file; a corpus holds plain files only")
             if relative.parts[0] in _LISTED_DIRS and stat.S_ISREG(mode) and relative.as_posix() not in named:
                 raise damage(f"{path} is not named by the manifest")
-
-
-def _check_provenance(path: Path, manifest: Manifest) -> None:
-    if not path.is_file():
-        return  # it stands beside the content; a corpus that lost it still trains
-    try:
-        named = json.loads(path.read_bytes())["corpus_id"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise damage(f"{path} cannot be read ({error!r})") from error
-    if named != manifest.corpus_id:
-        raise damage(f"{path} is about corpus {named}, the manifest's is {manifest.corpus_id}")
 
 
 def _check_tokenizer(folder: Path, manifest: Manifest) -> None:

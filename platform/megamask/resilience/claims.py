@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Callable
 from dataclasses import asdict, fields
 from datetime import UTC, datetime
@@ -21,6 +22,9 @@ from megamask.storage.durable import create_exclusive, storage_errors
 FORMAT = "megamask-claim"
 VERSION = 1
 _CLAIM_FILE = "claim.json"
+# A killed process may need this long to vanish, with its memory or while a device holds it; then its run is free.
+_VANISH_S = 5.0
+_POLL_S = 0.1
 _SCHEDULER_VARIABLES = ("SLURM_JOB_ID", "JOBSET_NAME", "POD_UID")
 
 
@@ -39,10 +43,12 @@ def claimed_attempts(run_dir: Path) -> list[int]:
     return [number for number in numbers if (attempt_folder(run_dir, number) / _CLAIM_FILE).exists()]
 
 
-def claim(run_dir: Path, *, redact: Callable[[str], str] = str) -> int:
+def claim(run_dir: Path, *, known_attempt: int = 0, redact: Callable[[str], str] = str) -> int:
     """Claims a run for the calling process.
 
     Args:
+        known_attempt: the highest attempt that left anything in the run directory; where claims were lost, no number
+            is given twice.
         redact: hides credentials in what the claim tells of the environment.
 
     Returns:
@@ -56,11 +62,12 @@ def claim(run_dir: Path, *, redact: Callable[[str], str] = str) -> int:
     while True:
         newest = max(claimed_attempts(run_dir), default=0)
         _refuse_if_live(run_dir, newest, own)
-        folder = attempt_folder(run_dir, newest + 1)
+        number = max(newest, known_attempt) + 1
+        folder = attempt_folder(run_dir, number)
         content = {
             "format": FORMAT,
             "version": VERSION,
-            "attempt": newest + 1,
+            "attempt": number,
             **asdict(own),
             "scheduler_id": redact(scheduler) if (scheduler := _scheduler_id()) else None,
             "scheduler_restart": os.environ.get("SLURM_RESTART_COUNT"),
@@ -72,7 +79,7 @@ def claim(run_dir: Path, *, redact: Callable[[str], str] = str) -> int:
             create_exclusive(folder / _CLAIM_FILE, json.dumps(content, indent=1).encode() + b"\n")
         except FileExistsError:
             continue  # somebody else was faster: look who it is
-        return newest + 1
+        return number
 
 
 def read_claim(run_dir: Path, attempt: int) -> dict[str, Any] | None:
@@ -112,8 +119,15 @@ def refuse_if_superseded(run_dir: Path, attempt: int) -> None:
 
 
 def _refuse_if_live(run_dir: Path, newest: int, own: ProcessFacts) -> None:
+    """Refuses if the newest claimant lives, and goes on living for a while: one that was just killed vanishes."""
     claimant = _claimant(run_dir, newest) if newest else None
-    if claimant is not None and claimant != own and claimant.is_running_here():
+    if claimant is None or claimant == own:
+        return
+    deadline = time.monotonic() + _VANISH_S
+    while claimant.is_running_here():
+        if time.monotonic() < deadline:
+            time.sleep(_POLL_S)
+            continue
         raise UsageError(
             f"the run {run_dir} is in the hands of process {claimant.pid} on {claimant.host} (attempt {newest}), which "
             "is running. Nothing was started.",

@@ -20,7 +20,7 @@ from megamask.tracking.console import Console
 from megamask.tracking.journal import Journal
 from megamask.tracking.mlflow_sink import MLflowSink
 from megamask.training.progress import Progress
-from megamask.training.run_directory import RunRecord, store_attempt_config
+from megamask.training.run_directory import RunRecord, last_attempt_of, store_attempt_config
 from megamask.training.stopping import StopReason
 
 # A claim is looked at this often between steps; a commit looks at it again.
@@ -64,7 +64,8 @@ class Attempt(AttemptView):
     """
 
     def __init__(self, run_dir: Path, record: RunRecord, config: TrainConfig, *, bytes_per_token: float | None) -> None:
-        super().__init__(run_dir, record.run_id, claim(run_dir, redact=redact))
+        number = claim(run_dir, known_attempt=last_attempt_of(run_dir), redact=redact)
+        super().__init__(run_dir, record.run_id, number)
         self.record = record
         self._config = config
         self._last_check = time.monotonic()

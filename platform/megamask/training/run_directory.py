@@ -13,6 +13,7 @@ from typing import Any
 
 from megamask.checkpoint.commit import LAWS
 from megamask.checkpoint.contents import read_state
+from megamask.checkpoint.names import checkpoints_folder, parse_folder_name
 from megamask.checkpoint.reader import candidates, has_commit
 from megamask.config.dump import to_yaml
 from megamask.config.identity import compare_identity, extendable_fields, identity_fields
@@ -22,9 +23,14 @@ from megamask.errors import CheckpointIntegrityError, StorageError, UsageError
 from megamask.provenance.redaction import redact_values
 from megamask.resilience.status import read_status
 from megamask.storage.durable import create_exclusive, storage_errors, write_atomic
+from megamask.storage.hashing import sha256_bytes
+from megamask.tracking.journal_reader import journal_files
 
 FORMAT = "megamask-run"
 VERSION = 1
+_OWN_DIGEST = "self_sha256"
+_OBJECTS = ("identity", "extendable", "corpora", "laws")
+_FOLDERS_OF_A_RUN = {"attempts", "checkpoints", "journal"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +63,7 @@ def open_run(
 
     Raises:
         UsageError: the folder holds something else, a run of another identity, or one under other laws.
+        CheckpointIntegrityError: run.json is damaged, or the folder holds a run that has lost it.
         StorageError: the folder cannot be written.
     """
     path = run_dir / "run.json"
@@ -87,7 +94,7 @@ def _create(
         "parent_checkpoint": None,
     }
     try:
-        create_exclusive(path, json.dumps(content, indent=2, sort_keys=True).encode() + b"\n")
+        create_exclusive(path, _to_bytes({**content, _OWN_DIGEST: _digest(content)}))
     except FileExistsError:
         return  # another attempt was first; the claim decides between the two
     except StorageError:
@@ -102,6 +109,7 @@ def _make_folder(run_dir: Path) -> list[Path]:
 
     Raises:
         UsageError: it cannot be a folder, or holds something that is no run.
+        CheckpointIntegrityError: it holds a run that has lost its run.json.
     """
     with storage_errors(f"creating {run_dir}"):
         places = (run_dir, *run_dir.absolute().parents)
@@ -115,7 +123,10 @@ def _make_folder(run_dir: Path) -> list[Path]:
             )
         run_dir.mkdir(parents=True, exist_ok=True)
         strangers = sorted(entry.name for entry in run_dir.iterdir() if not entry.name.startswith(".run.json."))
-    if strangers and "run.json" not in strangers:
+    if "run.json" in strangers:
+        return missing
+    _refuse_lost_record(run_dir)
+    if strangers:
         raise UsageError(
             f"{run_dir} is not empty and has no run.json (it holds {', '.join(strangers[:5])}). Nothing was started.",
             hint="choose another run.name or run.output_dir",
@@ -127,10 +138,12 @@ def read_run(run_dir: Path) -> RunRecord:
     """The run.json of a run directory.
 
     Raises:
-        UsageError: there is none, or a newer megamask wrote it.
+        UsageError: the folder is no run directory, or a newer megamask wrote it.
+        CheckpointIntegrityError: it is damaged, or the folder holds a run that has lost it.
     """
     path = run_dir / "run.json"
     if not path.is_file():
+        _refuse_lost_record(run_dir)
         what = "has no run.json" if run_dir.is_dir() else "is not a folder"
         raise UsageError(
             f"{run_dir} is not a run directory: it {what}. Nothing was read.",
@@ -139,18 +152,32 @@ def read_run(run_dir: Path) -> RunRecord:
     return RunRecord(path=path, is_new=False, **_read(path))
 
 
+def _refuse_lost_record(run_dir: Path) -> None:
+    """A folder with a run's own folders and without run.json is a run that lost it, not a folder of something else."""
+    path = run_dir / "run.json"
+    if path.exists() or not any((run_dir / name).is_dir() for name in _FOLDERS_OF_A_RUN):
+        return
+    raise CheckpointIntegrityError(
+        f"{path} is missing, but {run_dir} holds what a run writes. Nothing was started.",
+        hint="restore run.json from a copy, or choose another run.name",
+    )
+
+
 def _read(path: Path) -> dict[str, Any]:
+    with storage_errors(f"reading {path}"):
+        data = path.read_bytes()
     try:
-        content = json.loads(path.read_bytes())
+        content = json.loads(data)
         run_id, version = str(content["run_id"]), int(content["version"])
         if content["format"] != FORMAT:
             raise ValueError(f"format {content['format']!r}")
-        for name in ("identity", "extendable", "corpora", "laws"):
+        _check_bytes(content, data)
+        for name in _OBJECTS:
             if not isinstance(content[name], dict):
                 raise ValueError(f"{name} is not an object")
-    except (ValueError, KeyError, TypeError) as error:
-        raise UsageError(
-            f"{path} cannot be read as a run's record ({error}). Nothing was started.",
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise CheckpointIntegrityError(
+            f"{path} is damaged and cannot be read as a run's record ({error}). Nothing was started.",
             hint="restore the file from a backup, or choose another run.name",
         ) from error
     if version > VERSION:
@@ -158,6 +185,23 @@ def _read(path: Path) -> dict[str, Any]:
             f"{path} has version {version}; this megamask reads up to {VERSION}.", hint="use a newer megamask"
         )
     return {"run_id": run_id, "content": content}
+
+
+def _check_bytes(content: Mapping[str, Any], data: bytes) -> None:
+    """Refuses every byte that was not written so; a run begun before run.json had a digest is taken as it is."""
+    if _OWN_DIGEST not in content:
+        return
+    rest = {name: value for name, value in content.items() if name != _OWN_DIGEST}
+    if content[_OWN_DIGEST] != _digest(rest) or _to_bytes(content) != data:
+        raise ValueError(f"it does not have the sha256 that it states under {_OWN_DIGEST}")
+
+
+def _to_bytes(content: Mapping[str, Any]) -> bytes:
+    return json.dumps(content, indent=2, sort_keys=True).encode() + b"\n"
+
+
+def _digest(content: Mapping[str, Any]) -> str:
+    return sha256_bytes(_to_bytes(content))
 
 
 def check_same_run(
@@ -198,6 +242,15 @@ def store_attempt_config(run_dir: Path, attempt: int, config: TrainConfig) -> Pa
         path.parent.mkdir(exist_ok=True)
     write_atomic(path, to_yaml(config, hide=redact_values).encode())
     return path
+
+
+def last_attempt_of(run_dir: Path) -> int:
+    """The highest attempt that left a journal file or a folder of a checkpoint, 0 for none; claims may be lost."""
+    folder = checkpoints_folder(run_dir)
+    with storage_errors(f"listing {run_dir}"):
+        places = [parse_folder_name(path.name) for path in folder.iterdir()] if folder.is_dir() else []
+        journalled = [file.attempt for file in journal_files(run_dir)]
+    return max([*journalled, *(place[1] for place in places if place is not None)], default=0)
 
 
 def run_path(output_dir: str, name: str) -> Path:
