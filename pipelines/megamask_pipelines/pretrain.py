@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import time
 from pathlib import Path
@@ -22,6 +23,7 @@ from megamask.models.spec import ModelSpec
 from megamask.models.vocabulary import Vocabulary
 from megamask.provenance.record import code_version
 from megamask.provenance.redaction import reason_of
+from megamask.resilience.numerics import NotFiniteError
 from megamask.resilience.parent_death import die_with_parent
 from megamask.resilience.rank_files import read_rank_failures, write_rank_failure
 from megamask.resilience.signals import StopRequest
@@ -41,6 +43,8 @@ if TYPE_CHECKING:
     import torch
 
     from megamask.engine.engine import Engine
+
+_log = logging.getLogger(__name__)
 
 
 def pretrain(config: TrainConfig, signals: StopRequest) -> tuple[StopReason, Progress]:
@@ -110,6 +114,7 @@ class Job:
         self._extended: dict[str, list[int]] | None = None
         self._attempt: Attempt | None = None
         self._view: AttemptView | None = None
+        self._committer: CheckpointCommitter | None = None
 
     def open(self) -> None:
         """Rank 0 claims the run, before anything slow; whatever can be refused is refused before the claim."""
@@ -219,22 +224,26 @@ class Job:
     def _hooks(self, engine: Engine, view: AttemptView, model: ModelDocument, loaded: Loaded) -> list[Hook]:
         config, corpora, attempt = self._config, self._corpora, self._attempt
         measure = None if corpora.validation is None else validation_measure(config, engine, corpora.validation)
-        commit = CheckpointCommitter(
+        committer = CheckpointCommitter(
             engine,
             view,
+            config.checkpoint,
             model=model,
             tokenizer_folder=corpora.tokenizer_folder,
             corpora=corpora.train.corpus_ids,
             seed=config.run.seed,
             num_steps=config.training.steps,
-            keep_last=config.checkpoint.keep_last,
             parent=loaded.commit.digest if loaded.commit is not None else None,
             damaged=loaded.damaged,
         )
+        self._committer = committer
+        evaluation = PeriodicEvaluation(view, config.evaluation, measure)
         hooks: list[Hook] = [
             StepJournal(view),
-            PeriodicEvaluation(view, config.evaluation, measure),
-            PeriodicCheckpoint(config.checkpoint, commit, committed_step=self.progress.step),
+            evaluation,
+            PeriodicCheckpoint(
+                config.checkpoint, committer, bound_at=evaluation.bound_at, committed_step=self.progress.step
+            ),
         ]
         if attempt is not None:
             hooks.append(StatusFile(attempt.running))
@@ -254,6 +263,8 @@ class Job:
             return error
         if isinstance(error, OSError):
             error = _typed(error)
+        if self._committer is not None:
+            _end_saving(self._committer, error)
         code = int(error.exit_code) if isinstance(error, MegamaskError) else int(ExitCode.BUG)
         known = self._view or self._attempt
         if known is None:
@@ -266,6 +277,18 @@ class Job:
         if self._attempt is not None:
             self._attempt.fail(error, code, self.progress)
         return error
+
+
+def _end_saving(committer: CheckpointCommitter, error: BaseException) -> None:
+    """What was being saved when the attempt failed is a good state: it is committed if all ranks can still meet."""
+    has_all_ranks = isinstance(error, NotFiniteError) or int(os.environ.get("WORLD_SIZE", "1")) == 1
+    try:
+        if has_all_ranks:
+            committer.finish()
+        else:
+            committer.abandon(together=False)
+    except Exception as refusal:  # noqa: BLE001  the attempt's own error is told, whatever else fails now
+        _log.warning("the checkpoint that was being saved is lost: %r", refusal)
 
 
 def _typed(error: OSError) -> BaseException:

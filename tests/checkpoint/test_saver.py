@@ -8,15 +8,17 @@ from typing import Any
 import pytest
 
 from megamask.checkpoint import retention, saver
+from megamask.checkpoint.background import WorkState
 from megamask.checkpoint.commit import Commit
 from megamask.checkpoint.contents import TrainerState, read_model, read_state
 from megamask.checkpoint.integrity import verify_folder
 from megamask.checkpoint.reader import candidates, resolve
+from megamask.checkpoint.saver import Save, SaveRequest
 from megamask.errors import MegamaskError, StorageError, SupersededError
 from support.model_documents import model_document
-from support.thread_world import ThreadEngine, ThreadWorld
+from support.thread_world import ThreadEngine, ThreadShare, ThreadWorld
 
-Save = Callable[..., list[Any]]
+SaveAll = Callable[..., list[Any]]
 
 
 @pytest.fixture
@@ -29,7 +31,7 @@ def tokenizer_folder(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def save(run_dir: Path, tokenizer_folder: Path) -> Save:
+def save(run_dir: Path, tokenizer_folder: Path) -> SaveAll:
     """Saves from every rank of a world; returns each rank's commit or exception."""
 
     def do(world: ThreadWorld, step: int, **options: Any) -> list[Any]:
@@ -57,11 +59,31 @@ def save(run_dir: Path, tokenizer_folder: Path) -> Save:
     return do
 
 
-def test_save_commits_every_rank_file_and_the_documents(save: Save, run_dir: Path) -> None:
+@pytest.fixture
+def request_for(tokenizer_folder: Path) -> Callable[..., SaveRequest]:
+    def make(step: int, **options: Any) -> SaveRequest:
+        given: dict[str, Any] = {
+            "attempt": 1,
+            "parent": None,
+            "check_claim": lambda: None,
+            "state": TrainerState(step=step, consumed_samples=8 * step, consumed_tokens=100 * step, seed=7),
+            "model": model_document(),
+            "tokenizer_folder": tokenizer_folder,
+            "corpora": {"main": "c" * 64},
+            "journal_head": (12, "e" * 64),
+            "run_id": "r1",
+        }
+        return SaveRequest(**(given | options))
+
+    return make
+
+
+def test_save_commits_every_rank_file_and_the_documents(save: SaveAll, run_dir: Path) -> None:
     commits = save(ThreadWorld(3), 20)
     assert commits[0] == commits[1] == commits[2] == verify_folder(resolve(run_dir))
     commit = commits[0]
     assert sorted(commit.files) == [
+        ".metadata",
         "__0_0.distcp",
         "__1_0.distcp",
         "__2_0.distcp",
@@ -79,13 +101,13 @@ def test_save_commits_every_rank_file_and_the_documents(save: Save, run_dir: Pat
     assert dict(commit.state) == read_state(commit.folder).scalars()
 
 
-def test_save_chains_commits_by_digest(save: Save, run_dir: Path) -> None:
+def test_save_chains_commits_by_digest(save: SaveAll, run_dir: Path) -> None:
     first = save(ThreadWorld(1), 20)[0]
     second = save(ThreadWorld(1), 40, parent=first.digest)[0]
     assert verify_folder(second.folder).parent == first.digest
 
 
-def test_nothing_is_visible_when_a_newer_attempt_has_claimed_the_run(save: Save, run_dir: Path) -> None:
+def test_nothing_is_visible_when_a_newer_attempt_has_claimed_the_run(save: SaveAll, run_dir: Path) -> None:
     def superseded() -> None:
         folder = run_dir / "checkpoints" / "step-00000020-a0001"
         assert (folder / "state.json").exists() and not (folder / "COMMIT.json").exists()
@@ -96,7 +118,7 @@ def test_nothing_is_visible_when_a_newer_attempt_has_claimed_the_run(save: Save,
     assert candidates(run_dir) == []
 
 
-def test_newer_attempt_is_named_when_it_has_swept_the_folder_of_a_running_save(save: Save) -> None:
+def test_newer_attempt_is_named_when_it_has_swept_the_folder_of_a_running_save(save: SaveAll) -> None:
     def superseded() -> None:
         raise SupersededError("attempt 2 owns the run")
 
@@ -106,7 +128,7 @@ def test_newer_attempt_is_named_when_it_has_swept_the_folder_of_a_running_save(s
 
 
 def test_commit_stands_when_a_peer_is_lost_right_after_it(
-    save: Save, run_dir: Path, monkeypatch: pytest.MonkeyPatch
+    save: SaveAll, run_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     world, real = ThreadWorld(1), saver.publish
     engine = world.engines[0]
@@ -117,7 +139,7 @@ def test_commit_stands_when_a_peer_is_lost_right_after_it(
         def lost(_value: Any) -> Any:
             raise RuntimeError("Connection closed by peer")
 
-        monkeypatch.setattr(engine, "gather_objects", lost)
+        monkeypatch.setattr(engine, "max_over_ranks", lost)
         return commit
 
     monkeypatch.setattr(saver, "publish", publish)
@@ -127,7 +149,7 @@ def test_commit_stands_when_a_peer_is_lost_right_after_it(
 
 @pytest.mark.parametrize("rank", [0, 2])
 def test_all_ranks_end_with_storage_error_and_the_last_commit_stands_when_one_disk_is_full(
-    save: Save, run_dir: Path, rank: int
+    save: SaveAll, run_dir: Path, rank: int
 ) -> None:
     world = ThreadWorld(3)
     before = save(world, 20)[0]
@@ -139,13 +161,13 @@ def test_all_ranks_end_with_storage_error_and_the_last_commit_stands_when_one_di
     assert [path.name for path in (run_dir / "checkpoints").glob("step-*")] == [before.folder.name]
 
 
-def test_write_failure_of_the_tensor_writer_counts_as_storage(save: Save) -> None:
+def test_write_failure_of_the_tensor_writer_counts_as_storage(save: SaveAll) -> None:
     world = ThreadWorld(1)
     world.engines[0].fail_on_save = RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 64 vs 0")
     assert isinstance(save(world, 20)[0], StorageError)
 
 
-def test_other_failure_of_the_engine_is_not_called_storage(save: Save) -> None:
+def test_other_failure_of_the_engine_is_not_called_storage(save: SaveAll) -> None:
     world = ThreadWorld(2)
     world.engines[1].fail_on_save = RuntimeError("shape mismatch")
     results = save(world, 20)
@@ -153,7 +175,7 @@ def test_other_failure_of_the_engine_is_not_called_storage(save: Save) -> None:
     assert (type(results[0]), results[0].exit_code) == (MegamaskError, 1)
 
 
-def test_save_fails_cleanly_at_a_real_file_size_limit(save: Save, run_dir: Path) -> None:
+def test_save_fails_cleanly_at_a_real_file_size_limit(save: SaveAll, run_dir: Path) -> None:
     world = ThreadWorld(2)
     before = save(world, 20)[0]
     world.engines[1].content = b"x" * 200_000
@@ -167,7 +189,7 @@ def test_save_fails_cleanly_at_a_real_file_size_limit(save: Save, run_dir: Path)
     assert resolve(run_dir) == before.folder
 
 
-def test_save_succeeds_again_after_a_failed_one(save: Save, run_dir: Path) -> None:
+def test_save_succeeds_again_after_a_failed_one(save: SaveAll, run_dir: Path) -> None:
     world = ThreadWorld(2)
     world.engines[1].fail_on_save = OSError(28, "No space left on device")
     save(world, 20)
@@ -177,19 +199,19 @@ def test_save_succeeds_again_after_a_failed_one(save: Save, run_dir: Path) -> No
 
 @pytest.mark.parametrize("claim_twice", [True, False])
 def test_file_with_two_writers_or_none_is_never_published(
-    save: Save, run_dir: Path, monkeypatch: pytest.MonkeyPatch, claim_twice: bool
+    save: SaveAll, run_dir: Path, monkeypatch: pytest.MonkeyPatch, claim_twice: bool
 ) -> None:
-    def save_state(engine: ThreadEngine, folder: Path) -> list[str]:
+    def write(share: ThreadShare, folder: Path, gate: Any) -> tuple[list[str], str]:
         (folder / "common.pt").write_bytes(b"same on both")
-        return ["common.pt"] if claim_twice else []
+        return (["common.pt"] if claim_twice else []), ""
 
-    monkeypatch.setattr(ThreadEngine, "save_state", save_state)
+    monkeypatch.setattr(ThreadShare, "write", write)
     results = save(ThreadWorld(2), 20)
     assert all(isinstance(result, MegamaskError) and "common.pt" in result.message for result in results)
     assert candidates(run_dir) == []
 
 
-def test_commit_comes_after_every_flush(save: Save, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_commit_comes_after_every_flush(save: SaveAll, monkeypatch: pytest.MonkeyPatch) -> None:
     events: list[str] = []
     real_flush, real_publish, real_directory = saver.digest_and_flush, saver.publish, saver.fsync_directory
 
@@ -217,7 +239,7 @@ def test_commit_comes_after_every_flush(save: Save, monkeypatch: pytest.MonkeyPa
 
 
 def test_commit_whose_last_flush_failed_is_withdrawn_before_its_files(
-    save: Save, run_dir: Path, monkeypatch: pytest.MonkeyPatch
+    save: SaveAll, run_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def publish(folder: Path, *arguments: Any) -> Commit:
         (folder / "COMMIT.json").write_text("{}")
@@ -235,3 +257,114 @@ def test_commit_whose_last_flush_failed_is_withdrawn_before_its_files(
     assert [type(result) for result in save(ThreadWorld(2), 20)] == [StorageError] * 2
     assert removed == [False]
     assert candidates(run_dir) == []
+
+
+# --- beside training ---
+
+RequestFor = Callable[..., SaveRequest]
+
+
+def polled(save: SaveAll) -> Any:
+    """What polling comes to, on each rank together."""
+    while (commit := save.poll()) is None:
+        pass
+    return commit
+
+
+def test_nothing_is_visible_while_one_rank_writes_and_the_commit_comes_when_all_have(
+    request_for: RequestFor, run_dir: Path
+) -> None:
+    world = ThreadWorld(3)
+    world.engines[2].may_write.clear()
+
+    def job(engine: ThreadEngine) -> Any:
+        save = Save(engine, run_dir, request_for(20), in_background=True)
+        before = [save.poll() for _ in range(5)]
+        if engine.is_main:
+            assert candidates(run_dir) == []
+            world.engines[2].may_write.set()
+        return before, polled(save), save.seconds
+
+    (before, commit, seconds), *others = world.run(job)
+    assert before == [None] * 5
+    assert [other[1] for other in others] == [commit] * 2
+    assert commit == verify_folder(resolve(run_dir))
+    assert seconds > 0 == others[0][2]
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_failure_beside_training_surfaces_on_every_rank_at_the_next_poll_and_leaves_no_folder(
+    save: SaveAll, request_for: RequestFor, run_dir: Path, rank: int
+) -> None:
+    world = ThreadWorld(3)
+    before = save(world, 20)[0]
+    world.engines[rank].fail_on_save = OSError(28, "No space left on device")
+    for other in {0, 1, 2} - {rank}:
+        world.engines[other].may_write.clear()  # the others are still writing
+
+    def job(engine: ThreadEngine) -> Any:
+        running = Save(engine, run_dir, request_for(40), in_background=True)
+        if engine.rank == rank:
+            running._writing.wait()
+        engine.gather_objects(None)  # the failure has happened
+        running.poll()
+        return "nobody noticed"
+
+    results = world.run(job)
+    assert [type(result) for result in results] == [StorageError] * 3
+    assert all("disk is full" in result.message for result in results)
+    assert resolve(run_dir) == before.folder
+    assert [path.name for path in (run_dir / "checkpoints").glob("step-*")] == [before.folder.name]
+
+
+def test_claim_of_a_newer_attempt_stops_a_save_beside_training_on_every_rank(
+    request_for: RequestFor, run_dir: Path
+) -> None:
+    def superseded() -> None:
+        raise SupersededError("attempt 2 owns the run")
+
+    world = ThreadWorld(2)
+    request = request_for(20, check_claim=superseded)
+    results = world.run(lambda engine: polled(Save(engine, run_dir, request, in_background=True)))
+    assert [type(result) for result in results] == [SupersededError] * 2
+    assert list((run_dir / "checkpoints").glob("step-*")) == []
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_abandoned_save_writes_no_more_and_leaves_no_folder(
+    request_for: RequestFor, run_dir: Path, together: bool
+) -> None:
+    world = ThreadWorld(2)
+    for engine in world.engines:
+        engine.may_write.clear()
+
+    def job(engine: ThreadEngine) -> Any:
+        running = Save(engine, run_dir, request_for(20), in_background=True)
+        running.abandon(together=together)
+        return running._writing.state
+
+    assert world.run(job) == [WorkState.FAILED] * 2
+    assert list((run_dir / "checkpoints").glob("step-*")) == []
+
+
+def test_state_that_cannot_be_copied_is_a_failure_of_the_save_on_every_rank(
+    request_for: RequestFor, run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world = ThreadWorld(2)
+
+    def no_memory(*, copy: bool) -> Any:
+        raise MemoryError("no memory for a copy")
+
+    monkeypatch.setattr(world.engines[1], "state_share", no_memory)
+    results = world.run(lambda engine: polled(Save(engine, run_dir, request_for(20), in_background=True)))
+    assert isinstance(results[1], MemoryError)
+    assert isinstance(results[0], MegamaskError) and "rank 1: MemoryError" in results[0].message
+    assert list((run_dir / "checkpoints").glob("step-*")) == []
+
+
+def test_bound_of_the_step_stands_in_the_commit_and_comes_back(save: SaveAll, run_dir: Path) -> None:
+    bound = {"nelbo_nats_per_token": repr(0.1 + 0.2), "standard_error": "0.25"}
+    commit = save(ThreadWorld(1), 20, evaluation=bound)[0]
+    found = verify_folder(commit.folder).evaluation
+    assert found == bound and float(found["nelbo_nats_per_token"]) == 0.1 + 0.2
+    assert save(ThreadWorld(1), 40)[0].evaluation is None

@@ -53,6 +53,7 @@ def test_keys_that_others_rely_on_exist():
         "objective.noise_schedule",
         "checkpoint.every_steps",
         "checkpoint.keep_last",
+        "checkpoint.asynchronous",
         "precision.compute",
         "model.num_layers",
         "model.hidden_size",

@@ -27,7 +27,7 @@ def saved(build, tmp_path):
     engine = build(OPTIONS)
     for step in (1, 2):
         cases.take_step(engine, step)
-    names = engine.save_state(tmp_path)
+    names = cases.save_state(engine, tmp_path)
     assert (
         sorted(names)
         == [".metadata", "__0_0.distcp", "optimizer.json"]
@@ -76,8 +76,49 @@ def test_saving_changes_nothing(saved, build):
     assert cases.report_fields(cases.take_step(other, 3)) == wanted
 
 
+def test_copied_state_is_that_of_its_step_although_training_goes_on(saved, build, tmp_path_factory):
+    folder, _ = saved
+    engine = build(OPTIONS)
+    for step in (1, 2):
+        cases.take_step(engine, step)
+    share = engine.state_share(copy=True)
+    cases.take_step(engine, 3)
+    later = tmp_path_factory.mktemp("later")
+    cases.write_share(engine, share, later)
+    for path in folder.iterdir():
+        assert path.read_bytes() == (later / path.name).read_bytes(), path.name
+
+
+def test_second_copy_takes_no_new_memory_and_no_more_than_this_rank_s_share(build):
+    engine = build(PLAIN)
+    engine.state_share(copy=True)
+    memory = engine._host_memory._buffer
+    assert memory.numel() == 3 * sum(weights.numel() for weights in engine._stage.network.parameters())
+    before = memory.clone()
+    cases.take_step(engine, 1)
+    assert torch.equal(memory, before)
+    engine.state_share(copy=True)
+    assert engine._host_memory._buffer is memory
+    assert not torch.equal(memory, before)
+
+
+def test_writing_stops_between_two_tensors_when_it_is_called_off(saved, tmp_path_factory):
+    _, engine = saved
+    asked = []
+
+    def gate():
+        asked.append(1)
+        if len(asked) == 3:
+            raise InterruptedError("enough")
+
+    folder = tmp_path_factory.mktemp("stopped")
+    with pytest.raises(InterruptedError, match="enough"):
+        engine.state_share(copy=False).write(folder, gate)
+    assert not (folder / ".metadata").exists()
+
+
 def test_state_before_the_first_step_is_whole(build, tmp_path):
-    build(PLAIN).save_state(tmp_path)
+    cases.save_state(build(PLAIN), tmp_path)
     for name, weight in read_canonical_weights(tmp_path, PLAIN).items():
         assert torch.equal(weight, initial_tensor(cases.SEED, name, PLAIN)), name
     engine = build(PLAIN)
@@ -118,13 +159,13 @@ def test_saving_starts_no_process_and_no_thread(build, tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fork", forbidden)
     monkeypatch.setattr(subprocess.Popen, "__init__", forbidden)
     monkeypatch.setattr(threading.Thread, "start", forbidden)
-    engine.save_state(tmp_path)
+    cases.save_state(engine, tmp_path)
 
 
 def test_files_do_not_name_the_folder_and_repeat_byte_for_byte(saved, tmp_path_factory):
     folder, engine = saved
     again = tmp_path_factory.mktemp("again")
-    engine.save_state(again)
+    cases.save_state(engine, again)
     for path in folder.iterdir():
         assert path.read_bytes() == (again / path.name).read_bytes(), path.name
         assert str(folder).encode() not in path.read_bytes()
@@ -135,7 +176,7 @@ def test_an_older_state_in_the_folder_is_not_overwritten(saved):
     before = (folder / "__0_0.distcp").read_bytes()
     cases.take_step(engine, 3)
     with pytest.raises(RuntimeError, match="already exists"):
-        engine.save_state(folder)
+        cases.save_state(engine, folder)
     assert (folder / "__0_0.distcp").read_bytes() == before
 
 

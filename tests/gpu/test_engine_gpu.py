@@ -25,7 +25,7 @@ init_process_group(select_backend())
 from support import engine_cases as cases
 engine = cases.make_engine(cases.OPTIONS)
 reports = [cases.report_fields(cases.take_step(engine, step)) for step in (1, 2)]
-engine.save_state(Path(sys.argv[1]))
+cases.save_state(engine, Path(sys.argv[1]), copy=True)
 reports.append(cases.report_fields(cases.take_step(engine, 3)))
 engine.close()
 engine = cases.make_engine(cases.OPTIONS)

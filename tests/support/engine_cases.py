@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -69,6 +70,21 @@ def vocabulary(spec: ModelSpec) -> Vocabulary:
 
 def objective(*, complementary: bool = True, mask_logit: str = "excluded") -> ObjectiveSpec:
     return ObjectiveSpec(noise_schedule="linear", complementary=complementary, mask_logit=mask_logit)
+
+
+def save_state(engine: Any, folder: Path, *, copy: bool = False) -> list[str]:
+    """Writes an engine's state as a checkpoint does; collective. Returns the names of this rank's files."""
+    return write_share(engine, engine.state_share(copy=copy), folder)
+
+
+def write_share(engine: Any, share: Any, folder: Path) -> list[str]:
+    """Writes shares that were taken before; collective."""
+    names, part = share.write(folder)
+    parts = engine.gather_objects(part)
+    if engine.is_main:
+        names = [*names, *share.write_index(folder, parts)]
+    engine.barrier()
+    return names
 
 
 def make_engine(

@@ -50,7 +50,9 @@ def run_layout(root: str, spec: str, layout: dict[str, Any]) -> dict[str, Any]:
             if engine.is_main:
                 folder.mkdir()
             engine.barrier()
-            answer["files"] = engine.save_state(folder)
+            share = engine.state_share(copy=True)
+        if step == SAVED_STEP + 1:  # the copy is written although training went on
+            answer["files"] = cases.write_share(engine, share, folder)
         if step == RESUMED_STEPS[-1]:
             answer["digest"] = engine.parameter_digest()
     answer["reports"] = reports

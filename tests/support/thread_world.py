@@ -3,11 +3,31 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+
+
+class ThreadShare:
+    """One file a rank and an index that names them all; a rank may fail, or wait for the test's word."""
+
+    def __init__(self, engine: ThreadEngine) -> None:
+        self.engine, self.content = engine, engine.content
+
+    def write(self, folder: Path, gate: Callable[[], None]) -> tuple[list[str], str]:
+        while not self.engine.may_write.wait(0.01):
+            gate()
+        if self.engine.fail_on_save is not None:
+            raise self.engine.fail_on_save
+        name = f"__{self.engine.rank}_0.distcp"
+        (folder / name).write_bytes(self.content)
+        return [name], name
+
+    def write_index(self, folder: Path, parts: Sequence[str]) -> list[str]:
+        (folder / ".metadata").write_text(" ".join(parts))
+        return [".metadata"]
 
 
 class ThreadEngine:
@@ -19,17 +39,18 @@ class ThreadEngine:
         self.content = f"rank {rank}".encode()
         self.loaded_from: Path | None = None
         self.fail_on_save: Exception | None = None
+        self.may_write = threading.Event()
+        self.may_write.set()
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
 
-    def save_state(self, folder: Path) -> list[str]:
-        if self.fail_on_save is not None:
-            raise self.fail_on_save
-        name = f"__{self.rank}_0.distcp"
-        (folder / name).write_bytes(self.content)
-        return [name]
+    def state_share(self, *, copy: bool) -> ThreadShare:
+        return ThreadShare(self)
+
+    def max_over_ranks(self, value: int) -> int:
+        return max(self.world.exchange(self.rank, value))
 
     def load_state(self, folder: Path) -> None:
         self.content = (folder / f"__{self.rank}_0.distcp").read_bytes()

@@ -5,9 +5,6 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
-
-import torch
 
 from megamask.checkpoint.commit import Commit
 from megamask.checkpoint.contents import ModelDocument, TrainerState
@@ -18,8 +15,8 @@ from megamask.config.schema.roots import TrainConfig
 from megamask.data.manifest import Manifest
 from megamask.data.prepare import build
 from megamask.diffusion.objective import ObjectiveSpec
-from megamask.engine.collectives import Collectives
-from megamask.engine.torch_dist import Piece, write
+from megamask.engine.state import Share
+from megamask.engine.torch_dist import Piece
 from megamask.models.initial_weights import canonical_shapes, initial_tensor
 from megamask.models.spec import ModelSpec
 from megamask.models.vocabulary import Vocabulary
@@ -57,27 +54,17 @@ def write_corpus(folder: Path, *, words: Sequence[str] = WORDS, sequence_length:
     return folder / "corpus"
 
 
-class OneProcess(Collectives):
-    """Collective calls of a job of one process, without a process group."""
-
-    rank = 0
-    world_size = 1
-
-    def gather_objects(self, value: Any) -> list[Any]:
-        return [value]
-
-
 class InitialWeights(ThreadEngine):
     """One process that saves a network's initial weights, in the engine's own format."""
 
     spec: ModelSpec
 
-    def save_state(self, folder: Path) -> list[str]:
+    def state_share(self, *, copy: bool) -> Share:  # type: ignore[override]
         pieces = [
             Piece(name=name, shape=shape, offsets=(0,) * len(shape), data=initial_tensor(SEED, name, self.spec))
             for name, shape in canonical_shapes(self.spec).items()
         ]
-        return write(folder, pieces, OneProcess(torch.device("cpu")))
+        return Share(pieces, num_updates=0, rank=0)
 
 
 def write_run(folder: Path, corpus: Path, *, step: int = 20, earlier_steps: Sequence[int] = ()) -> tuple[Path, Commit]:

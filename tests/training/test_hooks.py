@@ -50,13 +50,41 @@ def test_evaluation_never_happens_without_a_measure() -> None:
     assert recorder.records == []
 
 
-def committed_steps(checkpoint: CheckpointConfig, last: int, reason: StopReason, resumed: int = 0) -> list[int]:
-    steps: list[int] = []
-    hook = PeriodicCheckpoint(checkpoint, lambda progress: steps.append(progress.step), committed_step=resumed)
+class Calls:
+    """A committer that only notes what it is asked for."""
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+
+    def begin(self, progress: Progress, evaluation: Any) -> None:
+        self.calls.append(f"begin {progress.step} {evaluation}")
+
+    def poll(self) -> None:
+        self.calls.append("poll")
+
+    def finish(self) -> None:
+        self.calls.append("finish")
+
+    def commit(self, progress: Progress, evaluation: Any) -> None:
+        self.calls.append(f"commit {progress.step} {evaluation}")
+
+    def abandon(self, *, together: bool) -> None:
+        self.calls.append(f"abandon {together}")
+
+
+def calls(checkpoint: CheckpointConfig, last: int, reason: StopReason, resumed: int = 0) -> list[str]:
+    committer = Calls()
+    hook = PeriodicCheckpoint(
+        checkpoint, committer, bound_at={4: {"nelbo_nats_per_token": 1.5}}.get, committed_step=resumed
+    )
     for step in range(resumed + 1, last + 1):
         hook.after_step(at(step), RECORD)
     hook.on_stop(at(last), reason)
-    return steps
+    return committer.calls
+
+
+def committed_steps(checkpoint: CheckpointConfig, last: int, reason: StopReason, resumed: int = 0) -> list[int]:
+    return [int(call.split()[1]) for call in calls(checkpoint, last, reason, resumed) if call[0] in "bc"]
 
 
 def test_checkpoints_come_every_n_steps_and_at_the_end() -> None:
@@ -75,8 +103,31 @@ def test_nothing_is_committed_when_nothing_was_done_since_the_last_commit() -> N
     assert committed_steps(CheckpointConfig(every_steps=None), 5, StopReason.STOP_AFTER_STEP, resumed=5) == []
 
 
-def test_superseded_attempt_commits_nothing() -> None:
-    assert committed_steps(CheckpointConfig(every_steps=None), 5, StopReason.SUPERSEDED) == []
+def test_superseded_attempt_commits_nothing_and_gives_up_what_is_on_its_way() -> None:
+    assert calls(CheckpointConfig(every_steps=None), 5, StopReason.SUPERSEDED)[5:] == ["abandon True"]
+
+
+def test_save_on_its_way_is_looked_at_every_step_and_finished_before_the_last_commit() -> None:
+    measured = "{'nelbo_nats_per_token': 1.5}"
+    assert calls(CheckpointConfig(every_steps=2), 5, StopReason.PREEMPTED) == [
+        *["poll"] * 2,
+        "begin 2 None",
+        *["poll"] * 2,
+        f"begin 4 {measured}",
+        "poll",
+        "finish",
+        "commit 5 None",
+    ]
+
+
+def test_bound_belongs_to_the_step_it_was_measured_at() -> None:
+    measure = lambda: {"nelbo_nats_per_token": 2.5, "standard_error": 0.5, "num_tokens": 7}  # noqa: E731
+    hook = PeriodicEvaluation(Recorder(), EvaluationConfig(every_steps=3), measure)
+    found = []
+    for step in range(1, 6):
+        hook.after_step(at(step), RECORD)
+        found.append(hook.bound_at(step))
+    assert found == [None, None, {"nelbo_nats_per_token": 2.5, "standard_error": 0.5}, None, None]
 
 
 def test_status_file_is_written_at_most_once_in_a_while() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -24,8 +24,24 @@ class Place(Protocol):
         """Processes of the job."""
 
 
+class StateShare(Protocol):
+    """What one rank writes of the state; its methods make no collective call, so that any thread may call them."""
+
+    def write(self, folder: Path, gate: Callable[[], None]) -> tuple[list[str], Any]:
+        """Writes this rank's share; `gate` is called between tensors and raises to stop.
+
+        Returns: names of the files, relative to the folder, and what the index must know of them.
+        """
+
+    def write_index(self, folder: Path, parts: Sequence[Any]) -> list[str]:
+        """Rank 0 only: writes the index of all ranks' shares, from what each `write` returned, in rank order."""
+
+
 class CheckpointEngine(Protocol):
-    """What saving and loading ask of the engine; every method but `is_main` is called by all ranks together."""
+    """What saving and loading ask of the engine.
+
+    Every method but `is_main` and `state_share` is called by all ranks together.
+    """
 
     @property
     def is_main(self) -> bool:
@@ -35,8 +51,8 @@ class CheckpointEngine(Protocol):
     def topology(self) -> Place:
         """Where this rank stands."""
 
-    def save_state(self, folder: Path) -> list[str]:
-        """Writes the sharded state; returns the names, relative to the folder, of the files this rank wrote."""
+    def state_share(self, *, copy: bool) -> StateShare:
+        """This rank's share of the state: a copy as it is now, or the state itself, which must not change meanwhile."""
 
     def load_state(self, folder: Path) -> None:
         """Reads the sharded state under this engine's own layout."""
@@ -46,6 +62,9 @@ class CheckpointEngine(Protocol):
 
     def broadcast_object(self, value: Any) -> Any:
         """Rank 0's value, on every rank."""
+
+    def max_over_ranks(self, value: int) -> int:
+        """The largest value of any rank, on every rank."""
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -52,6 +52,7 @@ class Commit:
         state: scalars of the trainer (integers and strings).
         corpora: corpus name -> corpus id.
         journal: sequence number and sha256 of the last journal line before the commit.
+        evaluation: the bound measured at this very step, numbers as text, or None.
     """
 
     folder: Path
@@ -65,6 +66,7 @@ class Commit:
     corpora: Mapping[str, str]
     laws: Mapping[str, int]
     journal: Mapping[str, Any]
+    evaluation: Mapping[str, str] | None = None
 
     @property
     def num_bytes(self) -> int:
@@ -81,6 +83,7 @@ class CommitFields:
     state: Mapping[str, Any] = field(default_factory=dict)
     corpora: Mapping[str, str] = field(default_factory=dict)
     journal: Mapping[str, Any] = field(default_factory=dict)
+    evaluation: Mapping[str, str] | None = None
 
 
 def begin(run_dir: Path, step: int, attempt: int) -> Path:
@@ -126,6 +129,8 @@ def publish(folder: Path, files: Mapping[str, FileDigest], fields: CommitFields)
         "laws": dict(LAWS),
         "journal": dict(fields.journal),
     }
+    if fields.evaluation is not None:
+        document["evaluation"] = dict(fields.evaluation)
     document["self_sha256"] = hash_of(document)
     data = canonical_json(document)
     commit = parse_commit(data, folder)  # what is written is what a reader accepts
@@ -202,9 +207,13 @@ def _from_document(document: dict[str, Any], folder: Path, digest: str) -> Commi
     for name in ("state", "corpora", "laws", "journal"):
         if not isinstance(document[name], dict):
             raise ValueError(name)
+    evaluation = document.get("evaluation")
+    if evaluation is not None and not (isinstance(evaluation, dict) and _are_numbers(evaluation.values())):
+        raise ValueError("evaluation")
     carried = {
         key: document[key] for key in ("step", "attempt", "run_id", "parent", "state", "corpora", "laws", "journal")
     }
+    carried["evaluation"] = evaluation
     return Commit(folder=folder, digest=digest, files=files, **carried)
 
 
@@ -219,6 +228,15 @@ def _refuse_newer(path: Path, document: dict[str, Any]) -> None:
             f"{path} has format version {version}, this megamask reads up to {COMMIT_VERSION}. Nothing was loaded.",
             hint="use the megamask that wrote it, or a newer one",
         )
+
+
+def _are_numbers(values: Iterable[object]) -> bool:
+    """Whether each is text that `float` reads."""
+    for value in values:
+        if not isinstance(value, str):
+            return False
+        float(value)
+    return True
 
 
 def _is_count(value: object) -> bool:

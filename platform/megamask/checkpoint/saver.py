@@ -1,13 +1,17 @@
-"""Saving: durable, then hashed, then visible. Every function here is called by all ranks together."""
+"""Saving: durable, then hashed, then visible; beside training, or while it waits."""
 
 from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from megamask.checkpoint.agreement import CheckpointEngine, agree, captured, on_main
+from megamask.checkpoint.agreement import CheckpointEngine, StateShare, agree, captured, on_main
+from megamask.checkpoint.background import Gate, Work, all_done
 from megamask.checkpoint.commit import Commit, CommitFields, FileDigest, begin, publish
 from megamask.checkpoint.contents import ModelDocument, TrainerState
 from megamask.checkpoint.integrity import digest_and_flush
@@ -16,82 +20,203 @@ from megamask.checkpoint.retention import remove_committed
 from megamask.engine.collectives import TORCH_WRITE_FAILURES
 from megamask.errors import MegamaskError, StorageError, SupersededError
 from megamask.storage.durable import fsync_directory, storage_errors
+from megamask.storage.fault_points import reached
 
 
-def save(
-    engine: CheckpointEngine,
-    run_dir: Path,
-    *,
-    attempt: int,
-    state: TrainerState,
-    model: ModelDocument,
-    tokenizer_folder: Path,
-    corpora: Mapping[str, str],
-    journal_head: tuple[int, str],
-    run_id: str,
-    parent: str | None,
-    check_claim: Callable[[], None],
-) -> Commit:
-    """Commits a checkpoint of the engine's present state; collective and blocking.
-
-    Data first, flushed and hashed by the rank that wrote it; then, on rank 0, `check_claim` and COMMIT.json.
+@dataclass(frozen=True, kw_only=True)
+class SaveRequest:
+    """What a checkpoint holds beside the engine's state.
 
     Args:
-        journal_head: sequence number and sha256 of the last journal line.
+        journal_head: sequence number and sha256 of the journal's last line, which is flushed.
         parent: digest of the commit this state descends from, None before the first.
+        evaluation: the bound measured at this very step, numbers as text, or None.
         check_claim: called on rank 0 right before the commit; raises SupersededError if a newer attempt owns the run.
+    """
 
-    Returns: the commit, on every rank.
+    attempt: int
+    state: TrainerState
+    model: ModelDocument
+    tokenizer_folder: Path
+    corpora: Mapping[str, str]
+    journal_head: tuple[int, str]
+    run_id: str
+    parent: str | None
+    check_claim: Callable[[], None]
+    evaluation: Mapping[str, str] | None = None
+
+    def fields(self) -> CommitFields:
+        """What COMMIT.json carries of it."""
+        return CommitFields(
+            run_id=self.run_id,
+            parent=self.parent,
+            state=self.state.scalars(),
+            corpora=dict(self.corpora),
+            journal={"seq": self.journal_head[0], "sha256": self.journal_head[1]},
+            evaluation=self.evaluation,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Written:
+    """What one rank wrote: its files, and what the index of the state must know of them."""
+
+    files: dict[str, FileDigest]
+    part: Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Published:
+    commit: Commit
+    seconds: float
+
+
+class Save:
+    """A checkpoint on its way to COMMIT.json; constructor, `poll` and `wait` are called by all ranks together.
+
+    First every rank writes, flushes and hashes its own share; when all have, rank 0 writes the index, flushes the
+    folders, asks `check_claim` and creates COMMIT.json. Both stages run in a thread or, if asked, at once.
+
+    Args:
+        in_background: copy the state and write the copy in a thread; else the state itself is written, right here.
+
     Raises:
         StorageError: the storage refused; nothing became visible and earlier commits are intact.
         SupersededError: as `check_claim` says; nothing became visible.
     """
-    folder = on_main(engine, lambda: begin(run_dir, state.step, attempt))
-    fields = CommitFields(
-        run_id=run_id,
-        parent=parent,
-        state=state.scalars(),
-        corpora=dict(corpora),
-        journal={"seq": journal_head[0], "sha256": journal_head[1]},
-    )
-    published: list[Commit] = []
-    try:
-        files = _write(engine, folder, state=state, model=model, tokenizer_folder=tokenizer_folder)
-        return on_main(engine, lambda: _commit(folder, files, fields, check_claim, published))
-    except BaseException as error:
-        if engine.is_main and not published:  # a peer that is lost after the commit does not undo it
+
+    def __init__(self, engine: CheckpointEngine, run_dir: Path, request: SaveRequest, *, in_background: bool) -> None:
+        self._engine = engine
+        self._request = request
+        self._in_background = in_background
+        self._started = time.monotonic()
+        self._folder = on_main(engine, lambda: begin(run_dir, request.state.step, request.attempt))
+        self._shares: list[StateShare] = []
+        self._published: list[_Published] = []
+        self._publishing: Work[None] | None = None
+        failures: list[BaseException] = []
+        with captured(failures):  # told at the next poll, as every other failure
+            self._shares.append(engine.state_share(copy=in_background))
+        self._writing = Work(lambda gate: self._write(failures, gate), in_thread=in_background and not failures)
+
+    @property
+    def step(self) -> int:
+        """Of the state that is saved."""
+        return self._request.state.step
+
+    @property
+    def seconds(self) -> float:
+        """From the beginning to the moment it became visible; known on rank 0, 0 elsewhere."""
+        return self._published[0].seconds if self._published else 0.0
+
+    def poll(self) -> Commit | None:
+        """The commit, on every rank, once it is visible; None while it is on its way."""
+        return self._guarded(lambda: self._advance(wait=False))
+
+    def wait(self) -> Commit:
+        """Waits for the commit."""
+        while (commit := self._guarded(lambda: self._advance(wait=True))) is None:
+            pass
+        return commit
+
+    def abandon(self, *, together: bool) -> None:
+        """Gives the save up: nothing of it becomes visible unless it is already.
+
+        Args:
+            together: all ranks call this, so that no rank writes any more when rank 0 removes the folder.
+        """
+        has_stopped = self._stop()
+        if together:
+            agree(self._engine, [])
+        self._remove(has_stopped)
+
+    def _guarded(self, action: Callable[[], Commit | None]) -> Commit | None:
+        try:
+            return action()
+        except BaseException as error:
+            self._remove(self._stop())
+            if self._engine.is_main and not self._published and not isinstance(error, SupersededError):
+                self._request.check_claim()  # a newer attempt may have swept the folder: then that is what happened
+            raise
+
+    def _advance(self, *, wait: bool) -> Commit | None:
+        if self._publishing is None:
+            if all_done(self._engine, self._writing, wait=wait):
+                gathered = self._engine.gather_objects(self._writing.result)
+                self._publishing = Work(
+                    lambda gate: self._publish(gathered, gate),
+                    in_thread=self._in_background and self._engine.is_main,
+                )
+            return None
+        if not all_done(self._engine, self._publishing, wait=wait):
+            return None
+        commit: Commit = self._engine.broadcast_object(self._published[0].commit if self._engine.is_main else None)
+        return commit
+
+    def _stop(self) -> bool:
+        return (self._publishing or self._writing).stop()
+
+    def _remove(self, has_stopped: bool) -> None:
+        """Rank 0 removes what is not visible; after a thread that hangs it is left to the next attempt's sweep."""
+        if self._engine.is_main and has_stopped and not self._published:
             with contextlib.suppress(OSError, StorageError):  # what cannot be removed is swept by the next attempt
-                remove_committed(folder)  # COMMIT.json may stand if only its last flush failed
-            if not isinstance(error, SupersededError):
-                check_claim()  # a newer attempt may have swept the folder: then that is what happened
-        raise
+                remove_committed(self._folder)  # COMMIT.json may stand if only its last flush failed
+
+    def _write(self, failures: Sequence[BaseException], gate: Gate) -> _Written:
+        """Everything that this rank writes before the index."""
+        if failures:
+            raise failures[0]
+        folder, request = self._folder, self._request
+        with _engine_errors(folder):
+            names, part = self._shares[0].write(folder, gate)
+        reached("checkpoint.state_written")
+        if self._engine.is_main:
+            names = names + _write_documents(folder, request.state, request.model, request.tokenizer_folder)
+        files = {}
+        for name in sorted(set(names)):
+            gate()
+            files[name] = digest_and_flush(folder, name)
+        reached("checkpoint.share_flushed")
+        return _Written(files=files, part=part)
+
+    def _publish(self, gathered: Sequence[_Written], gate: Gate) -> None:
+        """The rest, on rank 0: the index, the folders, the claim, COMMIT.json."""
+        if not self._engine.is_main:
+            return
+        folder = self._folder
+        files = _union([written.files for written in gathered], folder)
+        with _engine_errors(folder):
+            names = self._shares[0].write_index(folder, [written.part for written in gathered])
+        files |= {name: digest_and_flush(folder, name) for name in names}
+        _refuse_unclaimed(folder, files)
+        with storage_errors(f"flushing {folder}"):
+            for parent, _, _ in os.walk(folder, topdown=False):
+                fsync_directory(Path(parent))
+            fsync_directory(folder.parent)
+        reached("checkpoint.flushed")
+        self._request.check_claim()
+        gate()
+        commit = publish(folder, files, self._request.fields())
+        self._published.append(_Published(commit=commit, seconds=time.monotonic() - self._started))
 
 
-def _write(
-    engine: CheckpointEngine, folder: Path, *, state: TrainerState, model: ModelDocument, tokenizer_folder: Path
-) -> dict[str, FileDigest]:
-    """Writes everything but COMMIT.json; returns the digests of all ranks' files on rank 0 (empty elsewhere)."""
-    failures: list[BaseException] = []
-    names: list[str] = []
-    with captured(failures):
-        names += _engine_files(engine, folder)
-    agree(engine, failures)
-    if engine.is_main:
-        with captured(failures):
-            names += _write_documents(folder, state, model, tokenizer_folder)
-    own: dict[str, FileDigest] = {}
-    if not failures:
-        with captured(failures):
-            own = {name: digest_and_flush(folder, name) for name in sorted(set(names))}
-    agree(engine, failures)
-    gathered = engine.gather_objects(own)
-    return on_main(engine, lambda: _union(folder, gathered))
+def save(engine: CheckpointEngine, run_dir: Path, **request: Any) -> Commit:
+    """Commits a checkpoint of the engine's present state; collective and blocking, nothing is copied.
+
+    Args:
+        request: the fields of SaveRequest.
+
+    Returns: the commit, on every rank.
+    Raises: as Save.
+    """
+    return Save(engine, run_dir, SaveRequest(**request), in_background=False).wait()
 
 
-def _engine_files(engine: CheckpointEngine, folder: Path) -> list[str]:
+@contextlib.contextmanager
+def _engine_errors(folder: Path) -> Iterator[None]:
     try:
         with storage_errors(f"writing {folder}"):
-            return engine.save_state(folder)
+            yield
     except RuntimeError as error:
         if any(text in str(error) for text in TORCH_WRITE_FAILURES):
             raise StorageError(
@@ -115,31 +240,18 @@ def _write_documents(folder: Path, state: TrainerState, model: ModelDocument, to
     return names
 
 
-def _union(folder: Path, gathered: list[dict[str, FileDigest]]) -> dict[str, FileDigest]:
-    """All ranks' files; each must have exactly one writer, and no file may be without one."""
+def _union(gathered: Sequence[Mapping[str, FileDigest]], folder: Path) -> dict[str, FileDigest]:
+    """All ranks' files; each must have exactly one writer."""
     files: dict[str, FileDigest] = {}
     for rank, own in enumerate(gathered):
         for name, digest in own.items():
             if name in files:
                 raise MegamaskError(f"rank {rank} wrote {name} of {folder}, which another rank wrote too")
             files[name] = digest
-    present = {str((Path(parent) / name).relative_to(folder)) for parent, _, names in os.walk(folder) for name in names}
-    if unclaimed := sorted(present - set(files)):
-        raise MegamaskError(f"no rank says that it wrote {unclaimed[0]} of {folder}; nothing was published")
     return files
 
 
-def _commit(
-    folder: Path,
-    files: Mapping[str, FileDigest],
-    fields: CommitFields,
-    check_claim: Callable[[], None],
-    published: list[Commit],
-) -> Commit:
-    with storage_errors(f"flushing {folder}"):
-        for parent, _, _ in os.walk(folder, topdown=False):
-            fsync_directory(Path(parent))
-        fsync_directory(folder.parent)
-    check_claim()
-    published.append(publish(folder, files, fields))
-    return published[0]
+def _refuse_unclaimed(folder: Path, files: Mapping[str, FileDigest]) -> None:
+    present = {str((Path(parent) / name).relative_to(folder)) for parent, _, names in os.walk(folder) for name in names}
+    if unclaimed := sorted(present - set(files)):
+        raise MegamaskError(f"no rank says that it wrote {unclaimed[0]} of {folder}; nothing was published")

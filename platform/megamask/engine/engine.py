@@ -20,6 +20,7 @@ from megamask.engine.backend import Backend, select_backend
 from megamask.engine.canonical import CanonicalMap
 from megamask.engine.collectives import Collectives
 from megamask.engine.head import MaskedRowHead
+from megamask.engine.host_memory import HostMemory
 from megamask.engine.network import build_network, wrap_data_parallel
 from megamask.engine.optimizer import ShardedAdamW
 from megamask.engine.step import Stage, StepReport, TrainingStep
@@ -32,8 +33,8 @@ from megamask.storage.hashing import hash_of
 class Engine:
     """A network on this rank's part of the layout, ready to train; needs an initialised process group.
 
-    Every method but the properties and `members` is called by all ranks together. The layout was checked against the
-    model by the config (config/validate.py); here only the number of processes is.
+    Every method but the properties, `members` and `state_share` is called by all ranks together. The layout was checked
+    against the model by the config (config/validate.py); here only the number of processes is.
 
     Args:
         seed: run.seed, the key of initial weights and of the noise.
@@ -60,6 +61,7 @@ class Engine:
         topology = Topology.from_layout(layout, rank=self._collectives.rank, world_size=self._collectives.world_size)
         _create_groups(topology)
         self._spec = spec
+        self._host_memory = HostMemory(backend)
         self._micro_batch_size = training.micro_batch_size
         network = build_network(spec, topology, seed=seed)
         model = wrap_data_parallel(network)
@@ -163,16 +165,18 @@ class Engine:
         """Waits until every rank has come here."""
         self._collectives.barrier()
 
-    def save_state(self, folder: Path) -> list[str]:
-        """Writes weights and Adam's state, each rank its own share; returns the names of this rank's files.
+    def state_share(self, *, copy: bool) -> state.Share:
+        """What this rank writes of the present weights and Adam's state; no collective call.
 
-        Raises:
-            StorageError, OSError: some rank could not write; every rank raises.
+        Args:
+            copy: into memory of the host, so that training may go on while the share is written; the share before is
+                overwritten. Otherwise the state itself is written, and must not change meanwhile.
         """
-        return state.save(folder, self._optimizer, self._canonical, self._collectives)
+        memory = self._host_memory if copy else None
+        return state.share(self._optimizer, self._canonical, rank=self.rank, memory=memory)
 
     def load_state(self, folder: Path) -> None:
-        """Restores what `save_state` wrote, under this engine's layout, whichever it was written under.
+        """Restores what all ranks' shares wrote, under this engine's layout, whichever it was written under.
 
         Raises:
             CheckpointIntegrityError: the folder does not hold the whole state of this network.

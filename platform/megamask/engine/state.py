@@ -10,42 +10,69 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from megamask.engine.canonical import CanonicalMap
 from megamask.engine.collectives import Collectives
+from megamask.engine.host_memory import HostMemory
 from megamask.engine.rectangles import rectangles
-from megamask.engine.torch_dist import Piece, StateReader, write
+from megamask.engine.torch_dist import IndexPart, Piece, StateReader, write_index, write_pieces
 from megamask.errors import CheckpointIntegrityError
 from megamask.models.initial_weights import canonical_shapes
 from megamask.models.spec import ModelSpec
 from megamask.storage.hashing import canonical_json
+
+if TYPE_CHECKING:
+    from megamask.engine.optimizer import Shard
 
 OPTIMIZER_NAME = "optimizer.json"
 FORMAT = "megamask-optimizer"
 VERSION = 1
 
 
-def save(folder: Path, optimizer: Any, canonical: CanonicalMap, collectives: Collectives) -> list[str]:
-    """Writes the state into an existing folder; collective.
+class Share:
+    """What this rank writes of the state: all that it alone owns. Its methods make no collective call."""
+
+    def __init__(self, pieces: Sequence[Piece], *, num_updates: int, rank: int) -> None:
+        self._pieces = pieces
+        self._num_updates = num_updates
+        self._rank = rank
+
+    def write(self, folder: Path, gate: Callable[[], None] = lambda: None) -> tuple[list[str], IndexPart]:
+        """Writes this rank's files into an existing folder.
+
+        Args:
+            gate: called between tensors; what it raises ends the writing.
+
+        Returns: their names, relative to the folder, and what `write_index` must know of them.
+        Raises: OSError, RuntimeError: the storage refused.
+        """
+        names, part = write_pieces(folder, self._pieces, rank=self._rank, gate=gate)
+        if self._rank == 0:
+            document = {"format": FORMAT, "version": VERSION, "num_updates": self._num_updates}
+            (folder / OPTIMIZER_NAME).write_bytes(canonical_json(document))
+            names = [*names, OPTIMIZER_NAME]
+        return names, part
+
+    def write_index(self, folder: Path, parts: Sequence[IndexPart]) -> list[str]:
+        """On one rank, after all have written; `parts` in rank order. Returns the names of the files."""
+        return write_index(folder, parts)
+
+
+def share(optimizer: Any, canonical: CanonicalMap, *, rank: int, memory: HostMemory | None) -> Share:
+    """This rank's share of the present state: views of it, or a copy in `memory`.
 
     Args:
         optimizer: the ShardedAdamW that holds this rank's shards.
-
-    Returns: the names of the files that this rank wrote, relative to the folder.
-    Raises:
-        OSError, RuntimeError, StorageError: the storage refused, on some rank; every rank raises.
     """
-    names = write(folder, list(_pieces(optimizer, canonical, is_saving=True)), collectives)
-    if collectives.is_main:
-        document = {"format": FORMAT, "version": VERSION, "num_updates": optimizer.num_updates}
-        (folder / OPTIMIZER_NAME).write_bytes(canonical_json(document))
-        names.append(OPTIMIZER_NAME)
-    return names
+    shards = [shard for shard in optimizer.shards() if canonical.is_owner(shard.parameter)]
+    if memory is not None:
+        shards = memory.copy(shards)
+    return Share(list(_pieces(shards, canonical)), num_updates=optimizer.num_updates, rank=rank)
 
 
 def load(folder: Path, optimizer: Any, canonical: CanonicalMap, collectives: Collectives) -> None:
@@ -57,7 +84,7 @@ def load(folder: Path, optimizer: Any, canonical: CanonicalMap, collectives: Col
     failures: list[BaseException] = []
     try:
         optimizer.num_updates = _read_num_updates(folder / OPTIMIZER_NAME)
-        StateReader(folder).read(list(_pieces(optimizer, canonical, is_saving=False)))
+        StateReader(folder).read(list(_pieces(optimizer.shards(), canonical)))
     except Exception as error:  # noqa: BLE001  raised on every rank
         failures.append(error)
     collectives.raise_alike(failures, CheckpointIntegrityError)
@@ -77,12 +104,10 @@ def read_canonical_weights(folder: Path, spec: ModelSpec) -> dict[str, torch.Ten
     return weights
 
 
-def _pieces(optimizer: Any, canonical: CanonicalMap, *, is_saving: bool) -> Iterator[Piece]:
-    """Views of this rank's shards; when saving, only those that no other rank stores."""
+def _pieces(shards: Iterable[Shard], canonical: CanonicalMap) -> Iterator[Piece]:
+    """Views of shards, as rectangles of the canonical tensors."""
     shapes = canonical_shapes(canonical.spec)
-    for shard in optimizer.shards():
-        if is_saving and not canonical.is_owner(shard.parameter):
-            continue
+    for shard in shards:
         columns = math.prod(shard.shape[1:])
         parts = rectangles(canonical.blocks(shard.parameter), columns=columns, start=shard.start, stop=shard.stop)
         for part in parts:

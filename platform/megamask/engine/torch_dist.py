@@ -1,7 +1,7 @@
 """The torch_dist format (torch.distributed.checkpoint): written in this process, read without trusting its pickle.
 
 megatron-core's writer forks processes and lets a spawned manager import the main program again. Ours calls torch's own
-file-system writer from this thread: no process, no thread, no file that names a path or a random number.
+file-system writer from the caller's thread: no process, no thread, no file that names a path or a random number.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import pickle
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -36,10 +36,10 @@ from torch.distributed.checkpoint.planner import (
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 from torch.distributed.checkpoint.storage import WriteResult
 
-from megamask.engine.collectives import Collectives
-from megamask.errors import CheckpointIntegrityError, StorageError
+from megamask.errors import CheckpointIntegrityError
 
 METADATA_NAME = ".metadata"
+IndexPart = tuple[SavePlan, list[WriteResult]]  # what one rank wrote, in the format's words
 _FILE_NAME = re.compile(r"__\d+_\d+\.distcp")
 
 # Everything that the pickle of a Metadata object refers to; any other name in it is refused before it is imported.
@@ -81,10 +81,11 @@ class Piece:
 
 
 class _SavePlanner(DefaultSavePlanner):
-    """Writes a list of pieces."""
+    """Writes a list of pieces, and asks before each whether to go on."""
 
-    def __init__(self, pieces: Sequence[Piece]) -> None:
+    def __init__(self, pieces: Sequence[Piece], gate: Callable[[], None] = lambda: None) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+        self._gate = gate
         self._data = {(piece.name, piece.offsets): piece.data for piece in pieces}
         self._items = [_write_item(piece) for piece in pieces]
 
@@ -92,6 +93,7 @@ class _SavePlanner(DefaultSavePlanner):
         return SavePlan(self._items)
 
     def lookup_object(self, index: MetadataIndex) -> torch.Tensor:
+        self._gate()
         return self._data[(index.fqn, tuple(index.offset or ()))]
 
 
@@ -129,36 +131,47 @@ class _LoadPlanner(DefaultLoadPlanner):
         raise pickle.UnpicklingError("this state holds no objects, only tensors")
 
 
-def write(folder: Path, pieces: Sequence[Piece], collectives: Collectives) -> list[str]:
-    """Writes all ranks' pieces; collective. Together they must be every element of every tensor exactly once.
+def write_pieces(
+    folder: Path, pieces: Sequence[Piece], *, rank: int, gate: Callable[[], None] = lambda: None
+) -> tuple[list[str], IndexPart]:
+    """Writes the pieces of one rank; no collective call, so that any thread may do it while training goes on.
 
-    Returns: the names of the files that this rank wrote; rank 0 also writes the index of them all.
-    Raises:
-        OSError, RuntimeError: this rank could not write.
-        StorageError: another rank could not.
+    One tensor at a time is copied beside the pieces: torch stores whole storages.
+
+    Args:
+        gate: called before each piece; what it raises ends the writing.
+
+    Returns: the names of the files, and what `write_index` must know of them.
+    Raises: OSError, RuntimeError: the storage refused.
     """
-    planner, writer = _SavePlanner(pieces), _Writer(folder, thread_count=1, sync_files=False, overwrite=False)
-    writer.set_up_storage_writer(collectives.is_main)
-    failures: list[BaseException] = []
-    results: list[WriteResult] = []
-    try:
-        plan = writer.prepare_local_plan(planner.create_local_plan())
-        # torch numbers files by a plan's place in the list of all; this rank's place is all that matters here
-        plan = writer.prepare_global_plan([plan] * (collectives.rank + 1))[-1]
-        results = writer.write_data(planner.finish_plan(plan), planner).wait()
-    except Exception as error:  # noqa: BLE001  raised on every rank
-        failures.append(error)
-    collectives.raise_alike(failures, StorageError)
-    parts = collectives.gather_objects((planner.create_local_plan(), results))
-    if collectives.is_main:
-        try:
-            _, metadata = planner.create_global_plan([plan for plan, _ in parts])
-            writer.finish(metadata, [results for _, results in parts])
-        except Exception as error:  # noqa: BLE001  raised on every rank
-            failures.append(error)
-    collectives.raise_alike(failures, StorageError)
-    own = f"__{collectives.rank}_0.distcp"
-    return [own, METADATA_NAME] if collectives.is_main else [own]
+    planner, writer = _SavePlanner(pieces, gate), _writer(folder)
+    plan = writer.prepare_local_plan(planner.create_local_plan())
+    # torch numbers files by a plan's place in the list of all; this rank's place is all that matters here
+    plan = writer.prepare_global_plan([plan] * (rank + 1))[-1]
+    results = writer.write_data(planner.finish_plan(plan), planner).wait()
+    return [f"__{rank}_0.distcp"], (planner.create_local_plan(), results)
+
+
+def write_index(folder: Path, parts: Sequence[IndexPart]) -> list[str]:
+    """Writes the index of all ranks' pieces, which together must be every element of every tensor exactly once.
+
+    Args:
+        parts: what each rank's `write_pieces` returned, in rank order.
+
+    Returns: the names of the files.
+    Raises: OSError, RuntimeError: the storage refused.
+    """
+    planner = _SavePlanner([])
+    _, metadata = planner.create_global_plan([plan for plan, _ in parts])
+    _writer(folder).finish(metadata, [results for _, results in parts])
+    return [METADATA_NAME]
+
+
+def _writer(folder: Path) -> _Writer:
+    # per_thread_copy_ahead=0: on a GPU machine torch would copy through a stream of its own, from device 0's default
+    writer = _Writer(folder, thread_count=1, sync_files=False, overwrite=False, per_thread_copy_ahead=0)
+    writer.set_up_storage_writer(is_coordinator=True)
+    return writer
 
 
 class StateReader:

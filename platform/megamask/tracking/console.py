@@ -208,7 +208,9 @@ def event_line(record: Record) -> str | None:
         bits = _float(record.get("bits_per_byte"))
         return line + (f", {bits:.3f} bits/byte" if bits is not None else "")
     if kind == "checkpoint_committed":
-        return f"checkpoint of step {step} committed" + _digest(record)
+        stall = _float(record.get("stall_s"))
+        waited = "" if stall is None else f", training waited {stall:.2f} s"
+        return f"checkpoint of step {step} committed" + _digest(record) + waited
     if kind == "incident":
         return f"incident: {record.get('incident')}: {record.get('problem')}"
     if kind == "attempt_ended":

@@ -1,16 +1,21 @@
-"""Committing a checkpoint from the loop: journal before, save, journal after, prune."""
+"""Checkpoints beside the loop: journal before, save, announce when visible, prune. At most one is on its way."""
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megamask.checkpoint.agreement import on_main
+from megamask.checkpoint.background import Work, all_done
+from megamask.checkpoint.commit import Commit
 from megamask.checkpoint.contents import ModelDocument, TrainerState
+from megamask.checkpoint.names import CHECKPOINTS_NAME
 from megamask.checkpoint.retention import prune
-from megamask.checkpoint.saver import save
+from megamask.checkpoint.saver import Save, SaveRequest
+from megamask.config.schema.checkpoint import CheckpointConfig
 from megamask.training.attempt import AttemptView
 from megamask.training.progress import Progress
 
@@ -18,72 +23,171 @@ if TYPE_CHECKING:
     from megamask.engine.engine import Engine
 
 
+@dataclass(kw_only=True)
+class Stall:
+    """Seconds that the step loop has waited for one checkpoint."""
+
+    seconds: float = 0.0
+
+    @contextlib.contextmanager
+    def counted(self) -> Iterator[None]:
+        """Adds the time of a block."""
+        started = time.monotonic()
+        try:
+            yield
+        finally:
+            self.seconds += time.monotonic() - started
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Flight:
+    """A save on its way, and the measurement that belongs to its step."""
+
+    save: Save
+    evaluation: Mapping[str, float] | None
+    stall: Stall = field(default_factory=Stall)
+
+
 class CheckpointCommitter:
-    """Saves the run's present state on all ranks together and prunes what is too old.
+    """Saves the run's state on all ranks together and prunes what is too old.
+
+    Every method but `abandon` is called by all ranks together, from the thread that trains; only that thread makes
+    collective calls and journals.
 
     Args:
-        keep_last: committed checkpoints to keep.
+        model, tokenizer_folder, corpora, seed: of the run, stored in every checkpoint.
+        num_steps: training.steps, recorded beside the state.
         parent: digest of the commit that this attempt resumed from.
         damaged: names of folders that did not verify; they do not count as kept.
-        num_steps: training.steps, recorded beside the state.
     """
 
     def __init__(
         self,
         engine: Engine,
         attempt: AttemptView,
+        checkpoint: CheckpointConfig,
         *,
         model: ModelDocument,
         tokenizer_folder: Path,
         corpora: Mapping[str, str],
         seed: int,
         num_steps: int,
-        keep_last: int,
         parent: str | None,
         damaged: Sequence[str],
     ) -> None:
         self._engine = engine
         self._attempt = attempt
+        self._checkpoint = checkpoint
         self._model = model
         self._tokenizer_folder = tokenizer_folder
         self._corpora = dict(corpora)
         self._seed = seed
         self._num_steps = num_steps
-        self._keep_last = keep_last
         self._parent = parent
         self._damaged = tuple(damaged)
+        self._flight: _Flight | None = None
+        self._pruning: tuple[int, Work[list[str]]] | None = None
 
-    def __call__(self, progress: Progress) -> None:
-        """Commits; returns when the checkpoint is visible. Raises what checkpoint.saver.save raises."""
-        attempt = self._attempt
-        attempt.append("checkpoint_started", step=progress.step)
-        started = time.monotonic()
-        commit = save(
-            self._engine,
-            attempt.run_dir,
-            attempt=attempt.number,
-            state=self._state(progress),
-            model=self._model,
-            tokenizer_folder=self._tokenizer_folder,
-            corpora=self._corpora,
-            journal_head=attempt.durable_journal_head(),
-            run_id=attempt.run_id,
-            parent=self._parent,
-            check_claim=attempt.check_claim,
+    def begin(self, progress: Progress, evaluation: Mapping[str, float] | None) -> None:
+        """Starts saving the present state, after the end of the save before; blocks if saving is not asynchronous.
+
+        Args:
+            evaluation: the bound measured at this very step, if it was.
+
+        Raises: what checkpoint.saver.Save raises.
+        """
+        self._begin(progress, evaluation, in_background=self._checkpoint.asynchronous)
+        if not self._checkpoint.asynchronous:
+            self.finish()
+
+    def poll(self) -> None:
+        """Once a step: announces what has become visible; raises what failed since the last step."""
+        if self._flight is not None:
+            self._announce_if_committed(self._flight, wait=False)
+        elif self._pruning is not None:
+            self._journal_if_pruned(self._pruning, wait=False)
+
+    def finish(self) -> None:
+        """Waits for everything that is on its way."""
+        if self._flight is not None:
+            self._announce_if_committed(self._flight, wait=True)
+        if self._pruning is not None:
+            self._journal_if_pruned(self._pruning, wait=True)
+
+    def commit(self, progress: Progress, evaluation: Mapping[str, float] | None) -> None:
+        """Saves the present state and returns when it is visible; nothing is copied. Raises as `begin`."""
+        self._begin(progress, evaluation, in_background=False)
+        self.finish()
+
+    def abandon(self, *, together: bool) -> None:
+        """Gives up a save that is on its way: nothing of it becomes visible unless it is already.
+
+        Args:
+            together: all ranks call this.
+        """
+        if self._flight is not None:
+            flight, self._flight = self._flight, None
+            flight.save.abandon(together=together)
+
+    def _begin(self, progress: Progress, evaluation: Mapping[str, float] | None, *, in_background: bool) -> None:
+        self.finish()
+        attempt, stall = self._attempt, Stall()
+        with stall.counted():
+            attempt.append("checkpoint_started", step=progress.step)
+            request = SaveRequest(
+                attempt=attempt.number,
+                state=self._state(progress),
+                model=self._model,
+                tokenizer_folder=self._tokenizer_folder,
+                corpora=self._corpora,
+                journal_head=attempt.durable_journal_head(),
+                run_id=attempt.run_id,
+                parent=self._parent,
+                check_claim=attempt.check_claim,
+                evaluation=None if evaluation is None else {name: repr(value) for name, value in evaluation.items()},
+            )
+            save = Save(self._engine, attempt.run_dir, request, in_background=in_background)
+        self._flight = _Flight(save=save, evaluation=evaluation, stall=stall)
+
+    def _announce_if_committed(self, flight: _Flight, *, wait: bool) -> None:
+        self._flight = None  # a failing save has cleaned up after itself
+        with flight.stall.counted():
+            commit = flight.save.wait() if wait else flight.save.poll()
+        if commit is None:
+            self._flight = flight
+            return
+        self._announce(commit, flight)
+        self._parent = commit.digest
+        keep_last, damaged, run_dir = self._checkpoint.keep_last, self._damaged, self._attempt.run_dir
+        is_main = self._engine.is_main
+        self._pruning = (
+            commit.step,
+            Work(
+                lambda _gate: prune(run_dir, keep_last, damaged=damaged) if is_main else [],
+                in_thread=self._checkpoint.asynchronous and is_main,
+            ),
         )
-        attempt.append(
+
+    def _announce(self, commit: Commit, flight: _Flight) -> None:
+        self._attempt.append(
             "checkpoint_committed",
             step=commit.step,
             checkpoint=commit.folder.name,
+            location=f"{CHECKPOINTS_NAME}/{commit.folder.name}",
             digest=commit.digest,
-            parent=self._parent,
+            parent=commit.parent,
             bytes=commit.num_bytes,
-            stall_s=round(time.monotonic() - started, 6),
+            stall_s=round(flight.stall.seconds, 6),
+            save_s=round(flight.save.seconds, 6),
+            evaluation=None if flight.evaluation is None else dict(flight.evaluation),
         )
-        self._parent = commit.digest
-        pruned = on_main(self._engine, lambda: prune(attempt.run_dir, self._keep_last, damaged=self._damaged))
-        for name in pruned:
-            attempt.append("checkpoint_pruned", step=progress.step, checkpoint=name)
+
+    def _journal_if_pruned(self, pruning: tuple[int, Work[list[str]]], *, wait: bool) -> None:
+        step, work = pruning
+        if all_done(self._engine, work, wait=wait):
+            self._pruning = None
+            for name in work.result:
+                self._attempt.append("checkpoint_pruned", step=step, checkpoint=name)
 
     def _state(self, progress: Progress) -> TrainerState:
         return TrainerState(

@@ -47,42 +47,80 @@ class PeriodicEvaluation:
         self._recorder = recorder
         self._every = evaluation.every_steps if measure is not None else None
         self._measure = measure
+        self._latest: tuple[int, Mapping[str, Any]] | None = None
 
     def after_step(self, progress: Progress, record: StepRecord) -> None:
         """An `evaluation` line when it is due."""
         if self._measure is not None and self._every is not None and progress.step % self._every == 0:
-            self._recorder.append("evaluation", step=progress.step, **self._measure())
+            fields = self._measure()
+            self._recorder.append("evaluation", step=progress.step, **fields)
+            self._latest = progress.step, fields
 
     def on_stop(self, progress: Progress, reason: StopReason) -> None:
         """Nothing: evaluation is due by step only, so that a restart changes no record."""
 
+    def bound_at(self, step: int) -> dict[str, float] | None:
+        """The bound and its standard error, nats per token, if they were measured at this very step."""
+        if self._latest is None or self._latest[0] != step:
+            return None
+        return {name: float(self._latest[1][name]) for name in ("nelbo_nats_per_token", "standard_error")}
+
+
+class Committer(Protocol):
+    """What saves: one checkpoint at a time, on every rank together."""
+
+    def begin(self, progress: Progress, evaluation: Mapping[str, float] | None) -> None:
+        """Starts a save, after the end of the one before."""
+
+    def poll(self) -> None:
+        """Announces what has become visible, raises what failed."""
+
+    def finish(self) -> None:
+        """Waits for what is on its way."""
+
+    def commit(self, progress: Progress, evaluation: Mapping[str, float] | None) -> None:
+        """Saves and returns when the checkpoint is visible."""
+
+    def abandon(self, *, together: bool) -> None:
+        """Gives up what is on its way."""
+
 
 class PeriodicCheckpoint:
-    """Commits a checkpoint every n steps and at the end of an attempt.
+    """Saves a checkpoint every n steps and commits one at the end of an attempt.
 
     Args:
-        commit: saves and publishes on every rank together.
+        bound_at: the bound measured at a step, if it was; asked at the step itself.
         committed_step: the step of the newest commit when the attempt begins.
     """
 
-    def __init__(self, checkpoint: CheckpointConfig, commit: Callable[[Progress], None], committed_step: int) -> None:
+    def __init__(
+        self,
+        checkpoint: CheckpointConfig,
+        committer: Committer,
+        *,
+        bound_at: Callable[[int], Mapping[str, float] | None],
+        committed_step: int,
+    ) -> None:
         self._every = checkpoint.every_steps
-        self._commit = commit
-        self._committed_step = committed_step
+        self._committer = committer
+        self._bound_at = bound_at
+        self._saved_step = committed_step
 
     def after_step(self, progress: Progress, record: StepRecord) -> None:
-        """Commits when it is due."""
+        """Looks at the save that is on its way, and starts one when it is due."""
+        self._committer.poll()
         if self._every is not None and progress.step % self._every == 0:
-            self._save(progress)
+            self._committer.begin(progress, self._bound_at(progress.step))
+            self._saved_step = progress.step
 
     def on_stop(self, progress: Progress, reason: StopReason) -> None:
-        """The last step of an attempt always commits, unless a newer attempt owns the run."""
-        if reason is not StopReason.SUPERSEDED and progress.step > self._committed_step:
-            self._save(progress)
-
-    def _save(self, progress: Progress) -> None:
-        self._commit(progress)
-        self._committed_step = progress.step
+        """What is on its way is finished and the last step commits, unless a newer attempt owns the run."""
+        if reason is StopReason.SUPERSEDED:
+            self._committer.abandon(together=True)
+            return
+        self._committer.finish()
+        if progress.step > self._saved_step:
+            self._committer.commit(progress, self._bound_at(progress.step))
 
 
 class StatusFile:
