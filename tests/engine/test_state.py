@@ -56,7 +56,7 @@ def test_state_does_not_depend_on_which_tensors_decay(saved, build, tmp_path):
     other.load_state(folder)
     again = tmp_path / "again"
     again.mkdir()
-    other.save_state(again)
+    cases.save_state(other, again)
     shapes = canonical_shapes(OPTIONS)
     for name in [prefix + name for name in shapes for prefix in ("", "optimizer.exp_avg.", "optimizer.exp_avg_sq.")]:
         shape = shapes[name.removeprefix("optimizer.exp_avg.").removeprefix("optimizer.exp_avg_sq.")]

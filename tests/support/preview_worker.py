@@ -58,7 +58,7 @@ def run_layout(root: str, spec: str, layout: dict[str, Any]) -> dict[str, Any]:
     folder = Path(root) / spec
     if not layout:
         folder.mkdir()
-        engine.save_state(folder)
+        cases.save_state(engine, folder)
     engine.load_state(folder)
     answer: dict[str, Any] = {
         "found": [decoded(engine.predict, SPECS[spec], temperature) for temperature in TEMPERATURES]
