@@ -193,7 +193,7 @@ def verbs_of_cli() -> set[str]:
 
 
 def test_every_verb_is_a_file() -> None:
-    assert verbs_of_cli() == {path.stem for path in CLI.glob("*.py")} - {"__init__", "main"}
+    assert verbs_of_cli() == {path.stem for path in CLI.glob("*.py") if "\ndef add_arguments(" in text(path)}
 
 
 @each_document

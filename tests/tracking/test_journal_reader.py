@@ -29,12 +29,20 @@ def change(path: Path, old: bytes, new: bytes) -> None:
 def test_journal_files_are_in_order_of_writing_beyond_four_digits(tmp_path: Path) -> None:
     folder = tmp_path / "journal"
     folder.mkdir()
-    for name in ("attempt-10000-000", "attempt-0002-000", "attempt-0002-010", "attempt-0002-002", "notes"):
+    for name in (
+        "attempt-10000-000",
+        "attempt-0002-000",
+        "attempt-0002-010",
+        "attempt-0002-002",
+        "attempt-0002-1000",
+        "notes",
+    ):
         (folder / f"{name}.jsonl").touch()
     assert [(file.attempt, file.rotation) for file in journal_files(tmp_path)] == [
         (2, 0),
         (2, 2),
         (2, 10),
+        (2, 1000),
         (10000, 0),
     ]
 

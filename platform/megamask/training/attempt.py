@@ -72,7 +72,7 @@ class Attempt(AttemptView):
         self._node = host_platform.node()
         self.config_path = store_attempt_config(run_dir, self.number, config)
         self.write_status("starting", step=None)
-        self.journal = Journal.open(run_dir, self.number)
+        self.journal = Journal.open(run_dir, self.number, rotate_bytes=config.tracking.journal_file_mib * 2**20)
         self._is_tracked = False
         self._is_first = self.journal.head[0] == 0  # an attempt that died at once may have left run.json and no line
         self.console = Console(config, bytes_per_token=bytes_per_token)

@@ -28,4 +28,10 @@ class TrackingConfig:
     console_every_steps: int = operational(
         "without a terminal, print a line every so many steps", default=10, minimum=1, unit="steps"
     )
+    journal_file_mib: int = operational(
+        "a new file of the journal begins before a line that would take the one in use over this size",
+        default=64,
+        minimum=1,
+        unit="MiB",
+    )
     mlflow: MLflowConfig = section()
