@@ -52,3 +52,10 @@ def test_installing_twice_changes_nothing():
     before = torch.zeros
     cpu_backend.install()
     assert torch.zeros is before
+
+
+def test_fused_functions_are_left_uncompiled_and_torch_keeps_its_compiler():
+    from megatron.core.fusions import fused_bias_swiglu
+
+    assert not hasattr(fused_bias_swiglu.swiglu, "_torchdynamo_orig_callable")
+    assert torch.compile.__module__ == "torch"

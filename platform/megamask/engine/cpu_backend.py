@@ -75,6 +75,7 @@ def install() -> None:
     _patch_generators()
     _patch_constructors()
     _patch_tensors()
+    _import_uncompiled()
 
 
 def _constant(value: Any) -> Callable[..., Any]:
@@ -179,3 +180,21 @@ def _patch_tensors() -> None:
         return "torch.cuda." + str(name).rsplit(".", 1)[1]
 
     setattr(torch.Tensor, "type", type_as_on_cuda)  # noqa: B010
+
+
+def _import_uncompiled() -> None:
+    """Imports megatron-core with torch.compile as a decorator that changes nothing.
+
+    It decorates its fused functions when it is imported, which loads the whole compiler: more than a second of every
+    start. The layers built here call none of them, and on a CPU each would ask for a C++ compiler.
+    """
+
+    def leave(function: Any = None, **options: Any) -> Any:
+        return (lambda decorated: decorated) if function is None else function
+
+    compiled = torch.compile
+    setattr(torch, "compile", leave)  # noqa: B010
+    try:
+        import megatron.core  # noqa: F401
+    finally:
+        setattr(torch, "compile", compiled)  # noqa: B010
