@@ -34,6 +34,7 @@ from megamask.training.datasets import described_datasets
 from megamask.training.evaluating import open_validation, validation_measure
 from megamask.training.hooks import PeriodicCheckpoint, PeriodicEvaluation, StatusFile, StepJournal
 from megamask.training.loop import Hook, TrainingRun, train
+from megamask.training.previewing import PeriodicPreview, open_previews, preview_on_engine
 from megamask.training.progress import Progress
 from megamask.training.run_directory import open_run, recorded_schedule, run_path
 from megamask.training.schedules import check_extension
@@ -85,6 +86,7 @@ class Corpora:
         self.validation = open_validation(config)
         if self.validation is not None:
             stack.enter_context(contextlib.closing(self.validation))
+        self.previews = open_previews(config, self.train)
         manifest = self.train.manifest
         self.spec = ModelSpec.from_config(config.model, manifest.vocab_size, config.training.sequence_length)
         self.vocabulary = Vocabulary(
@@ -224,6 +226,7 @@ class Job:
     def _hooks(self, engine: Engine, view: AttemptView, model: ModelDocument, loaded: Loaded) -> list[Hook]:
         config, corpora, attempt = self._config, self._corpora, self._attempt
         measure = None if corpora.validation is None else validation_measure(config, engine, corpora.validation)
+        preview = None if corpora.previews is None else preview_on_engine(config, engine, corpora.previews)
         committer = CheckpointCommitter(
             engine,
             view,
@@ -241,6 +244,7 @@ class Job:
         hooks: list[Hook] = [
             StepJournal(view),
             evaluation,
+            PeriodicPreview(view, config.preview.every_steps, preview),
             PeriodicCheckpoint(
                 config.checkpoint, committer, bound_at=evaluation.bound_at, committed_step=self.progress.step
             ),

@@ -190,6 +190,15 @@ REFUSED = [
     (("optimizer.min_learning_rate=1e-4",), "optimizer.decay_steps is 0, so that the rate never falls"),
     (("training.head_capacity=129",), "training.head_capacity is 129, but a sample has training.sequence_length = 128"),
     (("training.head_capacity=127",), "objective.complementary scores every token of a full row"),
+    (("preview.every_steps=2", "preview.prompts=[]"), "preview.prompts is [], so there is nothing to continue"),
+    (
+        ("preview.every_steps=2", "preview.num_tokens=129"),
+        "preview.num_tokens is 129, but a row has training.sequence_length = 128 tokens",
+    ),
+    (
+        ("preview.every_steps=2", "preview.num_tokens=8", "preview.denoising_steps=9"),
+        "but each step writes a token at least, and preview.num_tokens is 8; allowed: 1 to 8, or null",
+    ),
 ]
 
 

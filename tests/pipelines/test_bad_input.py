@@ -151,6 +151,14 @@ def test_layout_or_shape_that_cannot_be_is_refused(
     refuse(*train(small_corpus, *overrides), says=words)
 
 
+def test_prompt_that_does_not_fit_is_refused_before_a_run_is_made(refuse: Refuse, small_corpus: Path) -> None:
+    prompt = "preview.prompts=['', '0123456789']"
+    refuse(
+        *train(small_corpus, "preview.every_steps=5", "preview.num_tokens=60", prompt),
+        says=("preview.prompts: '0123456789' has 10 tokens", "preview.num_tokens = 60", "at most 4 tokens"),
+    )
+
+
 def test_shape_law_meets_the_tensor_parallel_size(refuse: Refuse, small_corpus: Path) -> None:
     shape = ["model.num_attention_heads=16", "model.num_query_groups=16", "model.hidden_size=128"]
     refuse(

@@ -12,6 +12,10 @@ from pathlib import Path
 
 import pytest
 
+from megamask.data.tokenizer import CorpusTokenizer
+from megamask.generation.confidence import DecodingOptions
+from megamask.generation.prompt import until_end
+from megamask_pipelines.sample import SampleRequest, sample
 from support.command import checkpoints, command, environment, journal, megamask, start, step_lines, tiny
 
 pytestmark = pytest.mark.multiprocess
@@ -72,6 +76,29 @@ def test_journal_tells_the_run_in_order(finished: Path) -> None:
 def test_two_runs_of_one_config_have_equal_step_lines(finished: Path, runs: Path, small_corpus: Path) -> None:
     assert megamask("train", *tiny(small_corpus, runs, "again"), "--json").code == 0
     assert step_lines(runs / "again") == step_lines(finished)
+
+
+def test_previews_change_no_step_line_and_are_what_sample_writes(
+    finished: Path, runs: Path, small_corpus: Path
+) -> None:
+    """A preview is the first block of a row that `megamask sample` fills with the checkpoint of that step."""
+    asked = ["preview.every_steps=10", "preview.prompts=['def value', '']", "preview.num_tokens=9"]
+    noise = ["preview.temperature=0.8", "preview.denoising_steps=9"]
+    done = megamask("train", *tiny(small_corpus, runs, "previews"), *asked, *noise)
+    assert done.code == 0, done.stderr
+    assert step_lines(runs / "previews") == step_lines(finished)
+    records = [record for record in journal(runs / "previews") if record["kind"] == "sample_preview"]
+    assert [record["step"] for record in records] == [10, 20]
+    assert done.stderr.count("preview at step 10: ") == done.stderr.count("preview at step 20: ") == 2
+    prompt = CorpusTokenizer.load(small_corpus / "tokenizer").encode("def value")
+    for record, checkpoint in zip(records, checkpoints(runs / "previews"), strict=True):
+        options = DecodingOptions(block_length=9, temperature=0.8, seed=record["seed"])
+        length = 64 - len(prompt)
+        written = sample(checkpoint, SampleRequest(prompt="def value", length=length, options=options))
+        tokens = written["tokens"][len(prompt) : len(prompt) + 9]
+        tokenizer = CorpusTokenizer.load(small_corpus / "tokenizer")
+        assert record["samples"][0]["text"] == tokenizer.decode(until_end(tokens, tokenizer.eod_token_id))
+        assert record["samples"][0]["text"] and record["samples"][0]["nfe"] == 9
 
 
 def test_the_same_command_on_a_complete_run_starts_nothing(finished: Path, runs: Path, small_corpus: Path) -> None:

@@ -129,6 +129,43 @@ def test_event_line(record: dict[str, Any], line: str | None) -> None:
     assert event_line(record) == line
 
 
+def preview_record(*samples: dict[str, Any]) -> dict[str, Any]:
+    return {"kind": "sample_preview", "step": 4, "samples": list(samples)}
+
+
+def test_preview_is_a_short_line_for_each_sample() -> None:
+    record = preview_record(
+        {"prompt": "def f():\n", "text": "    return 1\n"},
+        {"prompt": "", "text": "h\u00e9"},
+        {"prompt": "p" * 40, "text": "t" * 500},
+    )
+    assert event_line(record) == (
+        "preview at step 4: 'def f():\\n' -> '    return 1\\n'\n"
+        "preview at step 4: 'h\u00e9'\n"
+        f"preview at step 4: '...{'p' * 30}' -> '{'t' * 100}...'"
+    )
+    assert event_line(preview_record()) is None
+
+
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_terminal_obeys_nothing_in_a_preview(is_terminal: bool) -> None:
+    """Escape sequences, 8-bit controls, carriage returns, reversed writing, line separators,
+    rich's markup and emoji.
+    """
+    stream = io.StringIO()
+    shown = console(stream, steps=3, is_terminal=is_terminal)
+    shown.on_record(step_record(1))
+    written = len(stream.getvalue())
+    text = "\x1b]0;title\x07\x1b[31m\x9b2J\r\x08\u202e\u2028[bold]:smile:[/bold]"
+    shown.on_record(preview_record({"prompt": "\x1b[2J", "text": text}))
+    shown.close()
+    drawn = stream.getvalue()[written:]
+    assert r"'\x1b[2J' ->" in drawn
+    assert r"'\x1b]0;title\x07\x1b[31m\x9b2J\r\x08\u202e\u2028[bold]:smile:[/bold]'" in drawn
+    assert not set("\x07\x08\x9b\u202e\u2028") & set(drawn)
+    assert "\x1b[31m" not in drawn and "\x1b]0" not in drawn
+
+
 def test_terminal_draws_a_display_and_keeps_events() -> None:
     stream = io.StringIO()
     shown = console(stream, steps=3, is_terminal=True)

@@ -30,8 +30,8 @@ def validate_train(config: TrainConfig, origins: Mapping[str, str] | None = None
     Raises:
         UsageError: the first problem: key and value, why, what is allowed, where to change it.
     """
-    checks = (_not_built, _corpora, _shape, _model, _layout, batch_problems, learning_rate_problems, _training)
-    for check in checks:
+    parts = (_not_built, _corpora, _shape, _model, _layout)
+    for check in (*parts, batch_problems, learning_rate_problems, _training, _preview):
         for problem in check(config):
             raise _refusal(config, problem, origins)
 
@@ -189,6 +189,31 @@ def _training(config: TrainConfig) -> Iterator[Problem]:
             key="training.head_capacity",
             because=f"but objective.complementary scores every token of a full row, {length} of them, exactly once",
             allowed=f"{length} or null; less only with objective.complementary=false",
+        )
+
+
+def _preview(config: TrainConfig) -> Iterator[Problem]:
+    """Whether a prompt fits is known only with the corpus' tokenizer: training/previewing.py."""
+    preview, length = config.preview, config.training.sequence_length
+    if preview.every_steps is None:
+        return
+    if not preview.prompts:
+        yield Problem(
+            key="preview.prompts",
+            because="so there is nothing to continue",
+            allowed="""at least one text (preview.prompts=[''] writes from nothing), or preview.every_steps=null""",
+        )
+    if preview.num_tokens > length:
+        yield Problem(
+            key="preview.num_tokens",
+            because=f"but a row has training.sequence_length = {length} tokens, the prompt included",
+            allowed=f"1 to {length}",
+        )
+    if preview.denoising_steps is not None and preview.denoising_steps > preview.num_tokens:
+        yield Problem(
+            key="preview.denoising_steps",
+            because=f"but each step writes a token at least, and preview.num_tokens is {preview.num_tokens}",
+            allowed=f"1 to {preview.num_tokens}, or null",
         )
 
 

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 _REDRAW_S = 0.25
+_PROMPT_CHARACTERS = 30  # of a preview's prompt, its end
+_TEXT_CHARACTERS = 100  # of a preview's text, its beginning
 _RATE_STEPS = 20  # steps that the shown speed and the remaining time are averaged over
 
 
@@ -135,7 +137,7 @@ class Console:
 
     def _write(self, line: str) -> None:
         if self._display is not None:
-            self._display.console.print(line, markup=False, highlight=False)
+            self._display.console.print(line, markup=False, highlight=False, emoji=False)
         else:
             self._stream.write(line + "\n")
             self._stream.flush()
@@ -195,7 +197,7 @@ def bits_per_byte(nelbo_nats_per_token: float | None, bytes_per_token: float | N
 
 
 def event_line(record: Record) -> str | None:
-    """One line for a record that is no step, or None for those that a person need not see."""
+    """A line for a record that is no step, or several; None for those that a person need not see."""
     kind, step = record["kind"], record.get("step")
     if kind == "attempt_started":
         resumed = record.get("resumed_from")
@@ -207,6 +209,8 @@ def event_line(record: Record) -> str | None:
         line += f" (standard error {error:.2g})" if error is not None else ""
         bits = _float(record.get("bits_per_byte"))
         return line + (f", {bits:.3f} bits/byte" if bits is not None else "")
+    if kind == "sample_preview":
+        return "\n".join(f"preview at step {step}: {line}" for line in _previews(record)) or None
     if kind == "checkpoint_committed":
         stall = _float(record.get("stall_s"))
         waited = "" if stall is None else f", training waited {stall:.2f} s"
@@ -221,6 +225,18 @@ def event_line(record: Record) -> str | None:
     if kind == "run_completed":
         return f"run completed at step {step}"
     return None
+
+
+def _previews(record: Record) -> list[str]:
+    """Prompt and text of each sample, quoted; the beginning of the prompt and the end of the text are cut off."""
+    samples = record.get("samples")
+    pairs = [(sample.get("prompt"), sample.get("text")) for sample in samples] if isinstance(samples, list) else []
+    lines = []
+    for prompt, text in ((str(prompt or ""), str(text or "")) for prompt, text in pairs):
+        before = "..." + prompt[-_PROMPT_CHARACTERS:] if len(prompt) > _PROMPT_CHARACTERS else prompt
+        after = text[:_TEXT_CHARACTERS] + "..." if len(text) > _TEXT_CHARACTERS else text
+        lines.append(f"{before!r} -> {after!r}" if prompt else repr(after))  # repr leaves nothing a terminal would obey
+    return lines
 
 
 def _digest(record: Record) -> str:

@@ -14,6 +14,7 @@ from megamask.config.schema.model import ModelConfig
 from megamask.config.schema.objective import ObjectiveConfig
 from megamask.config.schema.optimizer import OptimizerConfig
 from megamask.config.schema.precision import PrecisionConfig
+from megamask.config.schema.preview import PreviewConfig
 from megamask.config.schema.run import RunConfig
 from megamask.config.schema.tracking import TrackingConfig
 from megamask.config.schema.training import TrainingConfig
@@ -33,6 +34,7 @@ class TrainConfig:
     precision: PrecisionConfig = section()
     checkpoint: CheckpointConfig = section()
     evaluation: EvaluationConfig = section()
+    preview: PreviewConfig = section()
     tracking: TrackingConfig = section()
 
 
