@@ -13,14 +13,10 @@ from megamask.checkpoint.contents import ModelDocument
 from megamask.checkpoint.loader import Loaded, load
 from megamask.checkpoint.retention import sweep
 from megamask.config.schema.roots import TrainConfig
-from megamask.data.loader import Loader
-from megamask.data.tokenizer import TOKENIZER_DIR, verify_files
 from megamask.diffusion.objective import ObjectiveSpec
 from megamask.errors import ExitCode, MegamaskError, StorageError, SupersededError, error_with_code
 from megamask.launch.local import is_launched
 from megamask.models.counts import flops_per_token
-from megamask.models.spec import ModelSpec
-from megamask.models.vocabulary import Vocabulary
 from megamask.provenance.record import code_version
 from megamask.provenance.redaction import reason_of
 from megamask.resilience.numerics import NotFiniteError
@@ -31,14 +27,15 @@ from megamask.storage.durable import storage_errors
 from megamask.training.attempt import Attempt, AttemptView
 from megamask.training.checkpointing import CheckpointCommitter
 from megamask.training.datasets import described_datasets
-from megamask.training.evaluating import open_validation, validation_measure
+from megamask.training.evaluating import validation_measure
 from megamask.training.hooks import PeriodicCheckpoint, PeriodicEvaluation, StatusFile, StepJournal
 from megamask.training.loop import Hook, TrainingRun, train
-from megamask.training.previewing import PeriodicPreview, open_previews, preview_on_engine
+from megamask.training.previewing import PeriodicPreview, preview_on_engine
 from megamask.training.progress import Progress
 from megamask.training.run_directory import open_run, recorded_schedule, run_path
 from megamask.training.schedules import check_extension
 from megamask.training.stopping import StopFlag, StopReason
+from megamask_pipelines.corpora import Corpora
 
 if TYPE_CHECKING:
     import torch
@@ -74,33 +71,6 @@ def pretrain(config: TrainConfig, signals: StopRequest) -> tuple[StopReason, Pro
             raise told from error
         job.close(reason)
     return reason, job.progress
-
-
-class Corpora:
-    """The open corpora of a run, and what the model must know of them."""
-
-    def __init__(self, config: TrainConfig, stack: contextlib.ExitStack) -> None:
-        self.train = stack.enter_context(
-            contextlib.closing(Loader(config.data.corpora, config.data, config.training.sequence_length))
-        )
-        self.validation = open_validation(config)
-        if self.validation is not None:
-            stack.enter_context(contextlib.closing(self.validation))
-        self.previews = open_previews(config, self.train)
-        manifest = self.train.manifest
-        self.spec = ModelSpec.from_config(config.model, manifest.vocab_size, config.training.sequence_length)
-        self.vocabulary = Vocabulary(
-            vocab_size=manifest.vocab_size,
-            padded_vocab_size=self.spec.padded_vocab_size,
-            mask_token_id=manifest.mask_token_id,
-            eod_token_id=manifest.eod_token_id,
-            pad_token_id=manifest.pad_token_id,
-        )
-        self.tokenizer_digest = manifest.tokenizer_digest
-        self.tokenizer_folder = self.train.folder / TOKENIZER_DIR
-        verify_files(self.tokenizer_folder, manifest.tokenizer_digest)  # every checkpoint will hold a copy
-        split = manifest.split("train")
-        self.bytes_per_token = split.text_bytes / split.num_tokens
 
 
 class Job:

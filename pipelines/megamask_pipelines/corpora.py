@@ -1,0 +1,40 @@
+"""What a training job reads: its corpora, opened and checked before the run is claimed."""
+
+from __future__ import annotations
+
+import contextlib
+
+from megamask.config.schema.roots import TrainConfig
+from megamask.data.loader import Loader
+from megamask.data.tokenizer import TOKENIZER_DIR, verify_files
+from megamask.models.spec import ModelSpec
+from megamask.models.vocabulary import Vocabulary
+from megamask.training.evaluating import open_validation
+from megamask.training.previewing import open_previews
+
+
+class Corpora:
+    """The open corpora of a run, and what the model must know of them."""
+
+    def __init__(self, config: TrainConfig, stack: contextlib.ExitStack) -> None:
+        self.train = stack.enter_context(
+            contextlib.closing(Loader(config.data.corpora, config.data, config.training.sequence_length))
+        )
+        self.validation = open_validation(config)
+        if self.validation is not None:
+            stack.enter_context(contextlib.closing(self.validation))
+        manifest = self.train.manifest
+        self.spec = ModelSpec.from_config(config.model, manifest.vocab_size, config.training.sequence_length)
+        self.vocabulary = Vocabulary(
+            vocab_size=manifest.vocab_size,
+            padded_vocab_size=self.spec.padded_vocab_size,
+            mask_token_id=manifest.mask_token_id,
+            eod_token_id=manifest.eod_token_id,
+            pad_token_id=manifest.pad_token_id,
+        )
+        self.tokenizer_digest = manifest.tokenizer_digest
+        self.tokenizer_folder = self.train.folder / TOKENIZER_DIR
+        verify_files(self.tokenizer_folder, manifest.tokenizer_digest)  # every checkpoint will hold a copy
+        self.previews = open_previews(config, self.train)
+        split = manifest.split("train")
+        self.bytes_per_token = split.text_bytes / split.num_tokens
