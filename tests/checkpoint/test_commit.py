@@ -174,6 +174,13 @@ def test_commit_of_a_newer_version_is_a_usage_error_and_not_damage(commit_step: 
         load_commit(folder)
 
 
+def test_flipped_version_is_damage_and_no_newer_format(commit_step: MakeCommit) -> None:
+    path = commit_step(20).folder / "COMMIT.json"
+    path.write_bytes(path.read_bytes().replace(b'"version":1', b'"version":3'))
+    with pytest.raises(CheckpointIntegrityError):
+        load_commit(path.parent)
+
+
 def test_commit_that_is_a_link_is_refused(commit_step: MakeCommit, tmp_path: Path) -> None:
     folder = commit_step(20).folder
     (folder / "COMMIT.json").rename(tmp_path / "elsewhere.json")

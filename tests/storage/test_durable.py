@@ -12,7 +12,16 @@ import pytest
 
 from megamask.errors import StorageError
 from megamask.storage import durable
-from megamask.storage.durable import create_exclusive, fsync_directory, fsync_file, storage_errors, write_atomic
+from megamask.storage.durable import (
+    create_exclusive,
+    fsync_directory,
+    fsync_file,
+    make_folders,
+    storage_errors,
+    write_atomic,
+)
+from support.disk_model import ROOT, replay
+from support.disk_recorder import Recorder
 
 
 def names(folder: Path) -> list[str]:
@@ -68,6 +77,24 @@ def test_create_exclusive_does_not_follow_a_dangling_link(tmp_path):
     with pytest.raises(FileExistsError):
         create_exclusive(tmp_path / "link", b"content")
     assert not (tmp_path / "elsewhere").exists()
+
+
+def test_folders_and_those_above_them_are_found_again_after_a_crash(tmp_path):
+    (tmp_path / "there").mkdir()
+    recorder = Recorder(tmp_path)
+    with recorder.recording():
+        make_folders(tmp_path / "there" / "a" / "b")
+        make_folders(tmp_path / "there" / "a" / "b")
+    disk = replay(recorder.ops, recorder.folders)
+    assert list(disk.possible_trees(ROOT)) == [{"there": {"a": {"b": {}}}}]
+
+
+@pytest.mark.parametrize("name", ["file", "file/deep/er"])
+def test_folders_are_not_made_where_a_file_is_in_the_way(tmp_path, name):
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(FileExistsError):
+        make_folders(tmp_path / name)
+    assert names(tmp_path) == ["file"]
 
 
 def race(path: str, number: int, barrier, winners) -> None:

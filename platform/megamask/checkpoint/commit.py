@@ -22,7 +22,8 @@ from megamask.checkpoint.names import (
     parse_folder_name,
 )
 from megamask.errors import CheckpointIntegrityError, MegamaskError, StorageError, UsageError
-from megamask.storage.durable import create_exclusive, fsync_directory, storage_errors, write_atomic
+from megamask.storage.durable import create_exclusive, fsync_directory, make_folders, storage_errors, write_atomic
+from megamask.storage.fault_points import reached
 from megamask.storage.hashing import canonical_json, hash_of, sha256_bytes
 
 COMMIT_FORMAT = "megamask-checkpoint"
@@ -101,8 +102,10 @@ def begin(run_dir: Path, step: int, attempt: int) -> Path:
     with storage_errors(f"making {folder}"):
         if folder.exists():
             shutil.rmtree(folder)
-        folder.mkdir(parents=True)
+        make_folders(folder.parent)
+        folder.mkdir()
         fsync_directory(folder.parent)
+    reached("checkpoint.begun")
     return folder
 
 
@@ -177,10 +180,10 @@ def parse_commit(data: bytes, folder: Path) -> Commit:
         raise _damaged(path, "is not canonical JSON") from error
     if not is_canonical:  # also refuses a name that stands twice
         raise _damaged(path, "is not canonical JSON")
-    _refuse_newer(path, document)
     own = document.pop("self_sha256", None)
-    if own != hash_of(document):
+    if own != hash_of(document):  # before the version: a flipped digit is damage, not a newer format
         raise _damaged(path, "does not have the sha256 that it states")
+    _refuse_newer(path, document)
     try:
         commit = _from_document(document, folder, sha256_bytes(data))
     except (KeyError, TypeError, ValueError, AttributeError) as error:

@@ -18,6 +18,7 @@ from megamask.checkpoint.names import (
 from megamask.checkpoint.reader import candidates, has_commit
 from megamask.errors import CheckpointIntegrityError, UsageError
 from megamask.storage.durable import fsync_directory, storage_errors
+from megamask.storage.fault_points import reached
 
 
 def prune(run_dir: Path, keep_last: int, *, damaged: Collection[str] = ()) -> list[str]:
@@ -60,9 +61,13 @@ def remove_committed(folder: Path) -> None:
     """Makes a checkpoint invisible, durably, and only then frees its space."""
     with storage_errors(f"removing {folder}"):
         (folder / COMMIT_NAME).unlink(missing_ok=True)
+        reached("prune.commit_removed")
         fsync_directory(folder)
+        reached("prune.invisible")
         shutil.rmtree(folder, ignore_errors=True)  # invisible now: what somebody holds open is swept by a later attempt
+        reached("prune.content_removed")
         fsync_directory(folder.parent)
+        reached("prune.removed")
 
 
 def sweep(run_dir: Path, attempt: int) -> list[str]:
@@ -91,6 +96,7 @@ def sweep(run_dir: Path, attempt: int) -> list[str]:
                 swept.append(original)
         if swept:
             fsync_directory(root)
+            reached("sweep.flushed")
     return swept
 
 
@@ -101,9 +107,11 @@ def _original_name(name: str) -> str:
 def _remove_uncommitted(folder: Path, original: Path) -> bool:
     trash = original.with_name(f"{TRASH_PREFIX}{original.name}.{secrets.token_hex(4)}")
     folder.rename(trash)
+    reached("sweep.renamed")
     if has_commit(trash):
         with contextlib.suppress(OSError):  # the name is taken again: by a whole checkpoint, or by one that will be
             trash.rename(original)
         return False
     shutil.rmtree(trash, ignore_errors=True)
+    reached("sweep.content_removed")
     return True

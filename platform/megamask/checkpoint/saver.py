@@ -172,10 +172,12 @@ class Save:
         reached("checkpoint.state_written")
         if self._engine.is_main:
             names = names + _write_documents(folder, request.state, request.model, request.tokenizer_folder)
+            reached("checkpoint.documents_written")
         files = {}
         for name in sorted(set(names)):
             gate()
             files[name] = digest_and_flush(folder, name)
+            reached("checkpoint.file_flushed")
         reached("checkpoint.share_flushed")
         return _Written(files=files, part=part)
 
@@ -187,6 +189,7 @@ class Save:
         files = _union([written.files for written in gathered], folder)
         with _engine_errors(folder):
             names = self._shares[0].write_index(folder, [written.part for written in gathered])
+        reached("checkpoint.index_written")
         files |= {name: digest_and_flush(folder, name) for name in names}
         _refuse_unclaimed(folder, files)
         with storage_errors(f"flushing {folder}"):
@@ -196,6 +199,7 @@ class Save:
         reached("checkpoint.flushed")
         self._request.check_claim()
         gate()
+        reached("checkpoint.claim_checked")
         commit = publish(folder, files, self._request.fields())
         self._published.append(_Published(commit=commit, seconds=time.monotonic() - self._started))
 

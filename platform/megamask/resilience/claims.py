@@ -17,7 +17,7 @@ from typing import Any
 
 from megamask.errors import SupersededError, UsageError
 from megamask.resilience.process_facts import ProcessFacts, own_facts
-from megamask.storage.durable import create_exclusive, storage_errors
+from megamask.storage.durable import create_exclusive, make_folders, storage_errors
 
 FORMAT = "megamask-claim"
 VERSION = 1
@@ -74,7 +74,7 @@ def claim(run_dir: Path, *, known_attempt: int = 0, redact: Callable[[str], str]
             "time": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ"),
         }
         with storage_errors(f"claiming {run_dir}"):
-            folder.mkdir(parents=True, exist_ok=True)
+            make_folders(folder)
         try:
             create_exclusive(folder / _CLAIM_FILE, json.dumps(content, indent=1).encode() + b"\n")
         except FileExistsError:

@@ -58,6 +58,22 @@ def fsync_directory(path: Path) -> None:
         os.close(descriptor)
 
 
+def make_folders(path: Path) -> None:
+    """Makes a folder and those above it that are missing, each flushed into its parent: what is in it can be found.
+
+    Raises:
+        OSError: one cannot be made; FileExistsError and NotADirectoryError where a file is in the way.
+    """
+    missing = []
+    while not path.is_dir():
+        missing.append(path)
+        path = path.parent
+    for folder in reversed(missing):
+        folder.mkdir(exist_ok=True)  # somebody else may have made it meanwhile
+        with contextlib.suppress(PermissionError):  # a parent that may be written but not read cannot be flushed
+            fsync_directory(folder.parent)
+
+
 def fsync_file(path: Path) -> None:
     """Flushes a file that somebody else wrote."""
     descriptor = os.open(path, os.O_RDONLY)

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from megamask.errors import StorageError, SupersededError
-from megamask.storage.durable import fsync_directory, storage_errors
+from megamask.storage.durable import fsync_directory, make_folders, storage_errors
 from megamask.storage.hashing import sha256_bytes
 from megamask.tracking.journal_reader import (
     CHAIN_START,
@@ -94,7 +94,7 @@ class Journal:
         """
         folder = run_dir / JOURNAL_FOLDER
         with storage_errors(f"opening the journal in {folder}"):
-            folder.mkdir(parents=True, exist_ok=True)
+            make_folders(folder)
             files = journal_files(run_dir)
             if files and files[-1].attempt > attempt:
                 raise SupersededError(

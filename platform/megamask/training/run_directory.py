@@ -22,7 +22,7 @@ from megamask.data.manifest import open_corpus
 from megamask.errors import CheckpointIntegrityError, StorageError, UsageError
 from megamask.provenance.redaction import redact_values
 from megamask.resilience.status import read_status
-from megamask.storage.durable import create_exclusive, storage_errors, write_atomic
+from megamask.storage.durable import create_exclusive, make_folders, storage_errors, write_atomic
 from megamask.storage.hashing import sha256_bytes
 from megamask.tracking.journal_reader import journal_files
 
@@ -121,7 +121,7 @@ def _make_folder(run_dir: Path) -> list[Path]:
                 f"the run directory {run_dir} {where} not a folder. Nothing was started.",
                 hint="change run.output_dir or run.name",
             )
-        run_dir.mkdir(parents=True, exist_ok=True)
+        make_folders(run_dir)
         strangers = sorted(entry.name for entry in run_dir.iterdir() if not entry.name.startswith(".run.json."))
     if "run.json" in strangers:
         return missing
@@ -239,7 +239,7 @@ def store_attempt_config(run_dir: Path, attempt: int, config: TrainConfig) -> Pa
     """Writes the resolved config of an attempt, redacted, as config/attempt-NNNN.yaml and returns its path."""
     path = run_dir / "config" / f"attempt-{attempt:04d}.yaml"
     with storage_errors(f"creating {path.parent}"):
-        path.parent.mkdir(exist_ok=True)
+        make_folders(path.parent)
     write_atomic(path, to_yaml(config, hide=redact_values).encode())
     return path
 
