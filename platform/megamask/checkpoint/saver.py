@@ -167,9 +167,10 @@ class Save:
         if failures:
             raise failures[0]
         folder, request = self._folder, self._request
+        reached("checkpoint.share_taken")
         with _engine_errors(folder):
             names, part = self._shares[0].write(folder, gate)
-        reached("checkpoint.state_written")
+            reached("checkpoint.state_written")
         if self._engine.is_main:
             names = names + _write_documents(folder, request.state, request.model, request.tokenizer_folder)
             reached("checkpoint.documents_written")
