@@ -33,13 +33,13 @@ def attempt_folder(run_dir: Path, attempt: int) -> Path:
     return run_dir / "attempts" / f"{attempt:04d}"
 
 
-def claimed_attempts(run_dir: Path) -> list[int]:
-    """The numbers of all attempts that claimed the run, ascending; the folder is read afresh every time."""
+def claimed_attempts(run_dir: Path, *, after: int = 0) -> list[int]:
+    """The numbers of all attempts later than `after` that claimed the run, ascending; read afresh every time."""
     try:
         names = os.listdir(run_dir / "attempts")  # noqa: PTH208  opening the folder makes an NFS client look again
     except FileNotFoundError:
         return []
-    numbers = sorted(int(name) for name in names if name.isdecimal())
+    numbers = sorted(int(name) for name in names if name.isdecimal() and int(name) > after)
     return [number for number in numbers if (attempt_folder(run_dir, number) / _CLAIM_FILE).exists()]
 
 
@@ -98,8 +98,8 @@ def is_live(run_dir: Path, attempt: int) -> bool:
 
 
 def is_superseded(run_dir: Path, attempt: int) -> bool:
-    """Whether a newer attempt has claimed the run; one folder listing, cheap enough for every few steps."""
-    return max(claimed_attempts(run_dir), default=0) > attempt
+    """Whether a newer attempt has claimed the run; one folder listing, however many attempts there were."""
+    return bool(claimed_attempts(run_dir, after=attempt))
 
 
 def refuse_if_superseded(run_dir: Path, attempt: int) -> None:

@@ -23,8 +23,8 @@ from megamask.training.progress import Progress
 from megamask.training.run_directory import RunRecord, last_attempt_of, store_attempt_config
 from megamask.training.stopping import StopReason
 
-# A claim is looked at this often between steps; a commit looks at it again.
-_CLAIM_CHECK_S = 1.0
+# Claims are looked at between steps, at most this often; a commit looks at them again.
+_CLAIM_CHECK_S = 0.2
 # How long an attempt waits for MLflow when it failed or was told to leave: schedulers kill after 30 seconds.
 _HASTY_DRAIN_S = 10.0
 # Records that carry sentences which a library, a system or a person wrote.
@@ -96,7 +96,7 @@ class Attempt(AttemptView):
         return self.journal.head
 
     def is_superseded(self) -> bool:
-        """Looks at the claims at most once a second."""
+        """Looks at the claims, at most five times a second."""
         now = time.monotonic()
         if now - self._last_check < _CLAIM_CHECK_S:
             return False
