@@ -129,6 +129,7 @@ class Job:
             layout=config.layout,
             training=config.training,
             seed=config.run.seed,
+            compute=config.precision.compute,
             z_loss_weight=config.objective.z_loss_weight,
         )
         view = self._share(engine)

@@ -164,7 +164,6 @@ REFUSED = [
         "allowed: 1, 2, 4.",
     ),
     (("layout.sequence_parallel=true",), "layout.sequence_parallel is true, but layout.tensor_parallel_size is 1"),
-    (("precision.compute=bf16",), "precision.compute is 'bf16', which is not built yet; allowed: fp32."),
     (("training.sequence_length=100",), "allowed: a multiple of 16; the nearest are 96 or 112."),
     (("training.sequence_length=10",), "allowed: a multiple of 16; the nearest are 16."),
     (

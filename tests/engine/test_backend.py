@@ -89,6 +89,30 @@ def test_a_node_with_fewer_gpus_than_processes_is_refused_on_every_rank(monkeypa
         backend.select_device(environment)
 
 
+@pytest.mark.parametrize("environment", [{"LOCAL_RANK": "3"}, {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "4"}, {}])
+def test_the_single_gpu_that_a_scheduler_shows_its_task_is_taken(monkeypatch, environment):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert backend.select_device(environment) == torch.device("cuda", 0)
+
+
+@pytest.mark.parametrize("launcher", ["MEGAMASK_STORE_FD", "TORCHELASTIC_RUN_ID"])
+def test_a_single_gpu_is_refused_to_several_processes_of_a_nodes_launcher(monkeypatch, launcher):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(UsageError, match="2 processes on this node need a GPU each, but it shows 1"):
+        backend.select_device({"LOCAL_RANK": "1", launcher: "3"})
+
+
+def test_one_gpu_is_refused_to_the_second_process_that_claims_it():
+    store = torch.distributed.HashStore()
+    backend._claim_gpu(store, "GPU-1")
+    backend._claim_gpu(store, "GPU-2")
+    with pytest.raises(UsageError, match=r"another process of this job already uses the GPU GPU-1") as error:
+        backend._claim_gpu(store, "GPU-1")
+    assert "--gpus-per-task=1" in error.value.hint
+
+
 def test_each_local_rank_takes_its_own_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)

@@ -3,10 +3,16 @@
 Losses agree to 1e-6 relative. A layout changes only the order of float32 sums (unit roundoff 6e-8): partial products
 over the tensor-parallel ranks, gradients over micro-batches and data-parallel ranks. After twenty steps that is
 some roundings of each weight; a wrong shard, weight or mask shows in the first digits. Integers agree exactly.
+
+In bf16 (unit roundoff 2e-3) tensor-parallel ranks round partial sums of activations where one process rounds their
+total, and a master weight near the middle of two bf16 numbers then falls to the other side. The loss is a mean over 250
+tokens: the first step differs by 2e-5, later ones by up to 1e-4 (measured). float32 runs of these networks differ from
+bf16 ones by as much.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -23,6 +29,7 @@ SEQUENCE = TENSOR | {"sequence_parallel": True}
 PIPELINE = {"pipeline_parallel_size": 2}
 DATA = {"data_parallel_size": 2}
 TWO = [(spec, layout) for spec in ("plain", "options") for layout in (TENSOR, SEQUENCE, PIPELINE, DATA)]
+TWO += [("bf16", layout) for layout in (SEQUENCE, PIPELINE, DATA)]
 FOUR = [
     ("plain", TENSOR | DATA),
     ("options", SEQUENCE | PIPELINE),
@@ -62,21 +69,41 @@ def layouts(root, single) -> dict:
 every_layout = pytest.mark.parametrize("run", TWO + FOUR, ids=name)
 
 
-def close(reports: list[dict], expected: list[dict]) -> None:
+@dataclass(frozen=True)
+class Tolerance:
+    """Relative; of one noise level, which few tokens of the batch share."""
+
+    loss: float = 1e-6
+    grad_norm: float = 1e-5
+    noise_level: float = 1e-5
+    score: float = 1e-5
+
+
+FLOAT32 = Tolerance()
+BFLOAT16 = Tolerance(loss=5e-4, grad_norm=1e-2, noise_level=5e-3, score=5e-3)
+
+
+def tolerance_of(run) -> Tolerance:
+    return BFLOAT16 if run[0] == "bf16" else FLOAT32
+
+
+def close(reports: list[dict], expected: list[dict], tolerance: Tolerance) -> None:
     for one, two in zip(reports, expected, strict=True):
-        assert one["loss"] == pytest.approx(two["loss"], rel=1e-6)
-        assert one["loss_terms"] == pytest.approx(two["loss_terms"], rel=1e-6)
-        assert one["grad_norm"] == pytest.approx(two["grad_norm"], rel=1e-5)
+        assert one["loss"] == pytest.approx(two["loss"], rel=tolerance.loss)
+        assert one["loss_terms"] == pytest.approx(two["loss_terms"], rel=tolerance.loss)
+        assert one["grad_norm"] == pytest.approx(two["grad_norm"], rel=tolerance.grad_norm)
         for field in ("num_eligible", "masked_tokens", "masked_tokens_by_noise_level", "content_sum", "is_finite"):
             assert one[field] == two[field], field
         for mean, other in zip(one["loss_by_noise_level"], two["loss_by_noise_level"], strict=True):
-            assert mean == (None if other is None else pytest.approx(other, rel=1e-5))
+            assert mean == (None if other is None else pytest.approx(other, rel=tolerance.noise_level))
 
 
 @every_layout
 def test_steps_are_those_of_one_process(run, single, layouts):
     ranks = layouts[name(run)]
-    close(ranks[0]["reports"], single[run[0]]["reports"])
+    close(ranks[0]["reports"], single[run[0]]["reports"], tolerance_of(run))
+    if run[0] == "bf16":
+        assert ranks[0]["reports"][0]["loss"] == pytest.approx(single["bf16"]["reports"][0]["loss"], rel=4e-5)
     assert all(rank["reports"] == ranks[0]["reports"] for rank in ranks), "ranks disagree about their step"
 
 
@@ -90,7 +117,7 @@ def test_resumed_run_is_bit_identical_on_the_same_layout(run, layouts):
 @every_layout
 def test_state_of_one_process_goes_on_under_any_layout(run, single, layouts):
     for rank in layouts[name(run)]:
-        close([rank["resharded"]], [single[run[0]]["reports"][worker.SAVED_STEP]])
+        close([rank["resharded"]], [single[run[0]]["reports"][worker.SAVED_STEP]], tolerance_of(run))
 
 
 @every_layout
@@ -111,7 +138,7 @@ def test_scores_are_the_reference_networks_on_every_rank(run, root, layouts):
     with torch.no_grad():
         expected = cases.reference_cross_entropy(model, *cases.probe_rows(worker.NUM_PROBE_ROWS, spec), goal)
     for rank in layouts[name(run)]:
-        assert rank["scores"] == pytest.approx(expected.tolist(), rel=1e-5, abs=1e-6)
+        assert rank["scores"] == pytest.approx(expected.tolist(), rel=tolerance_of(run).score, abs=1e-6)
         assert rank["scores"] == layouts[name(run)][0]["scores"]
 
 
@@ -125,7 +152,7 @@ def test_no_rank_updates_when_one_weight_of_one_rank_is_nan(run, layouts):
 def test_every_layouts_state_goes_on_in_one_process(root, single, layouts):
     answers = run_gloo(1, worker.__file__, "resume_all", root=str(root), runs=[list(run) for run in TWO + FOUR])
     for run, report in zip(TWO + FOUR, answers[0], strict=True):
-        close([report], [single[run[0]]["reports"][worker.SAVED_STEP]])
+        close([report], [single[run[0]]["reports"][worker.SAVED_STEP]], tolerance_of(run))
 
 
 def test_every_rank_raises_when_one_cannot_go_on(root, single):

@@ -47,6 +47,20 @@ def test_layout_trains_as_one_process_does(
         assert line["grad_norm"] == pytest.approx(expected["grad_norm"], rel=GRAD_NORM_TOLERANCE), step
 
 
+def test_bf16_run_with_a_z_loss_is_near_the_float32_run(
+    one_process: dict[int, dict[str, object]], small_corpus: Path, tmp_path: Path
+) -> None:
+    """The settings reach the engine; how near is measured in tests/engine/test_precision.py."""
+    settings = ("precision.compute=bf16", "objective.z_loss_weight=1e-4", "layout.tensor_parallel_size=2")
+    assert megamask("train", *tiny(small_corpus, tmp_path, "half", *settings)).code == 0
+    for step, line in step_lines(tmp_path / "half").items():
+        expected, terms = one_process[step], line["loss_terms"]
+        assert {key: line[key] for key in EXACT} == {key: expected[key] for key in EXACT}, step
+        assert terms["nelbo"] == line["nelbo_nats_per_token"] == pytest.approx(expected["loss"], rel=1e-2), step
+        assert terms["nelbo"] != expected["loss"]
+        assert line["loss"] == terms["nelbo"] + terms["z_loss"] > terms["nelbo"]
+
+
 def test_run_continues_on_another_layout(
     one_process: dict[int, dict[str, object]], small_corpus: Path, tmp_path: Path
 ) -> None:

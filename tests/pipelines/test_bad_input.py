@@ -111,7 +111,6 @@ def test_explaining_an_unknown_key_names_the_nearest(refuse: Refuse) -> None:
         ("run.seed=-1", ("run.seed is -1", ">= 0")),
         ("run.name=a/b", ("run.name is 'a/b'", "letters, digits")),
         ("run.name=..", ("run.name is '..'", "not '.' or '..'")),
-        ("precision.compute=bf16", ("precision.compute is 'bf16'", "not built", "allowed: fp32")),
         ("precision.compute=fp8", ("precision.compute is 'fp8'", "allowed: fp32, bf16")),
         ("training.stop_after_step=3", ("training.stop_after_step is 3", "allowed: 1 to 2")),
         ("model.num_query_groups=3", ("model.num_query_groups is 3", "num_attention_heads is 4", "1, 2, 4")),

@@ -94,6 +94,7 @@ def make_engine(
     micro_batch_size: int = 1,
     head_capacity: int | None = None,
     goal: ObjectiveSpec | None = None,
+    compute: str = "fp32",
     z_loss_weight: float = 0.0,
     **optimizer: float,
 ) -> Any:
@@ -113,6 +114,7 @@ def make_engine(
             head_capacity=head_capacity,
         ),
         SEED,
+        compute=compute,
         z_loss_weight=z_loss_weight,
     )
 

@@ -11,7 +11,7 @@ import torch
 
 from support import engine_cases as cases
 
-STEPS = {"plain": range(1, 21), "options": range(1, 7), "deep": range(1, 7)}
+STEPS = {"plain": range(1, 21), "options": range(1, 7), "deep": range(1, 7), "bf16": range(1, 7)}
 SAVED_STEP = 3
 RESUMED_STEPS = (4, 5, 6)
 NUM_PROBE_ROWS = 3
@@ -19,12 +19,22 @@ SPECS = {
     "plain": cases.PLAIN,
     "options": cases.OPTIONS,
     "deep": dataclasses.replace(cases.OPTIONS, num_layers=4),  # four stages: two of them make no noise
+    "bf16": cases.OPTIONS,
 }
 
 
 def settings(spec: str) -> dict[str, Any]:
     """Of the engine; the z-loss stands beside the other options."""
-    return {"micro_batch_size": 2, "z_loss_weight": 0.0 if spec == "plain" else 0.1}
+    return {
+        "micro_batch_size": 2,
+        "z_loss_weight": 0.0 if spec == "plain" else 0.1,
+        "compute": "bf16" if spec == "bf16" else "fp32",
+    }
+
+
+def take(engine: Any, spec: str, step: int) -> dict[str, Any]:
+    """One step. Adam's first updates are the rate times a sign: in bf16 a large rate would amplify each rounding."""
+    return cases.report_fields(cases.take_step(engine, step, learning_rate=1e-3 if spec == "bf16" else 1e-2))
 
 
 def folder_of(root: str, spec: str, layout: dict[str, Any]) -> Path:
@@ -44,7 +54,7 @@ def run_layout(root: str, spec: str, layout: dict[str, Any]) -> dict[str, Any]:
     answer: dict[str, Any] = {"files": {}, "coordinate": engine.topology.data_parallel_rank}
     reports = []
     for step in STEPS[spec]:
-        reports.append(cases.report_fields(cases.take_step(engine, step)))
+        reports.append(take(engine, spec, step))
         if step == SAVED_STEP:
             answer["scores"] = engine.masked_cross_entropy(*cases.probe_rows(NUM_PROBE_ROWS, SPECS[spec])).tolist()
             if engine.is_main:
@@ -60,11 +70,11 @@ def run_layout(root: str, spec: str, layout: dict[str, Any]) -> dict[str, Any]:
 
     again = cases.make_engine(SPECS[spec], layout, **settings(spec))
     again.load_state(folder)
-    answer["resumed"] = [cases.report_fields(cases.take_step(again, step)) for step in RESUMED_STEPS]
+    answer["resumed"] = [take(again, spec, step) for step in RESUMED_STEPS]
     answer["resumed_digest"] = again.parameter_digest()
 
     again.load_state(folder_of(root, spec, {}))  # what one process saved
-    answer["resharded"] = cases.report_fields(cases.take_step(again, SAVED_STEP + 1))
+    answer["resharded"] = take(again, spec, SAVED_STEP + 1)
     answer["poisoned"] = _poison(again, SAVED_STEP + 2)
     again.close()
     return answer
@@ -89,7 +99,7 @@ def resume_all(root: str, runs: list[list[Any]]) -> list[dict[str, Any]]:
     for spec, layout in runs:
         engine = cases.make_engine(SPECS[spec], {}, **settings(spec))
         engine.load_state(folder_of(root, spec, layout))
-        reports.append(cases.report_fields(cases.take_step(engine, SAVED_STEP + 1)))
+        reports.append(take(engine, spec, SAVED_STEP + 1))
         engine.close()
     return reports
 

@@ -30,7 +30,7 @@ def validate_train(config: TrainConfig, origins: Mapping[str, str] | None = None
     Raises:
         UsageError: the first problem: key and value, why, what is allowed, where to change it.
     """
-    parts = (_not_built, _corpora, _shape, _model, _layout)
+    parts = (_corpora, _shape, _model, _layout)
     for check in (*parts, batch_problems, learning_rate_problems, _training, _preview):
         for problem in check(config):
             raise _refusal(config, problem, origins)
@@ -66,11 +66,6 @@ def _shared_by_tensor_ranks(config: TrainConfig) -> list[tuple[str, int]]:
         ("model.ffn_hidden_size", model.ffn_hidden_size),
         ("model.vocab_padding_multiple", model.vocab_padding_multiple),
     ]
-
-
-def _not_built(config: TrainConfig) -> Iterator[Problem]:
-    if config.precision.compute == "bf16":
-        yield Problem(key="precision.compute", because="which is not built yet", allowed="fp32")
 
 
 def _corpora(config: TrainConfig) -> Iterator[Problem]:

@@ -62,5 +62,9 @@ class BidirectionalAttention(MegatronModule):  # type: ignore[misc]
         if attention_mask is not None or attention_bias is not None or packed_seq_params is not None:
             raise ValueError("this attention sees every position: it takes no mask, bias or packed sequences")
         q, k, v = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
-        attended = F.scaled_dot_product_attention(q, k, v, scale=self.scale, enable_gqa=q.size(1) != k.size(1))
+        if q.size(1) != k.size(1):
+            # Written out: with enable_gqa torch may take the kernel that stores all s * s scores on CUDA; in float32 no
+            # other one knows grouped queries.
+            k, v = (tensor.repeat_interleave(q.size(1) // k.size(1), dim=1) for tensor in (k, v))
+        attended = F.scaled_dot_product_attention(q, k, v, scale=self.scale)
         return attended.permute(2, 0, 1, 3).reshape(query.size(0), query.size(1), -1)

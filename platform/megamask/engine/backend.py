@@ -18,7 +18,8 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import HashStore, TCPStore
+from torch._C._distributed_c10d import HashStore, Store, TCPStore
+from torch.distributed.distributed_c10d import _get_default_store
 
 from megamask.engine import cpu_backend
 from megamask.errors import UsageError
@@ -26,6 +27,7 @@ from megamask.errors import UsageError
 # A listening socket that rank 0 inherits from a local launcher: the store's port cannot be taken by another job.
 STORE_DESCRIPTOR = "MEGAMASK_STORE_FD"
 _log = logging.getLogger(__name__)
+_TORCHRUN_JOB = "TORCHELASTIC_RUN_ID"  # set by torchrun, which shows each process all GPUs of the node
 _TIMEOUT = timedelta(minutes=30)  # a first step, a save and an evaluation may lie between two collective calls
 
 # What megatron-core 0.16 makes torch say, about choices that are made here or are harmless: message, category.
@@ -89,12 +91,17 @@ class Backend:
 def select_device(environment: Mapping[str, str] = os.environ) -> torch.device:
     """The device of this process; with several on a node, LOCAL_RANK of the launcher's environment picks one.
 
+    A scheduler may show each of its tasks only a GPU of the task's own; then that one is taken, whatever LOCAL_RANK
+    says. `init_process_group` refuses two processes that were shown the same one.
+
     Raises:
         UsageError: the node has fewer GPUs than processes.
     """
     if not torch.cuda.is_available():
         return torch.device("cpu")
     local_rank = int(environment.get("LOCAL_RANK", "0"))
+    if _has_gpu_of_its_own(environment):
+        return torch.device("cuda", 0)
     needed = max(local_rank + 1, int(environment.get("LOCAL_WORLD_SIZE", "1")))
     if needed > torch.cuda.device_count():
         raise UsageError(
@@ -103,6 +110,12 @@ def select_device(environment: Mapping[str, str] = os.environ) -> torch.device:
             hint="start fewer processes on the node, or hide its GPUs (CUDA_VISIBLE_DEVICES=) to train on the CPU",
         )
     return torch.device("cuda", local_rank)
+
+
+def _has_gpu_of_its_own(environment: Mapping[str, str]) -> bool:
+    """Whether a scheduler may have given this process its GPU: launchers of whole nodes show every process all GPUs."""
+    is_launched = STORE_DESCRIPTOR in environment or _TORCHRUN_JOB in environment
+    return torch.cuda.device_count() == 1 and not is_launched
 
 
 def select_backend(environment: Mapping[str, str] = os.environ) -> Backend:
@@ -147,6 +160,8 @@ def init_process_group(backend: Backend, environment: Mapping[str, str] = os.env
         return
     if STORE_DESCRIPTOR not in environment:
         dist.init_process_group(backend.collectives, init_method="env://", timeout=_TIMEOUT)
+        if backend.name == "cuda" and _has_gpu_of_its_own(environment):
+            _claim_gpu(_get_default_store(), str(torch.cuda.get_device_properties(backend.device).uuid))
         return
     rank, world_size = int(environment["RANK"]), int(environment["WORLD_SIZE"])
     descriptor = _listening_descriptor(environment) if rank == 0 else None
@@ -159,6 +174,20 @@ def init_process_group(backend: Backend, environment: Mapping[str, str] = os.env
         master_listen_fd=descriptor,
     )
     dist.init_process_group(backend.collectives, store=store, rank=rank, world_size=world_size, timeout=_TIMEOUT)
+
+
+def _claim_gpu(store: Store, uuid: str) -> None:
+    """Takes a GPU for this process in the job's store.
+
+    Raises:
+        UsageError: another process of the job has it.
+    """
+    if store.add(f"megamask/gpu/{uuid}", 1) > 1:
+        raise UsageError(
+            f"another process of this job already uses the GPU {uuid}, the only one that this process is shown. "
+            "Nothing was trained.",
+            hint="show each task a GPU of its own (Slurm: --gpus-per-task=1), or all of the node's and set LOCAL_RANK",
+        )
 
 
 def _listening_descriptor(environment: Mapping[str, str]) -> int:

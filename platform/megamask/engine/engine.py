@@ -21,6 +21,7 @@ from megamask.engine.canonical import CanonicalMap
 from megamask.engine.collectives import Collectives
 from megamask.engine.head import MaskedRowHead
 from megamask.engine.host_memory import HostMemory
+from megamask.engine.initialization import set_initial_weights
 from megamask.engine.network import build_network, wrap_data_parallel
 from megamask.engine.optimizer import ShardedAdamW
 from megamask.engine.step import Stage, StepReport, TrainingStep
@@ -28,6 +29,8 @@ from megamask.engine.topology import Topology
 from megamask.models.spec import ModelSpec
 from megamask.models.vocabulary import Vocabulary
 from megamask.storage.hashing import hash_of
+
+_FORMATS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class Engine:
@@ -38,6 +41,8 @@ class Engine:
 
     Args:
         seed: run.seed, the key of initial weights and of the noise.
+        compute: precision.compute. In bf16 Adam updates float32 master weights, gradients are summed in float32, and
+            the state on disk is the masters'.
         z_loss_weight: objective.z_loss_weight; it shapes training alone, so it is no part of the objective's record.
 
     Raises:
@@ -54,6 +59,7 @@ class Engine:
         training: TrainingConfig,
         seed: int,
         *,
+        compute: str = "fp32",
         z_loss_weight: float = 0.0,
     ) -> None:
         backend = select_backend()
@@ -63,9 +69,10 @@ class Engine:
         self._spec = spec
         self._host_memory = HostMemory(backend)
         self._micro_batch_size = training.micro_batch_size
-        network = build_network(spec, topology, seed=seed)
+        network = build_network(spec, topology, _FORMATS[compute])
         model = wrap_data_parallel(network)
         self._optimizer = ShardedAdamW(model, optimizer)
+        set_initial_weights(self._optimizer, CanonicalMap(spec=spec, topology=topology), seed=seed)
         self._stage = Stage(
             topology=topology,
             backend=backend,
@@ -184,11 +191,14 @@ class Engine:
         state.load(folder, self._optimizer, self._canonical, self._collectives)
 
     def parameter_digest(self) -> str:
-        """sha256 over all weights; equal for two runs of one layout exactly if their weights are equal, bit for bit."""
+        """sha256 over weights and their masters; equal for two runs of one layout exactly if those are, bit for bit."""
         digest = hashlib.sha256()
         for name, parameter in sorted(self._stage.network.named_parameters()):
             digest.update(name.encode())
-            digest.update(parameter.detach().cpu().numpy().tobytes())
+            digest.update(_bytes_of(parameter))
+        if self._optimizer.has_masters:
+            for shard in self._optimizer.shards():
+                digest.update(_bytes_of(shard.weight))
         return hash_of(*self.gather_objects(digest.hexdigest()))
 
     def close(self) -> None:
@@ -198,6 +208,10 @@ class Engine:
     @property
     def _canonical(self) -> CanonicalMap:
         return CanonicalMap(spec=self._spec, topology=self.topology)
+
+
+def _bytes_of(tensor: torch.Tensor) -> bytes:
+    return tensor.detach().contiguous().view(-1).view(torch.uint8).cpu().numpy().tobytes()
 
 
 def _create_groups(topology: Topology) -> None:

@@ -1,4 +1,4 @@
-"""The network of a pipeline stage: megatron-core's GPT, made bidirectional, with weights by the noise law.
+"""The network of a pipeline stage: megatron-core's GPT, made bidirectional.
 
 Shapes: b rows, s sequence, h hidden channels.
 """
@@ -25,7 +25,6 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megamask.engine.attention import BidirectionalAttention, RMSNorm
 from megamask.engine.canonical import CanonicalMap
 from megamask.engine.topology import Topology
-from megamask.models.initial_weights import initial_tensor
 from megamask.models.spec import ModelSpec
 
 
@@ -65,9 +64,13 @@ class DiffusionNetwork(GPTModel):  # type: ignore[misc]
         return hidden_states
 
 
-def build_network(spec: ModelSpec, topology: Topology, *, seed: int) -> DiffusionNetwork:
-    """This rank's pipeline stage, holding the initial weights of `seed`; no rank computes more than its own share."""
-    config = _transformer_config(spec, topology)
+def build_network(spec: ModelSpec, topology: Topology, compute: torch.dtype) -> DiffusionNetwork:
+    """This rank's pipeline stage; what its weights hold is undefined until the optimizer's shards are published.
+
+    Args:
+        compute: number format of weights and activations.
+    """
+    config = _transformer_config(spec, topology, compute)
     network = DiffusionNetwork(
         config=config,
         transformer_layer_spec=_block_spec(config, len(topology.layers(spec.num_layers))),
@@ -79,19 +82,19 @@ def build_network(spec: ModelSpec, topology: Topology, *, seed: int) -> Diffusio
         pre_process=topology.is_first_stage,
         post_process=topology.is_last_stage,
     )
-    _set_initial_weights(network, spec, CanonicalMap(spec=spec, topology=topology), seed)
+    _mark_shards(network, CanonicalMap(spec=spec, topology=topology))
     return network
 
 
 def wrap_data_parallel(network: DiffusionNetwork) -> DistributedDataParallel:
-    """Adds gradient buffers and their sums over the data-parallel ranks, sharded for the distributed optimizer."""
+    """Adds float32 gradient buffers and their sums over the data-parallel ranks, sharded for the optimizer."""
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True, use_distributed_optimizer=True, average_in_collective=False
     )
     return DistributedDataParallel(config=network.config, ddp_config=ddp_config, module=network)
 
 
-def _transformer_config(spec: ModelSpec, topology: Topology) -> TransformerConfig:
+def _transformer_config(spec: ModelSpec, topology: Topology, compute: torch.dtype) -> TransformerConfig:
     return TransformerConfig(
         num_layers=spec.num_layers,
         hidden_size=spec.hidden_size,
@@ -111,8 +114,12 @@ def _transformer_config(spec: ModelSpec, topology: Topology) -> TransformerConfi
         tensor_model_parallel_size=topology.tensor_parallel_size,
         pipeline_model_parallel_size=topology.pipeline_parallel_size,
         sequence_parallel=topology.sequence_parallel,
-        params_dtype=torch.float32,
-        pipeline_dtype=torch.float32,
+        bf16=compute == torch.bfloat16,
+        params_dtype=compute,
+        pipeline_dtype=compute,
+        # Where torch must be deterministic (backend.py) the embedding's gradient is too: megatron-core then indexes the
+        # table, because the backward pass of torch's lookup may add rows in any order on CUDA.
+        deterministic_mode=torch.are_deterministic_algorithms_enabled(),
         perform_initialization=False,  # the noise law sets every weight
         gradient_accumulation_fusion=False,
         masked_softmax_fusion=False,
@@ -141,13 +148,8 @@ def _block_spec(config: TransformerConfig, num_layers: int) -> TransformerBlockS
     return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=RMSNorm)
 
 
-@torch.no_grad()
-def _set_initial_weights(network: DiffusionNetwork, spec: ModelSpec, canonical: CanonicalMap, seed: int) -> None:
+def _mark_shards(network: DiffusionNetwork, canonical: CanonicalMap) -> None:
+    """megatron-core marks shards while it draws weights; unmarked, the gradient norm would leave them out."""
     for name, parameter in network.named_parameters():
         if canonical.is_sharded(name) and not hasattr(parameter, "tensor_model_parallel"):
-            # megatron-core marks shards while it draws weights; unmarked, the gradient norm would leave them out
             set_tensor_model_parallel_attributes(parameter, is_parallel=True, dim=0, stride=1)
-        parameter.zero_()  # vocabulary padding stays zero
-        for block in canonical.blocks(name):
-            values = initial_tensor(seed, block.name, spec, block.index, device=str(parameter.device))
-            parameter[block.first_row : block.first_row + block.sizes[0]].copy_(values)

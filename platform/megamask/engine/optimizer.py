@@ -26,7 +26,8 @@ class Shard:
         parameter: megatron-core's name of the parameter.
         shape: shape of the whole local parameter.
         start, stop: the part, in the flattened parameter.
-        weight: float32 [stop - start], what Adam updates; in float32 a view of the parameter itself.
+        weight: float32 [stop - start], what Adam updates: a view of the parameter itself, or for a parameter of
+            another format its master weight.
         moments: exp_avg and exp_avg_sq, like `weight`.
     """
 
@@ -41,12 +42,13 @@ class Shard:
 class ShardedAdamW:
     """AdamW under megatron-core's distributed optimizer, which is used on one process too.
 
-    Matrices decay; norms, biases and the embedding as the config says. Steps are taken in three parts, so that the caller can
-    look at the gradient norm before anything changes.
+    Matrices decay; norms, biases and the embedding as the config says. Steps are taken in three parts, so that the
+    caller can look at the gradient norm before anything changes.
     """
 
     def __init__(self, model: DistributedDataParallel, config: OptimizerConfig) -> None:
         self._model = model
+        self._compute: torch.dtype = model.config.params_dtype
         self._clip_grad_norm = config.clip_grad_norm
         self._optimizer = get_megatron_optimizer(
             MegatronOptimizerConfig(
@@ -58,7 +60,8 @@ class ShardedAdamW:
                 adam_beta2=config.beta2,
                 adam_eps=config.eps,
                 clip_grad=0.0,  # clipped here, after the norm was found finite
-                params_dtype=torch.float32,
+                bf16=self._compute == torch.bfloat16,
+                params_dtype=self._compute,
                 use_distributed_optimizer=True,
             ),
             [model],
@@ -88,7 +91,13 @@ class ShardedAdamW:
             group["lr"] = learning_rate * group["lr_mult"]
         if self._clip_grad_norm > 0:
             clip_grad_by_total_norm_fp32(self._sharded.get_parameters(), self._clip_grad_norm, gradient_norm)
-        self._optimizer.step_with_ready_grads()
+        self._sharded.optimizer.step()
+        self.publish_weights()
+
+    @property
+    def has_masters(self) -> bool:
+        """Whether the weights that Adam updates are others than the network's own."""
+        return self._compute != torch.float32
 
     @property
     def num_updates(self) -> int:
@@ -123,7 +132,9 @@ class ShardedAdamW:
             )
 
     def publish_weights(self) -> None:
-        """Gathers every rank's shards into whole parameters, after the shards were written to."""
+        """Rounds master weights to the parameters' format and gathers every rank's shards into whole parameters."""
+        if self.has_masters:  # float32 shards are views of the parameters already
+            self._sharded._copy_main_params_to_model_params()
         self._model.start_param_sync(force_sync=True)
 
     @property

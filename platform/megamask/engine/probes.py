@@ -4,9 +4,20 @@ from __future__ import annotations
 
 import torch
 
-# Dense FP32 peaks without sparsity and without TF32 (torch's default for matrices in float32), from the vendor's data
+# Dense peaks without sparsity, for float32 without TF32 (torch's default for its matrices), from the vendor's data
 # sheets, FLOP/s of one device. The key is a part of the device's name; the first that fits holds.
-_FP32_PEAKS = (("H200", 66.9e12), ("H100 PCIe", 51.2e12), ("H100", 66.9e12), ("A100", 19.5e12))
+_PEAKS = {
+    "fp32": (
+        *(("H200 NVL", 60e12), ("H200", 66.9e12)),
+        *(("H100 NVL", 60e12), ("H100 PCIe", 51.2e12), ("H100", 66.9e12)),
+        ("A100", 19.5e12),
+    ),
+    "bf16": (
+        *(("H200 NVL", 835.5e12), ("H200", 989.5e12)),
+        *(("H100 NVL", 835.5e12), ("H100 PCIe", 756e12), ("H100", 989.5e12)),
+        ("A100", 312e12),
+    ),
+}
 
 
 def peak_flops_per_second(device_name: str, compute: str) -> float | None:
@@ -18,9 +29,7 @@ def peak_flops_per_second(device_name: str, compute: str) -> float | None:
 
     Returns: FLOP/s, or None where no data sheet says (any CPU, other devices, other formats).
     """
-    if compute != "fp32":
-        return None
-    return next((peak for part, peak in _FP32_PEAKS if part in device_name), None)
+    return next((peak for part, peak in _PEAKS.get(compute, ()) if part in device_name), None)
 
 
 def device_name(device: torch.device) -> str:
