@@ -1,5 +1,9 @@
 from __future__ import annotations
 
+import subprocess
+import sys
+
+import pytest
 import torch
 
 import megamask.engine  # noqa: F401 - readies torch
@@ -59,3 +63,15 @@ def test_fused_functions_are_left_uncompiled_and_torch_keeps_its_compiler():
 
     assert not hasattr(fused_bias_swiglu.swiglu, "_torchdynamo_orig_callable")
     assert torch.compile.__module__ == "torch"
+
+
+@pytest.mark.multiprocess
+def test_commands_do_not_wait_for_megatron_core_before_they_need_it():
+    """It takes seconds to import; what can be refused before is refused at once, and some verbs never need it."""
+    script = """
+import sys
+import megamask.engine.torch_dist, megamask_pipelines.evaluate, megamask_pipelines.pretrain, megamask_pipelines.sample
+sys.exit("megatron.core" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr

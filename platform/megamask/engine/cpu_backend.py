@@ -9,9 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib.abc
+import importlib.util
 import logging
 import sys
 from collections.abc import Callable, Iterator
+from importlib.machinery import ModuleSpec
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -75,7 +79,7 @@ def install() -> None:
     _patch_generators()
     _patch_constructors()
     _patch_tensors()
-    _import_uncompiled()
+    sys.meta_path.insert(0, _WithoutCompiler())
 
 
 def _constant(value: Any) -> Callable[..., Any]:
@@ -182,19 +186,32 @@ def _patch_tensors() -> None:
     setattr(torch.Tensor, "type", type_as_on_cuda)  # noqa: B010
 
 
-def _import_uncompiled() -> None:
-    """Imports megatron-core with torch.compile as a decorator that changes nothing.
+class _WithoutCompiler(importlib.abc.MetaPathFinder):
+    """Imports megatron-core, whenever somebody asks for it, with torch.compile as a decorator that changes nothing.
 
-    It decorates its fused functions when it is imported, which loads the whole compiler: more than a second of every
-    start. The layers built here call none of them, and on a CPU each would ask for a C++ compiler.
+    megatron-core decorates its fused functions when it is imported, which loads the whole compiler: more than a second
+    of every start. The layers built here call none of them, and on a CPU each would ask for a C++ compiler.
     """
 
+    def find_spec(self, name: str, path: object, target: object = None) -> ModuleSpec | None:
+        """The spec that the other finders have for megatron.core; its module is then executed without the compiler."""
+        if name != "megatron.core":
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        if spec is not None and spec.loader is not None:
+            execute = spec.loader.exec_module
+            setattr(spec.loader, "exec_module", functools.partial(_uncompiled, execute))  # noqa: B010
+        return spec
+
+
+def _uncompiled(execute: Callable[[ModuleType], None], module: ModuleType) -> None:
     def leave(function: Any = None, **options: Any) -> Any:
         return (lambda decorated: decorated) if function is None else function
 
     compiled = torch.compile
     setattr(torch, "compile", leave)  # noqa: B010
     try:
-        import megatron.core  # noqa: F401
+        execute(module)
     finally:
         setattr(torch, "compile", compiled)  # noqa: B010
