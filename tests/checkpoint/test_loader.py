@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +14,7 @@ from megamask.checkpoint.commit import CommitFields, publish
 from megamask.checkpoint.contents import ModelDocument, TrainerState
 from megamask.checkpoint.integrity import digest_and_flush
 from megamask.checkpoint.saver import save
-from megamask.errors import CheckpointIntegrityError, UsageError
+from megamask.errors import CheckpointIntegrityError, StorageError, UsageError
 from support.model_documents import model_document
 from support.thread_world import ThreadWorld
 
@@ -79,6 +81,34 @@ def test_load_falls_back_with_an_incident_when_any_file_is_damaged(
     for result in results:
         assert result.damaged == ["step-00000040-a0001"]
         assert name in result.incidents[0]["problem"]
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.EACCES])
+@pytest.mark.parametrize("name", ["__2_0.distcp", "COMMIT.json"])
+def test_storage_that_does_not_answer_is_no_damage_and_nothing_older_is_taken(
+    saved: ThreadWorld, run_dir: Path, monkeypatch: pytest.MonkeyPatch, number: int, name: str
+) -> None:
+    real_open, real_read = os.open, Path.read_bytes
+    unreadable = str(_folder(run_dir, 40) / name)
+
+    def refuse(path: Any) -> None:
+        if str(path) == unreadable:
+            raise OSError(number, os.strerror(number), str(path))
+
+    def opened(path: Any, *arguments: Any, **options: Any) -> int:
+        refuse(path)
+        return real_open(path, *arguments, **options)
+
+    def read(path: Path) -> bytes:
+        refuse(path)
+        return real_read(path)
+
+    monkeypatch.setattr(integrity.os, "open", opened)
+    monkeypatch.setattr(Path, "read_bytes", read)
+    results = _load(saved, run_dir)
+    assert [type(result) for result in results] == [StorageError] * 3
+    assert all("Nothing was loaded" in result.message for result in results)
+    assert [engine.loaded_from for engine in saved.engines] == [None] * 3
 
 
 def test_load_ends_with_integrity_error_on_every_rank_when_none_is_left(

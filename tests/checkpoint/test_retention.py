@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from megamask.checkpoint import retention
 from megamask.checkpoint.commit import Commit, begin
 from megamask.checkpoint.reader import candidates, resolve
 from megamask.checkpoint.retention import prune, sweep
-from megamask.errors import UsageError
+from megamask.errors import StorageError, SupersededError, UsageError
 
 MakeCommit = Callable[..., Commit]
 
@@ -52,6 +53,62 @@ def test_prune_never_lets_a_damaged_checkpoint_push_out_a_good_one(
     assert resolve(run_dir) == good.folder
 
 
+def test_prune_keeps_multiples_the_best_and_the_pinned(commit_step: MakeCommit, run_dir: Path) -> None:
+    for step, bound in ((10, 4.0), (20, 2.0), (30, None), (40, 3.0), (50, None), (60, None)):
+        commit_step(step, bound=bound)
+    pin = run_dir / "checkpoints" / "step-00000010-a0001.pinned"
+    pin.touch()
+    gone = prune(run_dir, 1, keep_every_steps=25, keep_best=1)
+    assert gone == ["step-00000030-a0001", "step-00000040-a0001"]
+    pin.unlink()
+    assert prune(run_dir, 1, keep_every_steps=25, keep_best=1) == ["step-00000010-a0001"]
+    assert [folder.name[:13] for folder in candidates(run_dir)] == ["step-00000060", "step-00000050", "step-00000020"]
+
+
+def test_pin_that_comes_while_pruning_still_holds(commit_step: MakeCommit, run_dir: Path) -> None:
+    for step in (10, 20, 30):
+        commit_step(step)
+
+    def pin_the_next() -> None:
+        (run_dir / "checkpoints" / "step-00000020-a0001.pinned").touch()
+
+    assert prune(run_dir, 1, gate=pin_the_next) == ["step-00000010-a0001"]
+    assert len(candidates(run_dir)) == 2
+
+
+def test_prune_ends_before_the_next_removal_when_a_newer_attempt_has_claimed_the_run(
+    commit_step: MakeCommit, run_dir: Path
+) -> None:
+    for step in (10, 20, 30):
+        commit_step(step)
+
+    def superseded() -> None:
+        raise SupersededError("attempt 2 owns the run")
+
+    with pytest.raises(SupersededError):
+        prune(run_dir, 1, gate=superseded)
+    assert len(candidates(run_dir)) == 3
+
+
+def test_prune_removes_nothing_when_the_storage_does_not_let_it_look(
+    commit_step: MakeCommit, run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for step in (10, 20, 30):
+        commit_step(step)
+    real = Path.read_bytes
+
+    def unreadable(path: Path) -> bytes:
+        if path.parent.name == "step-00000030-a0001":
+            raise OSError(errno.EIO, "Input/output error")
+        return real(path)
+
+    with monkeypatch.context() as broken:
+        broken.setattr(Path, "read_bytes", unreadable)
+        with pytest.raises(StorageError, match="input/output error"):
+            prune(run_dir, 1)
+    assert len(candidates(run_dir)) == 3
+
+
 def test_prune_leaves_everything_while_too_few_are_good(commit_step: MakeCommit, run_dir: Path) -> None:
     commit_step(10)
     (commit_step(20).folder / "weights.bin").write_bytes(b"short")
@@ -91,13 +148,24 @@ def test_sweep_puts_back_a_folder_that_was_committed_under_its_hands(
     assert resolve(run_dir) == commit.folder
 
 
-def test_sweep_leaves_foreign_files_alone(run_dir: Path, tmp_path: Path) -> None:
+def test_sweep_leaves_pins_and_foreign_files_alone(run_dir: Path, tmp_path: Path) -> None:
     (run_dir / "checkpoints").mkdir()
     (run_dir / "checkpoints" / "notes").mkdir()
     (tmp_path / "outside").mkdir()
     (run_dir / "checkpoints" / "step-00000020-a0001").symlink_to(tmp_path / "outside")
-    assert sweep(run_dir, 9) == []
+    for pinned in ("step-00000010-a0001", "step-00000030-a0001"):
+        (run_dir / "checkpoints" / f"{pinned}.pinned").touch()
+    (begin(run_dir, 30, 1) / "half").touch()  # a pin makes no checkpoint of a save that did not finish
+    (run_dir / "checkpoints" / ".removing-").mkdir()
+    assert sweep(run_dir, 9) == ["step-00000030-a0001"]
     assert (tmp_path / "outside").is_dir()
+    assert sorted(path.name for path in (run_dir / "checkpoints").iterdir()) == [
+        ".removing-",
+        "notes",
+        "step-00000010-a0001.pinned",
+        "step-00000020-a0001",
+        "step-00000030-a0001.pinned",
+    ]
 
 
 def test_sweep_of_a_new_run_does_nothing(run_dir: Path) -> None:

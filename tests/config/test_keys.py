@@ -54,6 +54,8 @@ def test_keys_that_others_rely_on_exist():
         "checkpoint.every_steps",
         "checkpoint.keep_last",
         "checkpoint.asynchronous",
+        "checkpoint.keep_every_steps",
+        "checkpoint.keep_best",
         "precision.compute",
         "model.num_layers",
         "model.hidden_size",

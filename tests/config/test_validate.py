@@ -117,6 +117,8 @@ REFUSED_RAMPS = [
         ("optimizer.schedule_unit=tokens", "optimizer.warmup_tokens=5", "optimizer.decay_tokens=5"),
         (*RAMP, "layout.data_parallel_size=2"),
         (*RAMP, "training.micro_batch_size=2"),
+        ("checkpoint.keep_best=1", "checkpoint.every_steps=4", "evaluation.every_steps=6"),
+        ("checkpoint.keep_best=1", "checkpoint.every_steps=null", "evaluation.every_steps=3"),
     ],
 )
 def test_config_that_fits_is_accepted(train, overrides):
@@ -197,6 +199,16 @@ REFUSED = [
     (
         ("preview.every_steps=2", "preview.num_tokens=8", "preview.denoising_steps=9"),
         "but each step writes a token at least, and preview.num_tokens is 8; allowed: 1 to 8, or null",
+    ),
+    (
+        ("checkpoint.keep_best=1",),
+        "checkpoint.keep_best is 1, but evaluation.every_steps is null, so that no checkpoint's bound is measured; "
+        "allowed: 0, or any number with evaluation.every_steps set.",
+    ),
+    (
+        ("checkpoint.keep_best=2", "checkpoint.every_steps=7", "evaluation.every_steps=3"),
+        "checkpoint.keep_best is 2, but no step up to training.steps is a multiple of both checkpoint.every_steps = 7 "
+        "and evaluation.every_steps = 3; allowed: 0, or any number with a checkpoint at an evaluated step.",
     ),
 ]
 

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
+import io
 import json
 import os
 import pickle
@@ -13,7 +15,7 @@ import torch
 
 from megamask.engine.state import read_canonical_weights
 from megamask.engine.torch_dist import Piece, StateReader
-from megamask.errors import CheckpointIntegrityError
+from megamask.errors import CheckpointIntegrityError, StorageError
 from megamask.models.initial_weights import canonical_shapes, initial_tensor
 from support import engine_cases as cases
 from support.engine_cases import OPTIONS, PLAIN
@@ -227,6 +229,21 @@ def test_a_damaged_state_is_refused(saved, damage):
     folder, engine = saved
     damage(folder)
     with pytest.raises(CheckpointIntegrityError):
+        engine.load_state(folder)
+
+
+@pytest.mark.parametrize("name", ["__0_0.distcp", ".metadata", "optimizer.json"])
+def test_state_that_the_storage_does_not_let_be_read_is_not_called_damaged(saved, monkeypatch, name):
+    folder, engine = saved
+    real = io.open
+
+    def opened(path, *arguments, **options):
+        if str(path) == str(folder / name):
+            raise OSError(errno.ESTALE, "Stale file handle")
+        return real(path, *arguments, **options)
+
+    monkeypatch.setattr(io, "open", opened)
+    with pytest.raises(StorageError, match="stale"):
         engine.load_state(folder)
 
 

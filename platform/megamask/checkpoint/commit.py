@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
+import stat
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +23,14 @@ from megamask.checkpoint.names import (
     parse_folder_name,
 )
 from megamask.errors import CheckpointIntegrityError, MegamaskError, StorageError, UsageError
-from megamask.storage.durable import create_exclusive, fsync_directory, make_folders, storage_errors, write_atomic
+from megamask.storage.durable import (
+    create_exclusive,
+    fsync_directory,
+    make_folders,
+    read_errors,
+    storage_errors,
+    write_atomic,
+)
 from megamask.storage.fault_points import reached
 from megamask.storage.hashing import canonical_json, hash_of, sha256_bytes
 
@@ -73,6 +81,12 @@ class Commit:
     def num_bytes(self) -> int:
         """Bytes of all files together."""
         return sum(entry.num_bytes for entry in self.files.values())
+
+    @property
+    def bound(self) -> float | None:
+        """Nats per token, measured at this commit's own step; None if it was not."""
+        bound = (self.evaluation or {}).get("nelbo_nats_per_token")
+        return None if bound is None else float(bound)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,15 +161,18 @@ def read_commit_bytes(folder: Path) -> bytes:
     """The bytes of a folder's COMMIT.json.
 
     Raises:
-        CheckpointIntegrityError: it is missing, a link, not a file, unreadable or absurdly large.
+        CheckpointIntegrityError: it is missing, a link, not a file or absurdly large.
+        StorageError: the storage does not let it be read.
     """
     path = folder / COMMIT_NAME
-    if path.is_symlink() or not path.is_file():
-        raise _damaged(path, "is missing or is not a plain file")
     try:
-        if path.stat().st_size > _MAXIMUM_COMMIT_BYTES:
-            raise _damaged(path, f"is larger than {_MAXIMUM_COMMIT_BYTES} bytes")
-        return path.read_bytes()
+        with read_errors(path):
+            status = path.lstat()
+            if not stat.S_ISREG(status.st_mode):
+                raise _damaged(path, "is not a plain file")
+            if status.st_size > _MAXIMUM_COMMIT_BYTES:
+                raise _damaged(path, f"is larger than {_MAXIMUM_COMMIT_BYTES} bytes")
+            return path.read_bytes()
     except OSError as error:
         raise _damaged(path, f"cannot be read: {error.strerror}") from error
 
@@ -165,6 +182,7 @@ def load_commit(folder: Path) -> Commit:
 
     Raises:
         CheckpointIntegrityError: it is damaged.
+        StorageError: the storage does not let it be read.
         UsageError: a newer megamask wrote it.
     """
     return parse_commit(read_commit_bytes(folder), folder)

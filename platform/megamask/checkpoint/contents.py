@@ -14,6 +14,7 @@ from megamask.diffusion.objective import ObjectiveSpec
 from megamask.errors import CheckpointIntegrityError, UsageError
 from megamask.models.spec import ModelSpec
 from megamask.models.vocabulary import Vocabulary
+from megamask.storage.durable import read_errors
 from megamask.storage.hashing import canonical_json
 
 STATE_FORMAT = "megamask-trainer-state"
@@ -150,7 +151,8 @@ def refuse_other_laws(laws: Mapping[str, Any], path: Path) -> None:
 
 def _read(path: Path, expected_format: str, version: int) -> dict[str, Any]:
     try:
-        document = json.loads(path.read_bytes())
+        with read_errors(path):
+            document = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
         raise _misstated(path, error) from error
     if not isinstance(document, dict) or document.get("format") != expected_format:

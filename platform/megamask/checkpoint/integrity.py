@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import stat
@@ -10,7 +11,7 @@ from pathlib import Path
 
 from megamask.checkpoint.commit import Commit, FileDigest, load_commit
 from megamask.errors import CheckpointIntegrityError
-from megamask.storage.durable import storage_errors
+from megamask.storage.durable import read_errors, storage_errors
 
 _READ_BYTES = 1 << 20
 
@@ -46,7 +47,11 @@ def share(commit: Commit, rank: int, world_size: int) -> list[str]:
 
 
 def problems(commit: Commit, names: Iterable[str]) -> list[str]:
-    """What is wrong with these files, one sentence for each damaged file; empty if all are whole."""
+    """What is wrong with these files, one sentence for each damaged file; empty if all are whole.
+
+    Raises:
+        StorageError: the storage does not let a file be read, which is no damage.
+    """
     found = (_problem(commit.folder, name, commit.files[name]) for name in names)
     return [problem for problem in found if problem is not None]
 
@@ -63,9 +68,18 @@ def link_problems(folder: Path) -> list[str]:
 
 
 def _problem(folder: Path, name: str, expected: FileDigest) -> str | None:
+    with read_errors(folder / name):
+        return _difference(folder, name, expected)
+
+
+def _difference(folder: Path, name: str, expected: FileDigest) -> str | None:
     try:
         descriptor = os.open(folder / name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        return f"{name} cannot be opened: {error.strerror}"
     except OSError as error:
+        if error.errno not in (errno.ELOOP, errno.ENXIO):  # a link; a socket
+            raise
         return f"{name} cannot be opened: {error.strerror}"
     try:
         status = os.fstat(descriptor)
@@ -74,8 +88,6 @@ def _problem(folder: Path, name: str, expected: FileDigest) -> str | None:
         if status.st_size != expected.num_bytes:
             return f"{name} has {status.st_size} bytes, COMMIT.json says {expected.num_bytes}"
         actual = _digest(descriptor)
-    except OSError as error:
-        return f"{name} cannot be read: {error.strerror}"
     finally:
         os.close(descriptor)
     if actual != expected:

@@ -54,6 +54,7 @@ def load(engine: CheckpointEngine, run_dir: Path, *, model: ModelDocument) -> Lo
     Returns: the same on every rank; `commit` is None if the run has no checkpoint at all.
     Raises:
         CheckpointIntegrityError: checkpoints exist and none verifies.
+        StorageError: the storage does not let one be read; nothing is said of it, and no older one is taken instead.
         UsageError: the checkpoint is of another model, or a newer megamask wrote it.
     """
     folders = on_main(engine, lambda: candidates(run_dir))

@@ -12,6 +12,7 @@ TOKENIZER_NAME = "tokenizer"
 LATEST_NAME = "latest"
 CHECKPOINTS_NAME = "checkpoints"
 TRASH_PREFIX = ".removing-"
+PIN_SUFFIX = ".pinned"
 
 _FOLDER = re.compile(r"step-(\d{8,})-a(\d{4,})")
 

@@ -1,60 +1,91 @@
-"""Which checkpoints stay, and how the others go: COMMIT.json first, so that nothing half-deleted is ever visible."""
+"""How checkpoints go: COMMIT.json first, so that nothing half-deleted is ever visible."""
 
 from __future__ import annotations
 
 import contextlib
+import os
 import secrets
 import shutil
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 from megamask.checkpoint.commit import load_commit
 from megamask.checkpoint.names import (
     COMMIT_NAME,
+    PIN_SUFFIX,
     TRASH_PREFIX,
     checkpoints_folder,
     parse_folder_name,
 )
+from megamask.checkpoint.policy import Candidate, retained
 from megamask.checkpoint.reader import candidates, has_commit
 from megamask.errors import CheckpointIntegrityError, UsageError
 from megamask.storage.durable import fsync_directory, storage_errors
 from megamask.storage.fault_points import reached
 
 
-def prune(run_dir: Path, keep_last: int, *, damaged: Collection[str] = ()) -> list[str]:
-    """Keeps the newest `keep_last` good checkpoints of a run and removes the others, oldest first.
+def prune(
+    run_dir: Path,
+    keep_last: int,
+    *,
+    keep_every_steps: int | None = None,
+    keep_best: int = 0,
+    damaged: Collection[str] = (),
+    gate: Callable[[], None] = lambda: None,
+) -> list[str]:
+    """Removes the checkpoints of a run that `policy.retained` does not keep, oldest first. Called by one rank.
 
-    A checkpoint that is known to be damaged, or whose COMMIT.json or file sizes are wrong, does not count as kept: it
-    can never push out a good one. It is removed once enough good ones stand. Called by one rank.
+    A checkpoint that is known to be damaged, or whose COMMIT.json or file sizes are wrong, is not good. A pin is a file
+    beside the checkpoint's folder, named after it.
 
     Args:
         damaged: names of folders that did not verify when this attempt started.
+        gate: called before each removal; what it raises ends the pruning.
 
     Returns: the names of the removed folders.
     Raises: StorageError: the storage refused; what was removed so far is invisible.
     """
     if keep_last < 1:
         raise UsageError(f"checkpoint.keep_last is {keep_last}; allowed: >= 1. Nothing was removed.")
-    everything = candidates(run_dir)
-    good = [folder for folder in everything if folder.name not in damaged and _looks_whole(folder)]
-    if len(good) < keep_last:
-        return []
-    kept = set(good[:keep_last])
-    removed = [folder for folder in reversed(everything) if folder not in kept]
-    for folder in removed:
+    folders = candidates(run_dir)
+    known = [_candidate(folder, is_known_damaged=folder.name in damaged) for folder in folders]
+    kept = retained(known, keep_last=keep_last, keep_every_steps=keep_every_steps, keep_best=keep_best)
+    removed = []
+    for folder in reversed(folders):
+        if folder.name in kept or is_pinned(folder):  # it may have been pinned a moment ago
+            continue
+        gate()
         remove_committed(folder)
-    return [folder.name for folder in removed]
+        removed.append(folder.name)
+    return removed
 
 
-def _looks_whole(folder: Path) -> bool:
+def is_pinned(folder: Path) -> bool:
+    """Whether somebody asked that a checkpoint is never pruned."""
+    return os.path.lexists(folder.with_name(f"{folder.name}{PIN_SUFFIX}"))
+
+
+def _candidate(folder: Path, *, is_known_damaged: bool) -> Candidate:
     """A quick look: COMMIT.json is sound and each file has its size; contents are verified on load."""
-    try:
-        commit = load_commit(folder)
-        return all((folder / name).stat().st_size == entry.num_bytes for name, entry in commit.files.items())
-    except UsageError:  # a newer megamask's checkpoint is not ours to judge
-        return True
-    except (CheckpointIntegrityError, OSError):
-        return False
+    step, attempt = parse_folder_name(folder.name) or (0, 0)
+    bound, is_good = None, False
+    missing = (FileNotFoundError, NotADirectoryError)
+    with storage_errors(f"looking at {folder}"), contextlib.suppress(CheckpointIntegrityError, *missing):
+        try:
+            commit = load_commit(folder)
+        except UsageError:  # a newer megamask's checkpoint is not ours to judge
+            is_good = True
+        else:
+            bound = commit.bound
+            is_good = all((folder / name).stat().st_size == entry.num_bytes for name, entry in commit.files.items())
+    return Candidate(
+        name=folder.name,
+        step=step,
+        attempt=attempt,
+        is_good=is_good and not is_known_damaged,
+        is_pinned=is_pinned(folder),
+        bound=bound,
+    )
 
 
 def remove_committed(folder: Path) -> None:

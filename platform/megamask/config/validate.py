@@ -31,7 +31,7 @@ def validate_train(config: TrainConfig, origins: Mapping[str, str] | None = None
         UsageError: the first problem: key and value, why, what is allowed, where to change it.
     """
     parts = (_corpora, _shape, _model, _layout)
-    for check in (*parts, batch_problems, learning_rate_problems, _training, _preview):
+    for check in (*parts, batch_problems, learning_rate_problems, _training, _preview, _retention):
         for problem in check(config):
             raise _refusal(config, problem, origins)
 
@@ -209,6 +209,25 @@ def _preview(config: TrainConfig) -> Iterator[Problem]:
             key="preview.denoising_steps",
             because=f"but each step writes a token at least, and preview.num_tokens is {preview.num_tokens}",
             allowed=f"1 to {preview.num_tokens}, or null",
+        )
+
+
+def _retention(config: TrainConfig) -> Iterator[Problem]:
+    checkpoint, every = config.checkpoint, config.evaluation.every_steps
+    if checkpoint.keep_best == 0:
+        return
+    if every is None:
+        yield Problem(
+            key="checkpoint.keep_best",
+            because="but evaluation.every_steps is null, so that no checkpoint's bound is measured",
+            allowed="0, or any number with evaluation.every_steps set",
+        )
+    elif checkpoint.every_steps is not None and math.lcm(every, checkpoint.every_steps) > config.training.steps:
+        yield Problem(
+            key="checkpoint.keep_best",
+            because=f"but no step up to training.steps is a multiple of both checkpoint.every_steps = "
+            f"{checkpoint.every_steps} and evaluation.every_steps = {every}",
+            allowed="0, or any number with a checkpoint at an evaluated step",
         )
 
 

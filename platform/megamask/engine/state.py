@@ -24,6 +24,7 @@ from megamask.engine.torch_dist import IndexPart, Piece, StateReader, write_inde
 from megamask.errors import CheckpointIntegrityError
 from megamask.models.initial_weights import canonical_shapes
 from megamask.models.spec import ModelSpec
+from megamask.storage.durable import read_errors
 from megamask.storage.hashing import canonical_json
 
 if TYPE_CHECKING:
@@ -123,7 +124,8 @@ def _pieces(shards: Iterable[Shard], canonical: CanonicalMap) -> Iterator[Piece]
 
 def _read_num_updates(path: Path) -> int:
     try:
-        document = json.loads(path.read_bytes())
+        with read_errors(path):
+            document = json.loads(path.read_bytes())
         if document["format"] != FORMAT or document["version"] != VERSION:
             raise ValueError(f"its format is {document['format']} {document['version']}")
         return int(document["num_updates"])

@@ -37,6 +37,7 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 from torch.distributed.checkpoint.storage import WriteResult
 
 from megamask.errors import CheckpointIntegrityError
+from megamask.storage.durable import read_errors
 
 METADATA_NAME = ".metadata"
 IndexPart = tuple[SavePlan, list[WriteResult]]  # what one rank wrote, in the format's words
@@ -179,6 +180,7 @@ class StateReader:
 
     Raises:
         CheckpointIntegrityError: the index is missing, names what it may not, or is no index.
+        StorageError: the storage does not let it be read.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -192,11 +194,13 @@ class StateReader:
 
         Raises:
             CheckpointIntegrityError: a tensor is missing, has another shape, or lacks elements.
+            StorageError: the storage does not let it be read.
         """
         items = [item for piece in pieces for item in self._read_items(piece)]
         plan = LoadPlan(items)
         try:
-            self._reader.read_data(plan, _LoadPlanner(pieces, plan)).wait()
+            with read_errors(self._folder):
+                self._reader.read_data(plan, _LoadPlanner(pieces, plan)).wait()
         except (OSError, RuntimeError, AssertionError, KeyError, EOFError, pickle.UnpicklingError) as error:
             raise self._damaged(f"{type(error).__name__}: {error}") from error
 
@@ -234,7 +238,7 @@ class _ClosedUnpickler(pickle.Unpickler):
 def _read_metadata(folder: Path) -> Metadata:
     path = folder / METADATA_NAME
     try:
-        with path.open("rb") as file:
+        with read_errors(path), path.open("rb") as file:
             metadata = _load_closed(file)
     except (OSError, EOFError, AttributeError, ValueError, TypeError, pickle.UnpicklingError) as error:
         raise CheckpointIntegrityError(

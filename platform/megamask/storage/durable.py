@@ -30,11 +30,17 @@ _STORAGE_ERRNOS = {
 
 
 @contextlib.contextmanager
-def storage_errors(action: str) -> Iterator[None]:
+def storage_errors(
+    action: str,
+    *,
+    outcome: str = "Nothing was published.",
+    hint: str = "free space or choose another folder, then run again",
+) -> Iterator[None]:
     """Turns an OSError that the storage is to blame for into a StorageError that names the action.
 
     Args:
         action: what was being done, as "writing PATH"; it opens the message.
+        outcome: what did not happen; it closes the message.
     """
     try:
         yield
@@ -44,9 +50,19 @@ def storage_errors(action: str) -> Iterator[None]:
             raise
         where = f" ({error.filename})" if error.filename and str(error.filename) not in action else ""
         raise StorageError(
-            f"{action}: {reason}{where}. Nothing was published.",
-            hint="free space or choose another folder, then run again",
+            f"{action}: {reason}{where}. {outcome}",
+            hint=hint,
         ) from error
+
+
+def read_errors(path: Path) -> contextlib.AbstractContextManager[None]:
+    """`storage_errors` while a file is read: a storage that refuses says nothing about what is stored.
+
+    An OSError that tells of the file itself (it is not there, it is no file) is left as it is.
+    """
+    return storage_errors(
+        f"reading {path}", outcome="Nothing was loaded.", hint="make the storage readable, then run again"
+    )
 
 
 def fsync_directory(path: Path) -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megamask.checkpoint.background import Work, all_done
+from megamask.checkpoint.background import Gate, Work, all_done
 from megamask.checkpoint.commit import Commit
 from megamask.checkpoint.contents import ModelDocument, TrainerState
 from megamask.checkpoint.names import CHECKPOINTS_NAME
@@ -125,6 +125,8 @@ class CheckpointCommitter:
         Args:
             together: all ranks call this.
         """
+        if self._pruning is not None:
+            self._pruning[1].stop()
         if self._flight is not None:
             flight, self._flight = self._flight, None
             flight.save.abandon(together=together)
@@ -158,14 +160,27 @@ class CheckpointCommitter:
             return
         self._announce(commit, flight)
         self._parent = commit.digest
-        keep_last, damaged, run_dir = self._checkpoint.keep_last, self._damaged, self._attempt.run_dir
         is_main = self._engine.is_main
         self._pruning = (
             commit.step,
             Work(
-                lambda _gate: prune(run_dir, keep_last, damaged=damaged) if is_main else [],
+                lambda gate: self._prune(gate) if is_main else [],
                 in_thread=self._checkpoint.asynchronous and is_main,
             ),
+        )
+
+    def _prune(self, gate: Gate) -> list[str]:
+        def may_go_on() -> None:
+            gate()
+            self._attempt.check_claim()  # a newer attempt may be reading what this one would remove
+
+        return prune(
+            self._attempt.run_dir,
+            self._checkpoint.keep_last,
+            keep_every_steps=self._checkpoint.keep_every_steps,
+            keep_best=self._checkpoint.keep_best,
+            damaged=self._damaged,
+            gate=may_go_on,
         )
 
     def _announce(self, commit: Commit, flight: _Flight) -> None:

@@ -19,4 +19,16 @@ class CheckpointConfig:
         "weight); false blocks training until it is committed",
         default=True,
     )
-    keep_last: int = operational("committed checkpoints to keep", default=2, minimum=1, unit="checkpoints")
+    keep_last: int = operational("newest checkpoints to keep", default=2, minimum=1, unit="checkpoints")
+    keep_every_steps: int | None = operational(
+        "also keep, for ever, the checkpoints whose step is a multiple of this; null keeps none for that",
+        default=None,
+        minimum=1,
+        unit="steps",
+    )
+    keep_best: int = operational(
+        "also keep so many checkpoints with the lowest bound measured at their own step (evaluation.every_steps)",
+        default=0,
+        minimum=0,
+        unit="checkpoints",
+    )
