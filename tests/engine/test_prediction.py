@@ -43,9 +43,22 @@ def test_mask_and_padding_are_never_chosen_and_have_no_probability(build):
     assert max(before.confidence) < 0.5
 
 
-def test_previews_between_steps_leave_training_bit_identical(build):
+def test_bf16_predicts_as_the_reference_network_up_to_its_rounding(build):
+    """A bf16 number has 8 bits: the logits of this network, below 1, are off by some thousandths."""
+    x_t, _, is_masked = cases.probe_rows(5, PLAIN)
+    draw = Draw(step=1, sequences=(0, 1, 2, 3, 4), temperature=1.0)
+    found = build(micro_batch_size=2, compute="bf16").predict(x_t, is_masked, draw)
+    reference = ReferencePredictor(network=cases.reference(PLAIN), vocabulary=cases.vocabulary(PLAIN))
+    expected = reference(x_t, is_masked, draw)
+    is_same = found.tokens == expected.tokens
+    assert float(is_same.double().mean()) > 0.9
+    assert found.confidence[is_same].tolist() == pytest.approx(expected.confidence[is_same].tolist(), rel=0.03)
+
+
+@pytest.mark.parametrize("compute", ["fp32", "bf16"])
+def test_previews_between_steps_leave_training_bit_identical(build, compute):
     def run(is_previewing):
-        engine = build(micro_batch_size=2)
+        engine = build(micro_batch_size=2, compute=compute)
         fields = []
         for step in (1, 2, 3):
             if is_previewing:
