@@ -28,6 +28,7 @@ VERBS: Mapping[str, str] = {
     "inspect": "show the exact samples and masks of a training step",
     "verify": "read every byte of a corpus or checkpoint and compare it with its record",
     "status": "tell where a run stands",
+    "sync": "send to MLflow what it has not got of a run",
     "explain": "explain a setting: meaning, range, default, and who set it",
 }
 _HELP = """usage: megamask VERB [CONFIG.yaml] [key.path=value ...] [--json]

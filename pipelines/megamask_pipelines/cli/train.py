@@ -24,6 +24,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     from megamask.config.validate import validate_train
     from megamask.launch.local import is_launched, leave_report
     from megamask.provenance.redaction import redacted, tell_references
+    from megamask.tracking.mlflow_store import URI_KEY, check_uri
     from megamask_pipelines.training_job import run_training
 
     try:
@@ -32,8 +33,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         validate_train(loaded.config, loaded.origins)
         mlflow = loaded.config.tracking.mlflow
         if mlflow.enabled and mlflow.uri is not None:
-            # a variable that is not set would only show as an outage at the end
-            resolve_secret("tracking.mlflow.uri", mlflow.uri)
+            # a variable that is not set, or no address at all, would only show as an outage at the end
+            check_uri(URI_KEY, resolve_secret(URI_KEY, mlflow.uri), after="Nothing was started.")
         return run_training(loaded.config, ["train", arguments.config, *arguments.overrides])
     except MegamaskError as error:
         if is_launched() and leave_report(redacted(error)):

@@ -97,6 +97,16 @@ def is_live(run_dir: Path, attempt: int) -> bool:
     return facts is not None and facts.is_running_here()
 
 
+def has_died(run_dir: Path, attempt: int) -> bool:
+    """Whether the process that held a claim is known to have ended; of one on another host nothing is known."""
+    facts, here = _claimant(run_dir, attempt), own_facts()
+    if facts is None or facts.host != here.host:
+        return False
+    if facts.boot_id != here.boot_id:  # the host was started anew
+        return facts.boot_id is not None and here.boot_id is not None
+    return facts.pid_namespace == here.pid_namespace and not facts.is_running_here()
+
+
 def is_superseded(run_dir: Path, attempt: int) -> bool:
     """Whether a newer attempt has claimed the run; one folder listing, however many attempts there were."""
     return bool(claimed_attempts(run_dir, after=attempt))

@@ -39,6 +39,7 @@ class Session:
         self._state = state
         self._keeps_state = keeps_state
         self._kept_times = kept_times
+        self.num_sent = 0
 
     @classmethod
     def open(cls, run_dir: Path, config: MLflowConfig, *, keeps_foreign_state: bool = False) -> Session:
@@ -76,28 +77,26 @@ class Session:
             session._save()
         return session
 
-    def send_new(self) -> int:
+    def send_new(self) -> None:
         """Sends every record that was added since the last call, remembering the place after each piece.
 
-        Returns:
-            How many records were sent.
+        `num_sent` counts them.
 
         Raises:
             BusyError: another process is sending just now.
             Exception: whatever MLflow, its database or the network raise.
         """
-        num_sent = 0
         while True:
             with sending(self._run_dir):
                 self._read_state()
                 records, position = read_new(self._run_dir, self._state.position, max_bytes=_PIECE_BYTES)
                 if position == self._state.position:
                     self._send_configs()
-                    return num_sent
+                    return
                 self._send(update_of(records, self._state.memory, self._kept_times))
                 self._state.position = position
                 self._save()
-            num_sent += len(records)
+            self.num_sent += len(records)
 
     def forget(self) -> None:
         """Begins with the journal's first line again: MLflow lost something that it had taken."""
@@ -110,6 +109,11 @@ class Session:
         """Sets the status that an attempt without a last line leaves behind."""
         with sending(self._run_dir):
             self.run.set_status(status, time_ms)
+
+    def count_checkpoints(self) -> int:
+        """How many commits are entered; an entry that a late answer doubled is removed."""
+        with sending(self._run_dir):
+            return self.run.num_checkpoints()
 
     def _read_state(self) -> None:
         """Adopts what another process has sent meanwhile to the same run."""

@@ -13,10 +13,16 @@ from pathlib import Path
 from urllib.parse import parse_qsl, unquote, urlsplit
 
 from megamask.config.schema.tracking import MLflowConfig
-from megamask.config.secrets import resolve_secret
+from megamask.config.secrets import resolve_secret, shown
+from megamask.errors import UsageError
 
 URI_KEY = "tracking.mlflow.uri"
 _SQLITE = "sqlite:///"
+# MLflow prints the address of what it has stored, credential included, whoever may read the output.
+_NO_ADDRESS_ON_STDOUT = {
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+    "MLFLOW_PRINT_MODEL_URLS_ON_CREATION": "false",
+}
 _SHORTEST_SECRET = 4  # a shorter piece of a URI would hide ordinary text
 
 
@@ -52,6 +58,25 @@ def place_of(run_dir: Path, config: MLflowConfig) -> Place:
     return Place(uri=uri, artifacts=(database.parent / "mlartifacts").as_uri(), database=database)
 
 
+def check_uri(key: str, uri: str, *, after: str) -> None:
+    """Refuses what can never be a tracking store, so that it does not look like an outage.
+
+    Args:
+        uri: as MLflow would get it.
+        after: what has not happened.
+
+    Raises:
+        UsageError: names the key and what is allowed.
+    """
+    if uri.startswith("databricks") or ("://" in uri and not uri.startswith("file:")):
+        return
+    raise UsageError(
+        f"{key} is no tracking store that MLflow has: {shown(uri)}; allowed: http://HOST:PORT, https://HOST, "
+        f"sqlite:///FILE, another database URI, env:NAME. {after}",
+        hint=f"start `mlflow server` and give {key} its address, or sqlite:////FOLDER/mlflow.db",
+    )
+
+
 def create_database(database: Path, make: Callable[[str], None]) -> None:
     """Makes the schema in a file of its own and shows it whole: runs that start at once cannot meet a half-made one.
 
@@ -77,9 +102,10 @@ def _sweep_unfinished(database: Path) -> None:
 
 
 def prepare_environment(*, timeout_s: int, retries: int) -> None:
-    """Tells MLflow's client how patient to be, before it is imported; what the user has set stays."""
+    """Tells MLflow's client how patient to be, before it is imported; what the user has set of that stays."""
     for name, value in environment(timeout_s=timeout_s, retries=retries).items():
         os.environ.setdefault(name, value)
+    os.environ.update(_NO_ADDRESS_ON_STDOUT)
 
 
 def environment(*, timeout_s: int, retries: int) -> dict[str, str]:
@@ -91,6 +117,7 @@ def environment(*, timeout_s: int, retries: int) -> dict[str, str]:
         "MLFLOW_TRUNCATE_LONG_VALUES": "false",  # a value cut in silence is a wrong value
         "MLFLOW_DISABLE_TELEMETRY": "true",
         "MLFLOW_LOGGING_LEVEL": "ERROR",
+        **_NO_ADDRESS_ON_STDOUT,
     }
 
 

@@ -1,0 +1,88 @@
+"""Sending a run's journal to MLflow after the fact, from the run directory alone."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from megamask.config.load import load_train_config
+from megamask.config.schema.tracking import MLflowConfig
+from megamask.config.secrets import check_no_secret, check_reference, resolve_secret
+from megamask.errors import UsageError
+from megamask.resilience.claims import claimed_attempts, has_died
+from megamask.resilience.status import read_status
+from megamask.tracking.mlflow_points import RunStatus, status_after_exit
+from megamask.tracking.mlflow_store import URI_KEY, check_uri, place_of, shown_uri
+from megamask.tracking.mlflow_sync import complete
+from megamask.training.run_directory import read_run
+
+_NOTHING_SENT = "Nothing was sent."
+
+
+def sync_run(run_dir: Path, *, uri: str | None = None) -> dict[str, Any]:
+    """Makes MLflow's history of a run complete.
+
+    Args:
+        uri: the server to send to; None is that of the newest attempt's config.
+
+    Returns:
+        run_id, run_dir, uri, experiment, mlflow_run_id, page, records_sent, steps, doubled_steps, checkpoints, status.
+
+    Raises:
+        UsageError: not a run directory, tracking never had a target, or a uri that cannot be one.
+        StorageError: the server does not take it.
+    """
+    record = read_run(run_dir)
+    folder = run_dir.resolve()
+    config = _target(folder, uri)
+    done = complete(folder, config, keeps_foreign_state=uri is not None, ended=lambda: _unseen_end(folder))
+    shown = shown_uri(place_of(folder, config).uri)
+    page = f"{shown.rstrip('/')}/#/experiments/{done.experiment_id}/runs/{done.mlflow_run_id}"
+    return {
+        "run_id": record.run_id,
+        "run_dir": str(run_dir),
+        "uri": shown,
+        "experiment": config.experiment,
+        "mlflow_run_id": done.mlflow_run_id,
+        "page": page if shown.startswith("http") else None,
+        "records_sent": done.num_records_sent,
+        "steps": done.num_steps,
+        "doubled_steps": done.num_doubled_steps,
+        "checkpoints": done.num_checkpoints,
+        "status": done.status,
+    }
+
+
+def _target(run_dir: Path, uri: str | None) -> MLflowConfig:
+    config = _newest_config(run_dir)
+    if uri is not None:
+        check_no_secret("--uri", uri, "given on the command line")
+        check_reference("--uri", uri, "given on the command line")
+        check_uri("--uri", resolve_secret("--uri", uri), after=_NOTHING_SENT)
+        return replace(config or MLflowConfig(), uri=uri)
+    if config is None or (config.uri is None and not config.enabled):
+        why = "no attempt left a config" if config is None else "its newest attempt had tracking.mlflow.enabled=false"
+        raise UsageError(
+            f"{run_dir} has no MLflow to send to: {why} and no {URI_KEY}. {_NOTHING_SENT}",
+            hint="name one: `megamask sync RUN --uri http://HOST:PORT`, or --uri sqlite:////FOLDER/mlflow.db",
+        )
+    if config.uri is not None:
+        check_uri(URI_KEY, resolve_secret(URI_KEY, config.uri), after=_NOTHING_SENT)
+    return config
+
+
+def _newest_config(run_dir: Path) -> MLflowConfig | None:
+    configs = sorted((run_dir / "config").glob("attempt-*.yaml"))
+    return load_train_config(configs[-1]).config.tracking.mlflow if configs else None
+
+
+def _unseen_end(run_dir: Path) -> RunStatus | None:
+    """The status of a newest attempt whose end the journal does not hold, or None while it may be alive."""
+    attempts = claimed_attempts(run_dir)
+    if not attempts:
+        return None
+    status = read_status(run_dir)
+    if status is not None and status.attempt == attempts[-1] and status.exit_code is not None:
+        return status_after_exit(status.exit_code, is_done=status.phase == "done")
+    return "FAILED" if has_died(run_dir, attempts[-1]) else None

@@ -1,0 +1,152 @@
+"""Making MLflow's history of a run complete, at once and not in the background: what `megamask sync` does."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from megamask.config.schema.tracking import MLflowConfig
+from megamask.errors import StorageError
+from megamask.tracking.journal_reader import read_journal
+from megamask.tracking.mlflow_client import is_refusal
+from megamask.tracking.mlflow_points import RunStatus, milliseconds
+from megamask.tracking.mlflow_session import Session
+from megamask.tracking.mlflow_sink import outage_text
+from megamask.tracking.mlflow_state import BusyError
+from megamask.tracking.mlflow_store import place_of, prepare_environment, shown_uri
+
+# Nobody waits but the person who asked: a slow server gets more time than during training.
+_REQUEST_TIMEOUT_S = 30
+_REQUEST_RETRIES = 2
+_TURN_TIMEOUT_S = 120.0
+_TURN_PAUSE_S = 0.2
+
+_Answer = TypeVar("_Answer")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Completed:
+    """What stands in MLflow after a sync.
+
+    Args:
+        mlflow_run_id, experiment_id: MLflow's names.
+        num_records_sent: journal records that were sent now.
+        num_steps: steps of the journal, each of which stands there.
+        num_doubled_steps: steps that stand there more than once, with different times or values.
+        num_checkpoints: commits entered.
+        status: of the run in MLflow.
+    """
+
+    mlflow_run_id: str
+    experiment_id: str
+    num_records_sent: int
+    num_steps: int
+    num_doubled_steps: int
+    num_checkpoints: int
+    status: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Journalled:
+    """What a journal holds when a sync begins; `open_since_ms` is its last record's time if an attempt has no end."""
+
+    steps: frozenset[int]
+    open_since_ms: int | None
+
+
+def complete(
+    run_dir: Path, config: MLflowConfig, *, keeps_foreign_state: bool, ended: Callable[[], RunStatus | None]
+) -> Completed:
+    """Sends what the journal has and MLflow has not, looks whether it arrived, and sends all of it again if not.
+
+    Args:
+        keeps_foreign_state: tracking/mlflow.json speaks of another server and stays as it is.
+        ended: the status of an attempt that left no last line, or None while it may be alive.
+
+    Raises:
+        StorageError: the server does not take it, or somebody else sends this run and does not get on.
+    """
+    prepare_environment(timeout_s=_REQUEST_TIMEOUT_S, retries=_REQUEST_RETRIES)
+    journalled = _read(run_dir)
+    try:
+        session = _in_turn(lambda: Session.open(run_dir, config, keeps_foreign_state=keeps_foreign_state), run_dir)
+        _in_turn(session.send_new, run_dir)
+        stored = _stored_steps(session)
+        if not journalled.steps <= stored.keys():  # the server lost what it had taken
+            _in_turn(session.forget, run_dir)
+            _in_turn(session.send_new, run_dir)
+            stored = _stored_steps(session)
+        status = ended() if journalled.open_since_ms is not None else None
+        if status is not None and journalled.open_since_ms is not None:
+            since = journalled.open_since_ms
+            _in_turn(lambda: session.end(status, since), run_dir)
+        answer = Completed(
+            mlflow_run_id=session.run.run_id,
+            experiment_id=session.run.experiment_id,
+            num_records_sent=session.num_sent,
+            num_steps=len(journalled.steps),
+            num_doubled_steps=sum(count > 1 for count in stored.values()),
+            num_checkpoints=_in_turn(session.count_checkpoints, run_dir),
+            status=session.run.status(),
+        )
+    except Exception as error:
+        if isinstance(error, StorageError) or not is_refusal(error):
+            raise
+        raise _refused(error, run_dir, config) from error
+    if missing := journalled.steps - stored.keys():
+        raise StorageError(
+            f"MLflow at {_shown(run_dir, config)} took the journal of {run_dir} twice and still misses "
+            f"{len(missing)} of {len(journalled.steps)} steps, the first of them step {min(missing)}.",
+            hint="look at the server's log and its disk, then run `megamask sync` again",
+        )
+    return answer
+
+
+def _read(run_dir: Path) -> _Journalled:
+    steps: set[int] = set()
+    is_open, last = False, None
+    for record in read_journal(run_dir):
+        kind, last = record["kind"], record["time"]
+        if kind == "step" and isinstance(record.get("step"), int):
+            steps.add(record["step"])
+        elif kind in ("attempt_started", "attempt_ended"):
+            is_open = kind == "attempt_started"
+    return _Journalled(
+        steps=frozenset(steps), open_since_ms=milliseconds(last) if is_open and last is not None else None
+    )
+
+
+def _stored_steps(session: Session) -> Counter[int]:
+    return Counter(point.step for point in set(session.run.history("loss")))
+
+
+def _in_turn(action: Callable[[], _Answer], run_dir: Path) -> _Answer:
+    """The action's answer, waiting for the training that may be sending the same run just now."""
+    deadline = time.monotonic() + _TURN_TIMEOUT_S
+    while True:
+        try:
+            return action()
+        except BusyError as error:
+            if time.monotonic() > deadline:
+                raise StorageError(
+                    f"another process has been sending the journal of {run_dir} for {_TURN_TIMEOUT_S:g} s "
+                    f"({error}). What it sent stays.",
+                    hint="see whether the training, or another `megamask sync`, hangs, then run this again",
+                ) from error
+            time.sleep(_TURN_PAUSE_S)
+
+
+def _refused(error: Exception, run_dir: Path, config: MLflowConfig) -> StorageError:
+    return StorageError(
+        f"MLflow at {_shown(run_dir, config)} does not take the journal of {run_dir} "
+        f"({type(error).__name__}: {outage_text(error, run_dir, config)}). What it took stays; the journal has all.",
+        hint="start the server, or name another one with --uri, then run `megamask sync` again",
+    )
+
+
+def _shown(run_dir: Path, config: MLflowConfig) -> str:
+    return shown_uri(place_of(run_dir, config).uri)
