@@ -15,13 +15,12 @@ from megamask.resilience.claims import claim
 from megamask.resilience.status import Status, write_status
 from megamask.tracking.journal import Journal
 from megamask_pipelines.cli.main import main
-from support.command import journal, megamask, start, tiny
+from support.command import TINY, journal, megamask, start, tiny
 from support.mlflow_server import Proxy, Server, assert_whole, free_port, stored_run, wait_until
 
 RUN_JSON = {
     "format": "megamask-run",
     "version": 1,
-    "run_id": "ab" * 16,
     "identity": {"run.seed": 1},
     "extendable": {"training.steps": 3},
     "corpora": {"main": "cd" * 32},
@@ -39,7 +38,7 @@ def run_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     folder = tmp_path / "runs" / "old"
     folder.mkdir(parents=True)
-    (folder / "run.json").write_text(json.dumps(RUN_JSON))
+    (folder / "run.json").write_text(json.dumps({**RUN_JSON, "run_id": tmp_path.name}))
     with Journal.open(folder, 1) as lines:
         lines.append("attempt_started", attempt=1)
         for step in (1, 2, 3):
@@ -48,13 +47,16 @@ def run_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A SQLite store for several tests: creating the schema takes seconds."""
+    return f"sqlite:///{tmp_path_factory.mktemp('store')}/mlflow.db"
+
+
 def configured(run_dir: Path, *lines: str) -> Path:
     """The run with the config of an attempt that had these lines under tracking.mlflow."""
-    from support.command import TINY
-
-    config = json.loads(json.dumps({"defaults": [str(TINY)]}))
     (run_dir / "config").mkdir(exist_ok=True)
-    text = [f"defaults: {json.dumps(config['defaults'])}", "tracking:", "  mlflow:"]
+    text = [f"defaults: [{json.dumps(str(TINY))}]", "tracking:", "  mlflow:"]
     (run_dir / "config" / "attempt-0001.yaml").write_text("\n".join([*text, *(f"    {line}" for line in lines)]))
     return run_dir
 
@@ -118,16 +120,15 @@ def test_dead_server_ends_with_74_and_says_what_to_do(run_dir: Path, capsys: pyt
 
 
 def test_run_made_with_tracking_off_is_sent_whole_and_once(
-    run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    run_dir: Path, store: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     configured(run_dir, "enabled: false")
-    uri = f"sqlite:///{tmp_path}/mlflow.db"
     for num_sent in (5, 0):
-        assert main(["sync", str(run_dir), "--uri", uri, "--json"]) == 0
+        assert main(["sync", str(run_dir), "--uri", store, "--json"]) == 0
         answer = json.loads(capsys.readouterr().out)
         assert (answer["records_sent"], answer["steps"], answer["doubled_steps"]) == (num_sent, 3, 0)
-        assert (answer["uri"], answer["status"]) == (uri, "KILLED")
-        assert_whole(uri, run_dir, "KILLED")
+        assert (answer["uri"], answer["status"]) == (store, "KILLED")
+        assert_whole(store, run_dir, "KILLED")
 
 
 @pytest.mark.parametrize(
@@ -140,16 +141,15 @@ def test_run_made_with_tracking_off_is_sent_whole_and_once(
     ],
 )
 def test_attempt_without_a_last_line_has_the_status_that_its_launcher_left(
-    run_dir: Path, tmp_path: Path, status: Status | None, expected: str
+    run_dir: Path, store: str, status: Status | None, expected: str
 ) -> None:
     [file] = (run_dir / "journal").iterdir()
     file.write_text("".join(file.read_text().splitlines(keepends=True)[:-1]))
     claim(run_dir)
     if status is not None:
         write_status(run_dir, status)
-    uri = f"sqlite:///{tmp_path}/mlflow.db"
-    assert main(["sync", str(run_dir), "--uri", uri]) == 0
-    assert_whole(uri, run_dir, expected)
+    assert main(["sync", str(run_dir), "--uri", store]) == 0
+    assert_whole(store, run_dir, expected)
 
 
 @pytest.fixture(scope="module")
