@@ -207,7 +207,7 @@ def test_variable_whose_name_does_not_say_secret_is_not_masked(name: str, monkey
 @pytest.fixture
 def installed(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The process's own output as the command line redacts it, put back afterwards."""
-    from megamask_pipelines.cli import redacted_output
+    from megamask_pipelines import redacted_output
 
     factory, hooks = logging.getLogRecordFactory(), (threading.excepthook, sys.unraisablehook)
     format_warning = warnings.formatwarning

@@ -18,7 +18,7 @@ from typing import IO, Any, NoReturn, Protocol
 
 from megamask.errors import ExitCode, MegamaskError, UsageError
 from megamask.provenance.redaction import redact, redacted
-from megamask_pipelines.cli import redacted_output
+from megamask_pipelines import redacted_output
 
 VERBS: Mapping[str, str] = {
     "prepare": "make a corpus of text",

@@ -25,6 +25,9 @@ T = TypeVar("T", TrainConfig, PrepareConfig)
 
 DEFAULT_ORIGIN = "default"
 OVERRIDE_ORIGIN = "override"
+# Far beyond any config; a file without an end, or defaults that name each other twice, must end too.
+_MOST_BYTES = 1 << 20
+_MOST_LAYERS = 100
 _COMMANDS: dict[type, str] = {TrainConfig: "megamask train", PrepareConfig: "megamask prepare"}
 
 
@@ -73,9 +76,12 @@ def read_layers(path: str | Path) -> Iterator[tuple[str, Node]]:
     """The files that a config consists of and their mappings, in the order in which they are laid down.
 
     Raises:
-        UsageError: a file cannot be read, or the files' defaults form a cycle.
+        UsageError: a file cannot be read or is absurdly large, or the files' defaults form a cycle or too many layers.
     """
-    yield from _read_layers(str(path), asked_by=None, above=())
+    for number, layer in enumerate(_read_layers(str(path), asked_by=None, above=()), start=1):
+        if number > _MOST_LAYERS:
+            raise UsageError(f"{path} and its defaults are more than {_MOST_LAYERS} files. Nothing was started.")
+        yield layer
 
 
 def _read_layers(path: str, *, asked_by: str | None, above: tuple[str, ...]) -> Iterator[tuple[str, Node]]:
@@ -105,7 +111,11 @@ def _defaults(document: Node, path: str) -> list[tuple[int, str]]:
 def _read_text(path: str, asked_by: str | None) -> str:
     where = f" (named in {asked_by})" if asked_by else ""
     try:
-        return Path(path).read_bytes().decode("utf-8-sig")
+        with Path(path).open("rb") as file:  # perhaps a pipe, perhaps a device that never ends
+            data = file.read(_MOST_BYTES + 1)
+        if len(data) > _MOST_BYTES:
+            raise UsageError(f"{path}{where} is larger than {_MOST_BYTES} bytes, so no config. Nothing was started.")
+        return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UsageError(f"{path}{where} is not UTF-8 text. Nothing was started.") from error
     except (OSError, ValueError) as error:

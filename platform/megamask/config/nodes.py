@@ -96,6 +96,8 @@ class _Composer:
             self._refuse(line, f"not valid YAML: {error.problem or error.context}")
         except yaml.reader.ReaderError as error:
             self._refuse(text.count("\n", 0, error.position) + 1, f"not valid YAML: {error.reason}")
+        except (ValueError, OverflowError) as error:  # the parser's own limits, as an escape beyond Unicode
+            self._refuse(1, f"not valid YAML: {error}")
 
     def document(self) -> Node | None:
         root = None

@@ -9,21 +9,24 @@ from urllib.parse import parse_qsl, urlsplit
 from megamask.errors import UsageError
 
 _REFERENCE_PREFIX = "env:"
+_SHOWN_CHARACTERS = 200
 _REFERENCE = re.compile(r"env:[A-Za-z_][A-Za-z0-9_]*")
 SECRET_NAME = re.compile(
     r"token|passw(or)?d|secret|credential|signature|^sig$|^auth|api[_-]?key|access[_-]?key|^key$", re.IGNORECASE
 )
-_URI = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^\s'\"]+")
+# Repetitions are bounded, so that a long text of nearly such shapes costs no more than its length.
+SCHEME = r"(?<![A-Za-z0-9+.-])[A-Za-z][A-Za-z0-9+.-]{0,30}://"
+_URI = re.compile(SCHEME + r"[^\s'\"]+")
 # A password may hold what ends a host name: what follows the first colon and is no port is a password.
-_BEFORE_PASSWORD = r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*://)(?P<user>[^\s/@?#]*:(?![/\s])(?!\d+(?:[/?#\s]|$))"
-LOOSE_USERINFO = re.compile(_BEFORE_PASSWORD + r"[^@\s]*)@")
-_SPACED_USERINFO = re.compile(_BEFORE_PASSWORD + r"[^@\n]*)@")
+_BEFORE_PASSWORD = rf"(?P<scheme>{SCHEME})(?P<user>[^\s/@?#:]{{0,200}}:(?![/\s])(?!\d{{1,5}}(?:[/?#\s]|$))"
+LOOSE_USERINFO = re.compile(_BEFORE_PASSWORD + r"[^@\s]{0,500})@")
+_SPACED_USERINFO = re.compile(_BEFORE_PASSWORD + r"[^@\n]{0,500})@")
 # Credentials that issuers have given a shape of their own.
 TOKEN_SHAPES = re.compile(
     r"(?<![A-Za-z0-9])(?:hf_[A-Za-z0-9]{20,}|gh[pousr]_[A-Za-z0-9]{20,}|github_pat_\w{20,}|glpat-[\w-]{16,}"
     r"|sk-(?:proj|ant|svcacct|admin)-[\w-]{20,}|sk-[A-Za-z0-9]{32,}|xox[abprs]-[\w-]{10,}|AIza[\w-]{35}"
     r"|(?:AKIA|ASIA)[0-9A-Z]{16}(?![0-9A-Z])|dapi[0-9a-f]{32}|npm_[A-Za-z0-9]{36}|pypi-[\w-]{40,}"
-    r"|eyJ[\w-]{8,}\.[\w-]{8,}\.[\w-]*)|-----BEGIN [A-Z ]*PRIVATE KEY-----"
+    r"|eyJ[\w-]{8,4000}\.[\w-]{8,}\.[\w-]*)|-----BEGIN [A-Z ]{0,30}PRIVATE KEY-----"
 )
 
 
@@ -48,9 +51,11 @@ def _uri_carries_credential(uri: str) -> bool:
 
 
 def shown(value: object) -> str:
-    """A value for an error message; a string that carries a credential shows as ***."""
-    if carries_credential(str(value)):
+    """A value for an error message; a string that carries a credential shows as ***, a long one by its beginning."""
+    if carries_credential(text := str(value)):
         return "***"
+    if len(text) > _SHOWN_CHARACTERS:
+        return f"{text[:_SHOWN_CHARACTERS]!r}... ({len(text)} characters)"
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     return repr(value)

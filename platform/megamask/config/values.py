@@ -32,7 +32,9 @@ def override_node(name: str, text: str, root: type) -> Node:
     is_string = key is not None and (key.base == "str" or (key.base == "dict" and name != key.name))
     if is_string and text[:1] not in ("'", '"'):
         if "${" in text:
-            raise UsageError(f"{name}: interpolation with ${{...}} is not supported; write the value out.")
+            raise UsageError(
+                f"{name}: interpolation with ${{...}} is not supported; write the value out. Nothing was started."
+            )
         is_null = text in ("", "null") and key is not None and (key.is_optional or key.base == "dict")
         return Node(line=1, text=text, is_plain=is_null)
     try:
@@ -68,6 +70,8 @@ def convert(key: Key, node: Node, where: str, *, entry: str | None = None) -> An
         check_reference(name, text, where)
         if "\0" in text:
             raise UsageError(f"{name} holds a NUL character ({where}). Nothing was started.")
+        if any(0xD800 <= ord(letter) < 0xE000 for letter in text):  # also how undecodable bytes of a shell arrive
+            raise UsageError(f"{name} is not Unicode text: it holds half a character ({where}). Nothing was started.")
     if key.base != "dict" and not key.setting.accepts(value):
         raise UsageError(f"{name} is {shown(value)}; allowed: {key.allowed} ({where}). Nothing was started.")
     return value

@@ -15,17 +15,18 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 from urllib.parse import parse_qsl, quote, unquote, urlsplit
 
-from megamask.config.secrets import LOOSE_USERINFO, SECRET_NAME, TOKEN_SHAPES, is_reference
+from megamask.config.secrets import LOOSE_USERINFO, SCHEME, SECRET_NAME, TOKEN_SHAPES, is_reference
 from megamask.errors import MegamaskError
 
 MASK = "***"
 
-_USERINFO = re.compile(r"(?P<scheme>\b[A-Za-z][A-Za-z0-9+.-]*://)(?P<user>[^\s/?#'\"]+)@")
+_USERINFO = re.compile(rf"(?P<scheme>{SCHEME})(?P<user>[^\s/?#'\"]+)@")
 _NAMED = re.compile(
-    r"(?P<name>\b[\w.-]*(?:password|passwd|secret|token|api[_-]?key|access[_-]?key|credential|signature|\bsig)[\w.-]*"
-    r"[\"']?\s*[=:]\s*[\"']?)(?P<value>[^\s&\"',;}{)\]]+)",
+    r"(?P<name>(?:password|passwd|secret|token|api[_-]?key|access[_-]?key|credential|signature|\bsig)[\w.-]{0,64}"
+    r"[\"']?\s{0,8}[=:]\s{0,8}[\"']?)(?P<value>[^\s&\"',;}{)\]]+)",
     re.IGNORECASE,
 )
+_END_OF_NAME = re.compile(r"[\w.-]+$")
 _BEARER = re.compile(r"(?P<name>\b(?:bearer|basic)\s+)[A-Za-z0-9+/_.~=-]{8,}", re.IGNORECASE)
 # Names that only speak of tokens of text, or of where a secret stands.
 _HARMLESS = re.compile(
@@ -116,7 +117,9 @@ def reason_of(error: BaseException) -> str:
 
 
 def _mask_value(match: re.Match[str]) -> str:
-    if match["value"].startswith(("env:", MASK)) or _HARMLESS.search(match["name"]):
+    before = _END_OF_NAME.search(match.string, max(0, match.start() - 64), match.start())
+    name = (before[0] if before else "") + match["name"]
+    if match["value"].startswith(("env:", MASK)) or _HARMLESS.search(name):
         return match[0]
     return match["name"] + MASK
 
