@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megamask.checkpoint.commit import Commit
-from megamask.checkpoint.contents import ModelDocument, TrainerState, check_state, read_model, read_state
+from megamask.checkpoint.contents import ModelDocument, TrainerState, check_size, check_state, read_model, read_state
 from megamask.checkpoint.names import TOKENIZER_NAME
 from megamask.checkpoint.reader import find
 from megamask.data.tokenizer import CorpusTokenizer
@@ -59,6 +59,7 @@ def load_checkpoint(path: Path) -> LoadedCheckpoint:
         sys.stderr.write(f"passed over {record['checkpoint']}: {record['problem']}\n")
     model, state = read_model(commit.folder), read_state(commit.folder)
     check_state(commit, state)
+    check_size(commit, model)
     try:
         tokenizer = CorpusTokenizer.load(commit.folder / TOKENIZER_NAME)
     except DataIntegrityError as error:

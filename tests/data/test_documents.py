@@ -55,7 +55,7 @@ def test_table_reads_back_and_its_digest_is_of_the_content(tmp_path: Path, monke
     monkeypatch.setattr(module, "ROWS_PER_TABLE", 2)
     digest, tables = write(tmp_path)
     assert tables == [("documents/000000.parquet", 2), ("documents/000001.parquet", 1)]
-    again = list(read_documents(tmp_path, [name for name, _ in tables]))
+    again = list(read_documents(tmp_path, tables))
     assert again == records()
     assert digest == documents_digest(again)
     lines = b"".join(canonical_json(list(vars(record).values())) for record in records())
@@ -94,7 +94,7 @@ def test_missing_or_truncated_table_is_a_data_error(tmp_path: Path) -> None:
         if content is not None:
             (tmp_path / name).write_bytes(content)
         with pytest.raises(DataIntegrityError, match=name):
-            list(read_documents(tmp_path, [name]))
+            list(read_documents(tmp_path, [(name, None)]))
         (tmp_path / name).touch()
 
 
@@ -107,7 +107,7 @@ def test_flipped_byte_of_a_table_is_refused_or_shows_in_the_digest(tmp_path: Pat
         flipped[place] ^= 0x10
         (tmp_path / name).write_bytes(flipped)
         try:
-            caught += documents_digest(read_documents(tmp_path, [name])) != digest
+            caught += documents_digest(read_documents(tmp_path, [(name, None)])) != digest
         except DataIntegrityError:
             caught += 1
     assert caught > len(data) // 7 // 3  # the rest are statistics and the writer's name: the same rows are read
@@ -116,4 +116,4 @@ def test_flipped_byte_of_a_table_is_refused_or_shows_in_the_digest(tmp_path: Pat
 def test_foreign_parquet_file_is_a_data_error(tmp_path: Path) -> None:
     pq.write_table(pq.read_table(tmp_path / write(tmp_path)[1][0][0]).select(["number"]), tmp_path / "x.parquet")
     with pytest.raises(DataIntegrityError, match="its columns are"):
-        list(read_documents(tmp_path, ["x.parquet"]))
+        list(read_documents(tmp_path, [("x.parquet", None)]))

@@ -83,7 +83,7 @@ def assert_nothing_is_left(folder: Path) -> None:
 def test_corpus_decodes_to_its_documents_exactly(tmp_path: Path) -> None:
     _, corpus = prepared(tmp_path)
     manifest = Manifest.load(corpus)
-    tables = [table["name"] for table in manifest.content["documents"]["tables"]]
+    tables = [(table["name"], table["documents"]) for table in manifest.content["documents"]["tables"]]
     texts = documents_of(corpus)
     for record in read_documents(corpus, tables):
         raw = (tmp_path / "inputs" / record.input).read_bytes()

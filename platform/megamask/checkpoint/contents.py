@@ -12,6 +12,7 @@ from megamask.checkpoint.commit import LAWS, Commit
 from megamask.checkpoint.names import MODEL_NAME, STATE_NAME
 from megamask.diffusion.objective import ObjectiveSpec
 from megamask.errors import CheckpointIntegrityError, UsageError
+from megamask.models.counts import parameter_count
 from megamask.models.spec import ModelSpec
 from megamask.models.vocabulary import Vocabulary
 from megamask.storage.durable import read_errors
@@ -21,6 +22,8 @@ STATE_FORMAT = "megamask-trainer-state"
 STATE_VERSION = 1
 MODEL_FORMAT = "megamask-model"
 MODEL_VERSION = 1
+_MOST_DOCUMENT_BYTES = 1 << 24
+_LONGEST_ROW = 1 << 24
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,14 +99,17 @@ def read_state(folder: Path) -> TrainerState:
     """
     document = _read(folder / STATE_NAME, STATE_FORMAT, STATE_VERSION)
     try:
+        for name in ("step", "consumed_samples", "consumed_tokens"):
+            if type(document[name]) is not int or not 0 <= document[name] < 1 << 63:
+                raise ValueError(name)
         return TrainerState(
-            step=int(document["step"]),
-            consumed_samples=int(document["consumed_samples"]),
-            consumed_tokens=int(document["consumed_tokens"]),
+            step=document["step"],
+            consumed_samples=document["consumed_samples"],
+            consumed_tokens=document["consumed_tokens"],
             seed=int(document["seed"]),
             schedule=dict(document["schedule"]),
         )
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise _misstated(folder / STATE_NAME, error) from error
 
 
@@ -115,20 +121,50 @@ def read_model(folder: Path) -> ModelDocument:
         refuse_other_laws(document["laws"], path)
         if document["shift"] is not False:
             raise UsageError(f"{path} says shift: {document['shift']}; this megamask builds unshifted models only")
-        return ModelDocument(
+        return _model_of(document)
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        raise _misstated(path, error) from error
+
+
+def _model_of(document: dict[str, Any]) -> ModelDocument:
+    """The document's parts, each checked by its own type; what a part refuses is a misstatement of the document."""
+    names = ("vocab_size", "padded_vocab_size", "mask_token_id", "eod_token_id", "pad_token_id")
+    keys = ("vocabulary_size", "padded_vocabulary_size", *names[2:])
+    sizes = {name: document[key] for name, key in zip(names, keys, strict=True)}
+    if not all(type(size) is int for size in sizes.values()):
+        raise ValueError(f"vocabulary {sizes}")
+    try:
+        model = ModelDocument(
             spec=ModelSpec.from_json(document["model"]),
-            vocabulary=Vocabulary(
-                vocab_size=document["vocabulary_size"],
-                padded_vocab_size=document["padded_vocabulary_size"],
-                mask_token_id=document["mask_token_id"],
-                eod_token_id=document["eod_token_id"],
-                pad_token_id=document["pad_token_id"],
-            ),
+            vocabulary=Vocabulary(**sizes),
             objective=ObjectiveSpec(**document["objective"]),
             tokenizer_digest=document["tokenizer_digest"],
         )
-    except (KeyError, TypeError, ValueError) as error:
-        raise _misstated(path, error) from error
+    except UsageError as error:
+        raise ValueError(error.message) from error
+    spec = model.spec
+    if (spec.vocab_size, spec.padded_vocab_size) != (sizes["vocab_size"], sizes["padded_vocab_size"]):
+        raise ValueError("the network's vocabulary is not the document's")
+    return model
+
+
+def check_size(commit: Commit, model: ModelDocument) -> None:
+    """Refuses a model.json whose network has more weights than the checkpoint has bytes for, before it is built.
+
+    Raises:
+        CheckpointIntegrityError: names both numbers.
+    """
+    path, needed = commit.folder / MODEL_NAME, 4 * parameter_count(model.spec)
+    if needed > commit.num_bytes:
+        raise CheckpointIntegrityError(
+            f"{path} describes a network whose weights need {needed} bytes; all files of the checkpoint have "
+            f"{commit.num_bytes}. Nothing was loaded from it."
+        )
+    if model.spec.max_sequence_length > _LONGEST_ROW:
+        raise CheckpointIntegrityError(
+            f"{path} says rows of {model.spec.max_sequence_length} tokens; at most {_LONGEST_ROW} are read. "
+            "Nothing was loaded from it."
+        )
 
 
 def check_state(commit: Commit, state: TrainerState) -> None:
@@ -152,13 +188,15 @@ def refuse_other_laws(laws: Mapping[str, Any], path: Path) -> None:
 def _read(path: Path, expected_format: str, version: int) -> dict[str, Any]:
     try:
         with read_errors(path):
+            if (size := path.stat().st_size) > _MOST_DOCUMENT_BYTES:
+                raise ValueError(f"{size} bytes")
             document = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
         raise _misstated(path, error) from error
     if not isinstance(document, dict) or document.get("format") != expected_format:
         raise _misstated(path, ValueError("format"))
     stated = document.get("version")
-    if not isinstance(stated, int) or stated < 1:
+    if type(stated) is not int or stated < 1:
         raise _misstated(path, ValueError("version"))
     if stated > version:
         raise UsageError(

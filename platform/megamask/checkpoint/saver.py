@@ -18,7 +18,7 @@ from megamask.checkpoint.integrity import digest_and_flush
 from megamask.checkpoint.names import MODEL_NAME, STATE_NAME, TOKENIZER_NAME
 from megamask.checkpoint.retention import remove_committed
 from megamask.engine.collectives import TORCH_WRITE_FAILURES
-from megamask.errors import MegamaskError, StorageError, SupersededError
+from megamask.errors import DataIntegrityError, MegamaskError, StorageError, SupersededError
 from megamask.storage.durable import fsync_directory, storage_errors
 from megamask.storage.fault_points import reached
 
@@ -239,6 +239,8 @@ def _write_documents(folder: Path, state: TrainerState, model: ModelDocument, to
         (folder / TOKENIZER_NAME).mkdir()
         names = [STATE_NAME, MODEL_NAME]
         for source in sorted(tokenizer_folder.iterdir()):
+            if source.is_symlink():  # it may lead to what is nobody's business
+                raise DataIntegrityError(f"{source} is a link; a tokenizer folder holds plain files only")
             if source.is_file():
                 names.append(f"{TOKENIZER_NAME}/{source.name}")
                 (folder / names[-1]).write_bytes(source.read_bytes())

@@ -18,6 +18,7 @@ from megamask.errors import UsageError
 
 # The pattern of Hugging Face's ByteLevel pre-tokenizer, first published with GPT-2.
 BYTE_LEVEL_PATTERN = r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
+MOST_IDS = 1 << 24
 _WHOLE_TEXT_PATTERN = r"(?s:.)+"
 _SUPPORTED = "supported is a byte-level BPE without normalizer (pre-tokenizer ByteLevel, or Split by Regex + ByteLevel)"
 
@@ -88,13 +89,14 @@ def build(data: Mapping[str, Any], name: str) -> ByteLevelBpe:
     """
     try:
         return _build(data, name)
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
         raise refuse(name, f"a part of it is missing or has the wrong type ({error!r})") from error
 
 
 def _build(data: Mapping[str, Any], name: str) -> ByteLevelBpe:
     model = data["model"]
     _check_model(data, model, name)
+    _check_ids(data, model, name)
     pattern = _pattern_of(data.get("pre_tokenizer"), name)
     special = {token["content"] for token in data.get("added_tokens") or []}
     vocab: dict[str, int] = {entry: token for entry, token in model["vocab"].items() if entry not in special}
@@ -124,6 +126,19 @@ def _check_model(data: Mapping[str, Any], model: Mapping[str, Any], name: str) -
     plain = [token["content"] for token in data.get("added_tokens") or [] if not token.get("special")]
     if plain:
         raise refuse(name, f"the added tokens {plain[:5]} are not special, so text would turn into them")
+
+
+def _check_ids(data: Mapping[str, Any], model: Mapping[str, Any], name: str) -> None:
+    """Each id is a small number and belongs to one entry: tables are as long as the highest id."""
+    ids = dict(model["vocab"])
+    for token in data.get("added_tokens") or []:
+        if ids.setdefault(token["content"], token["id"]) != token["id"]:
+            raise refuse(name, f"the entry {token['content']!r} has two ids")
+    for entry, number in ids.items():
+        if type(number) is not int or not 0 <= number < MOST_IDS:
+            raise refuse(name, f"the entry {entry!r} has the id {str(number)[:40]}, allowed are 0 to {MOST_IDS - 1}")
+    if len(set(ids.values())) != len(ids):
+        raise refuse(name, "two entries have one id")
 
 
 def _pattern_of(pre_tokenizer: Any, name: str) -> str:

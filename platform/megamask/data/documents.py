@@ -19,6 +19,7 @@ With the same library the files are byte-identical too.
 from __future__ import annotations
 
 import hashlib
+import os
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import astuple, dataclass
@@ -33,6 +34,7 @@ from megamask.data.splits import TRAIN, VALIDATION, split_hash
 from megamask.errors import DataIntegrityError
 from megamask.storage.durable import fsync_file
 from megamask.storage.hashing import canonical_json
+from megamask.storage.plain_files import open_plain
 
 DOCUMENTS_DIR = "documents"
 ROWS_PER_TABLE = 1_000_000
@@ -183,27 +185,43 @@ def _write_table(path: Path, records: Sequence[DocumentRecord]) -> None:
     fsync_file(path)
 
 
-def read_documents(corpus_dir: str | Path, tables: Iterable[str]) -> Iterator[DocumentRecord]:
+def read_documents(corpus_dir: str | Path, tables: Iterable[tuple[str, int | None]]) -> Iterator[DocumentRecord]:
     """The rows of a corpus' documents table, in order.
 
     Args:
         corpus_dir: the corpus folder.
-        tables: relative names of the Parquet files, as in the manifest.
+        tables: relative name of each Parquet file and its number of rows, as in the manifest; None is any number.
 
     Raises:
-        DataIntegrityError: a file is missing, damaged or has other columns.
+        DataIntegrityError: a file is missing, a link, damaged, or has other columns or another number of rows.
     """
-    for name in tables:
+    for name, num_rows in tables:
         path = Path(corpus_dir) / name
         try:
-            with pq.ParquetFile(path, page_checksum_verification=True) as file:
-                if file.schema_arrow.names != _SCHEMA.names:
-                    raise ValueError(f"its columns are {file.schema_arrow.names}")
-                for batch in file.iter_batches():
-                    for row in batch.to_pylist():
-                        yield DocumentRecord(**row)
-        except (OSError, ValueError, TypeError, pa.ArrowException) as error:
+            with (
+                os.fdopen(open_plain(path), "rb") as plain,
+                pq.ParquetFile(plain, page_checksum_verification=True) as file,
+            ):
+                yield from _rows(file, num_rows)
+        except (OSError, ValueError, TypeError, MemoryError, OverflowError, pa.ArrowException) as error:
             raise DataIntegrityError(
                 f"{path}: the documents table cannot be read ({error}). No sample was used.",
                 hint="restore the file or prepare the corpus again",
             ) from error
+
+
+def _rows(file: pq.ParquetFile, num_rows: int | None) -> Iterator[DocumentRecord]:
+    if not file.schema_arrow.equals(_SCHEMA):
+        raise ValueError(f"its columns are {file.schema_arrow.names}, or their types are others")
+    stated = file.metadata.num_rows
+    if num_rows is not None and stated != num_rows:
+        raise ValueError(f"it has {stated} rows, the manifest says {num_rows}")
+    count = 0
+    for batch in file.iter_batches():
+        count += len(batch)
+        if count > stated:
+            break
+        for row in batch.to_pylist():
+            yield DocumentRecord(**row)
+    if count != stated:
+        raise ValueError(f"it says {stated} rows and has others")

@@ -81,6 +81,11 @@ def tar_index_name(shard_name: str) -> str:
     return shard_name + ".idx"
 
 
+def index_bytes(num_blocks: int, num_rows: int) -> int:
+    """Size of the .idx of a shard of so many blocks and rows."""
+    return HEADER_BYTES + num_blocks * BLOCK_DTYPE.itemsize + num_rows * 4
+
+
 @dataclass(frozen=True, kw_only=True)
 class ShardIndex:
     """What a shard's .idx holds.
@@ -188,7 +193,7 @@ def _read_header(data: bytes, name: str) -> tuple[int, int, int, int, int, int]:
         raise _damaged(name, "the index header fails its checksum")
     if version != VERSION or header_bytes != HEADER_BYTES:
         raise _damaged(name, f"the index has version {version}, this reader knows version {VERSION}")
-    expected = HEADER_BYTES + num_blocks * BLOCK_DTYPE.itemsize + num_rows * 4
+    expected = index_bytes(num_blocks, num_rows)
     if len(data) != expected:
         raise _damaged(name, f"the index has {len(data)} bytes, its header says {expected}")
     if crc32c(data[HEADER_BYTES:]) != body_crc:

@@ -30,9 +30,11 @@ from typing import Any
 import numpy as np
 
 from megamask.data.index import index_name, tar_index_name
+from megamask.data.manifest_values import is_count, odd_value
 from megamask.errors import DataIntegrityError, UsageError
 from megamask.storage.durable import storage_errors
 from megamask.storage.hashing import canonical_json, hash_of, sha256_bytes
+from megamask.storage.plain_files import NotPlainError, read_plain
 
 FORMAT = "megamask-corpus"
 VERSION = 1
@@ -41,6 +43,7 @@ PROVENANCE_NAME = "provenance.json"
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _SPLITS = ("train", "validation")
+_MOST_BYTES = 1 << 31
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,7 +184,9 @@ class Manifest:
         """
         path = Path(corpus_dir) / MANIFEST_NAME
         try:
-            data = path.read_bytes()
+            data = read_plain(path, _MOST_BYTES)
+        except NotPlainError as error:
+            raise _damaged(path, str(error)) from error
         except (FileNotFoundError, NotADirectoryError):
             raise UsageError(
                 f"{corpus_dir} is not a prepared corpus: it has no {MANIFEST_NAME}. Nothing was read.",
@@ -194,8 +199,8 @@ class Manifest:
             raise
         try:
             manifest = cls.from_content(content)
-            problem = _contradiction(manifest)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            problem = odd_value(content) or _contradiction(manifest)
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             problem = f"a field is missing or has the wrong type ({error!r})"
             raise _damaged(path, problem) from error
         if problem is not None:
@@ -293,7 +298,7 @@ def _are_counts(split: SplitEntry) -> bool:
     counts: list[Any] = [value for name, value in vars(split).items() if name != "shards"]
     for shard in split.shards:
         counts += [shard.bytes, shard.blocks, shard.rows]
-    return all(type(count) is int and count >= 0 for count in counts)
+    return all(map(is_count, counts))
 
 
 def _contradiction(manifest: Manifest) -> str | None:

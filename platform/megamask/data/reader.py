@@ -7,6 +7,7 @@ crc32c of its block's document table. Damage raises, naming shard, member and ro
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,12 +18,13 @@ import numpy.typing as npt
 from crc32c import crc32c
 
 from megamask.data.content import documents_checksum
-from megamask.data.index import DOCS_COLUMNS, ShardIndex, block_name
+from megamask.data.index import DOCS_COLUMNS, ShardIndex, block_name, index_bytes
 from megamask.data.lru import LeastRecentlyUsed
 from megamask.data.manifest import Manifest, ShardEntry
 from megamask.errors import DataIntegrityError
 from megamask.storage.durable import storage_errors
 from megamask.storage.hashing import sha256_bytes
+from megamask.storage.plain_files import NotPlainError, open_plain, read_plain
 
 _OPEN_SHARDS = 128  # file descriptors
 _LOADED_INDEXES = 256  # about 80 KiB each with the default shard shape
@@ -169,9 +171,11 @@ class SplitReader:
         path = self._path(shard)
         try:
             with storage_errors(f"opening {path}"):
-                descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+                descriptor = open_plain(path)
         except FileNotFoundError:
             raise _missing(path) from None
+        except NotPlainError as error:
+            raise _not_plain(error) from error
         try:
             self._check_size(self._shards[shard], os.fstat(descriptor).st_size)
         except DataIntegrityError:
@@ -186,9 +190,12 @@ class SplitReader:
         path = self._folder / entry.name
         try:
             with storage_errors(f"opening {path}"):
-                return path.stat().st_size
+                status = path.lstat()
         except (FileNotFoundError, NotADirectoryError):
             raise _missing(path) from None
+        if not stat.S_ISREG(status.st_mode):
+            raise _not_plain(NotPlainError(f"{path} is a link or no plain file"))
+        return status.st_size
 
     def _check_size(self, entry: ShardEntry, size: int) -> None:
         if size != entry.bytes:
@@ -239,9 +246,11 @@ def load_index(corpus_dir: Path, manifest: Manifest, entry: ShardEntry, first_bl
     path = corpus_dir / entry.index_name
     try:
         with storage_errors(f"reading {path}"):
-            data = path.read_bytes()
+            data = read_plain(path, index_bytes(entry.blocks, entry.rows))
     except FileNotFoundError:
         raise _missing(path) from None
+    except NotPlainError as error:
+        raise _not_plain(error) from error
     digest = sha256_bytes(data)
     if digest != entry.index_sha256:
         raise DataIntegrityError(
@@ -269,5 +278,12 @@ def _starts(counts: list[int]) -> npt.NDArray[np.int64]:
 def _missing(path: Path) -> DataIntegrityError:
     return DataIntegrityError(
         f"{path} is missing, but the manifest names it. No sample of it was used.",
+        hint="restore the file or prepare the corpus again",
+    )
+
+
+def _not_plain(error: NotPlainError) -> DataIntegrityError:
+    return DataIntegrityError(
+        f"{error}; a corpus holds plain files only. No sample of it was used.",
         hint="restore the file or prepare the corpus again",
     )

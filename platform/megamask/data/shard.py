@@ -38,15 +38,28 @@ NPY_HEADER_BYTES = 128
 SHARDS_DIR = "shards"
 
 
-def npy_header(array: npt.NDArray[Any]) -> bytes:
+def npy_header(shape: tuple[int, ...], dtype: np.dtype[Any]) -> bytes:
     """The 128 bytes before the values of a C-ordered [n, m] array in NumPy's .npy format, version 1.0.
 
     Written here because NumPy pads its own header differently from version to version.
     """
-    shape = ", ".join(str(size) for size in array.shape)
-    text = f"{{'descr': '{array.dtype.str}', 'fortran_order': False, 'shape': ({shape}), }}"
+    sizes = ", ".join(map(str, shape))
+    text = f"{{'descr': '{dtype.str}', 'fortran_order': False, 'shape': ({sizes}), }}"
     prefix = b"\x93NUMPY\x01\x00" + (NPY_HEADER_BYTES - 10).to_bytes(2, "little")
     return prefix + text.encode().ljust(NPY_HEADER_BYTES - len(prefix) - 1) + b"\n"
+
+
+def tar_header(name: str, num_bytes: int) -> bytes:
+    """The 512 bytes before a member that holds an array of so many bytes of values."""
+    info = tarfile.TarInfo(name)  # owner 0, no owner names, mtime 0 are its defaults
+    info.mode = 0o644
+    info.size = NPY_HEADER_BYTES + num_bytes
+    return info.tobuf(format=tarfile.USTAR_FORMAT)
+
+
+def archive_bytes(end: int) -> int:
+    """Size of an archive whose last member ends there: two blocks of zeros, then zeros up to a whole record."""
+    return -(-(end + 2 * tarfile.BLOCKSIZE) // tarfile.RECORDSIZE) * tarfile.RECORDSIZE
 
 
 class _OpenShard:
@@ -74,10 +87,7 @@ class _OpenShard:
     def _add_array(self, name: str, array: npt.NDArray[Any]) -> tuple[int, int, int]:
         """Appends a member and returns where its raw values are: (offset, bytes, crc32c)."""
         values = np.ascontiguousarray(array).tobytes()
-        info = tarfile.TarInfo(name)  # owner 0, no owner names, mtime 0 are its defaults
-        info.mode = 0o644
-        info.size = NPY_HEADER_BYTES + len(values)
-        self._write(info.tobuf(format=tarfile.USTAR_FORMAT) + npy_header(array))
+        self._write(tar_header(name, len(values)) + npy_header(array.shape, array.dtype))
         offset = self.size
         self._write(values)
         self._write(bytes(-self.size % tarfile.BLOCKSIZE))
@@ -91,8 +101,7 @@ class _OpenShard:
     def close(self) -> tuple[int, str]:
         """Ends the archive, flushes it to the disk and returns where its last sample ends and its sha256."""
         end = self.size
-        self._write(bytes(2 * tarfile.BLOCKSIZE))
-        self._write(bytes(-self.size % tarfile.RECORDSIZE))
+        self._write(bytes(archive_bytes(end) - end))
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()

@@ -27,6 +27,7 @@ from megamask.data.byte_level_bpe import ByteLevelBpe, build, refuse
 from megamask.errors import DataIntegrityError, UsageError
 from megamask.storage.durable import storage_errors, write_atomic
 from megamask.storage.hashing import canonical_json, hash_of, sha256_bytes
+from megamask.storage.plain_files import NotPlainError, read_plain
 
 TOKENIZER_DIR = "tokenizer"
 TOKENIZER_NAME = "tokenizer.json"
@@ -36,6 +37,7 @@ VERSION = 1
 
 _BYTES = 256
 _NUM_SPECIAL = 3
+_MOST_BYTES = 1 << 28
 _LONG_SPACES = 200_000
 _LONG_SPACE = re.compile(rf"\s{{{_LONG_SPACES}}}")
 NASTY_TEXTS = (
@@ -213,19 +215,22 @@ class CorpusTokenizer:
         """
         folder = Path(folder)
         try:
-            json_bytes = (folder / TOKENIZER_NAME).read_bytes()
-            table_bytes = (folder / SPECIAL_TOKENS_NAME).read_bytes()
+            json_bytes, table_bytes = (
+                read_plain(folder / name, _MOST_BYTES) for name in (TOKENIZER_NAME, SPECIAL_TOKENS_NAME)
+            )
         except FileNotFoundError as error:
             raise UsageError(
                 f"{error.filename} does not exist, so {folder} is not a tokenizer folder. Nothing was read.",
                 hint="it is the folder tokenizer/ of a corpus or a checkpoint",
             ) from error
+        except NotPlainError as error:
+            raise _damaged(folder, str(error)) from error
         try:
             table = json.loads(table_bytes)
             special = SpecialTokens(**{key: str(table[key]["token"]) for key in ("eod", "pad", "mask")})
             tokenizer = cls(json_bytes, special, name=str(folder / TOKENIZER_NAME))
             is_same = tokenizer.files()[SPECIAL_TOKENS_NAME] == table_bytes
-        except (ValueError, KeyError, TypeError, UsageError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError, UsageError) as error:
             raise _damaged(folder, str(error)) from error
         if not is_same:
             raise _damaged(folder, f"{SPECIAL_TOKENS_NAME} does not describe {TOKENIZER_NAME}")
@@ -308,7 +313,7 @@ def _damaged(folder: Path, what: str) -> DataIntegrityError:
 def _parse(data: bytes, name: str) -> dict[str, Any]:
     try:
         value = json.loads(data)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise refuse(name, f"not JSON ({error})") from error
     if not isinstance(value, dict) or not isinstance(value.get("model"), dict):
         raise refuse(name, "not a tokenizer.json")

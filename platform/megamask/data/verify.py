@@ -7,6 +7,7 @@ then worked out again from the rows, so that a corpus made wrongly does not pass
 from __future__ import annotations
 
 import os
+import re
 import stat
 from array import array
 from collections import Counter
@@ -20,6 +21,7 @@ import numpy.typing as npt
 from megamask.data.documents import DOCUMENTS_DIR, DocumentRecord, documents_digest, read_documents
 from megamask.data.index import block_name
 from megamask.data.manifest import MANIFEST_NAME, PROVENANCE_NAME, Manifest, provenance_problem
+from megamask.data.manifest_values import odd_record
 from megamask.data.shard import SHARDS_DIR
 from megamask.data.splits import TRAIN, VALIDATION, choose_validation, split_hash
 from megamask.data.tokenizer import SPECIAL_TOKENS_NAME, TOKENIZER_DIR, TOKENIZER_NAME, CorpusTokenizer
@@ -28,6 +30,7 @@ from megamask.errors import MegamaskError, UsageError
 
 Progress = Callable[[int, int], object]
 
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 _LISTED_DIRS = (SHARDS_DIR, DOCUMENTS_DIR, TOKENIZER_DIR)
 
 
@@ -50,6 +53,7 @@ def verify_corpus(folder: str | Path, progress: Progress | None = None) -> dict[
     if not folder.is_dir():
         raise UsageError(f"{folder} is not a folder. Nothing was checked.", hint="name a prepared corpus")
     manifest = Manifest.load(folder)
+    _check_record(folder, manifest)
     _check_names(folder, manifest)
     if problem := provenance_problem(folder / PROVENANCE_NAME, manifest.corpus_id):
         raise damage(problem)
@@ -83,6 +87,16 @@ def verify_corpus(folder: str | Path, progress: Progress | None = None) -> dict[
     }
 
 
+def _check_record(folder: Path, manifest: Manifest) -> None:
+    """What only verifying reads of the manifest must be of its kind before anything is worked out from it."""
+    try:
+        problem = odd_record(manifest.content)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise damage(f"{folder / MANIFEST_NAME}: a field is missing or has the wrong type ({error!r})") from error
+    if problem is not None:
+        raise damage(f"{folder / MANIFEST_NAME}: {problem}")
+
+
 def _check_names(folder: Path, manifest: Manifest) -> None:
     """Every file is a plain one, and the folders that tools list with a glob hold nothing but what is named."""
     named = {str(table["name"]) for table in manifest.content["documents"]["tables"]}
@@ -91,8 +105,6 @@ def _check_names(folder: Path, manifest: Manifest) -> None:
         for entry in split.shards:
             named |= {entry.name, entry.index_name, entry.tar_index_name}
     for name in sorted(named):
-        if name.startswith("/") or ".." in name.split("/"):
-            raise damage(f"{folder / MANIFEST_NAME}: the name {name!r} leads out of the corpus")
         plain_file_size(folder / name)
     for parent, folders, files in os.walk(folder, followlinks=False):
         for name in sorted((*folders, *files)):
@@ -141,14 +153,17 @@ def _check_documents(folder: Path, manifest: Manifest) -> dict[str, _SplitDocume
 
     def walk() -> Iterator[DocumentRecord]:
         """Every file below a folder, by its name relative to the corpus."""
-        for record in read_documents(folder, [str(table["name"]) for table in content["tables"]]):
-            if record.number != len(hashes) or record.split not in splits or record.tokens < 1:
+        for record in read_documents(folder, [(table["name"], table["documents"]) for table in content["tables"]]):
+            is_odd = min(record.offset, record.bytes, record.text_bytes, record.tokens - 1) < 0
+            if is_odd or record.number != len(hashes) or record.split not in splits:
                 raise damage(f"{where}: the row of document {len(hashes)} is {record}")
             documents = splits[record.split]
             documents.numbers.append(record.number)
             documents.tokens.append(record.tokens)
             documents.text_bytes += record.text_bytes
             inputs[record.input, record.input_sha256] += 1
+            if not _SHA256.fullmatch(record.text_sha256):
+                raise damage(f"{where}: the text of document {record.number} has no sha256")
             hashes.append(split_hash(bytes.fromhex(record.text_sha256)))
             is_validation.append(record.split == VALIDATION)
             yield record
@@ -157,7 +172,10 @@ def _check_documents(folder: Path, manifest: Manifest) -> dict[str, _SplitDocume
     digest = documents_digest(walk())
     if digest != manifest.documents_digest:
         raise damage(f"{where}: the digest of its content is {digest}, the manifest says {manifest.documents_digest}")
-    expected = choose_validation(hashes, str(manifest.content["options"]["validation_fraction"]))
+    try:
+        expected = choose_validation(hashes, str(manifest.content["options"]["validation_fraction"]))
+    except UsageError as error:
+        raise damage(f"{folder / MANIFEST_NAME}: {error.message}") from error
     wrong = np.flatnonzero(expected != np.array(is_validation, dtype=np.bool_))
     if len(wrong):
         raise damage(f"{where}: document {int(wrong[0])} is in the wrong split by its text's digest")

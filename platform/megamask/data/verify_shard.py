@@ -19,7 +19,7 @@ from crc32c import crc32c
 from megamask.data.index import DOCS_COLUMNS, ShardIndex, block_name, pack_tar_index
 from megamask.data.manifest import Manifest, ShardEntry
 from megamask.data.reader import load_index
-from megamask.data.shard import NPY_HEADER_BYTES, npy_header
+from megamask.data.shard import NPY_HEADER_BYTES, archive_bytes, npy_header, tar_header
 from megamask.errors import DataIntegrityError
 from megamask.storage.durable import storage_errors
 from megamask.storage.hashing import sha256_bytes, sha256_file
@@ -57,6 +57,8 @@ def verify_shard(corpus_dir: Path, manifest: Manifest, entry: ShardEntry, first_
     path = corpus_dir / entry.name
     index = load_index(corpus_dir, manifest, entry, first_block)
     size = plain_file_size(path)
+    if size < index.shard_bytes:  # before any size of the index is asked for
+        raise damage(f"{path} has {size} bytes, the manifest says {entry.bytes}")
     with storage_errors(f"reading {path}"), path.open("rb") as file:
         for block in range(index.num_blocks):
             yield _check_block(path, file, manifest, index, block)
@@ -126,42 +128,67 @@ def _read(file: BinaryIO, offset: int, size: int) -> bytes:
 
 
 def _check_members(path: Path, file: BinaryIO, index: ShardIndex, manifest: Manifest) -> list[int]:
-    """Walks the archive as any tar reader would; returns the header offset of each block and the end behind them."""
+    """Compares every header of the archive, and what fills it up, with what must stand there.
+
+    No tar reader walks it: a hostile header can tell one to reserve any size, to follow a link or to skip a member.
+
+    Returns: the header offset of each block, then the end behind them.
+    """
     length = manifest.sequence_length
-    expected: list[tuple[str, int, bytes]] = []
+    offsets: list[int] = []
+    end = 0
     for block in range(index.num_blocks):
         record = index.blocks[block]
         name = block_name(index.first_block + block)
-        tokens = np.empty((int(record["rows"]), length), dtype=manifest.dtype)
-        docs = np.empty((int(record["docs"]), DOCS_COLUMNS), dtype="<i8")
-        expected.append((f"{name}.tokens.npy", int(record["tokens_offset"]), npy_header(tokens)))
-        expected.append((f"{name}.docs.npy", int(record["docs_offset"]), npy_header(docs)))
-    sizes = [int(size) for record in index.blocks for size in (record["tokens_bytes"], record["docs_bytes"])]
-    offsets: list[int] = []
-    end = 0
-    file.seek(0)
-    try:
-        with tarfile.TarFile(fileobj=file, mode="r") as tar:
-            members = tar.getmembers()
-    except (tarfile.TarError, EOFError, ValueError) as error:
-        raise damage(f"{path}: not a readable tar archive ({error})") from error
-    if len(members) != len(expected):
-        raise damage(f"{path}: the archive has {len(members)} members, the index says {len(expected)}")
-    for member, (name, offset, header), size in zip(members, expected, sizes, strict=True):
-        values_at = member.offset_data + NPY_HEADER_BYTES
-        if member.name != name or not member.isreg():
-            raise damage(f"{path}: the archive has a member {member.name!r} where {name} belongs")
-        if values_at != offset or member.size != NPY_HEADER_BYTES + size:
-            raise damage(f"{path}: member {name} lies elsewhere than the index says")
-        if _read(file, member.offset_data, NPY_HEADER_BYTES) != header:
-            raise damage(f"{path}: member {name}: its .npy header is not that of the stored array")
-        offsets.append(member.offset)
-        end = member.offset_data + member.size + (-member.size % tarfile.BLOCKSIZE)
-    return [*offsets[::2], end]
+        offsets.append(end)
+        tokens = (int(record["rows"]), length), manifest.dtype, int(record["tokens_offset"])
+        docs = (int(record["docs"]), DOCS_COLUMNS), np.dtype("<i8"), int(record["docs_offset"])
+        for kind, (shape, dtype, values_at) in (("tokens", tokens), ("docs", docs)):
+            end = _check_member(path, file, f"{name}.{kind}.npy", _Stored(end, shape, dtype, values_at))
+    _check_filling(path, file, end, archive_bytes(end))
+    if index.shard_bytes != archive_bytes(end):
+        raise damage(f"{path}: the archive goes on behind its last member")
+    return [*offsets, end]
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """Where a member's header stands, the array that it holds, and where the index says that its values begin."""
+
+    at: int
+    shape: tuple[int, int]
+    dtype: np.dtype[Any]
+    values_at: int
+
+
+def _check_member(path: Path, file: BinaryIO, name: str, stored: _Stored) -> int:
+    """Checks the headers of a member and the zeros behind it; returns where it ends."""
+    num_bytes = stored.shape[0] * stored.shape[1] * stored.dtype.itemsize
+    header, expected = _read(file, stored.at, tarfile.BLOCKSIZE), tar_header(name, num_bytes)
+    if header != expected:
+        if header[:100] != expected[:100] or header[156:157] != expected[156:157]:
+            found = header[:100].rstrip(b"\0").decode(errors="replace")
+            raise damage(f"{path}: the archive has a member {found!r} where {name} belongs, or of another kind")
+        raise damage(f"{path}: the tar header of member {name} is not that of the stored array")
+    if stored.at + tarfile.BLOCKSIZE + NPY_HEADER_BYTES != stored.values_at:
+        raise damage(f"{path}: member {name} lies elsewhere than the index says")
+    if _read(file, stored.at + tarfile.BLOCKSIZE, NPY_HEADER_BYTES) != npy_header(stored.shape, stored.dtype):
+        raise damage(f"{path}: member {name}: its .npy header is not that of the stored array")
+    values_end = stored.values_at + num_bytes
+    end = values_end + -(NPY_HEADER_BYTES + num_bytes) % tarfile.BLOCKSIZE
+    _check_filling(path, file, values_end, end)
+    return end
+
+
+def _check_filling(path: Path, file: BinaryIO, begin: int, end: int) -> None:
+    if _read(file, begin, end - begin) != bytes(end - begin):
+        raise damage(f"{path}: the archive has something other than zeros between bytes {begin} and {end}")
 
 
 def _check_tar_index(path: Path, entry: ShardEntry, offsets: list[int]) -> None:
     plain_file_size(path)
+    if (size := path.stat().st_size) != 8 * len(offsets):
+        raise damage(f"{path} has {size} bytes, {8 * len(offsets)} are the offsets of {len(offsets) - 1} samples")
     with storage_errors(f"reading {path}"):
         data = path.read_bytes()
     if sha256_bytes(data) != entry.tar_index_sha256:

@@ -6,13 +6,15 @@ file-system writer from the caller's thread: no process, no thread, no file that
 
 from __future__ import annotations
 
+import io
 import math
+import os
 import pickle
-import re
+import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any, cast
 
 import torch
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
@@ -36,27 +38,16 @@ from torch.distributed.checkpoint.planner import (
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 from torch.distributed.checkpoint.storage import WriteResult
 
+from megamask.engine.index_pickle import IndexProblem, read_index
 from megamask.errors import CheckpointIntegrityError
 from megamask.storage.durable import read_errors
+from megamask.storage.plain_files import NotPlainError, open_plain, read_plain
 
 METADATA_NAME = ".metadata"
 IndexPart = tuple[SavePlan, list[WriteResult]]  # what one rank wrote, in the format's words
-_FILE_NAME = re.compile(r"__\d+_\d+\.distcp")
-
-# Everything that the pickle of a Metadata object refers to; any other name in it is refused before it is imported.
-_CHECKPOINT = "torch.distributed.checkpoint."
-_ALLOWED = {
-    (_CHECKPOINT + "metadata", "Metadata"),
-    (_CHECKPOINT + "metadata", "TensorStorageMetadata"),
-    (_CHECKPOINT + "metadata", "TensorProperties"),
-    (_CHECKPOINT + "metadata", "ChunkStorageMetadata"),
-    (_CHECKPOINT + "metadata", "MetadataIndex"),
-    (_CHECKPOINT + "metadata", "_MEM_FORMAT_ENCODING"),
-    (_CHECKPOINT + "filesystem", "_StorageInfo"),
-    ("torch", "Size"),
-    ("torch", "float32"),
-    ("torch.serialization", "_get_layout"),
-}
+# Far beyond the index of any state: about 100 bytes for each part of each tensor.
+_MOST_INDEX_BYTES = 1 << 30
+_ARCHIVE_BEGINS = b"PK\x03\x04"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,7 +170,7 @@ class StateReader:
     """Reads tensors of a folder, without a process group.
 
     Raises:
-        CheckpointIntegrityError: the index is missing, names what it may not, or is no index.
+        CheckpointIntegrityError: the index is missing, names what it may not, points outside, or is no index.
         StorageError: the storage does not let it be read.
     """
 
@@ -200,9 +191,27 @@ class StateReader:
         plan = LoadPlan(items)
         try:
             with read_errors(self._folder):
+                self._check_archives(items)
                 self._reader.read_data(plan, _LoadPlanner(pieces, plan)).wait()
-        except (OSError, RuntimeError, AssertionError, KeyError, EOFError, pickle.UnpicklingError) as error:
+        except (  # whatever torch makes of bytes that are no tensor of the stated shape
+            OSError,
+            RuntimeError,
+            AssertionError,
+            LookupError,
+            ValueError,
+            TypeError,
+            AttributeError,
+            EOFError,
+            zipfile.BadZipFile,
+            pickle.UnpicklingError,
+        ) as error:
             raise self._damaged(f"{type(error).__name__}: {error}") from error
+
+    def _check_archives(self, items: Sequence[ReadItem]) -> None:
+        infos = {item.storage_index: self._metadata.storage_data[item.storage_index] for item in items}
+        for info in infos.values():
+            with os.fdopen(open_plain(self._folder / info.relative_path), "rb") as file:
+                _check_archive(cast(IO[bytes], _Part(file, info.offset, info.length)), info)
 
     def _read_items(self, piece: Piece) -> list[ReadItem]:
         stored = self._metadata.state_dict_metadata.get(piece.name)
@@ -225,37 +234,76 @@ class StateReader:
         )
 
 
-class _ClosedUnpickler(pickle.Unpickler):
-    """Builds the classes of the index and nothing else: a pickle may otherwise name any function and call it."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        """A class of the closed list, or a refusal; nothing else is ever looked up."""
-        if (module, name) not in _ALLOWED:
-            raise pickle.UnpicklingError(f"it names {module}.{name}, which no index does")
-        return super().find_class(module, name)
-
-
 def _read_metadata(folder: Path) -> Metadata:
+    """The index of a folder's state; each part that it names lies inside a plain file of the folder."""
     path = folder / METADATA_NAME
     try:
-        with read_errors(path), path.open("rb") as file:
-            metadata = _load_closed(file)
-    except (OSError, EOFError, AttributeError, ValueError, TypeError, pickle.UnpicklingError) as error:
+        with read_errors(path):
+            metadata = read_index(read_plain(path, _MOST_INDEX_BYTES))
+            sizes = {info.relative_path: 0 for info in metadata.storage_data.values()}
+            for name in sizes:
+                with os.fdopen(open_plain(folder / name), "rb") as file:
+                    sizes[name] = os.fstat(file.fileno()).st_size
+        for info in metadata.storage_data.values():
+            if info.offset + info.length > sizes[info.relative_path]:
+                raise IndexProblem(
+                    f"a part ends at byte {info.offset + info.length} of {info.relative_path}, which has "
+                    f"{sizes[info.relative_path]}"
+                )
+    except (OSError, NotPlainError, IndexProblem) as error:
         raise CheckpointIntegrityError(
             f"{path} is no index of a state: {error}. Nothing was loaded from it.",
             hint="choose another checkpoint",
         ) from error
-    for info in metadata.storage_data.values():
-        if not _FILE_NAME.fullmatch(info.relative_path) or info.transform_descriptors:
-            raise CheckpointIntegrityError(
-                f"{path} names the file {info.relative_path!r}, which no state has. Nothing was loaded from it.",
-                hint="choose another checkpoint",
-            )
     return metadata
 
 
-def _load_closed(file: BinaryIO) -> Metadata:
-    metadata = _ClosedUnpickler(file).load()
-    if not isinstance(metadata, Metadata) or not isinstance(metadata.storage_data, dict):
-        raise pickle.UnpicklingError("it is no index")
-    return metadata
+class _Part(io.RawIOBase):
+    """A range of a file, to be read and sought in like a file."""
+
+    def __init__(self, file: IO[bytes], offset: int, length: int) -> None:
+        self._file, self._offset, self._length = file, offset, length
+        self._at = 0
+
+    def readable(self) -> bool:
+        """It is."""
+        return True
+
+    def seekable(self) -> bool:
+        """It is."""
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        """Goes to a place of the range; nothing before its beginning is reached."""
+        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._length}[whence]
+        self._at = max(0, base + offset)
+        return self._at
+
+    def tell(self) -> int:
+        """The place in the range."""
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        """Reads on to the end of the range."""
+        view = memoryview(buffer)[: max(0, self._length - self._at)]
+        self._file.seek(self._offset + self._at)
+        piece = self._file.read(len(view))
+        view[: len(piece)] = piece
+        self._at += len(piece)
+        return len(piece)
+
+
+def _check_archive(part: IO[bytes], info: Any) -> None:
+    """A stored tensor is a zip archive without compression: what it unpacks to is no larger than what it takes.
+
+    Raises:
+        BadZipFile, IndexProblem: it is not.
+    """
+    if part.read(len(_ARCHIVE_BEGINS)) != _ARCHIVE_BEGINS:  # torch would take it for another, older format
+        raise IndexProblem(f"the part at byte {info.offset} of {info.relative_path} is no archive")
+    with zipfile.ZipFile(part) as archive:
+        members = archive.infolist()
+    if any(member.compress_type != zipfile.ZIP_STORED for member in members):
+        raise IndexProblem(f"the part at byte {info.offset} of {info.relative_path} is compressed")
+    if sum(member.file_size for member in members) > info.length:
+        raise IndexProblem(f"the part at byte {info.offset} of {info.relative_path} is larger than its place")

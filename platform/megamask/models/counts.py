@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 
@@ -24,6 +25,11 @@ class FlopsPerToken:
 
 def parameter_count(spec: ModelSpec) -> int:
     """Trainable numbers of the canonical tensors; vocabulary padding is not counted, a tied head once."""
+    one, two = (_numbers(dataclasses.replace(spec, num_layers=layers)) for layers in (1, 2))
+    return one + (spec.num_layers - 1) * (two - one)  # layers are alike; a spec may claim more than memory holds names
+
+
+def _numbers(spec: ModelSpec) -> int:
     return sum(math.prod(shape) for shape in canonical_shapes(spec).values())
 
 

@@ -31,7 +31,7 @@ _BEARER = re.compile(r"(?P<name>\b(?:bearer|basic)\s+)[A-Za-z0-9+/_.~=-]{8,}", r
 # Names that only speak of tokens of text, or of where a secret stands.
 _HARMLESS = re.compile(
     r"(?:num|consumed|processed|masked|eligible|max|global_batch)[\w.]*_tokens?|tokens?_per|[\w.]*token_id|tokenizer"
-    r"|per_token|special_token|mask_token|token_bytes",
+    r"|per_token|special_token|mask_token|token_bytes|(?:^|[0-9.])tokens\b",
     re.IGNORECASE,
 )
 # Variables that hold a secret by their name, whoever reads them (MLflow, an object store's client).
