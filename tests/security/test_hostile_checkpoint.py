@@ -33,13 +33,13 @@ from torch.distributed.checkpoint.metadata import (
 
 from megamask.checkpoint.contents import check_size
 from megamask.engine.index_pickle import IndexProblem, read_index
-from megamask.engine.torch_dist import Piece, StateReader, write
+from megamask.engine.torch_dist import Piece, StateReader, write_index, write_pieces
 from megamask.errors import CheckpointIntegrityError
 from megamask.models.counts import parameter_count
 from megamask.storage.hashing import canonical_json, hash_of, sha256_file
 from megamask_pipelines.checkpoint_loading import load_checkpoint
 from megamask_pipelines.cli import main as cli
-from support.tiny_run import OneProcess, write_corpus, write_run
+from support.tiny_run import write_corpus, write_run
 
 
 @pytest.fixture(scope="module")
@@ -222,7 +222,8 @@ def test_index_that_torch_writes_is_read_as_torch_reads_it(tmp_path: Path) -> No
         Piece(name="w", shape=(4, 6), offsets=(2, 0), data=torch.ones(2, 6)),
         Piece(name="b" * 300, shape=(70_000,), offsets=(0,), data=torch.zeros(70_000)),
     ]
-    write(tmp_path, pieces, OneProcess(torch.device("cpu")))
+    _, part = write_pieces(tmp_path, pieces, rank=0)
+    write_index(tmp_path, [part])
     data = (tmp_path / ".metadata").read_bytes()
     ours, theirs = read_index(data), pickle.loads(data)
     assert (ours.state_dict_metadata, ours.storage_data) == (theirs.state_dict_metadata, theirs.storage_data)

@@ -242,12 +242,14 @@ def _damaged(path: Path, problem: str) -> DataIntegrityError:
 
 def provenance_problem(path: Path, corpus_id: str) -> str | None:
     """What is wrong with a corpus' provenance.json, or None; a corpus that lost it still has all its content."""
-    if not path.is_file():
-        return None
     try:
         with storage_errors(f"reading {path}"):
-            named = json.loads(path.read_bytes())["corpus_id"]
-    except (ValueError, KeyError, TypeError) as error:
+            named = json.loads(read_plain(path, _MOST_BYTES))["corpus_id"]
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except NotPlainError as error:
+        return str(error)
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         return f"{path} cannot be read ({error!r})"
     return None if named == corpus_id else f"{path} is about corpus {named}, the manifest's is {corpus_id}"
 
