@@ -46,7 +46,8 @@ def assert_nowhere(*texts: str) -> None:
 
 # One command that crashes with the token in its hands, while it cannot reach the server that the token is for.
 CRASH = """
-import logging, os, sys, threading, warnings
+import logging, os, sys, threading, time, warnings
+from pathlib import Path
 import megamask.training.hooks as hooks
 from megamask_pipelines.cli.main import main
 
@@ -56,6 +57,11 @@ journal = hooks.StepJournal.after_step
 def after_step(self, progress, record):
     journal(self, progress, record)
     if progress.step == 2:
+        deadline = time.monotonic() + 150  # the tracker needs seconds to come, and to find nobody
+        while time.monotonic() < deadline and not any(
+            "mlflow_outage" in path.read_text() for path in Path(sys.argv[-1]).glob("journal/*")
+        ):
+            time.sleep(0.1)
         log = logging.getLogger("third.party")
         log.addHandler(logging.StreamHandler())
         log.error("cannot log in at %s", uri)
@@ -66,7 +72,7 @@ def after_step(self, progress, record):
         raise RuntimeError(f"robot:{token} is refused at {uri}, as is {word}")
 
 hooks.StepJournal.after_step = after_step
-sys.exit(main())
+sys.exit(main(sys.argv[1:-1]))
 """
 
 
@@ -78,7 +84,7 @@ def test_no_file_and_no_output_of_a_crashing_run_holds_a_secret_of_its_environme
     arguments = tiny(small_corpus, tmp_path / "runs", "crashed", *overrides)
     secrets = {"PLACE_OF_MLFLOW": URI, "SERVICE_PASSWORD": WORD, "PLANTED": TOKEN, "SLURM_JOB_ID": f"7 {TOKEN}"}
     done = subprocess.run(
-        [sys.executable, "-c", CRASH, "train", *arguments, "--json"],
+        [sys.executable, "-c", CRASH, "train", *arguments, "--json", str(tmp_path / "runs" / "crashed")],
         capture_output=True,
         text=True,
         timeout=280,
