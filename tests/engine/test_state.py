@@ -235,14 +235,17 @@ def test_a_damaged_state_is_refused(saved, damage):
 @pytest.mark.parametrize("name", ["__0_0.distcp", ".metadata", "optimizer.json"])
 def test_state_that_the_storage_does_not_let_be_read_is_not_called_damaged(saved, monkeypatch, name):
     folder, engine = saved
-    real = io.open
 
-    def opened(path, *arguments, **options):
-        if str(path) == str(folder / name):
-            raise OSError(errno.ESTALE, "Stale file handle")
-        return real(path, *arguments, **options)
+    def refusing(real):
+        def opened(path, *arguments, **options):
+            if str(path) == str(folder / name):
+                raise OSError(errno.ESTALE, "Stale file handle")
+            return real(path, *arguments, **options)
 
-    monkeypatch.setattr(io, "open", opened)
+        return opened
+
+    monkeypatch.setattr(io, "open", refusing(io.open))
+    monkeypatch.setattr(os, "open", refusing(os.open))
     with pytest.raises(StorageError, match="stale"):
         engine.load_state(folder)
 
