@@ -87,6 +87,21 @@ def test_losses_stay_when_the_micro_batch_size_changes(build):
     assert losses[4] == pytest.approx(losses[1], rel=1e-6)
 
 
+def test_gradient_accumulation_changes_neither_loss_nor_weights(build):
+    """8, 4, 2 and 1 passes a step. A large eps, so that AdamW does not blow the rounding of a tiny gradient up."""
+    losses, weights = {}, {}
+    for num_micro_batches in (1, 2, 4, 8):
+        engine = build(micro_batch_size=cases.GLOBAL_BATCH_SIZE // num_micro_batches, eps=1e-3)
+        losses[num_micro_batches] = [cases.take_step(engine, step).loss for step in (1, 2, 3, 4)]
+        weights[num_micro_batches] = {
+            name: parameter.detach().clone() for name, parameter in engine._stage.network.named_parameters()
+        }
+    for num_micro_batches in (2, 4, 8):
+        assert losses[num_micro_batches] == pytest.approx(losses[1], rel=1e-6)
+        for name, weight in weights[num_micro_batches].items():
+            torch.testing.assert_close(weight, weights[1][name], rtol=1e-5, atol=1e-5)
+
+
 def test_loss_falls(build):
     engine = build(micro_batch_size=4)
     losses = [cases.take_step(engine, 1 + step % 4, learning_rate=5e-3).loss for step in range(40)]
