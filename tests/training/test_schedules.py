@@ -89,13 +89,15 @@ def schedules(draw: st.DrawFn) -> tuple[OptimizerConfig, TrainingConfig]:
     steps, scale = draw(st.integers(1, 50)), 1 if unit == "steps" else 100
     warmup = draw(st.integers(1 if course == "inverse_sqrt" else 0, 70 * scale))
     decay = draw(st.integers(0, 70 * scale)) if course in ("wsd", "inverse_sqrt") else 0
+    peak = draw(st.floats(1e-6, 10))
     falls = course in ("cosine", "inverse_sqrt") or decay > 0
     settings = {
+        "learning_rate": peak,
         "lr_schedule": course,
         "schedule_unit": unit,
         f"warmup_{unit}": warmup,
         f"decay_{unit}": decay,
-        "min_learning_rate": draw(st.floats(0, 1)) if falls else 0.0,
+        "min_learning_rate": draw(st.floats(0, peak)) if falls else 0.0,
     }
     return optimizer(**settings), training(steps, **(RAMP if draw(st.booleans()) else {}))
 
@@ -116,8 +118,8 @@ def test_rate_rises_to_the_peak_then_never_rises_and_stays_within_its_bounds(
     after = [value for value, x in zip(values, places, strict=True) if x > warmup]
     assert during == sorted(during)
     assert after == sorted(after, reverse=True)
-    assert all(0 < value <= 1 for value in during)
-    assert all(config.min_learning_rate <= value <= 1 for value in after)
+    assert all(0 < value <= config.learning_rate for value in during)
+    assert all(config.min_learning_rate <= value <= config.learning_rate for value in after)
 
 
 @given(schedules())
@@ -128,7 +130,7 @@ def test_falling_schedule_ends_at_exactly_its_minimum(case: tuple[OptimizerConfi
     if config.lr_schedule == "cosine" or config.decay_steps + config.decay_tokens > 0:
         assert rates(*case)[-1] == config.min_learning_rate
     if config.lr_schedule == "constant":
-        assert rates(*case)[-1] == 1
+        assert rates(*case)[-1] == config.learning_rate
 
 
 @pytest.mark.parametrize("course", SCHEDULES)
@@ -179,6 +181,12 @@ def test_cosine_is_halfway_in_the_middle() -> None:
     assert values[1] == 1
     assert values[5] == pytest.approx(0.75)
     assert values[9] == 0.5
+
+
+def test_rounding_leads_no_rate_above_the_peak() -> None:
+    """minimum + (peak - minimum) is above the peak here, and so close to warm-up the cosine is 1."""
+    config = optimizer(lr_schedule="cosine", learning_rate=0.0004, min_learning_rate=0.00012647867980863738)
+    assert learning_rate(1, config, training(10**9)) == 0.0004
 
 
 def test_inverse_square_root_halves_when_the_position_is_four_warmups() -> None:
