@@ -71,6 +71,15 @@ def test_speed_leaves_the_first_step_of_an_attempt_out(frozen_clock: None) -> No
     assert "2000 tokens/s" in second
 
 
+def test_eta_counts_the_samples_of_a_growing_batch(frozen_clock: None) -> None:
+    """Half a second for steps of 4 samples; the 76 samples that are left take 19 such steps, not 8."""
+    stream = io.StringIO()
+    shown = console(stream, steps=10, every=1, num_samples=84)
+    for step in (1, 2):
+        shown.on_record(step_record(step, global_batch_size=4, consumed_samples=4 * step))
+    assert "ETA 0:10" in stream.getvalue().splitlines()[-1]  # 9.5 s
+
+
 def test_eta_counts_the_time_between_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """Saving and evaluating stand between two step records; they take time as well."""
     times = iter([0.0, 2.0, 4.0])

@@ -30,6 +30,7 @@ class Console:
     Args:
         config: for the number of steps and how often a line is due.
         bytes_per_token: UTF-8 bytes of the training text per eligible token; None shows no bits per byte.
+        num_samples: samples of the whole run, so that the remaining time counts a growing batch; None goes by steps.
         stream: where to write, by default stderr.
         is_terminal: draw a progress display; by default whether the stream is a terminal.
     """
@@ -39,12 +40,14 @@ class Console:
         config: TrainConfig,
         *,
         bytes_per_token: float | None = None,
+        num_samples: int | None = None,
         stream: TextIO | None = None,
         is_terminal: bool | None = None,
     ) -> None:
         self._num_steps = config.training.steps
         self._every = config.tracking.console_every_steps
         self._bytes_per_token = bytes_per_token
+        self._num_samples = num_samples
         self._stream = sys.stderr if stream is None else stream
         self._is_terminal = self._stream.isatty() if is_terminal is None else is_terminal
         self._display: Live | None = None
@@ -96,9 +99,16 @@ class Console:
         if self._speed.data_share is not None:
             facts.append(f"data wait {100 * self._speed.data_share:.1f} %")
         if self._speed.seconds_per_step is not None:
-            facts.append(f"ETA {_duration((self._num_steps - record['step']) * self._speed.seconds_per_step)}")
+            facts.append(f"ETA {_duration(self._remaining_steps(record) * self._speed.seconds_per_step)}")
         facts.append("no checkpoint yet" if self._last_checkpoint is None else f"checkpoint {self._last_checkpoint}")
         return facts
+
+    def _remaining_steps(self, record: Record) -> float:
+        """Steps still to go; where the run's samples are known, in steps as large as the last ones were."""
+        samples, consumed = self._speed.samples_per_step, _float(record.get("consumed_samples"))
+        if self._num_samples is None or samples is None or consumed is None:
+            return float(self._num_steps - record["step"])
+        return (self._num_samples - consumed) / samples
 
     def _draw(self, record: Record) -> None:
         from rich.console import Group
@@ -151,7 +161,7 @@ class _Speed:
     """Moving averages over the last steps; the first step of an attempt, which starts everything up, is left out."""
 
     def __init__(self) -> None:
-        self._recent: list[tuple[float, float, float]] = []  # seconds, data seconds, tokens
+        self._recent: list[tuple[float, float, float, float]] = []  # seconds, data seconds, tokens, samples
         self._num_seen = 0
         self._arrived: float | None = None
 
@@ -167,7 +177,8 @@ class _Speed:
         if self._num_seen == 1:
             self._recent.clear()
         self._num_seen += 1
-        self._recent.append((max(seconds, between or 0.0), _float(phases.get("data")) or 0.0, tokens))
+        samples = _float(record.get("global_batch_size")) or 0.0
+        self._recent.append((max(seconds, between or 0.0), _float(phases.get("data")) or 0.0, tokens, samples))
         del self._recent[:-_RATE_STEPS]
 
     @property
@@ -184,6 +195,11 @@ class _Speed:
     def tokens_per_second(self) -> float | None:
         """Eligible tokens per second over the last steps."""
         return self._total(2) / self._total(0) if self._total(0) > 0 and self._total(2) > 0 else None
+
+    @property
+    def samples_per_step(self) -> float | None:
+        """Mean batch size of the last steps."""
+        return self._total(3) / len(self._recent) if self._total(3) > 0 else None
 
     def _total(self, column: int) -> float:
         return sum(entry[column] for entry in self._recent)

@@ -19,6 +19,7 @@ from megamask.resilience.status import Phase, Status, write_status
 from megamask.tracking.console import Console
 from megamask.tracking.journal import Journal
 from megamask.tracking.mlflow_sink import MLflowSink
+from megamask.training.batch_size import consumed_before
 from megamask.training.progress import Progress
 from megamask.training.run_directory import RunRecord, last_attempt_of, store_attempt_config
 from megamask.training.stopping import StopReason
@@ -75,7 +76,8 @@ class Attempt(AttemptView):
         self.journal = Journal.open(run_dir, self.number, rotate_bytes=config.tracking.journal_file_mib * 2**20)
         self._is_tracked = False
         self._is_first = self.journal.head[0] == 0  # an attempt that died at once may have left run.json and no line
-        self.console = Console(config, bytes_per_token=bytes_per_token)
+        num_samples = consumed_before(config.training.steps + 1, config.training)
+        self.console = Console(config, bytes_per_token=bytes_per_token, num_samples=num_samples)
         self.journal.subscribe(self.console.on_record)
         self.sink = (
             MLflowSink(run_dir, config.tracking.mlflow, on_incident=self._incident, redact=redact)
