@@ -187,6 +187,8 @@ def test_rounding_leads_no_rate_above_the_peak() -> None:
     """minimum + (peak - minimum) is above the peak here, and so close to warm-up the cosine is 1."""
     config = optimizer(lr_schedule="cosine", learning_rate=0.0004, min_learning_rate=0.00012647867980863738)
     assert learning_rate(1, config, training(10**9)) == 0.0004
+    peak = 7.319671642641332  # * 9 / 9 is above it
+    assert learning_rate(9, optimizer(learning_rate=peak, warmup_steps=9), training(20)) == peak
 
 
 def test_inverse_square_root_halves_when_the_position_is_four_warmups() -> None:

@@ -89,7 +89,7 @@ class _Curve:
         """The rate at a position; beyond the horizon it stays as it ended."""
         position = min(position, self.horizon)
         if position <= self.warmup:
-            return self.peak * position / self.warmup
+            return min(self.peak, self.peak * position / self.warmup)  # rounding may not lead beyond the peak
         if self.lr_schedule == "cosine":
             share = (position - self.warmup) / (self.horizon - self.warmup)
             return self._above_minimum(self.peak, (1 + math.cos(math.pi * share)) / 2)
