@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from fractions import Fraction
 from itertools import pairwise
 from typing import Any
@@ -200,23 +201,65 @@ def test_inverse_square_root_halves_when_the_position_is_four_warmups() -> None:
     assert values[47] == 0.4
 
 
-@given(schedules(), st.integers(0, 60), st.integers(0, 40))
-def test_extension_is_allowed_exactly_when_no_past_rate_changes(
-    case: tuple[OptimizerConfig, TrainingConfig], completed: int, more: int
-) -> None:
-    """Step by step through the past, with every rate of both schedules."""
-    config, run = case
-    completed = min(completed, run.steps)
-    longer = dataclasses.replace(run, steps=run.steps + more)
-    before, now = rates(config, run)[:completed], rates(config, longer)[:completed]
-    allowed = True
+def refused(config: OptimizerConfig, run: TrainingConfig, *, more: int, completed: int) -> str | None:
     try:
+        longer = dataclasses.replace(run, steps=run.steps + more)
         check_extension(config, longer, recorded_steps=run.steps, completed=completed)
     except UsageError as error:
-        allowed = False
-        first = next(step for step, pair in enumerate(zip(before, now, strict=True), 1) if pair[0] != pair[1])
-        assert f"step {first}," in error.message or f"steps {first} to {completed}" in error.message
-    assert allowed == (before == now)
+        return error.message
+    return None
+
+
+@given(schedules(), st.integers(0, 60), st.integers(0, 40))
+def test_extension_that_is_allowed_changes_no_past_rate(
+    case: tuple[OptimizerConfig, TrainingConfig], completed: int, more: int
+) -> None:
+    """Bit for bit, one step after the other; where it is refused, the steps before the named one are the same too."""
+    config, run = case
+    completed = min(completed, run.steps)
+    message = refused(config, run, more=more, completed=completed)
+    first = completed + 1 if message is None else int(re.search(r"learning rate of steps? (\d+)", message)[1])
+    assert 1 <= first <= completed + 1
+    longer = dataclasses.replace(run, steps=run.steps + more)
+    assert rates(config, run)[: first - 1] == rates(config, longer)[: first - 1]
+
+
+@given(
+    course=st.sampled_from(("constant", "wsd", "cosine")),
+    warmup=st.integers(0, 60),
+    decay=st.integers(0, 60),
+    minimum=st.sampled_from((0.0, 0.125, 1.0)),
+    steps=st.integers(1, 50),
+    completed=st.integers(1, 50),
+    more=st.integers(1, 40),
+)
+def test_extension_is_refused_only_when_a_past_rate_changes(
+    course: str, warmup: int, decay: int, minimum: float, steps: int, completed: int, more: int
+) -> None:
+    config = optimizer(
+        lr_schedule=course,
+        warmup_steps=warmup,
+        decay_steps=decay if course == "wsd" else 0,
+        min_learning_rate=0.0 if course == "constant" else minimum,
+    )
+    completed = min(completed, steps)
+    if refused(config, training(steps), more=more, completed=completed) is not None:
+        assert rates(config, training(steps))[:completed] != rates(config, training(steps + more))[:completed]
+
+
+@given(warmup=st.integers(1, 20), decay=st.integers(0, 30), steps=st.integers(20, 50), completed=st.integers(0, 50))
+def test_inverse_square_root_can_be_extended_until_its_decay_begins(
+    warmup: int, decay: int, steps: int, completed: int
+) -> None:
+    config = optimizer(lr_schedule="inverse_sqrt", warmup_steps=warmup, decay_steps=decay)
+    completed = min(completed, steps)
+    message = refused(config, training(steps), more=7, completed=completed)
+    assert (message is None) == (decay == 0 or completed <= max(warmup, steps - decay))
+
+
+@pytest.mark.parametrize("settings", [{"lr_schedule": "cosine"}, {"decay_steps": 10}])
+def test_extension_is_always_allowed_when_the_minimum_is_the_peak(settings: dict[str, Any]) -> None:
+    assert refused(optimizer(min_learning_rate=1.0, **settings), training(50), more=30, completed=50) is None
 
 
 @pytest.mark.parametrize("completed", range(51))
