@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -102,12 +102,21 @@ def timed(command: list[str]) -> Callable[[], None]:
     return case
 
 
+def options_name(options: Mapping[str, Any]) -> str:
+    """A kind of run in words."""
+    processes = options.get("processes", 1)
+    start = "resumed" if options["is_resumed"] else "fresh"
+    tracked = ", MLflow on" if options.get("mlflow") else ""
+    return f"{start}, {processes} process{'es' if processes > 1 else ''}{tracked}"
+
+
 class Runs:
     """Runs in a folder of their own on a small corpus, each new or a copy of one with a checkpoint."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._number = 0
+        self.told: dict[str, dict[str, list[float]]] = {}  # seconds by kind of run and phase, as the journal has them
         options = [
             f"corpus.inputs=['{ROOT}/platform/megamask/config/*.py']",
             f"corpus.output_dir={folder}/corpus",
@@ -143,8 +152,10 @@ class Runs:
         started, mark = time.time(), time.perf_counter()
         run([*COMMAND, "train", *arguments])
         whole.append(time.perf_counter() - mark)
-        times = [datetime.fromisoformat(line["time"]) for line in read_journal(run_dir) if line["kind"] == "step"]
-        return times[-1].timestamp() - started
+        lines = {line["kind"]: line for line in read_journal(run_dir)}  # the last of each kind: this attempt's
+        for phase, seconds in (lines["attempt_started"].get("startup_s") or {}).items():
+            self.told.setdefault(options_name(options), {}).setdefault(phase, []).append(seconds)
+        return datetime.fromisoformat(lines["step"]["time"]).timestamp() - started
 
     def stages(self, seconds: dict[str, list[float]], *, is_resumed: bool) -> None:
         """Goes through the stages once and adds to the seconds of each."""
@@ -163,13 +174,15 @@ def measure_first_step(report: Report, runs: Runs, blocks: int) -> None:
         'python -c "import megatron.core"': timed([sys.executable, "-c", "import megatron.core"]),
     }
     libraries = list(cases)
-    for name, options in {
-        "fresh, 1 process": {"is_resumed": False},
-        "resumed, 1 process": {"is_resumed": True},
-        "fresh, 1 process, MLflow on": {"is_resumed": False, "mlflow": True},
-        "fresh, 2 processes": {"is_resumed": False, "processes": 2},
-        "resumed, 2 processes": {"is_resumed": True, "processes": 2},
-    }.items():
+    kinds: list[dict[str, Any]] = [
+        {"is_resumed": False},
+        {"is_resumed": True},
+        {"is_resumed": False, "mlflow": True},
+        {"is_resumed": False, "processes": 2},
+        {"is_resumed": True, "processes": 2},
+    ]
+    for options in kinds:
+        name = options_name(options)
         cases[name] = functools.partial(runs.first_step, whole.setdefault(name, []), **options)
     seconds = alternate(cases, blocks=blocks)
     table = report.table(
@@ -188,6 +201,14 @@ def measure_first_step(report: Report, runs: Runs, blocks: int) -> None:
         )
     report.keep("first_step_seconds", seconds)
     report.keep("whole_command_seconds", whole)
+    if runs.told:
+        table = report.table("As each run tells it (attempt_started, startup_s)", ["run", "phase", "milliseconds"])
+        for name, phases in runs.told.items():
+            for phase, values in phases.items():
+                told = [value for value in values[-blocks:] if value is not None]
+                if told:  # nothing is restored by a fresh run
+                    table.add(name, phase, spread(told, scale=1e3))
+        report.keep("told_seconds", runs.told)
 
 
 def measure_stages(report: Report, runs: Runs, blocks: int) -> None:
