@@ -110,5 +110,6 @@ def test_every_table_of_figures_says_command_date_machine_and_versions(path: Pat
     assert_says_what_ran(path.read_text(encoding="utf-8"))
     date = re.search(r"^- date: (\S+)$", path.read_text(encoding="utf-8"), re.M)
     assert date is not None
+    assert any(path.with_suffix(suffix).exists() for suffix in (".json", ".txt")), "the raw output is kept"
     assert re.fullmatch(rf"[a-z_]+_(cpu|gpu)\d+_{date[1]}\.md", path.name)
     assert f"]({path.name})" in (path.parent / "README.md").read_text(encoding="utf-8"), "README.md lists every table"
