@@ -24,7 +24,7 @@ from megamask.resilience.parent_death import die_with_parent
 from megamask.resilience.rank_files import read_rank_failures, write_rank_failure
 from megamask.resilience.signals import StopRequest
 from megamask.storage.durable import storage_errors
-from megamask.training.attempt import Attempt, AttemptView
+from megamask.training.attempt import Attempt, AttemptView, claim_run, tell_failure
 from megamask.training.checkpointing import CheckpointCommitter
 from megamask.training.datasets import described_datasets
 from megamask.training.evaluating import validation_measure
@@ -34,6 +34,7 @@ from megamask.training.previewing import PeriodicPreview, preview_on_engine
 from megamask.training.progress import Progress
 from megamask.training.run_directory import open_run, recorded_schedule, run_path
 from megamask.training.schedules import check_extension
+from megamask.training.startup import StartupClock
 from megamask.training.stopping import StopFlag, StopReason
 from megamask_pipelines.corpora import Corpora
 
@@ -56,11 +57,12 @@ def pretrain(config: TrainConfig, signals: StopRequest) -> tuple[StopReason, Pro
     Raises:
         MegamaskError: the attempt failed; its exit code says how. What must be written is written.
     """
+    startup = StartupClock()
     if parent := os.environ.get("MEGAMASK_PARENT_PID"):
         die_with_parent(int(parent))
     with contextlib.ExitStack() as stack:
         corpora = Corpora(config, stack)
-        job = Job(config, corpora, signals)
+        job = Job(config, corpora, signals, startup)
         try:
             job.open()
             reason = train(job.prepare())
@@ -76,7 +78,10 @@ def pretrain(config: TrainConfig, signals: StopRequest) -> tuple[StopReason, Pro
 class Job:
     """The stages of a rank's attempt: open the run, prepare training, end."""
 
-    def __init__(self, config: TrainConfig, corpora: Corpora, signals: StopRequest) -> None:
+    def __init__(
+        self, config: TrainConfig, corpora: Corpora, signals: StopRequest, startup: StartupClock | None = None
+    ) -> None:
+        self._startup = startup or StartupClock()
         self._config = config
         self._corpora = corpora
         self._signals = signals
@@ -105,13 +110,18 @@ class Job:
             steps = self._config.training.steps
             check_extension(self._config.optimizer, self._config.training, recorded_steps=recorded, completed=completed)
             self._extended = {"training.steps": [recorded, steps]} if steps != recorded else None
-            self._attempt = Attempt(self._run_dir, record, self._config, bytes_per_token=self._corpora.bytes_per_token)
+            number = claim_run(self._run_dir)
+            self._view = AttemptView(self._run_dir, record.run_id, number)  # claimed: a failure from here on is told
+            self._attempt = Attempt(
+                self._run_dir, record, number, self._config, bytes_per_token=self._corpora.bytes_per_token
+            )
 
     def prepare(self) -> TrainingRun:
         """Builds the engine, restores the newest checkpoint and puts the loop's parts together; collective."""
         # megatron-core takes seconds to import: a refusal in open() need not wait for it
-        from megamask.engine.backend import init_process_group, select_backend
-        from megamask.engine.engine import Engine
+        with self._startup.phase("imports"):
+            from megamask.engine.backend import init_process_group, select_backend
+            from megamask.engine.engine import Engine
 
         config, corpora = self._config, self._corpora
         objective = ObjectiveSpec(
@@ -119,19 +129,20 @@ class Job:
             complementary=config.objective.complementary,
             mask_logit=config.objective.mask_logit,
         )
-        backend = select_backend()
-        init_process_group(backend)
-        engine = Engine(
-            spec=corpora.spec,
-            vocabulary=corpora.vocabulary,
-            objective=objective,
-            optimizer=config.optimizer,
-            layout=config.layout,
-            training=config.training,
-            seed=config.run.seed,
-            compute=config.precision.compute,
-            z_loss_weight=config.objective.z_loss_weight,
-        )
+        with self._startup.phase("engine"):
+            backend = select_backend()
+            init_process_group(backend)
+            engine = Engine(
+                spec=corpora.spec,
+                vocabulary=corpora.vocabulary,
+                objective=objective,
+                optimizer=config.optimizer,
+                layout=config.layout,
+                training=config.training,
+                seed=config.run.seed,
+                compute=config.precision.compute,
+                z_loss_weight=config.objective.z_loss_weight,
+            )
         view = self._share(engine)
         model = ModelDocument(
             spec=corpora.spec,
@@ -171,9 +182,10 @@ class Job:
 
     def _restore(self, engine: Engine, view: AttemptView, model: ModelDocument, *, device: str) -> Loaded:
         """Loads the newest checkpoint that verifies."""
-        if self._attempt is not None:
-            sweep(self._run_dir, view.number)
-        loaded = load(engine, self._run_dir, model=model)
+        with self._startup.phase("restore"):
+            if self._attempt is not None:
+                sweep(self._run_dir, view.number)
+            loaded = load(engine, self._run_dir, model=model)
         if loaded.state is not None:
             self.progress.step = loaded.state.step
             self.progress.consumed_samples = loaded.state.consumed_samples
@@ -188,6 +200,7 @@ class Job:
                 if commit is None
                 else {"step": commit.step, "checkpoint": commit.folder.name, "digest": commit.digest},
                 extended=self._extended,
+                startup_s=self._startup.seconds(),
             )
             for incident in loaded.incidents:
                 self._attempt.append("incident", **incident)
@@ -241,7 +254,7 @@ class Job:
         if self._committer is not None:
             _end_saving(self._committer, error)
         code = int(error.exit_code) if isinstance(error, MegamaskError) else int(ExitCode.BUG)
-        known = self._view or self._attempt
+        known = self._view
         if known is None:
             return error
         number = known.number
@@ -251,6 +264,8 @@ class Job:
             write_rank_failure(self._run_dir, number, rank=self._rank, exit_code=code, reason=reason_of(error))
         if self._attempt is not None:
             self._attempt.fail(error, code, self.progress)
+        elif self._rank == 0:
+            tell_failure(known, error, code)
         return error
 
 

@@ -27,11 +27,12 @@ def num_processes(layout: LayoutConfig) -> int:
     return layout.tensor_parallel_size * layout.pipeline_parallel_size * layout.data_parallel_size
 
 
-def run_training(config: TrainConfig, arguments: Sequence[str]) -> dict[str, Any]:
+def run_training(config: TrainConfig, arguments: Sequence[str], signals: StopRequest) -> dict[str, Any]:
     """Joins a launcher's ranks, starts local ranks, or trains right here; a complete run is only reported.
 
     Args:
         arguments: the command line after `megamask`, for local ranks.
+        signals: what this process is asked for; its handlers are in place.
 
     Raises:
         MegamaskError: the attempt failed; its exit code says how.
@@ -40,12 +41,12 @@ def run_training(config: TrainConfig, arguments: Sequence[str]) -> dict[str, Any
     try:
         if is_launched():
             _check_world_size(config.layout)
-            return _train_here(run_dir, config)
+            return _train_here(run_dir, config, signals)
         if is_complete(run_dir, config):
             return outcome(run_dir, step=config.training.steps, exit_code=0, reason=StopReason.FINISHED.sentence)
         if num_processes(config.layout) == 1:
-            return _train_here(run_dir, config)
-        return _train_in_local_ranks(run_dir, config, arguments)
+            return _train_here(run_dir, config, signals)
+        return _train_in_local_ranks(run_dir, config, arguments, signals)
     except MegamaskError as error:
         with contextlib.suppress(MegamaskError, OSError):  # the error itself must be told, whatever the folder says
             error.details = _known(run_dir, error)
@@ -62,18 +63,19 @@ def _check_world_size(layout: LayoutConfig) -> None:
         )
 
 
-def _train_here(run_dir: Path, config: TrainConfig) -> dict[str, Any]:
+def _train_here(run_dir: Path, config: TrainConfig, signals: StopRequest) -> dict[str, Any]:
     """This process is a rank, or the only one; it answers from what it knows, not from what rank 0 has written."""
-    with StopRequest() as signals:  # from here on a signal asks for an orderly end
-        from megamask_pipelines.pretrain import pretrain  # after the checks above: it imports torch
+    from megamask_pipelines.pretrain import pretrain  # after the checks of the callers: it imports torch
 
-        reason, progress = pretrain(config, signals)
+    reason, progress = pretrain(config, signals)
     answer = outcome(run_dir, step=progress.step, exit_code=int(reason.exit_code), reason=reason.sentence)
     return answer if progress.loss is None else {**answer, "loss": progress.loss}
 
 
-def _train_in_local_ranks(run_dir: Path, config: TrainConfig, arguments: Sequence[str]) -> dict[str, Any]:
-    exits = run_local_ranks(arguments, num_processes(config.layout))
+def _train_in_local_ranks(
+    run_dir: Path, config: TrainConfig, arguments: Sequence[str], signals: StopRequest
+) -> dict[str, Any]:
+    exits = run_local_ranks(arguments, num_processes(config.layout), signals=signals)
     if (failure := failure_of(exits)) is not None:
         with contextlib.suppress(MegamaskError, OSError):  # the failure must be told, whatever the folder says
             _close_status(run_dir, failure, {rank_exit.pid for rank_exit in exits})

@@ -14,6 +14,7 @@ import pytest
 from megamask.errors import ExitCode, NumericsError, UsageError
 from megamask.launch import local
 from megamask.launch.local import RankExit, failure_of, is_launched, leave_report, run_local_ranks
+from megamask.resilience.signals import StopRequest
 
 TESTS = Path(__file__).parents[1]
 
@@ -169,6 +170,7 @@ def test_signals_reach_every_rank(tmp_path: Path) -> None:
         "import signal, time\n"
         "def leave(*_): raise SystemExit(75)\n"
         "signal.signal(signal.SIGTERM, leave)\n"
+        "signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])\n"
         f"open(os.path.join({str(tmp_path)!r}, str(rank)), 'w').write(str(os.getpid()))\n"
         "time.sleep(300)"
     )
@@ -177,6 +179,41 @@ def test_signals_reach_every_rank(tmp_path: Path) -> None:
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=60)
     assert output.strip() == "[75, 75]"
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGUSR1, 75), (signal.SIGINT, 93)])
+def test_signal_that_comes_before_a_rank_has_its_handlers_is_not_lost(
+    tmp_path: Path, number: signal.Signals, code: int
+) -> None:
+    script = (
+        "import signal, time\n"
+        "from megamask.resilience.signals import StopRequest\n"
+        f"open(os.path.join({str(tmp_path)!r}, str(rank)), 'w').write('here')\n"
+        "while not signal.sigpending(): time.sleep(0.01)\n"
+        "with StopRequest() as signals: raise SystemExit(signals.requested)"
+    )
+    process = launcher_process(script)
+    wait_for([tmp_path / "0", tmp_path / "1"])
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=60)
+    assert output.strip() == f"[{code}, {code}]"
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 93)])
+def test_signal_that_came_before_the_ranks_were_started_is_told_to_all_of_them(
+    tmp_path: Path, number: signal.Signals, code: int
+) -> None:
+    script = (
+        "import time\n"
+        "from megamask.resilience.signals import StopRequest\n"
+        "with StopRequest() as signals:\n"
+        "    while not signals.requested: time.sleep(0.01)\n"
+        "raise SystemExit(signals.requested)"
+    )
+    with StopRequest() as signals:
+        os.kill(os.getpid(), number)
+        exits = run_local_ranks([script], 2, module="support.rank_script", signals=signals)
+    assert [rank_exit.returncode for rank_exit in exits] == [code, code]
 
 
 def test_ranks_that_ask_for_it_die_with_a_killed_launcher(tmp_path: Path) -> None:

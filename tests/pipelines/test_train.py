@@ -120,6 +120,10 @@ def test_stopped_run_continues_as_if_it_had_not_stopped(finished: Path, runs: Pa
     assert step_lines(runs / "stopped") == step_lines(finished)
     started = [record for record in journal(runs / "stopped") if record["kind"] == "attempt_started"]
     assert started[1]["resumed_from"]["step"] == 7
+    assert started[0]["restore_s"] is None and started[1]["restore_s"] == started[1]["startup_s"]["restore"] > 0
+    for phases in (record["startup_s"] for record in started):
+        assert set(phases) == {"imports", "engine", "restore", "total"}
+        assert phases["imports"] + phases["engine"] + phases["restore"] <= phases["total"]
 
 
 def test_extended_run_equals_the_longer_run(runs: Path, small_corpus: Path) -> None:

@@ -48,7 +48,7 @@ def _arm(fault: dict[str, Any]) -> None:
             while not (folder / "go").exists():
                 time.sleep(0.01)
         else:
-            (folder / "failed").write_text(str(max(step_lines(Path(fault["run_dir"])))))
+            (folder / "failed").write_text(str(max(step_lines(Path(fault["run_dir"])), default=0)))
             raise OSError(errno.ENOSPC, "No space left on device")
 
     fault_points.arm(fault["point"], act)

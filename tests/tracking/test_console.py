@@ -115,6 +115,14 @@ def test_strange_numbers_are_shown_as_they_are(frozen_clock: None, changes: dict
             "attempt 2 started, resumed from step 7",
         ),
         (
+            {"kind": "attempt_started", "attempt": 2, "resumed_from": {"step": 7}, "restore_s": 0.449},
+            "attempt 2 started, resumed from step 7 in 0.4 s",
+        ),
+        (
+            {"kind": "checkpoint_committed", "step": 7, "digest": "ab" * 32, "stall_s": 0.0349},
+            "checkpoint of step 7 committed (abababababab), training waited 0.03 s",
+        ),
+        (
             {
                 "kind": "evaluation",
                 "step": 4,

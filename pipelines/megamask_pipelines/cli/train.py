@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megamask.errors import MegamaskError
+
+if TYPE_CHECKING:
+    from megamask.resilience.signals import StopRequest
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -19,6 +22,13 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 
     Returns: run_id, run_dir, step, loss, exit_code, reason.
     """
+    from megamask.resilience.signals import StopRequest
+
+    with StopRequest() as signals:  # first of all: from here on a signal asks for an orderly end
+        return _train(arguments, signals)
+
+
+def _train(arguments: argparse.Namespace, signals: StopRequest) -> dict[str, Any]:
     from megamask.config.load import load_train_config
     from megamask.config.secrets import resolve_secret
     from megamask.config.validate import validate_train
@@ -35,7 +45,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         if mlflow.enabled and mlflow.uri is not None:
             # a variable that is not set, or no address at all, would only show as an outage at the end
             check_uri(URI_KEY, resolve_secret(URI_KEY, mlflow.uri), after="Nothing was started.")
-        return run_training(loaded.config, ["train", arguments.config, *arguments.overrides])
+        return run_training(loaded.config, ["train", arguments.config, *arguments.overrides], signals)
     except MegamaskError as error:
         if is_launched() and leave_report(redacted(error)):
             raise SystemExit(int(error.exit_code)) from error

@@ -21,8 +21,8 @@ from pathlib import Path
 
 from megamask.errors import ExitCode, MegamaskError, error_with_code
 from megamask.resilience.exit_codes import combine
+from megamask.resilience.signals import STOP_SIGNALS, StopRequest
 
-FORWARDED_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 # After a rank has failed, the others get this long to notice, to write their rank files and to send what is journalled.
 FAILURE_GRACE_S = 30.0
 # Rank 0 opens the run before anybody trains: when it refuses, the others have nothing to tell.
@@ -77,12 +77,16 @@ def leave_report(error: MegamaskError) -> bool:
 
 
 def run_local_ranks(
-    arguments: Sequence[str], world_size: int, *, module: str = "megamask_pipelines.cli.main"
+    arguments: Sequence[str],
+    world_size: int,
+    *,
+    module: str = "megamask_pipelines.cli.main",
+    signals: StopRequest | None = None,
 ) -> list[RankExit]:
     """Runs `python -m MODULE ARGUMENTS` once per rank and waits for all of them.
 
     Rank 0 keeps this process's stdin and stderr; the other ranks' stderr is kept aside. Nobody keeps stdout: the caller
-    tells the result. Signals of FORWARDED_SIGNALS go to every rank. The ranks die with this process.
+    tells the result. Signals of STOP_SIGNALS go to every rank. The ranks die with this process.
 
     Returns: one RankExit per rank, in rank order.
     """
@@ -92,6 +96,9 @@ def run_local_ranks(
             with _forwarding_signals(processes):
                 for rank in range(world_size):
                     processes.append(_start([module, *arguments], rank, world_size, listener, Path(folder)))
+                if signals is not None and signals.last_word is not None:
+                    for process in processes:
+                        process.send_signal(signals.last_word)
                 ended, stopped = _wait(processes)
         finally:
             for process in processes:
@@ -168,7 +175,7 @@ def _start(
     environment.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // world_size)))
     environment.setdefault("GLOO_SOCKET_IFNAME", "lo")  # the host's own name need not resolve
     environment["MEGAMASK_STORE_FD"] = str(listener.fileno())  # tells every rank how they meet; rank 0 inherits it
-    with (folder / f"stderr-{rank}").open("wb") as log:
+    with (folder / f"stderr-{rank}").open("wb") as log, _held_back():
         return subprocess.Popen(
             [sys.executable, "-m", *arguments],
             env=environment,
@@ -182,13 +189,23 @@ def _start(
 
 
 @contextlib.contextmanager
+def _held_back() -> Iterator[None]:
+    """A process that is started here begins with these signals blocked: none can kill it before it has its handlers."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextlib.contextmanager
 def _forwarding_signals(processes: Sequence[subprocess.Popen[bytes]]) -> Iterator[None]:
     def forward(number: int, _frame: object) -> None:
         for process in processes:
             if process.poll() is None:
                 process.send_signal(number)
 
-    previous = {number: signal.signal(number, forward) for number in FORWARDED_SIGNALS}
+    previous = {number: signal.signal(number, forward) for number in STOP_SIGNALS}
     try:
         yield
     finally:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,6 +49,15 @@ def own_facts() -> ProcessFacts:
     if facts is None:  # /proc without the own process is a broken system
         raise RuntimeError("the system does not show this process to itself; is /proc mounted for another namespace?")
     return facts
+
+
+def own_age() -> float:
+    """Seconds since the calling process was started, as exact as the system's clock ticks (10 ms); 0 where unknown."""
+    facts = own_facts()
+    if facts.process_start_time is None or not hasattr(time, "CLOCK_BOOTTIME"):
+        return 0.0
+    started = facts.process_start_time / os.sysconf("SC_CLK_TCK")
+    return max(0.0, time.clock_gettime(time.CLOCK_BOOTTIME) - started)
 
 
 def facts_of(pid: int) -> ProcessFacts | None:

@@ -13,6 +13,7 @@ from typing import Any, Self
 from megamask.errors import ExitCode
 
 _PREEMPTION_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+STOP_SIGNALS = (*_PREEMPTION_SIGNALS, signal.SIGINT)
 
 
 class StopRequest:
@@ -37,6 +38,9 @@ class StopRequest:
     def install(self) -> None:
         """Takes the handlers over; a second call does nothing.
 
+        A launcher starts its ranks with these signals blocked, so that one that comes before the handlers waits for
+        them; from here on they are delivered.
+
         Raises:
             ValueError: not called from the main thread.
         """
@@ -45,12 +49,20 @@ class StopRequest:
         for number in _PREEMPTION_SIGNALS:
             self._previous[number] = signal.signal(number, self._on_preemption)
         self._previous[signal.SIGINT] = signal.signal(signal.SIGINT, self._on_interrupt)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
 
     def restore(self) -> None:
         """Gives back the handlers that were there before; a second call does nothing."""
         while self._previous:
             number, handler = self._previous.popitem()
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+    @property
+    def last_word(self) -> signal.Signals | None:
+        """A signal that asks somebody else for the same."""
+        if self._num_interrupts:
+            return signal.SIGINT
+        return signal.SIGTERM if self._num_preemptions else None
 
     @property
     def requested(self) -> int:

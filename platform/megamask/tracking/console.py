@@ -218,7 +218,9 @@ def event_line(record: Record) -> str | None:
     if kind == "attempt_started":
         resumed = record.get("resumed_from")
         where = resumed.get("step") if isinstance(resumed, dict) else resumed
-        return f"attempt {record.get('attempt')} started" + (f", resumed from step {where}" if resumed else "")
+        restore = _float(record.get("restore_s"))
+        taken = "" if restore is None else f" in {restore:.1f} s"
+        return f"attempt {record.get('attempt')} started" + (f", resumed from step {where}{taken}" if resumed else "")
     if kind == "evaluation":
         error = _float(record.get("standard_error"))
         line = f"evaluation at step {step}: {_number(record.get('nelbo_nats_per_token'))} nats/token"

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from megamask.config.schema.roots import TrainConfig
-from megamask.errors import ExitCode, SupersededError
+from megamask.errors import ExitCode, MegamaskError, SupersededError
 from megamask.provenance.record import code_version, library_versions
 from megamask.provenance.redaction import reason_of, redact, redact_values
 from megamask.resilience.claims import claim, is_superseded, refuse_if_superseded
@@ -56,16 +56,49 @@ class AttemptView:
         """Raises SupersededError when a newer attempt has claimed the run; only rank 0 looks."""
 
 
-class Attempt(AttemptView):
-    """Rank 0's attempt. Opening claims the run; exactly one of `close` and `fail` ends it.
+def claim_run(run_dir: Path) -> int:
+    """Claims a run for this process; returns the number of the new attempt.
 
     Raises:
         UsageError: another live process holds the run; nothing was written.
         StorageError: the run directory refuses.
     """
+    return claim(run_dir, known_attempt=last_attempt_of(run_dir), redact=redact)
 
-    def __init__(self, run_dir: Path, record: RunRecord, config: TrainConfig, *, bytes_per_token: float | None) -> None:
-        number = claim(run_dir, known_attempt=last_attempt_of(run_dir), redact=redact)
+
+def tell_failure(view: AttemptView, error: BaseException, exit_code: int) -> None:
+    """Puts the end of an attempt whose journal could not even be opened into status.json, where it is still its own."""
+    try:
+        if not is_superseded(view.run_dir, view.number):
+            reason = redact(reason_of(error))
+            node = host_platform.node()
+            write_status(
+                view.run_dir,
+                Status(attempt=view.number, phase="failed", exit_code=exit_code, node=node, reason=reason),
+            )
+    except (MegamaskError, OSError) as refusal:
+        _log.warning("the end of attempt %d could not be written: %r", view.number, refusal)
+
+
+class Attempt(AttemptView):
+    """Rank 0's attempt, after the claim; exactly one of `close` and `fail` ends it.
+
+    Args:
+        number: what `claim_run` returned.
+
+    Raises:
+        StorageError: the run directory refuses; `tell_failure` tells it.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        record: RunRecord,
+        number: int,
+        config: TrainConfig,
+        *,
+        bytes_per_token: float | None,
+    ) -> None:
         super().__init__(run_dir, record.run_id, number)
         self.record = record
         self._config = config
@@ -117,6 +150,7 @@ class Attempt(AttemptView):
         datasets: Sequence[Mapping[str, Any]],
         resumed: Mapping[str, Any] | None,
         extended: Any,
+        startup_s: Mapping[str, float],
     ) -> None:
         """Journals who trains, where, on what and from what; the readers begin."""
         if self._is_first:
@@ -140,6 +174,8 @@ class Attempt(AttemptView):
             libraries=library_versions(),
             resumed_from=resumed,
             extended=extended,
+            restore_s=None if resumed is None else startup_s["restore"],
+            startup_s=dict(startup_s),
         )
         if self.sink is not None:
             self.sink.start()
