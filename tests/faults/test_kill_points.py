@@ -22,6 +22,7 @@ from support.saving import save_once
 
 COMMIT_POINTS = [
     "checkpoint.begun",
+    "checkpoint.share_taken",
     "checkpoint.state_written",
     "checkpoint.documents_written",
     "checkpoint.file_flushed",

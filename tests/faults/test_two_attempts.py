@@ -6,17 +6,22 @@ that test is skipped and says so.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from megamask.checkpoint.integrity import verify_folder
+from megamask.checkpoint import retention
+from megamask.checkpoint.commit import CommitFields, begin, publish
+from megamask.checkpoint.integrity import digest_and_flush, verify_folder
 from megamask.checkpoint.reader import candidates
 from megamask.checkpoint.retention import sweep
 from megamask.errors import SupersededError
@@ -98,6 +103,31 @@ def test_ranks_whose_launcher_was_killed_die_and_the_run_goes_on(tmp_path: Path,
     done = megamask("train", *arguments, f"training.stop_after_step={step}", "--json")
     assert (done.code, done.json["step"]) == (0, step), done.stderr
     assert megamask("verify", "checkpoint", run_dir).code == 0
+
+
+def test_writer_that_publishes_while_its_folder_is_removed_shows_nothing_half_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has looked at the claims before the newer attempt came; the sweep has moved its folder away."""
+    run_dir = tmp_path / "run"
+    kept = save_once(run_dir, step=10, attempt=claim(run_dir))
+    folder = begin(run_dir, 20, 1)
+    (folder / "__0_0.distcp").write_bytes(b"weights")
+    files = {"__0_0.distcp": digest_and_flush(folder, "__0_0.distcp")}
+    remove = shutil.rmtree
+    tried: list[str] = []
+
+    def remove_slowly(path: Path, **options: bool) -> None:
+        (path / "__0_0.distcp").unlink()
+        with contextlib.suppress(FileNotFoundError):
+            publish(folder, files, CommitFields(run_id="r"))
+        tried.append(path.name)
+        assert [verify_folder(found).digest for found in candidates(run_dir)] == [kept.digest]
+        remove(path, **options)
+
+    monkeypatch.setattr(retention, "shutil", SimpleNamespace(rmtree=remove_slowly))
+    assert sweep(run_dir, claim(run_dir)) == [folder.name]
+    assert len(tried) == 1
 
 
 @pytest.fixture
