@@ -13,11 +13,14 @@ from typing import Any
 
 import pytest
 
+from megamask.checkpoint.integrity import verify_folder
 from megamask.data.manifest import open_corpus
 from megamask.errors import DataIntegrityError
+from megamask.storage import fault_points
 from megamask_pipelines.cli import main as cli
 from support.command import tiny
 from support.records import flip_byte
+from support.saving import save_once
 from support.tiny_run import SEQUENCE_LENGTH, write_corpus, write_run
 
 NEWEST = "step-00000020-a0001"
@@ -185,6 +188,19 @@ def test_latest_is_only_a_hint_that_no_reader_follows(megamask: Any, run_dir: Pa
     assert megamask("verify", "checkpoint", run_dir).json["step"] == 20
     assert megamask("evaluate", run_dir, "--rows", "1").json["step"] == 20
     assert megamask("status", run_dir).json["last_checkpoint"] == NEWEST
+
+
+def test_tokenizer_that_goes_while_a_run_trains_ends_with_64_at_the_next_save(tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    kept = save_once(run_dir, step=10, attempt=1)
+    fault_points.arm("checkpoint.begun", lambda: shutil.rmtree(tmp_path / "run.tokenizer"))
+    try:
+        with pytest.raises(DataIntegrityError, match=r"run\.tokenizer has gone since the run began"):
+            save_once(run_dir, step=20, attempt=1)
+    finally:
+        fault_points.disarm()
+    assert sorted(path.name for path in (run_dir / "checkpoints").iterdir()) == ["latest", kept.folder.name]
+    assert verify_folder(kept.folder).digest == kept.digest
 
 
 # The run's own records: 65 where they are read for what they say, nothing where they are hints.

@@ -233,18 +233,29 @@ def _engine_errors(folder: Path) -> Iterator[None]:
 
 
 def _write_documents(folder: Path, state: TrainerState, model: ModelDocument, tokenizer_folder: Path) -> list[str]:
+    tokenizer = _tokenizer_files(tokenizer_folder)
     with storage_errors(f"writing {folder}"):
         (folder / STATE_NAME).write_bytes(state.to_bytes())
         (folder / MODEL_NAME).write_bytes(model.to_bytes())
         (folder / TOKENIZER_NAME).mkdir()
-        names = [STATE_NAME, MODEL_NAME]
-        for source in sorted(tokenizer_folder.iterdir()):
-            if source.is_symlink():  # it may lead to what is nobody's business
-                raise DataIntegrityError(f"{source} is a link; a tokenizer folder holds plain files only")
-            if source.is_file():
-                names.append(f"{TOKENIZER_NAME}/{source.name}")
-                (folder / names[-1]).write_bytes(source.read_bytes())
-    return names
+        for name, data in tokenizer.items():
+            (folder / name).write_bytes(data)
+    return [STATE_NAME, MODEL_NAME, *tokenizer]
+
+
+def _tokenizer_files(source: Path) -> dict[str, bytes]:
+    try:
+        with storage_errors(f"reading {source}"):
+            paths = sorted(source.iterdir())
+            for path in paths:
+                if path.is_symlink():  # it may lead to what is nobody's business
+                    raise DataIntegrityError(f"{path} is a link; a tokenizer folder holds plain files only")
+            return {f"{TOKENIZER_NAME}/{path.name}": path.read_bytes() for path in paths if path.is_file()}
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise DataIntegrityError(
+            f"{error.filename} has gone since the run began, but every checkpoint holds a copy. Nothing was published.",
+            hint="restore the corpus' folder tokenizer/, then run again; the run resumes from its last checkpoint",
+        ) from error
 
 
 def _union(gathered: Sequence[Mapping[str, FileDigest]], folder: Path) -> dict[str, FileDigest]:
