@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
-import time
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megamask.checkpoint.contents import ModelDocument
@@ -14,16 +11,14 @@ from megamask.checkpoint.loader import Loaded, load
 from megamask.checkpoint.retention import sweep
 from megamask.config.schema.roots import TrainConfig
 from megamask.diffusion.objective import ObjectiveSpec
-from megamask.errors import ExitCode, MegamaskError, StorageError, SupersededError, error_with_code
+from megamask.errors import ExitCode, MegamaskError, SupersededError
 from megamask.launch.local import is_launched
 from megamask.models.counts import flops_per_token
 from megamask.provenance.record import code_version
 from megamask.provenance.redaction import reason_of
-from megamask.resilience.numerics import NotFiniteError
 from megamask.resilience.parent_death import die_with_parent
-from megamask.resilience.rank_files import read_rank_failures, write_rank_failure
+from megamask.resilience.rank_files import write_rank_failure
 from megamask.resilience.signals import StopRequest
-from megamask.storage.durable import storage_errors
 from megamask.training.attempt import Attempt, AttemptView, claim_run, tell_failure
 from megamask.training.checkpointing import CheckpointCommitter
 from megamask.training.datasets import described_datasets
@@ -37,13 +32,12 @@ from megamask.training.schedules import check_extension
 from megamask.training.startup import StartupClock
 from megamask.training.stopping import StopFlag, StopReason
 from megamask_pipelines.corpora import Corpora
+from megamask_pipelines.job_failure import end_saving, peer_failure, typed
 
 if TYPE_CHECKING:
     import torch
 
     from megamask.engine.engine import Engine
-
-_log = logging.getLogger(__name__)
 
 
 def pretrain(config: TrainConfig, signals: StopRequest) -> tuple[StopReason, Progress]:
@@ -250,15 +244,15 @@ class Job:
         if isinstance(error, KeyboardInterrupt | SystemExit):
             return error
         if isinstance(error, OSError):
-            error = _typed(error)
+            error = typed(error)
         if self._committer is not None:
-            _end_saving(self._committer, error)
+            end_saving(self._committer, error)
         code = int(error.exit_code) if isinstance(error, MegamaskError) else int(ExitCode.BUG)
         known = self._view
         if known is None:
             return error
         number = known.number
-        if code == ExitCode.BUG and (peer := _peer_failure(self._run_dir, number, self._rank)) is not None:
+        if code == ExitCode.BUG and (peer := peer_failure(self._run_dir, number, self._rank)) is not None:
             error, code = peer, int(peer.exit_code)
         elif not isinstance(error, SupersededError):
             write_rank_failure(self._run_dir, number, rank=self._rank, exit_code=code, reason=reason_of(error))
@@ -267,36 +261,3 @@ class Job:
         elif self._rank == 0:
             tell_failure(known, error, code)
         return error
-
-
-def _end_saving(committer: CheckpointCommitter, error: BaseException) -> None:
-    """What was being saved when the attempt failed is a good state: it is committed if all ranks can still meet."""
-    has_all_ranks = isinstance(error, NotFiniteError) or int(os.environ.get("WORLD_SIZE", "1")) == 1
-    try:
-        if has_all_ranks:
-            committer.finish()
-        else:
-            committer.abandon(together=False)
-    except Exception as refusal:  # noqa: BLE001  the attempt's own error is told, whatever else fails now
-        _log.warning("the checkpoint that was being saved is lost: %r", refusal)
-
-
-def _typed(error: OSError) -> BaseException:
-    """The error as a StorageError where the storage is to blame, so that every record has the same exit code."""
-    try:
-        with storage_errors("training"):
-            raise error
-    except (StorageError, OSError) as typed:
-        return typed
-
-
-def _peer_failure(run_dir: Path, attempt: int, rank: int) -> MegamaskError | None:
-    """The failure of another rank that explains a lost connection, waited for a moment."""
-    deadline = time.monotonic() + (2.0 if int(os.environ.get("WORLD_SIZE", "1")) > 1 else 0.0)
-    while True:
-        for failure in read_rank_failures(run_dir, attempt).values():
-            if failure.rank != rank and failure.exit_code != ExitCode.BUG:
-                return error_with_code(failure.exit_code, f"rank {failure.rank}: {failure.reason}")
-        if time.monotonic() >= deadline:
-            return None
-        time.sleep(0.1)

@@ -130,3 +130,27 @@ def test_killed_while_saving_leaves_no_writer_and_nothing_visible_and_the_next_a
     names = sorted(path.name for path in (run_dir / "checkpoints").glob("step-*"))
     assert names == ["step-00000003-a0001", "step-00000006-a0002", "step-00000009-a0002"]
     assert sorted(step_lines(run_dir)) == sorted(step_lines(blocking))
+
+
+def test_run_keeps_the_newest_every_nth_and_the_best_by_the_bound_measured_at_their_step(
+    small_corpus: Path, tmp_path: Path
+) -> None:
+    done = megamask(
+        "train",
+        *tiny(small_corpus, tmp_path, "run", "training.steps=12", "checkpoint.every_steps=2", "checkpoint.keep_last=1"),
+        *("checkpoint.keep_every_steps=6", "checkpoint.keep_best=2", "evaluation.every_steps=2", "evaluation.rows=4"),
+    )
+    assert done.code == 0, done.stderr
+    records = journal(tmp_path / "run")
+    measured = {r["step"]: r["nelbo_nats_per_token"] for r in records if r["kind"] == "evaluation"}
+    commits = {r["step"]: r for r in records if r["kind"] == "checkpoint_committed"}
+    assert sorted(commits) == [2, 4, 6, 8, 10, 12]
+    assert {step: r["evaluation"]["nelbo_nats_per_token"] for step, r in commits.items()} == measured
+    best = sorted(measured, key=lambda step: (measured[step], -step))[:2]
+    kept = {int(folder.name[5:13]) for folder in checkpoints(tmp_path / "run")}
+    assert kept == {6, 12, *best}
+    gone = [r["checkpoint"] for r in records if r["kind"] == "checkpoint_pruned"]
+    assert sorted(gone) == [commits[step]["checkpoint"] for step in sorted(commits.keys() - kept)]
+    assert all(
+        load_commit(folder).bound == measured[load_commit(folder).step] for folder in checkpoints(tmp_path / "run")
+    )
