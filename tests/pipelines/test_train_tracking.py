@@ -96,6 +96,21 @@ def test_inspection_recomputes_what_was_trained_on(tracked: Path) -> None:
     assert sum(len(sample["masked"]) for sample in samples) == line["masked_tokens"]
 
 
+def test_run_directory_agrees_with_itself_after_two_attempts(tracked: Path) -> None:
+    done = megamask("verify", "run", tracked, "--json")
+    assert done.code == 0, done.stdout
+    assert done.json["checked"] | {"checkpoint_bytes": 0, "journal_lines": 0} == {
+        "journal_lines": 0,
+        "steps": 6,
+        "repeated_steps": 0,
+        "attempts": 2,
+        "checkpoints": 2,
+        "checkpoint_bytes": 0,
+        "corpora": 1,
+    }
+    assert done.json["findings"] == done.json["notes"] == []
+
+
 def test_run_continues_when_its_corpus_has_moved(tracked: Path, small_corpus: Path, tmp_path: Path) -> None:
     run_dir = Path(shutil.copytree(tracked, tmp_path / "tracked"))
     moved = Path(shutil.copytree(small_corpus, tmp_path / "elsewhere"))

@@ -26,7 +26,7 @@ VERBS: Mapping[str, str] = {
     "evaluate": "measure the likelihood bound of a run or checkpoint on held-out text",
     "sample": "generate text, or fill in what is masked",
     "inspect": "show the exact samples and masks of a training step",
-    "verify": "read every byte of a corpus or checkpoint and compare it with its record",
+    "verify": "read every byte of a corpus, checkpoint or run and compare it with its record",
     "status": "tell where a run stands",
     "sync": "send to MLflow what it has not got of a run",
     "explain": "explain a setting: meaning, range, default, and who set it",

@@ -1,4 +1,4 @@
-"""`megamask verify corpus|checkpoint FOLDER`: reads every byte and compares it with what was recorded."""
+"""`megamask verify corpus|checkpoint|run FOLDER`: reads every byte and compares it with what was recorded."""
 
 from __future__ import annotations
 
@@ -9,19 +9,26 @@ from typing import Any
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The verb's arguments."""
-    parser.add_argument("what", choices=("corpus", "checkpoint"), help="what the folder holds")
-    parser.add_argument("folder", help="a prepared corpus; or a checkpoint folder or a run directory")
+    parser.add_argument("what", choices=("corpus", "checkpoint", "run"), help="what the folder holds")
+    parser.add_argument("folder", help="a prepared corpus; a checkpoint folder or a run directory; a run directory")
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Verifies a folder; the first damage raises, with exit code 64 for a corpus and 65 for a checkpoint.
 
+    A run is read to its end, whatever is found; the answer lists it all.
+
     Returns:
-        for a corpus: corpus_id, rows, documents, tokens, shards, ok; for a checkpoint: what `verify_checkpoint` says.
+        for a corpus: corpus_id, rows, documents, tokens, shards, ok; for a checkpoint: what `verify_checkpoint` says;
+        for a run: what `verify_run` says.
     """
     folder = Path(arguments.folder)
     if arguments.what == "corpus":
         return _verify_corpus(folder, show_progress=not getattr(arguments, "json", False))
+    if arguments.what == "run":
+        from megamask_pipelines.verify_run import verify_run
+
+        return verify_run(folder)
     from megamask.checkpoint.reader import verify_checkpoint
 
     return verify_checkpoint(folder)
@@ -45,6 +52,23 @@ def _verify_corpus(folder: Path, *, show_progress: bool) -> dict[str, Any]:
 
 
 def render(result: dict[str, Any]) -> str:
-    """One line for a person."""
+    """One line for a person; of a run a line for each finding, too."""
+    if "findings" in result:
+        return _render_run(result)
     facts = ", ".join(f"{name} {value}" for name, value in result.items() if name != "ok")
     return f"whole: {facts}"
+
+
+def _render_run(result: dict[str, Any]) -> str:
+    counts = ", ".join(f"{value} {name.replace('_', ' ')}" for name, value in result["checked"].items())
+    state = "alive" if result["is_live"] else "not running"
+    lines = [f"run {result['run_dir']} ({result['run_id']}), {state}", f"checked: {counts}"]
+    lines += [f"note: {note}" for note in result["notes"]]
+    for finding in result["findings"]:
+        where = f"{finding['file']}, line {finding['line']}" if finding["line"] else finding["file"]
+        lines.append(f"found: {where}: {finding['problem']}")
+    more = result["num_findings"] - len(result["findings"])
+    if more > 0:
+        lines.append(f"found: {more} more")
+    lines.append("whole: everything agrees" if result["ok"] else f"damaged: {result['num_findings']} finding(s)")
+    return "\n".join(lines)

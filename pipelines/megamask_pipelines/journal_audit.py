@@ -1,0 +1,254 @@
+"""Does a journal tell one consistent story? Pure: it is fed lines and knows no files.
+
+The order law makes a step's first sample and its size arithmetic, so every step line can be checked alone; repeated
+steps must be the same steps; commits must descend from one another and name the line before which they were made.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from megamask.checkpoint.names import folder_name
+from megamask.data.content import batch_digest
+
+# Of a repeated step these say whether it was the same step; numbers of the computer's arithmetic may differ.
+_SAME_WHEN_REPEATED = ("batch_digest", "content_digest", "masked_tokens", "consumed_samples", "consumed_tokens")
+_AFTER_THE_END = frozenset({"run_completed", "incident"})
+_ROUNDING = 1e-5  # of float32 sums in another order
+
+
+@dataclass(frozen=True, kw_only=True, order=True)
+class Finding:
+    """Something that does not agree: where it stands (line 0 is the file as a whole) and what it is."""
+
+    file: str
+    line: int
+    problem: str
+
+    def __str__(self) -> str:
+        return f"{self.file}, line {self.line}: {self.problem}" if self.line else f"{self.file}: {self.problem}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rules:
+    """What run.json says that every line must fit.
+
+    Args:
+        run_id, corpora: as in run.json.
+        consumed_before: samples of all steps before a step, by the order law.
+        num_views: corrupted copies of each sample.
+        sequence_length: tokens of a row.
+    """
+
+    run_id: str
+    corpora: Mapping[str, str]
+    consumed_before: Callable[[int], int]
+    num_views: int
+    sequence_length: int
+
+
+@dataclass(kw_only=True)
+class AttemptStory:
+    """What the lines of one attempt have said so far."""
+
+    number: int
+    started: dict[str, Any] | None = None
+    first_step: int | None = None
+    last_step: int | None = None
+    consumed_samples: int = 0
+    consumed_tokens: int | None = None
+    last_digest: str | None = None
+    ended: dict[str, Any] | None = None
+    is_completed: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Told:
+    """A `checkpoint_committed` line: where it stands, and what it says."""
+
+    file: str
+    line: int
+    record: Mapping[str, Any]
+
+
+class _Taken(NamedTuple):
+    """What is remembered of every step; a run has millions of them."""
+
+    attempt: int
+    said: int
+    consumed_tokens: int
+
+
+@dataclass
+class JournalAudit:
+    """Fed with every whole line in order; `findings` grows, and `commits` collects what was committed."""
+
+    rules: Rules
+    findings: list[Finding] = field(default_factory=list)
+    attempts: dict[int, AttemptStory] = field(default_factory=dict)
+    commits: dict[str, Told] = field(default_factory=dict)
+    pruned: set[str] = field(default_factory=set)
+    num_lines: int = 0
+    num_steps: int = 0
+    num_repeated: int = 0
+    _steps: dict[int, _Taken] = field(default_factory=dict)
+    _file: str = ""
+    _line: int = 0
+
+    def see(self, file: str, line: int, attempt: int, record: Mapping[str, Any]) -> AttemptStory:
+        """Checks the next line.
+
+        Args:
+            file, line: where it stands; attempt: whose file it is.
+
+        Returns: the story of its attempt, this line included.
+        """
+        self._file, self._line = file, line
+        self.num_lines += 1
+        story = self.attempts.setdefault(attempt, AttemptStory(number=attempt))
+        check = getattr(self, f"_{record['kind']}", None)
+        if story.ended is not None and record["kind"] not in _AFTER_THE_END:
+            self._find(f"a {record['kind']} line stands after the end of attempt {attempt}")
+        if check is not None:
+            try:
+                check(story, record)
+            except (KeyError, TypeError, ValueError, OverflowError) as error:
+                self._find(f"a {record['kind']} line lacks or misstates a field ({error!r})")
+        return story
+
+    def _find(self, problem: str) -> None:
+        self.findings.append(Finding(file=self._file, line=self._line, problem=problem))
+
+    def _expect(self, what: str, found: Any, expected: Any) -> None:
+        if found != expected or isinstance(found, bool) != isinstance(expected, bool):
+            self._find(f"{what} is {found!r}; it must be {expected!r}")
+
+    def _run_started(self, story: AttemptStory, record: Mapping[str, Any]) -> None:
+        self._expect("run_id", record["run_id"], self.rules.run_id)
+        self._expect("corpora", record["corpora"], dict(self.rules.corpora))
+
+    def _attempt_started(self, story: AttemptStory, record: Mapping[str, Any]) -> None:
+        if story.started is not None:
+            self._find(f"attempt {story.number} starts a second time")
+        self._expect("attempt", record["attempt"], story.number)
+        self._expect("run_id", record["run_id"], self.rules.run_id)
+        story.started = dict(record)
+        resumed = record["resumed_from"]
+        if resumed is None:
+            return
+        story.last_step, story.last_digest = resumed["step"], resumed["digest"]
+        story.consumed_samples = self.rules.consumed_before(resumed["step"] + 1)
+        story.consumed_tokens = taken.consumed_tokens if (taken := self._steps.get(resumed["step"])) else None
+        told = self.commits.get(resumed["checkpoint"])
+        if told is not None:
+            self._expect("the digest resumed from", resumed["digest"], told.record["digest"])
+            self._expect("the step resumed from", resumed["step"], told.record["step"])
+
+    def _step(self, story: AttemptStory, record: Mapping[str, Any]) -> None:
+        step = _count(record["step"])
+        self.num_steps += 1
+        if story.started is None:
+            self._find(f"a step stands before the start of attempt {story.number}")
+        elif step != (story.last_step or 0) + 1:
+            self._find(f"step {step} follows step {story.last_step or 0}")
+        begin, end = self.rules.consumed_before(step), self.rules.consumed_before(step + 1)
+        size = record.get("global_batch_size", end - begin)
+        self._expect("global_batch_size", size, end - begin)
+        self._expect("consumed_samples", record["consumed_samples"], end)
+        self._expect("batch_digest", record["batch_digest"], batch_digest(begin, end - begin))
+        self._tokens(story, record, step, end - begin)
+        self._loss(record)
+        self._repeated(story, record, step)
+        story.first_step = step if story.first_step is None else story.first_step
+        story.last_step, story.consumed_samples = step, record["consumed_samples"]
+        story.consumed_tokens = record["consumed_tokens"]
+
+    def _tokens(self, story: AttemptStory, record: Mapping[str, Any], step: int, size: int) -> None:
+        tokens, masked = _count(record["consumed_tokens"]), _count(record["masked_tokens"])
+        self._expect("processed_tokens", record["processed_tokens"], tokens * self.rules.num_views)
+        most = size * self.rules.sequence_length
+        before = 0 if step == 1 else story.consumed_tokens
+        eligible = None if before is None else tokens - before
+        if eligible is not None and not 0 <= eligible <= most:
+            self._find(f"consumed_tokens grew by {eligible}; a step has at most {most} tokens")
+        if masked > (most if eligible is None else eligible):
+            self._find(f"masked_tokens is {masked}, more than the step has")
+        levels = record.get("masked_tokens_by_noise_level")
+        if levels is not None and eligible is not None:
+            expected = eligible if self.rules.num_views == 2 else masked
+            self._expect("the sum of masked_tokens_by_noise_level", sum(map(_count, levels)), expected)
+
+    def _loss(self, record: Mapping[str, Any]) -> None:
+        values = [record["loss"], *record["loss_terms"].values()]
+        if all(isinstance(value, int | float) for value in values):
+            total = math.fsum(values[1:])
+            if not math.isclose(total, values[0], rel_tol=_ROUNDING, abs_tol=_ROUNDING):
+                self._find(f"loss is {values[0]}, its terms add up to {total}")
+
+    def _repeated(self, story: AttemptStory, record: Mapping[str, Any], step: int) -> None:
+        """A step that an earlier attempt took too must be the same step: the noise law knows no other."""
+        said = hash(tuple(str(record[name]) for name in _SAME_WHEN_REPEATED))
+        taken = _Taken(attempt=story.number, said=said, consumed_tokens=record["consumed_tokens"])
+        before = self._steps.setdefault(step, taken)
+        if before.attempt != story.number:
+            self.num_repeated += 1
+        if before.said != said:
+            self._find(f"step {step} has other samples, tokens or masks than in attempt {before.attempt}")
+
+    def _evaluation(self, story: AttemptStory, record: Mapping[str, Any]) -> None:
+        self._is_reached(story, record)
+
+    def _checkpoint_started(self, story: AttemptStory, record: Mapping[str, Any]) -> None:
+        self._is_reached(story, record)
+
+    def _checkpoint_committed(self, story: AttemptStory, record: Mapping[str, Any]) -> None:
+        self._is_reached(story, record)
+        self._expect("checkpoint", record["checkpoint"], folder_name(record["step"], story.number))
+        if "location" in record:
+            self._expect("location", record["location"], f"checkpoints/{record['checkpoint']}")
+        self._expect("parent", record["parent"], story.last_digest)
+        story.last_digest = record["digest"]
+        self.commits[record["checkpoint"]] = Told(file=self._file, line=self._line, record=dict(record))
+
+    def _checkpoint_pruned(self, story: AttemptStory, record: Mapping[str, Any]) -> None:
+        self.pruned.add(record["checkpoint"])
+
+    def _is_reached(self, story: AttemptStory, record: Mapping[str, Any]) -> None:
+        if not 0 < _count(record["step"]) <= (story.last_step or 0):
+            self._find(f"a {record['kind']} line names step {record['step']}; the last step is {story.last_step or 0}")
+
+    def _attempt_ended(self, story: AttemptStory, record: Mapping[str, Any]) -> None:
+        self._expect("attempt", record["attempt"], story.number)
+        if story.started is not None:
+            self._expect("step", record["step"], story.last_step or 0)
+        story.ended = dict(record)
+
+    def _run_completed(self, story: AttemptStory, record: Mapping[str, Any]) -> None:
+        story.is_completed = True
+        self._expect("step", record["step"], story.last_step or 0)
+        if story.consumed_tokens is not None:
+            self._expect("consumed_tokens", record["consumed_tokens"], story.consumed_tokens)
+        if story.ended is None or story.ended["phase"] != "done":
+            self._find("the run is completed by an attempt that has not ended as done")
+
+
+def newest_commit_missing(audit: JournalAudit, visible: Iterable[str]) -> Finding | None:
+    """The finding of a run whose newest commit, by its journal, is not there and was not pruned; or None."""
+    kept = {name: told for name, told in audit.commits.items() if name not in audit.pruned}
+    if not kept:
+        return None
+    newest = max(kept)  # names ascend by step, then by attempt
+    if newest in visible or max(visible, default="") > newest:
+        return None
+    told = kept[newest]
+    problem = f"{newest} was committed and never pruned, but it is not among the checkpoints"
+    return Finding(file=told.file, line=told.line, problem=problem)
+
+
+def _count(value: Any) -> int:
+    if type(value) is not int or not 0 <= value < 1 << 63:
+        raise ValueError(f"{value!r} is no count")
+    return value
