@@ -15,7 +15,7 @@ from support.command import command, environment
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """What a process and its run directory hold at a moment."""
+    """What a process and its run directory hold at a moment; the journal's files, which grow, are not counted."""
 
     step: int
     resident_kib: int
@@ -66,7 +66,7 @@ def look(pid: int, run_dir: Path) -> Sample | None:
         resident_kib=int(facts["VmRSS"]),
         num_threads=int(facts["Threads"]),
         num_descriptors=num_descriptors,
-        num_files=sum(len(files) for _, _, files in os.walk(run_dir)),
+        num_files=sum(len(files) for folder, _, files in os.walk(run_dir) if Path(folder).name != "journal"),
     )
 
 
