@@ -78,7 +78,7 @@ def test_gpu_attention_of_grouped_queries_needs_no_memory_for_all_scores(dtype):
     """Forward and backward of 8,192 positions stay far below what the scores of 16 heads alone would take."""
     from megamask.engine.attention import BidirectionalAttention
 
-    attention = BidirectionalAttention(SimpleNamespace(kv_channels=64), 1, None, "self")
+    attention = BidirectionalAttention(SimpleNamespace(kv_channels=64), 1, None, "self", rope_theta=1e4)
     query = torch.randn(8192, 1, 16, 64, device="cuda", dtype=dtype, requires_grad=True)
     key, value = (torch.randn(8192, 1, 4, 64, device="cuda", dtype=dtype, requires_grad=True) for _ in range(2))
     torch.cuda.reset_peak_memory_stats()

@@ -1,6 +1,6 @@
 """What differs between a GPU and a laptop, in one object: device, collectives, and which Adam updates the weights.
 
-Nothing else in the house asks which device it runs on.
+Nothing else in the house asks which device it runs on, but for one kernel of operators.py.
 """
 
 from __future__ import annotations

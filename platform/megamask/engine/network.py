@@ -19,10 +19,11 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megamask.engine.attention import BidirectionalAttention, RMSNorm
+from megamask.engine.attention import BidirectionalAttention, FeedForward, RMSNorm
 from megamask.engine.canonical import CanonicalMap
 from megamask.engine.topology import Topology
 from megamask.models.spec import ModelSpec
@@ -73,11 +74,10 @@ def build_network(spec: ModelSpec, topology: Topology, compute: torch.dtype) -> 
     config = _transformer_config(spec, topology, compute)
     network = DiffusionNetwork(
         config=config,
-        transformer_layer_spec=_block_spec(config, len(topology.layers(spec.num_layers))),
+        transformer_layer_spec=_block_spec(config, len(topology.layers(spec.num_layers)), spec.rope_theta),
         vocab_size=spec.padded_vocab_size,
         max_sequence_length=spec.max_sequence_length,
-        position_embedding_type="rope",
-        rotary_base=spec.rope_theta,
+        position_embedding_type="none",  # the attention module turns queries and keys itself
         share_embeddings_and_output_weights=spec.tie_embeddings,
         pre_process=topology.is_first_stage,
         post_process=topology.is_last_stage,
@@ -135,11 +135,12 @@ def _finalize_gradients(model: list[Any], num_tokens: torch.Tensor | None, **opt
     finalize_model_grads(model, None, **options)
 
 
-def _block_spec(config: TransformerConfig, num_layers: int) -> TransformerBlockSubmodules:
+def _block_spec(config: TransformerConfig, num_layers: int, rope_theta: float) -> TransformerBlockSubmodules:
     layer = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=config.qk_layernorm)
     attention = layer.submodules.self_attention
     attention.params["attn_mask_type"] = AttnMaskType.no_mask  # the local specification is causal
-    attention.submodules.core_attention = BidirectionalAttention
+    attention.submodules.core_attention = ModuleSpec(module=BidirectionalAttention, params={"rope_theta": rope_theta})
+    layer.submodules.mlp = FeedForward
     layer.submodules.input_layernorm = RMSNorm
     layer.submodules.pre_mlp_layernorm = RMSNorm
     if config.qk_layernorm:

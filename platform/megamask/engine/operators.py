@@ -1,0 +1,114 @@
+"""RMSNorm, rotary positions and SwiGLU with gradients written out: few passes over memory, nothing kept twice.
+
+Composed of torch's own operations each of them would store several intermediate tensors and go over memory two to
+three times as often. Statistics and gradients of the norm are computed in float32 whatever the format.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight (arXiv:1910.07467). Shapes: x [..., n], weight [n]."""
+    if x.is_cuda:
+        fused: torch.Tensor = F.rms_norm(x, weight.shape, weight, eps)  # one kernel each way
+        return fused
+    normed: torch.Tensor = _RMSNorm.apply(x, weight, eps)  # type: ignore[no-untyped-call]
+    return normed
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        wide = x.float()
+        length: torch.Tensor = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+        scale = length.square_().div_(x.size(-1)).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, weight, scale)
+        return (wide * scale).mul_(weight).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
+        """With y = s*x*w: dw = sum s*x*g, dx = s*w*g - x * s^3/n * sum(w*x*g)."""
+        x, weight, scale = ctx.saved_tensors
+        wide, wide_weight, gradient = x.float(), weight.float(), gradient.float()
+        size = x.size(-1)
+        products = (gradient * wide).reshape(-1, size)
+        flat_scale = scale.reshape(-1)
+        of_weight = flat_scale @ products
+        inner = (products @ wide_weight).view(scale.shape).mul_(scale**3).div_(-size)
+        of_x = (gradient * wide_weight).mul_(scale).addcmul_(wide, inner)
+        return of_x.to(x.dtype), of_weight.to(weight.dtype), None
+
+
+def rotate(x: torch.Tensor, theta: float) -> torch.Tensor:
+    """Rotary positions (RoFormer, arXiv:2104.09864): turns the channel pairs (i, i + d/2) by position * theta^(-2i/d).
+
+    Shapes: x [s, b, h, d] -> [b, h, s, d], position = index in s.
+    """
+    cosine, sine = _angles(x.size(0), x.size(3), theta, x.device, x.dtype)
+    rotated: torch.Tensor = _Rotate.apply(  # type: ignore[no-untyped-call]
+        x.permute(1, 2, 0, 3), cosine, sine
+    )
+    return rotated
+
+
+@functools.lru_cache(maxsize=8)
+def _angles(
+    length: int, channels: int, theta: float, device: torch.device, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosine and sine [s, d/2] of each position's angles; computed in float32."""
+    exponent = torch.arange(0, channels, 2, dtype=torch.float32, device=device) / channels
+    angle = torch.arange(length, dtype=torch.float32, device=device)[:, None] / theta**exponent
+    return angle.cos().to(dtype), angle.sin().to(dtype)
+
+
+class _Rotate(torch.autograd.Function):
+    """The gradient of a rotation is the rotation back."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(cosine, sine)
+        return _turn(x, cosine, sine, torch.empty(x.shape, dtype=x.dtype, device=x.device), sign=1)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        cosine, sine = ctx.saved_tensors
+        b, h, s, d = gradient.shape
+        out = torch.empty((s, b, h, d), dtype=gradient.dtype, device=gradient.device).permute(1, 2, 0, 3)
+        return _turn(gradient, cosine, sine, out, sign=-1), None, None
+
+
+def _turn(x: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor, out: torch.Tensor, *, sign: int) -> torch.Tensor:
+    for own, other, to, turn in zip(x.chunk(2, -1), x.chunk(2, -1)[::-1], out.chunk(2, -1), (-sign, sign), strict=True):
+        torch.mul(own, cosine, out=to)
+        to.addcmul_(other, sine, value=turn)
+    return out
+
+
+def swiglu(x: torch.Tensor) -> torch.Tensor:
+    """silu(gate) * up (arXiv:2002.05202). Shapes: x [..., 2n], gate and up side by side -> [..., n]."""
+    gated: torch.Tensor = _SwiGLU.apply(x)  # type: ignore[no-untyped-call]
+    return gated
+
+
+class _SwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(x)
+        gate, up = x.chunk(2, -1)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+        (x,) = ctx.saved_tensors
+        gate, up = x.chunk(2, -1)
+        out = torch.empty_like(x)
+        of_gate, of_up = out.chunk(2, -1)
+        torch.mul(gradient, F.silu(gate), out=of_up)
+        torch.mul(torch.ops.aten.silu_backward(gradient, gate), up, out=of_gate)
+        return out
