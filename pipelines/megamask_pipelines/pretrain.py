@@ -20,7 +20,7 @@ from megamask.resilience.parent_death import die_with_parent
 from megamask.resilience.rank_files import write_rank_failure
 from megamask.resilience.signals import StopRequest
 from megamask.training.attempt import Attempt, AttemptView, claim_run, tell_failure
-from megamask.training.checkpointing import CheckpointCommitter
+from megamask.training.checkpointing import CheckpointCommitter, commit_record, is_announced
 from megamask.training.datasets import described_datasets
 from megamask.training.evaluating import validation_measure
 from megamask.training.hooks import PeriodicCheckpoint, PeriodicEvaluation, StatusFile, StepJournal
@@ -196,6 +196,8 @@ class Job:
                 extended=self._extended,
                 startup_s=self._startup.seconds(),
             )
+            if commit is not None and not is_announced(self._run_dir, commit):
+                self._attempt.append("checkpoint_committed", **commit_record(commit, stall_s=None, save_s=None))
             for incident in loaded.incidents:
                 self._attempt.append("incident", **incident)
             self._attempt.running(self.progress.step)

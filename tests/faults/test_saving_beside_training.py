@@ -154,3 +154,22 @@ def test_run_keeps_the_newest_every_nth_and_the_best_by_the_bound_measured_at_th
     assert all(
         load_commit(folder).bound == measured[load_commit(folder).step] for folder in checkpoints(tmp_path / "run")
     )
+
+
+def test_commit_that_a_kill_left_untold_is_told_by_the_attempt_that_resumes_from_it(
+    small_corpus: Path, tmp_path: Path
+) -> None:
+    run_dir, held = tmp_path / "run", tmp_path / "held"
+    arguments = tiny(small_corpus, tmp_path, "run", EVERY, "training.steps=9", "checkpoint.keep_last=9")
+    # training waits at step 6 for a save that is visible already and whose thread does not say so
+    process = start_with_fault(["train", *arguments], fault(held, run_dir, "latest.replaced", "hold", nth=1))
+    wait_until(lambda: list(held.glob("held-*")), "the first commit")
+    process.kill()
+    process.communicate()
+    [commit] = map(load_commit, checkpoints(run_dir))
+    assert not [line for line in told(run_dir) if line.startswith("checkpoint_committed")]
+    done = megamask("train", *arguments)
+    assert done.code == 0, done.stderr
+    records = [record for record in journal(run_dir) if record["kind"] == "checkpoint_committed"]
+    assert [record["step"] for record in records] == [3, 6, 9]
+    assert (records[0]["digest"], records[0]["stall_s"], records[0]["save_s"]) == (commit.digest, None, None)

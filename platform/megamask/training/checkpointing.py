@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from megamask.checkpoint.background import Gate, Work, all_done
 from megamask.checkpoint.commit import Commit
@@ -16,11 +16,14 @@ from megamask.checkpoint.names import CHECKPOINTS_NAME
 from megamask.checkpoint.retention import prune
 from megamask.checkpoint.saver import Save, SaveRequest
 from megamask.config.schema.checkpoint import CheckpointConfig
+from megamask.tracking.journal_reader import tail
 from megamask.training.attempt import AttemptView
 from megamask.training.progress import Progress
 
 if TYPE_CHECKING:
     from megamask.engine.engine import Engine
+
+_TAIL_BYTES = 1 << 20
 
 
 @dataclass(kw_only=True)
@@ -41,11 +44,38 @@ class Stall:
 
 @dataclass(frozen=True, kw_only=True)
 class _Flight:
-    """A save on its way, and the measurement that belongs to its step."""
+    """A save on its way."""
 
     save: Save
-    evaluation: Mapping[str, float] | None
     stall: Stall = field(default_factory=Stall)
+
+
+def commit_record(commit: Commit, *, stall_s: float | None, save_s: float | None) -> dict[str, Any]:
+    """The fields of a `checkpoint_committed` line; seconds are None where nobody knows them any more."""
+    return {
+        "step": commit.step,
+        "checkpoint": commit.folder.name,
+        "location": f"{CHECKPOINTS_NAME}/{commit.folder.name}",
+        "digest": commit.digest,
+        "parent": commit.parent,
+        "bytes": commit.num_bytes,
+        "stall_s": stall_s,
+        "save_s": save_s,
+        "evaluation": None
+        if commit.evaluation is None
+        else {name: float(value) for name, value in commit.evaluation.items()},
+    }
+
+
+def is_announced(run_dir: Path, commit: Commit) -> bool:
+    """Whether the journal tells of a commit, as far as its last MiB reaches back to where the save began.
+
+    A process that is killed between COMMIT.json and its next step leaves a checkpoint that no line tells of.
+    """
+    records = [record for line in tail(run_dir, _TAIL_BYTES) if (record := line.record()) is not None]
+    if not records or records[0]["seq"] > int(commit.journal.get("seq", 0)):
+        return True
+    return any(record.get("digest") == commit.digest and record["kind"] == "checkpoint_committed" for record in records)
 
 
 class CheckpointCommitter:
@@ -149,7 +179,7 @@ class CheckpointCommitter:
                 evaluation=None if evaluation is None else {name: repr(value) for name, value in evaluation.items()},
             )
             save = Save(self._engine, attempt.run_dir, request, in_background=in_background)
-        self._flight = _Flight(save=save, evaluation=evaluation, stall=stall)
+        self._flight = _Flight(save=save, stall=stall)
 
     def _announce_if_committed(self, flight: _Flight, *, wait: bool) -> None:
         self._flight = None  # a failing save has cleaned up after itself
@@ -184,18 +214,8 @@ class CheckpointCommitter:
         )
 
     def _announce(self, commit: Commit, flight: _Flight) -> None:
-        self._attempt.append(
-            "checkpoint_committed",
-            step=commit.step,
-            checkpoint=commit.folder.name,
-            location=f"{CHECKPOINTS_NAME}/{commit.folder.name}",
-            digest=commit.digest,
-            parent=commit.parent,
-            bytes=commit.num_bytes,
-            stall_s=round(flight.stall.seconds, 6),
-            save_s=round(flight.save.seconds, 6),
-            evaluation=None if flight.evaluation is None else dict(flight.evaluation),
-        )
+        record = commit_record(commit, stall_s=round(flight.stall.seconds, 6), save_s=round(flight.save.seconds, 6))
+        self._attempt.append("checkpoint_committed", **record)
 
     def _journal_if_pruned(self, pruning: tuple[int, Work[list[str]]], *, wait: bool) -> None:
         step, work = pruning
