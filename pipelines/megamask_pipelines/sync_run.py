@@ -10,6 +10,7 @@ from megamask.config.load import load_train_config
 from megamask.config.schema.tracking import MLflowConfig
 from megamask.config.secrets import check_no_secret, check_reference, resolve_secret
 from megamask.errors import UsageError
+from megamask.provenance.redaction import tell_references
 from megamask.resilience.claims import claimed_attempts, has_died
 from megamask.resilience.status import read_status
 from megamask.tracking.mlflow_points import RunStatus, status_after_exit
@@ -56,9 +57,12 @@ def sync_run(run_dir: Path, *, uri: str | None = None) -> dict[str, Any]:
 
 def _target(run_dir: Path, uri: str | None) -> MLflowConfig:
     config = _newest_config(run_dir)
+    if config is not None:
+        tell_references(config)
     if uri is not None:
         check_no_secret("--uri", uri, "given on the command line")
         check_reference("--uri", uri, "given on the command line")
+        tell_references(MLflowConfig(uri=uri))
         check_uri("--uri", resolve_secret("--uri", uri), after=_NOTHING_SENT)
         return replace(config or MLflowConfig(), uri=uri)
     if config is None or (config.uri is None and not config.enabled):

@@ -2,14 +2,21 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
 
 from megamask.resilience.claims import claim
+from megamask.resilience.rank_files import write_rank_failure
 from megamask.resilience.status import Status, write_status
 from megamask.tracking.journal import Journal
+from megamask_pipelines import run_history
 from megamask_pipelines.cli.main import main
+from megamask_pipelines.cli.status import duration
+from support.tiny_run import write_corpus
+from support.told_run import write_told_run
 
 RUN_JSON = {
     "format": "megamask-run",
@@ -110,3 +117,191 @@ def test_step_is_found_behind_a_long_tail_and_a_torn_line(run_dir, capsys):
 def test_folder_that_is_no_run_is_refused(tmp_path, capsys):
     assert main(["status", str(tmp_path)]) == 2
     assert "is not a run directory" in capsys.readouterr().err
+
+
+# Attempt by attempt.
+
+
+def end_claims(run_dir: Path) -> None:
+    """No living process holds the run any more."""
+    for path in run_dir.glob("attempts/*/claim.json"):
+        path.write_text(path.read_text().replace(f'"pid": {os.getpid()}', '"pid": 999999999'))
+
+
+def text_of(run_dir, capsys) -> list[str]:
+    assert main(["status", str(run_dir)]) == 0
+    return capsys.readouterr().out.splitlines()
+
+
+@pytest.fixture(scope="module")
+def told_once(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("told")
+    return write_told_run(folder, write_corpus(folder / "data"))
+
+
+@pytest.fixture
+def told(told_once, tmp_path):
+    copy = Path(shutil.copytree(told_once, tmp_path / "run"))
+    end_claims(copy)
+    return copy
+
+
+def test_run_of_two_attempts_is_told_in_ten_lines(told, capsys):
+    lines = text_of(told, capsys)
+    assert len(lines) <= 10
+    text = "\n".join(lines)
+    for part in (
+        "phase      done (exit code 0): so it ended",
+        "step       6 of 6 (100.0 %)",
+        "loss       4.4000 nats per token; bound 4.4000 ± 0.1000 on held-out text at step 6",
+        "commits    step-00000006-a0002; before it step 4",
+        "mlflow_outage: MLflow takes nothing",
+        "steps 1-5  crashed without a word",
+        "committed step 4",
+        "steps 5-6  done (0)",
+        "committed step 6",
+    ):
+        assert part in text, text
+
+
+def test_answer_has_everything_of_each_attempt(told, capsys):
+    answer = status(told, capsys)
+    first, second = answer["attempts"]
+    kept = ("number", "resumed_from", "first_step", "last_step", "committed_step", "outcome", "exit_code", "ranks")
+    assert {name: first[name] for name in kept} == {
+        "number": 1,
+        "resumed_from": None,
+        "first_step": 1,
+        "last_step": 5,
+        "committed_step": 4,
+        "outcome": "crashed",
+        "exit_code": None,
+        "ranks": [],
+    }
+    assert (second["resumed_from"], second["outcome"], second["exit_code"]) == (4, "done", 0)
+    assert second["seconds"] >= 0
+    assert (answer["num_incidents"], answer["are_all_incidents"]) == (1, True)
+    assert answer["last_incident"]["incident"] == "mlflow_outage"
+    assert answer["evaluation"]["nelbo_nats_per_token"] == 4.4
+    assert answer["checkpoints"] == ["step-00000006-a0002", "step-00000004-a0001"]
+
+
+def test_attempt_that_only_its_ranks_speak_of_is_told_by_them(told, capsys):
+    write_rank_failure(told, 1, rank=3, exit_code=74, reason="the disk is full")
+    write_rank_failure(told, 1, rank=1, exit_code=1, reason="lost its peer")
+    first = status(told, capsys)["attempts"][0]
+    assert (first["outcome"], first["exit_code"], first["reason"]) == ("failed", 74, "lost its peer")
+    assert [rank["rank"] for rank in first["ranks"]] == [1, 3]
+    assert any("failed (74)" in line and "lost its peer" in line for line in text_of(told, capsys))
+
+
+def test_attempt_whose_launcher_wrote_the_status_is_told_by_it(run_dir, capsys):
+    train_a_little(run_dir, steps=3)
+    write_status(run_dir, Status(attempt=1, phase="failed", exit_code=1, step=3, reason="rank 1 was killed by SIGKILL"))
+    end_claims(run_dir)
+    [attempt] = status(run_dir, capsys)["attempts"]
+    assert (attempt["outcome"], attempt["exit_code"], attempt["last_step"]) == ("failed", 1, 3)
+    assert any("killed by SIGKILL" in line for line in text_of(run_dir, capsys) if line.startswith("attempt"))
+
+
+def test_many_attempts_are_folded_and_counted(run_dir, capsys):
+    step = 0
+    for number in range(1, 61):
+        end_claims(run_dir)
+        journal = Journal.open(run_dir, claim(run_dir))
+        journal.append("attempt_started", attempt=number, resumed_from=None if step == 0 else {"step": step})
+        for _ in range(2):
+            step += 1
+            journal.append("step", step=step, loss=1.0)
+        if number % 5:
+            code = 75 if number % 2 else 74
+            phase = "preempted" if code == 75 else "failed"
+            journal.append("attempt_ended", attempt=number, phase=phase, exit_code=code, step=step, reason="so")
+        journal.close()
+    end_claims(run_dir)
+    lines = text_of(run_dir, capsys)
+    assert len(lines) <= 11
+    [folded] = [line for line in lines if line.startswith("attempts ")]
+    told = "2-58: 24 failed (74), 22 preempted (75), 11 crashed without a word"
+    assert folded.removeprefix("attempts ").strip() == told
+    shown = [line.split()[1] for line in lines if line.startswith("attempt ")]
+    assert shown == ["1", "59", "60"]
+    answer = status(run_dir, capsys)
+    assert len(answer["attempts"]) == 60
+    assert [attempt["resumed_from"] for attempt in answer["attempts"][:3]] == [None, 2, 4]
+
+
+def test_long_journal_is_read_at_its_ends_only(run_dir, capsys, monkeypatch):
+    """Not a time: the lines that were looked at are counted."""
+    journal = Journal.open(run_dir, claim(run_dir), rotate_bytes=2**20)
+    journal.close()
+    path = next((run_dir / "journal").iterdir())
+    start = datetime(2026, 1, 1, tzinfo=UTC)
+    num_steps = 30_000
+    with path.open("w") as file:
+        file.write(line_of(0, "attempt_started", start, attempt=1, resumed_from=None))
+        for step in range(1, num_steps + 1):
+            file.write(line_of(step, "step", start + timedelta(seconds=2 * step), step=step, loss=1.5, pad="x" * 500))
+    looked_at = 0
+    parse = run_history.parse
+
+    def counted(data):
+        nonlocal looked_at
+        looked_at += 1
+        return parse(data)
+
+    monkeypatch.setattr(run_history, "parse", counted)
+    answer = status(run_dir, capsys)
+    assert 0 < looked_at < 500
+    [attempt] = answer["attempts"]
+    assert (attempt["first_step"], attempt["last_step"], answer["step"]) == (1, num_steps, num_steps)
+    assert answer["are_all_incidents"] is False
+    assert attempt["outcome"] == "running"
+
+
+def line_of(seq: int, kind: str, time: datetime, **fields: object) -> str:
+    record = {"seq": seq, "time": time.isoformat().replace("+00:00", "Z"), "kind": kind, "prev": "0" * 64, **fields}
+    return json.dumps(record) + "\n"
+
+
+def test_live_run_tells_the_time_to_go_by_the_pace_of_its_last_steps(run_dir, capsys):
+    Journal.open(run_dir, claim(run_dir)).close()
+    path = next((run_dir / "journal").iterdir())
+    start = datetime.now(UTC) - timedelta(seconds=40)
+    times = [start + timedelta(seconds=10 * step) for step in range(4)]
+    times[1] = start - timedelta(days=400)  # a clock that jumped
+    path.write_text("".join(line_of(n, "step", time, step=n + 1, loss=1.0) for n, time in enumerate(times)))
+    answer = status(run_dir, capsys)
+    assert answer["eta_s"] == pytest.approx(10 * (20 - 4))
+    assert answer["last_line_age_s"] == pytest.approx(10, abs=60)
+    assert any("4 of 20 (20.0 %), 3 min to go" in line for line in text_of(run_dir, capsys))
+    end_claims(run_dir)
+    assert status(run_dir, capsys)["eta_s"] is None
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"seq":1,"time":"yesterday","kind":"step","prev":"0","step":"many"}',
+        '{"seq":1,"time":"","kind":"attempt_ended","prev":"0"}',
+        '{"seq":1,"time":"x","kind":"attempt_started","prev":"0","resumed_from":7}',
+        '{"seq":1,"time":"x","kind":"incident","prev":"0"}',
+        '{"seq":1,"time":"x","kind":"checkpoint_committed","prev":"0","step":null}',
+        '{"seq":1,"time":"x","kind":"evaluation","prev":"0"}',
+        "[" * 100_000,
+        "\x00" * 5000,
+    ],
+)
+def test_strange_lines_stop_nobody(run_dir, capsys, line):
+    Journal.open(run_dir, claim(run_dir)).close()
+    next((run_dir / "journal").iterdir()).write_text(line + "\n")
+    status(run_dir, capsys)
+    assert len(text_of(run_dir, capsys)) <= 10
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [(0, "0 s"), (119, "119 s"), (180, "3 min"), (7200, "2 h"), (7500, "2 h 5 min"), (180_000, "2 d 2 h")],
+)
+def test_duration_is_told_in_the_units_that_matter(seconds, words):
+    assert duration(seconds) == words

@@ -27,7 +27,7 @@ VERBS: Mapping[str, str] = {
     "sample": "generate text, or fill in what is masked",
     "inspect": "show the exact samples and masks of a training step",
     "verify": "read every byte of a corpus, checkpoint or run and compare it with its record",
-    "status": "tell where a run stands",
+    "status": "tell what happened to a run, attempt by attempt, and where it stands",
     "sync": "send to MLflow what it has not got of a run",
     "explain": "explain a setting: meaning, range, default, and who set it",
 }

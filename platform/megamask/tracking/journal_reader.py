@@ -79,7 +79,7 @@ def parse(data: bytes) -> Record | None:
     """The record in a line's bytes, or None if they are not one (damage)."""
     try:
         record = json.loads(data)
-    except ValueError:  # not JSON, not UTF-8
+    except (ValueError, RecursionError):  # not JSON, not UTF-8, nested without end
         return None
     if not isinstance(record, dict):
         return None

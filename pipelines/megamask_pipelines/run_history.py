@@ -1,0 +1,239 @@
+"""What happened to a run, attempt by attempt, from the beginnings and ends of its journal files.
+
+A long journal is not read through: each attempt's first and last lines tell where it began, how far it came and how it
+ended; claims and rank files tell of those that could not say it themselves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from itertools import groupby, pairwise
+from pathlib import Path
+from statistics import median_low
+from typing import Any
+
+from megamask.checkpoint.names import parse_folder_name
+from megamask.checkpoint.reader import candidates
+from megamask.resilience.claims import claimed_attempts, is_live, read_claim
+from megamask.resilience.exit_codes import combine
+from megamask.resilience.rank_files import read_rank_failures
+from megamask.resilience.status import Status
+from megamask.tracking.journal_reader import JournalFile, Record, journal_files, parse
+
+_HEAD_BYTES = 1 << 15
+_FIRST_TAIL_BYTES = 1 << 16
+_LAST_TAIL_BYTES = 1 << 22
+_PACE_STEPS = 32
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttemptHistory:
+    """One life of a run.
+
+    Args:
+        started, ended: times of its first sign and its last; ended is null while it runs.
+        resumed_from: the step of the checkpoint that it began with, or None.
+        first_step, last_step: those it took; None if it took none.
+        committed_step: newest step that it is known to have committed.
+        outcome: running, done, stopped, preempted, failed, crashed (gone without a word), or unknown (crashed, or
+            runs where this host cannot see).
+        exit_code, reason: as the journal, status.json or the ranks' own files have them.
+        ranks: how each rank that failed ended.
+    """
+
+    number: int
+    host: str | None
+    started: str | None
+    ended: str | None
+    resumed_from: int | None
+    first_step: int | None
+    last_step: int | None
+    committed_step: int | None
+    outcome: str
+    exit_code: int | None
+    reason: str | None
+    ranks: list[dict[str, Any]]
+
+    @property
+    def seconds(self) -> float | None:
+        """From the first sign to the last, by the clocks of the lines."""
+        if self.started is None or self.ended is None:
+            return None
+        return max(0.0, (moment(self.ended) - moment(self.started)).total_seconds())
+
+
+@dataclass(kw_only=True)
+class History:
+    """All attempts, oldest first, and what the newest lines say.
+
+    Args:
+        last_step, last_evaluation, last_line: the newest records, or None.
+        seconds_per_step: pace of the last steps by their times; None with fewer than two.
+        incidents: those in what was read, oldest first; are_all_incidents tells whether that is all of the journal.
+    """
+
+    attempts: list[AttemptHistory] = field(default_factory=list)
+    last_step: Record | None = None
+    last_evaluation: Record | None = None
+    last_line: Record | None = None
+    seconds_per_step: float | None = None
+    incidents: list[Record] = field(default_factory=list)
+    are_all_incidents: bool = True
+
+
+def read_history(run_dir: Path, status: Status | None) -> History:
+    """The history of a run directory; damaged and torn lines are passed over."""
+    history = History()
+    files = {number: list(group) for number, group in groupby(journal_files(run_dir), key=lambda file: file.attempt)}
+    numbers = sorted(set(claimed_attempts(run_dir)) | set(files))
+    commits = _committed_steps(run_dir)
+    for number in numbers:
+        read = _read(files.get(number, []))
+        is_newest = number == numbers[-1]
+        told = _Told(run_dir, number, read.records, status, is_newest=is_newest)
+        history.attempts.append(told.history(commits.get(number)))
+        history.are_all_incidents &= read.is_whole
+        history.incidents += [record for record in read.records if record["kind"] == "incident"]
+        steps = [record for record in read.records if _step_of(record, "step") is not None]
+        history.last_step = steps[-1] if steps else history.last_step
+        evaluations = [record for record in read.records if record["kind"] == "evaluation"]
+        history.last_evaluation = evaluations[-1] if evaluations else history.last_evaluation
+        history.last_line = read.records[-1] if read.records else history.last_line
+        history.seconds_per_step = _pace(steps[-_PACE_STEPS:]) if len(steps) > 1 else history.seconds_per_step
+    return history
+
+
+def moment(time: str) -> datetime:
+    """A journal's time; one that cannot be read is the beginning of all times."""
+    try:
+        found = datetime.fromisoformat(time)
+    except ValueError:
+        return datetime.fromtimestamp(0, UTC)
+    return found if found.tzinfo is not None else found.replace(tzinfo=UTC)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Read:
+    """The records at both ends of an attempt's files; is_whole if nothing between was left out."""
+
+    records: list[Record]
+    is_whole: bool
+
+
+def _read(files: Sequence[JournalFile]) -> _Read:
+    """Its first lines, and at its end as many as it takes to meet a step."""
+    sizes = [file.path.stat().st_size for file in files]
+    total, budget = sum(sizes), _FIRST_TAIL_BYTES
+    while True:
+        if total <= budget + _HEAD_BYTES:
+            return _Read(records=list(_records(files, sizes, 0, total)), is_whole=True)
+        end = list(_records(files, sizes, total - budget, total))
+        if any(_step_of(record, "step") is not None for record in end) or budget >= _LAST_TAIL_BYTES:
+            break
+        budget *= 8
+    return _Read(records=[*_records(files, sizes, 0, _HEAD_BYTES), *end], is_whole=False)
+
+
+def _records(files: Sequence[JournalFile], sizes: Sequence[int], begin: int, end: int) -> Iterator[Record]:
+    """The whole records of lines that lie in [begin, end) of the files laid end to end."""
+    first = 0
+    for file, size in zip(files, sizes, strict=True):
+        low, high = max(begin - first, 0), min(end - first, size)
+        first += size
+        if low >= high:
+            continue
+        with file.path.open("rb") as stream:
+            stream.seek(max(0, low - 1))
+            if low > 0:
+                stream.readline()  # to the end of the line that holds the byte before
+            data = stream.read(max(0, high - stream.tell()))
+        for line in data.split(b"\n"):
+            record = parse(line) if line else None  # the last piece may be cut off: then it is no record
+            if record is not None:
+                yield record
+
+
+def _pace(steps: Sequence[Record]) -> float | None:
+    """Seconds of a step, the middle one of the last; a clock that jumped does not move it."""
+    times = [moment(step["time"]).timestamp() for step in steps]
+    gaps = [later - earlier for earlier, later in pairwise(times) if later > earlier]
+    return median_low(gaps) if gaps else None
+
+
+def _committed_steps(run_dir: Path) -> dict[int, int]:
+    """The newest visible checkpoint of each attempt, by its folder's name."""
+    steps: dict[int, int] = {}
+    for folder in candidates(run_dir):
+        place = parse_folder_name(folder.name)
+        if place is not None:
+            steps[place[1]] = max(place[0], steps.get(place[1], 0))
+    return steps
+
+
+class _Told:
+    """What claim, journal, status.json and rank files say of one attempt."""
+
+    def __init__(
+        self, run_dir: Path, number: int, records: Sequence[Record], status: Status | None, *, is_newest: bool
+    ) -> None:
+        self._run_dir = run_dir
+        self._number = number
+        self._records = records
+        self._status = status if status is not None and status.attempt == number else None
+        self._is_newest = is_newest
+
+    def history(self, visible_step: int | None) -> AttemptHistory:
+        claim = read_claim(self._run_dir, self._number) or {}
+        started, ended = self._last("attempt_started"), self._last("attempt_ended")
+        resumed = started.get("resumed_from") if started else None
+        steps = [step for record in self._records if (step := _step_of(record, "step")) is not None]
+        ranks = read_rank_failures(self._run_dir, self._number)
+        outcome, code, reason = self._outcome(ended)
+        if ranks and code is None:
+            first, outcome = ranks[min(ranks)], "failed"
+            code, reason = combine([failure.exit_code for failure in ranks.values()]), first.reason
+        is_running = outcome == "running"
+        return AttemptHistory(
+            number=self._number,
+            host=_text(claim.get("host") or (started or {}).get("host")),
+            started=_text(claim.get("time") or (self._records[0]["time"] if self._records else None)),
+            ended=None if is_running or not self._records else self._records[-1]["time"],
+            resumed_from=resumed.get("step") if isinstance(resumed, dict) else None,
+            first_step=min(steps, default=None),
+            last_step=max(steps, default=None),
+            committed_step=self._committed(visible_step),
+            outcome=outcome,
+            exit_code=code,
+            reason=reason,
+            ranks=[vars(failure) for failure in ranks.values()],
+        )
+
+    def _last(self, kind: str) -> Record | None:
+        return next((record for record in reversed(self._records) if record["kind"] == kind), None)
+
+    def _committed(self, visible_step: int | None) -> int | None:
+        kind = "checkpoint_committed"
+        told = [step for record in self._records if (step := _step_of(record, kind)) is not None]
+        return max([*told, *([] if visible_step is None else [visible_step])], default=None)
+
+    def _outcome(self, ended: Record | None) -> tuple[str, int | None, str | None]:
+        """(outcome, exit code, reason) by the journal, else by status.json, else by whether its process lives."""
+        if ended is not None:
+            return _text(ended.get("phase")) or "failed", ended.get("exit_code"), _text(ended.get("reason"))
+        status = self._status
+        if status is not None and status.exit_code is not None:
+            return status.phase, status.exit_code, status.reason
+        if not self._is_newest:
+            return "crashed", None, None
+        return "running" if is_live(self._run_dir, self._number) else "unknown", None, None
+
+
+def _step_of(record: Record, kind: str) -> int | None:
+    step = record.get("step") if record["kind"] == kind else None
+    return step if type(step) is int else None
+
+
+def _text(value: Any) -> str | None:
+    return None if value is None else str(value)
