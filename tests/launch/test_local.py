@@ -189,7 +189,8 @@ def test_signal_that_comes_before_a_rank_has_its_handlers_is_not_lost(
         "import signal, time\n"
         "from megamask.resilience.signals import StopRequest\n"
         f"open(os.path.join({str(tmp_path)!r}, str(rank)), 'w').write('here')\n"
-        "while not signal.sigpending(): time.sleep(0.01)\n"
+        "deadline = time.monotonic() + 30\n"
+        "while not signal.sigpending() and time.monotonic() < deadline: time.sleep(0.01)\n"
         "with StopRequest() as signals: raise SystemExit(signals.requested)"
     )
     process = launcher_process(script)
@@ -207,7 +208,8 @@ def test_signal_that_came_before_the_ranks_were_started_is_told_to_all_of_them(
         "import time\n"
         "from megamask.resilience.signals import StopRequest\n"
         "with StopRequest() as signals:\n"
-        "    while not signals.requested: time.sleep(0.01)\n"
+        "    deadline = time.monotonic() + 30\n"
+        "    while not signals.requested and time.monotonic() < deadline: time.sleep(0.01)\n"
         "raise SystemExit(signals.requested)"
     )
     with StopRequest() as signals:
