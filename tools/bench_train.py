@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from bench_support import Report, alternate, benchmark_parser, ratio, spread
 from torch.nn import functional
+from training_runs import measure_runs
 
 from megamask.config.schema.layout import LayoutConfig
 from megamask.config.schema.optimizer import OptimizerConfig
@@ -352,6 +353,8 @@ def main() -> int:
         if name in sections:
             sections[name](report, shape, arguments)
     destroy_process_group()
+    if "run" in arguments.only.split(","):
+        measure_runs(report, blocks=max(1, arguments.blocks // 3), is_quick=arguments.quick)
     return report.finish()
 
 
