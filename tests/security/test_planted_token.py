@@ -191,6 +191,12 @@ def test_harmless_parts_of_a_told_uri_stay_readable() -> None:
     assert redact("abcd1234") == "***"
 
 
+def test_secret_that_begins_with_another_is_masked_whole() -> None:
+    tell_secret("abcd")
+    tell_secret("abcd1234")
+    assert redact("abcd1234 abcd") == "*** ***"
+
+
 def test_words_of_fewer_than_four_characters_are_not_masked() -> None:
     tell_secret("abc")
     assert redact("abcdef abc") == "abcdef abc"

@@ -115,10 +115,8 @@ class MLflowSink:
         if self._is_out:
             return
         self._is_out = True
-        text = outage_text(error, self._run_dir, self._config)
-        problem = self._redact(
-            f"MLflow takes nothing ({type(error).__name__}: {text}). Training goes on, the journal is sent later."
-        )
+        text = outage_text(error, self._run_dir, self._config, redact=self._redact)
+        problem = f"MLflow takes nothing ({type(error).__name__}: {text}). Training goes on, the journal is sent later."
         _log.warning(problem)
         if self._on_incident is not None:
             try:
@@ -127,9 +125,11 @@ class MLflowSink:
                 _log.warning("the outage was not journalled: %r", failure)
 
 
-def outage_text(error: BaseException, run_dir: Path, config: MLflowConfig) -> str:
+def outage_text(
+    error: BaseException, run_dir: Path, config: MLflowConfig, *, redact: Callable[[str], str] = str
+) -> str:
     """What an error of MLflow says, on one line, without what its uri may show of a credential."""
     text = " ".join(str(error).split())
     with contextlib.suppress(UsageError):  # a variable that is not set has no credential to hide
         text = without_credentials(text, place_of(run_dir, config).uri)
-    return text[:500]
+    return redact(text)[:500]  # in this order: half a credential is not recognised
