@@ -15,6 +15,8 @@ Everything is measured in turns on one process; ratios are of measurements that 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import ctypes
 import dataclasses
 import gc
 import time
@@ -316,6 +318,8 @@ def compare_heads(report: Report, shape: Shape, arguments: argparse.Namespace) -
 def peak_memory_mib(case: Callable[[], None]) -> float | None:
     """Resident memory that a call needs beyond what the process holds; None where the kernel does not tell."""
     gc.collect()
+    with contextlib.suppress(AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)  # else freed memory that the process still holds would hide the call's
     try:
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # forgets the peak so far
     except OSError:
