@@ -12,13 +12,21 @@ from pathlib import Path
 from typing import Any
 
 from megamask.config.schema.tracking import MLflowConfig
-from megamask.tracking.mlflow_entries import CHECKPOINT_TAG, CheckpointEntry, DatasetEntry, Point
+from megamask.tracking.mlflow_entries import CHECKPOINT_TAG, NOTE_TAG, CheckpointEntry, DatasetEntry, Point
 from megamask.tracking.mlflow_points import RunStatus
 from megamask.tracking.mlflow_store import create_database, place_of, silence
 
 _METRICS_PER_BATCH = 1000
 _PARAMS_OR_TAGS_PER_BATCH = 100
 _TEXT_CHARACTERS = 6000
+# The page of an experiment that trains models, not the one for language applications.
+_KIND_OF_PAGE = {"mlflow.experimentKind": "custom_model_development"}
+_HOW_TO_CHECK = """To check this page against the run directory (tag `megamask.run_dir`):
+
+- `megamask status RUN` tells what happened, attempt by attempt;
+- `megamask inspect RUN --step N` recomputes the samples and masks of a step and compares them with the journal;
+- `megamask verify checkpoint RUN` reads every byte of a checkpoint; its digest is the sha256 of its COMMIT.json.
+"""
 _MODEL_TYPE = "megamask-checkpoint"
 _READY = "READY"
 # What MLflow's client raises comes from these packages, or is an OSError.
@@ -211,7 +219,8 @@ def open_run(
         return MLflowRun(client, run), True
     if runs:
         return MLflowRun(client, runs[0]), False
-    run = client.create_run(experiment_id, start_time=start_ms, run_name=run_dir.name, tags={"megamask.run_id": run_id})
+    tags = {"megamask.run_id": run_id, NOTE_TAG: _HOW_TO_CHECK}  # only here: a person may write something better
+    run = client.create_run(experiment_id, start_time=start_ms, run_name=run_dir.name, tags=tags)
     return MLflowRun(client, run), False
 
 
@@ -238,7 +247,7 @@ def _experiment(client: Any, name: str, artifacts: str | None) -> str:
     experiment = client.get_experiment_by_name(name)
     if experiment is None:
         try:
-            return str(client.create_experiment(name, artifact_location=artifacts))
+            return str(client.create_experiment(name, artifact_location=artifacts, tags=_KIND_OF_PAGE))
         except MlflowException:
             experiment = client.get_experiment_by_name(name)  # another run created it in between
             if experiment is None:

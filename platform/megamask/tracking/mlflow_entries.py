@@ -15,6 +15,7 @@ DATASET_DIGEST_CHARACTERS = 36
 COMMITTED, PRUNED, DAMAGED = "committed", "pruned", "damaged"
 CHECKPOINT_TAG = "megamask.checkpoint"
 STATE_TAG = "megamask.state"
+NOTE_TAG = "mlflow.note.content"  # what MLflow's page shows as the description
 _CONTEXTS = {"train": "training", "validation": "validation"}
 _ATTEMPT_OF_FOLDER = re.compile(r"-a(\d+)$")
 
@@ -119,6 +120,8 @@ def checkpoint_of(record: Record) -> CheckpointEntry:
             CHECKPOINT_TAG: checkpoint,
             "megamask.digest": str(record.get("digest")),
             STATE_TAG: COMMITTED,
+            NOTE_TAG: f"Committed. Its files are in `{location}` of the run directory; "
+            "`megamask verify checkpoint` reads every byte of them.",
         },
         points=[
             Point(f"checkpoint/{key}", value_of, time, step)
@@ -126,6 +129,19 @@ def checkpoint_of(record: Record) -> CheckpointEntry:
             if (value_of := number(value)) is not None
         ],
     )
+
+
+def pruned_marks(record: Record) -> dict[str, str]:
+    """The tags of a commit that a `checkpoint_pruned` record tells of."""
+    step = str(record.get("step"))
+    note = f"Pruned at step {step}: the retention rule removed its files. This entry stays."
+    return {STATE_TAG: PRUNED, "megamask.pruned_at_step": step, NOTE_TAG: note}
+
+
+def damaged_marks(record: Record) -> dict[str, str]:
+    """The tags of a commit that an incident calls damaged."""
+    problem = str(record.get("problem"))
+    return {STATE_TAG: DAMAGED, "megamask.problem": problem, NOTE_TAG: f"Damaged: {problem}"}
 
 
 def preview_of(record: Record) -> tuple[str, str]:

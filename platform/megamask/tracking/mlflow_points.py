@@ -14,18 +14,17 @@ from typing import Any, Literal
 
 from megamask.tracking.journal_reader import Record
 from megamask.tracking.mlflow_entries import (
-    DAMAGED,
-    PRUNED,
-    STATE_TAG,
     CheckpointEntry,
     DatasetEntry,
     Point,
     checkpoint_of,
+    damaged_marks,
     datasets_of,
     is_special,
     milliseconds,
     number,
     preview_of,
+    pruned_marks,
 )
 
 __all__ = ["Memory", "Point", "RunStatus", "Update", "milliseconds", "status_after_exit", "update_of"]
@@ -106,11 +105,9 @@ def update_of(records: list[Record], memory: Memory, kept_times: Mapping[int, in
             update.datasets.extend(datasets_of(record))
             update.points.extend(_start_points(record))
         elif kind == "checkpoint_pruned":
-            marks = {STATE_TAG: PRUNED, "megamask.pruned_at_step": str(record.get("step"))}
-            update.marks.setdefault(str(record.get("checkpoint")), {}).update(marks)
+            update.marks.setdefault(str(record.get("checkpoint")), {}).update(pruned_marks(record))
         elif kind == "incident" and record.get("incident") == "checkpoint_damaged":
-            marks = {STATE_TAG: DAMAGED, "megamask.problem": str(record.get("problem"))}
-            update.marks.setdefault(str(record.get("checkpoint")), {}).update(marks)
+            update.marks.setdefault(str(record.get("checkpoint")), {}).update(damaged_marks(record))
         status = _status_after(record, memory)
         if status is not None:
             update.status, update.status_time_ms = status, milliseconds(record["time"])
