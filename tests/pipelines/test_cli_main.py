@@ -263,6 +263,7 @@ MISSING = {
     "inspect": ["no/such/run", "--step", "1"],
     "verify": ["corpus", "no/such/corpus"],
     "status": ["no/such/run"],
+    "sync": ["no/such/run"],
     "explain": ["no.such"],
 }
 
