@@ -68,7 +68,9 @@ def sum_scores(
     """
     entropy = torch.where(is_used, cross_entropy.detach(), 0.0).double()
     squares = torch.where(is_used, log_normalizer.detach(), 0.0).double().square()
-    by_level = entropy.new_zeros(NUM_NOISE_LEVELS).index_add_(0, noise_level, entropy)
+    # index_add_ would add in an order of its own on a GPU; a sum over a dimension has one order without any flag
+    is_of_level = noise_level.unsqueeze(1) == torch.arange(NUM_NOISE_LEVELS, device=noise_level.device)
+    by_level = torch.where(is_of_level, entropy.unsqueeze(1), 0.0).sum(dim=0)
     terms = torch.stack(((entropy * weight.double()).sum(), squares.sum()))
     return torch.cat((terms, by_level))
 
