@@ -53,12 +53,23 @@ class _RedactingFactory:
         record = self._factory(*arguments, **options)
         try:
             message = record.getMessage()
-        except (TypeError, ValueError, KeyError):  # arguments that do not fit: logging would print them as they are
-            message = f"{record.msg} {record.args!r}"
+        except Exception as error:  # noqa: BLE001  arguments that do not fit, or an object whose text raises whatever
+            # it likes: logging itself would print what it can and go on, and no log call may end training
+            message = _as_given(record, error)
         record.msg, record.args = redact(message), None
         if record.exc_info and record.exc_info[0] is not None:
             record.exc_text = redact("".join(traceback.format_exception(*record.exc_info)).rstrip())
+        if record.stack_info:
+            record.stack_info = redact(record.stack_info)
         return record
+
+
+def _as_given(record: logging.LogRecord, error: Exception) -> str:
+    """What is left to say where a message cannot be put together."""
+    try:
+        return f"{record.msg} {record.args!r}"
+    except Exception:  # noqa: BLE001  an argument without a text raises here again
+        return f"a log message of {record.name} without a text ({type(error).__name__})"
 
 
 def _print_thread_error(arguments: threading.ExceptHookArgs) -> None:

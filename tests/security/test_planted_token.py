@@ -250,6 +250,40 @@ def test_log_record_is_redacted_for_every_handler(caplog: pytest.LogCaptureFixtu
 
 
 @pytest.mark.usefixtures("installed")
+@pytest.mark.parametrize("error", [ValueError, RuntimeError, AttributeError, OSError])
+@pytest.mark.parametrize("has_repr", [True, False])
+def test_log_call_with_an_object_whose_text_raises_ends_nobody(
+    error: type[Exception], has_repr: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    tell_secret(WORD)
+
+    class Textless:
+        def __str__(self) -> str:
+            raise error(WORD)
+
+        def __repr__(self) -> str:
+            return f"<{WORD}>" if has_repr else str(self)
+
+    log = logging.getLogger("some.library")
+    log.warning("it holds %s", Textless())
+    log.warning(Textless())  # type: ignore[arg-type]
+    first, second = (record.getMessage() for record in caplog.records)
+    assert first == (
+        "it holds %s (<***>,)" if has_repr else f"a log message of some.library without a text ({error.__name__})"
+    )
+    assert second == f"a log message of some.library without a text ({error.__name__})"
+    assert_nowhere(caplog.text)
+
+
+@pytest.mark.usefixtures("installed")
+def test_stack_of_a_log_record_is_redacted(caplog: pytest.LogCaptureFixture) -> None:
+    tell_secret("shown_by_its_source")
+    logging.getLogger("some.library").warning("here", stack_info=bool("shown_by_its_source"))
+    assert "Stack (most recent call last)" in caplog.text
+    assert 'stack_info=bool("***")' in caplog.text
+
+
+@pytest.mark.usefixtures("installed")
 def test_traces_of_threads_and_finalizers_and_warnings_are_redacted(capsys: pytest.CaptureFixture[str]) -> None:
     tell_secret(WORD)
 
