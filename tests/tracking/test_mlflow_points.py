@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from megamask.tracking.mlflow_points import Memory, Point, milliseconds, update_of
+from megamask.tracking.mlflow_points import _STEP_METRICS, Memory, Point, milliseconds, update_of
 
 TIME = "2026-03-01T12:00:00.250999Z"
 TIME_MS = 1772366400250
@@ -90,3 +90,7 @@ def test_repeated_commit_is_a_checkpoint_of_its_own() -> None:
 )
 def test_status_over_all_attempts(records: list[tuple[str, dict[str, Any]]], status: str | None) -> None:
     assert update_of([record(kind, **fields) for kind, fields in records], Memory()).status == status
+
+
+def test_no_metric_of_a_step_is_named_twice() -> None:
+    assert len(set(_STEP_METRICS)) == len(_STEP_METRICS)

@@ -43,7 +43,6 @@ _STEP_METRICS = (
     "masked_tokens",
     "tokens_per_second",
     "mfu",
-    "global_batch_size",
 )
 _TERMS = ("seconds", "loss_terms")
 _STREAMS = frozenset({"step", "evaluation", "checkpoint_committed", "sample_preview"})
