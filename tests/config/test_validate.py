@@ -119,6 +119,9 @@ REFUSED_RAMPS = [
         (*RAMP, "training.micro_batch_size=2"),
         ("checkpoint.keep_best=1", "checkpoint.every_steps=4", "evaluation.every_steps=6"),
         ("checkpoint.keep_best=1", "checkpoint.every_steps=null", "evaluation.every_steps=3"),
+        ("checkpoint.keep_best=1", "checkpoint.every_steps=7", "evaluation.every_steps=4"),  # step 20, the last
+        ("checkpoint.keep_best=1", "checkpoint.every_steps=1000", "evaluation.every_steps=20"),
+        ("training.global_batch_size=16777216",),  # 2^32 scored positions: nothing counts them in 32 bits
     ],
 )
 def test_config_that_fits_is_accepted(train, overrides):
@@ -181,7 +184,6 @@ REFUSED = [
     (("model.num_attention_heads=5",), "model.num_attention_heads is 5, but model.hidden_size is 64"),
     (("model.hidden_size=12",), "rotary positions need pairs; allowed: a multiple of 8"),
     (("model.head_dim=7",), "model.head_dim is 7, but rotary positions need pairs"),
-    (("training.global_batch_size=8388608",), "exceeds what the engine counts; allowed: at most 8388607"),
     (("evaluation.draws=4194304",), "more than the noise law numbers; allowed: at most 4194303"),
     (("training.stop_after_step=21",), "training.stop_after_step is 21, but training.steps is 20; allowed: 1 to 20"),
     (
@@ -208,7 +210,8 @@ REFUSED = [
     (
         ("checkpoint.keep_best=2", "checkpoint.every_steps=7", "evaluation.every_steps=3"),
         "checkpoint.keep_best is 2, but no step up to training.steps is a multiple of both checkpoint.every_steps = 7 "
-        "and evaluation.every_steps = 3; allowed: 0, or any number with a checkpoint at an evaluated step.",
+        "and evaluation.every_steps = 3, and the last one is not measured; allowed: 0, or any number with a checkpoint "
+        "at an evaluated step.",
     ),
 ]
 

@@ -222,11 +222,14 @@ def _retention(config: TrainConfig) -> Iterator[Problem]:
             because="but evaluation.every_steps is null, so that no checkpoint's bound is measured",
             allowed="0, or any number with evaluation.every_steps set",
         )
-    elif checkpoint.every_steps is not None and math.lcm(every, checkpoint.every_steps) > config.training.steps:
+        return
+    steps, committed = config.training.steps, checkpoint.every_steps
+    # the last step always commits, and with every_steps=null so does whatever step an attempt ends at
+    if committed is not None and math.lcm(every, committed) > steps and steps % every != 0:
         yield Problem(
             key="checkpoint.keep_best",
-            because=f"but no step up to training.steps is a multiple of both checkpoint.every_steps = "
-            f"{checkpoint.every_steps} and evaluation.every_steps = {every}",
+            because=f"but no step up to training.steps is a multiple of both checkpoint.every_steps = {committed} and "
+            f"evaluation.every_steps = {every}, and the last one is not measured",
             allowed="0, or any number with a checkpoint at an evaluated step",
         )
 

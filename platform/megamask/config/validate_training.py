@@ -11,9 +11,6 @@ from megamask.config.schema.optimizer import OptimizerConfig
 from megamask.config.schema.roots import TrainConfig
 from megamask.config.schema.training import TrainingConfig
 
-# megatron-core counts the terms of a step's loss in int32 and stops dividing by a count that has wrapped.
-_MOST_TERMS = 2**31
-
 
 def batch_problems(config: TrainConfig) -> Iterator[Problem]:
     """Batch sizes that do not fit; a layout that does not is to change, because the batch makes the run what it is."""
@@ -22,13 +19,6 @@ def batch_problems(config: TrainConfig) -> Iterator[Problem]:
         yield levels
         return
     yield from _layout_of_batches(config, levels)
-    total, views = config.training.global_batch_size, 2 if config.objective.complementary else 1
-    if total * config.training.sequence_length * views >= _MOST_TERMS:
-        yield Problem(
-            key="training.global_batch_size",
-            because=f"times {views} view(s) of {config.training.sequence_length} tokens exceeds what the engine counts",
-            allowed=f"at most {(_MOST_TERMS - 1) // (config.training.sequence_length * views)}",
-        )
 
 
 def _batch_sizes(training: TrainingConfig) -> range | Problem:
