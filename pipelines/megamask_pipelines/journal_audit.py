@@ -206,12 +206,27 @@ class JournalAudit:
 
     def _checkpoint_committed(self, story: AttemptStory, record: Mapping[str, Any]) -> None:
         self._is_reached(story, record)
-        self._expect("checkpoint", record["checkpoint"], folder_name(record["step"], story.number))
         if "location" in record:
             self._expect("location", record["location"], f"checkpoints/{record['checkpoint']}")
-        self._expect("parent", record["parent"], story.last_digest)
-        story.last_digest = record["digest"]
+        if (resumed := self._untold(story, record)) is not None:
+            # an earlier attempt's, so its parent is that attempt's; the commit itself is held against this line
+            self._expect("checkpoint", record["checkpoint"], resumed["checkpoint"])
+            self._expect("step", record["step"], resumed["step"])
+        else:
+            self._expect("checkpoint", record["checkpoint"], folder_name(record["step"], story.number))
+            self._expect("parent", record["parent"], story.last_digest)
+            story.last_digest = record["digest"]
         self.commits[record["checkpoint"]] = Told(file=self._file, line=self._line, record=dict(record))
+
+    def _untold(self, story: AttemptStory, record: Mapping[str, Any]) -> Mapping[str, Any] | None:
+        """What an attempt resumed from, if this line tells of that very commit because its own attempt could not.
+
+        A process that is killed between COMMIT.json and its next step leaves that to the attempt that resumes.
+        """
+        resumed: Mapping[str, Any] | None = (story.started or {}).get("resumed_from")
+        if resumed is None or story.first_step is not None or record["digest"] != resumed["digest"]:
+            return None
+        return None if resumed["checkpoint"] in self.commits else resumed
 
     def _checkpoint_pruned(self, story: AttemptStory, record: Mapping[str, Any]) -> None:
         self.pruned.add(record["checkpoint"])

@@ -14,16 +14,15 @@ from megamask.checkpoint.reader import candidates, has_commit
 from megamask.config.identity import compare_identity
 from megamask.config.load import load_train_config
 from megamask.config.schema.roots import TrainConfig
-from megamask.config.schema.training import TrainingConfig
 from megamask.data.manifest import MANIFEST_NAME, Manifest
 from megamask.errors import CheckpointIntegrityError, DataIntegrityError, ExitCode, UsageError
 from megamask.resilience.claims import attempt_folder, claimed_attempts, is_live, read_claim
 from megamask.resilience.status import read_status
 from megamask.storage.hashing import sha256_bytes
 from megamask.tracking.journal_reader import journal_files, read_lines, verify_chain
-from megamask.training.batch_size import consumed_before
 from megamask.training.run_directory import RunRecord, read_run
-from megamask_pipelines.journal_audit import Finding, JournalAudit, Rules, newest_commit_missing
+from megamask_pipelines.journal_audit import Finding, JournalAudit, newest_commit_missing
+from megamask_pipelines.recorded_rules import rules_of
 
 _SHOWN_FINDINGS = 200
 
@@ -50,7 +49,8 @@ def verify_run(run_dir: Path) -> dict[str, Any]:
         num_findings, ok and exit_code: 0; 65; or 64 when only a corpus does not match.
 
     Raises:
-        UsageError: not a run directory. CheckpointIntegrityError: run.json itself is damaged.
+        UsageError: not a run directory, or one whose run.json lacks what a run is.
+        CheckpointIntegrityError: run.json itself is damaged.
         StorageError: the storage does not answer.
     """
     record = read_run(run_dir)
@@ -157,7 +157,7 @@ def _check_journal(
     run_dir: Path, record: RunRecord, commits: list[Commit], report: _Report, *, is_alive: bool
 ) -> JournalAudit:
     """The chain of hashes, then every line; and of each commit the line that it names."""
-    audit = JournalAudit(_rules(record))
+    audit = JournalAudit(rules_of(record))
     named: dict[Any, list[Commit]] = {}
     for commit in commits:
         named.setdefault(str(commit.journal.get("seq")), []).append(commit)
@@ -187,21 +187,6 @@ def _check_journal(
 
 def _names(commit: Commit, data: bytes) -> bool:
     return bool(commit.journal.get("sha256") == sha256_bytes(data))
-
-
-def _rules(record: RunRecord) -> Rules:
-    identity = record.content["identity"]
-    training = TrainingConfig(
-        steps=record.recorded_steps,
-        **{key.removeprefix("training."): value for key, value in identity.items() if key.startswith("training.")},
-    )
-    return Rules(
-        run_id=record.run_id,
-        corpora=record.content["corpora"],
-        consumed_before=lambda step: consumed_before(step, training),
-        num_views=2 if identity["objective.complementary"] else 1,
-        sequence_length=training.sequence_length,
-    )
 
 
 def _lines(run_dir: Path) -> Iterator[tuple[str, int, int, bytes, Mapping[str, Any] | None]]:

@@ -173,3 +173,5 @@ def test_commit_that_a_kill_left_untold_is_told_by_the_attempt_that_resumes_from
     records = [record for record in journal(run_dir) if record["kind"] == "checkpoint_committed"]
     assert [record["step"] for record in records] == [3, 6, 9]
     assert (records[0]["digest"], records[0]["stall_s"], records[0]["save_s"]) == (commit.digest, None, None)
+    checked = megamask("verify", "run", str(run_dir), "--json")
+    assert checked.code == 0, checked.stdout

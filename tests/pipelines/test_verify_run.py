@@ -15,7 +15,7 @@ from megamask.storage.hashing import canonical_json, hash_of, sha256_bytes
 from megamask_pipelines.cli.main import main
 from support.shards import flip_bit
 from support.tiny_run import write_corpus
-from support.told_run import write_told_run
+from support.told_run import ToldRun, write_told_run
 
 
 @pytest.fixture(scope="module")
@@ -359,3 +359,104 @@ def test_damaged_run_record_ends_with_65(run_dir: Path, capsys: pytest.CaptureFi
 def test_folder_that_is_no_run_is_a_usage_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["verify", "run", str(tmp_path), "--json"]) == 2
     assert "is not a run directory" in capsys.readouterr().err
+
+
+# Commits told of late, and other versions.
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ({}, None),
+        (
+            {"checkpoint": "step-00000004-a0002"},
+            "checkpoint is 'step-00000004-a0002'; it must be 'step-00000004-a0001'",
+        ),
+        ({"step": 3}, "step is 3; it must be 4"),
+        ({"location": "/tmp/x"}, "location is '/tmp/x'"),
+        ({"digest": "0" * 64}, "digest is '0000"),
+        ({"parent": "0" * 64}, "parent is '0000"),
+        ({"bytes": 1}, "bytes is 1"),
+    ],
+)
+def test_commit_that_the_next_attempt_told_of_is_whole_when_it_is_the_one_resumed_from(
+    told: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], change: dict[str, Any], problem: str | None
+) -> None:
+    run = ToldRun(tmp_path, told.parent / "data" / "corpus")
+    run.start(None)
+    run.step(1)
+    run.step(2)
+    run.commit(2)
+    run.step(3)
+    run.step(4)
+    last = run.commit(4, is_told=False)
+    run.journal.close()
+    run.start(last)
+    run.tell(last, stall_s=None, save_s=None, **change)
+    run.step(5)
+    run.step(6)
+    run.commit(6)
+    run.complete(6)
+    run.journal.close()
+    assert main(["verify", "run", str(run.run_dir), "--json"]) == (0 if problem is None else 65)
+    answer = json.loads(capsys.readouterr().out)
+    if problem is None:
+        assert not [note for note in answer["notes"] if "was not announced" in note]
+    else:
+        found(answer, problem, "journal/attempt-0002-000.jsonl", 2)
+
+
+def test_commit_that_was_told_of_already_is_not_told_of_again(run_dir: Path, verify: Verify) -> None:
+    lines = lines_of(run_dir, 1)
+    again = lines[place(lines, "checkpoint_committed", 4)]
+
+    def forge(attempt: int, lines: list[dict[str, Any]]) -> None:
+        if attempt == 2:
+            lines.insert(place(lines, "attempt_started") + 1, dict(again))
+
+    rewrite(run_dir, forge)
+    found(verify(65), "checkpoint is 'step-00000004-a0001'; it must be 'step-00000004-a0002'")
+
+
+def rewrite_record(run_dir: Path, section: str, **values: Any) -> None:
+    """A run.json that is true of itself; "gone" takes a key away."""
+    path = run_dir / "run.json"
+    content = json.loads(path.read_bytes())
+    del content["self_sha256"]
+    content[section].update(values)
+    content[section] = {name: value for name, value in content[section].items() if value != "gone"}
+
+    def to_bytes(document: dict[str, Any]) -> bytes:
+        return json.dumps(document, indent=2, sort_keys=True).encode() + b"\n"
+
+    path.write_bytes(to_bytes({**content, "self_sha256": sha256_bytes(to_bytes(content))}))
+
+
+def test_key_of_run_json_that_this_version_lacks_is_a_finding(run_dir: Path, verify: Verify) -> None:
+    rewrite_record(run_dir, "identity", **{"training.of_tomorrow": 3})
+    found(verify(65), "training.of_tomorrow is recorded as 3, but this version has no such key")
+
+
+def test_key_that_run_json_does_not_have_yet_stands_at_its_default(run_dir: Path, verify: Verify) -> None:
+    rewrite_record(run_dir, "identity", **{"objective.complementary": "gone"})
+    verify(0)
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value", "problem"),
+    [
+        ("identity", "training.sequence_length", "gone", "does not say training.sequence_length"),
+        ("identity", "training.global_batch_size", "x", "has training.global_batch_size = 'x'"),
+        ("identity", "training.batch_size_ramp_start", 0, "has training.batch_size_ramp_start = 0"),
+        ("identity", "objective.complementary", 1, "has objective.complementary = 1"),
+        ("extendable", "training.steps", "gone", "does not say training.steps"),
+    ],
+)
+def test_run_json_without_what_a_run_is_ends_as_a_usage_error_that_names_the_key(
+    run_dir: Path, capsys: pytest.CaptureFixture[str], section: str, key: str, value: Any, problem: str
+) -> None:
+    rewrite_record(run_dir, section, **{key: value})
+    assert main(["verify", "run", str(run_dir)]) == 2
+    error = capsys.readouterr().err
+    assert problem in error
+    assert "Nothing was checked." in error

@@ -21,6 +21,7 @@ from megamask.resilience.claims import claim
 from megamask.resilience.status import Status, write_status
 from megamask.tracking.journal import Journal
 from megamask.training.batch_size import batch_size_at, consumed_before
+from megamask.training.checkpointing import commit_record
 from megamask.training.run_directory import RunRecord, open_run, store_attempt_config
 from support.thread_world import ThreadWorld
 from support.tiny_run import CONFIG, SEED, InitialWeights
@@ -100,8 +101,8 @@ class ToldRun:
         }
         self.journal.append("step", **{**fields, **changes})
 
-    def commit(self, step: int) -> Commit:
-        """A checkpoint with its two lines."""
+    def commit(self, step: int, *, is_told: bool = True) -> Commit:
+        """A checkpoint with its two lines; without the second one if the process dies first."""
         self.journal.append("checkpoint_started", step=step)
         spec = ModelSpec.from_config(self.config.model, self.manifest.vocab_size, self.manifest.sequence_length)
         engine = InitialWeights(ThreadWorld(1), 0)
@@ -137,20 +138,14 @@ class ToldRun:
             parent=self.parent.digest if self.parent else None,
             check_claim=lambda: None,
         )
-        self.journal.append(
-            "checkpoint_committed",
-            step=step,
-            checkpoint=commit.folder.name,
-            location=f"checkpoints/{commit.folder.name}",
-            digest=commit.digest,
-            parent=commit.parent,
-            bytes=commit.num_bytes,
-            stall_s=0.1,
-            save_s=0.2,
-            evaluation=None,
-        )
+        if is_told:
+            self.tell(commit)
         self.parent = commit
         return commit
+
+    def tell(self, commit: Commit, **changes: Any) -> None:
+        """The line of a commit."""
+        self.journal.append("checkpoint_committed", **{**commit_record(commit, stall_s=0.1, save_s=0.2), **changes})
 
     def prune(self, commit: Commit, at: int) -> None:
         """Removes a checkpoint and says so."""
