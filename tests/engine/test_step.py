@@ -196,3 +196,27 @@ def test_gradients_are_clipped_to_the_configured_norm(build):
     assert cases.take_step(clipped, 1, learning_rate=0.0).grad_norm == norm  # reported before clipping
     total = sum(float(gradient.square().sum()) for gradient in cases.canonical_gradients(clipped).values())
     assert math.sqrt(total) == pytest.approx(norm / 10, rel=1e-4)
+
+
+@pytest.mark.parametrize("spec", [PLAIN, OPTIONS], ids=["plain", "options"])
+def test_three_steps_are_torch_adamws_on_the_reference_network_with_every_setting_of_the_optimizer(build, spec):
+    """Unusual betas, an eps as large as a gradient's root mean square, a decay that shows and a clip that bites."""
+    beta1, beta2, eps, decay, clip, rate = 0.6, 0.8, 3e-3, 2.0, 0.2, 1e-2
+    settings = {"beta1": beta1, "beta2": beta2, "eps": eps, "weight_decay": decay, "clip_grad_norm": clip}
+    engine = build(spec, micro_batch_size=2, **settings)
+    model = cases.reference(spec)
+    named = dict(model.named_parameters())
+    groups = [
+        {"params": [weight for weight in named.values() if weight.dim() == 2], "weight_decay": decay},
+        {"params": [weight for weight in named.values() if weight.dim() == 1], "weight_decay": 0.0},
+    ]
+    adamw = torch.optim.AdamW(groups, lr=rate, betas=(beta1, beta2), eps=eps)
+    for step in (1, 2, 3):
+        report = cases.take_step(engine, step, learning_rate=rate)
+        adamw.zero_grad()
+        cases.reference_loss(model, step, cases.objective()).backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
+        assert report.grad_norm == pytest.approx(norm.item(), rel=1e-4) and norm > 2 * clip
+        adamw.step()
+    expected = {name: weight.detach() for name, weight in named.items()}
+    torch.testing.assert_close(cases.canonical_weights(engine), expected, rtol=1e-5, atol=1e-6)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -208,14 +209,23 @@ def reference_noise_levels(
 
 def canonical_gradients(engine: Any) -> dict[str, torch.Tensor]:
     """Gradients in the buffers of a one-process engine, by canonical name."""
+    return _canonical(engine, lambda parameter: parameter.main_grad)
+
+
+def canonical_weights(engine: Any) -> dict[str, torch.Tensor]:
+    """Weights of a one-process engine, by canonical name."""
+    return _canonical(engine, lambda parameter: parameter.detach())
+
+
+def _canonical(engine: Any, of: Callable[[Any], torch.Tensor]) -> dict[str, torch.Tensor]:
     from megamask.models.initial_weights import canonical_shapes
 
-    gradients = {name: torch.full(shape, float("nan")) for name, shape in canonical_shapes(engine._spec).items()}
+    tensors = {name: torch.full(shape, float("nan")) for name, shape in canonical_shapes(engine._spec).items()}
     for name, parameter in engine._stage.network.named_parameters():
         for block in engine._canonical.blocks(name):
             rows = slice(block.first_row, block.first_row + block.sizes[0])
-            gradients[block.name][block.index] = parameter.main_grad[rows]
-    return gradients
+            tensors[block.name][block.index] = of(parameter)[rows]
+    return tensors
 
 
 def probe_rows(count: int, spec: ModelSpec) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
