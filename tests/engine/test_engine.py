@@ -18,7 +18,6 @@ def test_layout_is_refused_when_other_processes_were_started(job):
 
 def test_collectives_of_one_process_answer_with_its_own_value(build):
     engine = build()
-    assert engine.sum_over_ranks(2**62) == 2**62
     assert engine.max_over_ranks(-3) == -3
     assert engine.broadcast_object({"a": [1]}) == {"a": [1]}
     assert engine.gather_objects("x") == ["x"]

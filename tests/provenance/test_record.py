@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import json
 import subprocess
 from pathlib import Path
 
@@ -60,9 +59,3 @@ def test_library_versions_leave_out_what_is_not_installed(monkeypatch: pytest.Mo
     versions = record.library_versions()
     assert list(versions) == ["python", "numpy"]
     assert versions["numpy"][0].isdecimal()
-
-
-def test_host_facts_are_plain_json() -> None:
-    facts = record.host_facts()
-    assert json.loads(json.dumps(facts)) == facts
-    assert facts["num_processors"] == record.num_processors() >= 1

@@ -152,10 +152,6 @@ class Engine:
         rows_per_pass = self._micro_batch_size * self._stage.objective.num_views
         return prediction.predict(self._stage, x_t, is_open, draw, rows_per_pass=rows_per_pass)
 
-    def sum_over_ranks(self, value: int) -> int:
-        """The exact sum of every rank's value."""
-        return self._collectives.sum_integers([value])[0]
-
     def max_over_ranks(self, value: int) -> int:
         """The largest value of any rank."""
         return self._collectives.max_integer(value)

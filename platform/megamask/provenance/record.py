@@ -1,10 +1,9 @@
-"""What made a file: version of the code, of the libraries, and the machine."""
+"""What made a file: version of the code and of the libraries."""
 
 from __future__ import annotations
 
 import os
 import platform
-import socket
 import subprocess
 from functools import cache
 from importlib import metadata
@@ -47,16 +46,6 @@ def library_versions() -> dict[str, str]:
     """Versions of Python and of the libraries that shape a result; those that are not installed are left out."""
     found = {name: _version(name) for name in _LIBRARIES}
     return {"python": platform.python_version(), **{name: version for name, version in found.items() if version}}
-
-
-def host_facts() -> dict[str, str | int]:
-    """The machine: host name, system, processor kind and number of processors that this process may use."""
-    return {
-        "host": socket.gethostname(),
-        "system": f"{platform.system()} {platform.release()}",
-        "machine": platform.machine(),
-        "num_processors": num_processors(),
-    }
 
 
 def num_processors() -> int:
