@@ -1,7 +1,8 @@
-"""SIGKILL between any two actions of a commit, of a prune and of the sweep: what is visible is whole, and work goes on.
+"""SIGKILL at every named point of a commit, of a prune and of the sweep: what is visible is whole, and work goes on.
 
 A fork of this process does the work with the product's own functions and is killed at a fault point; this process then
-looks at what is left, as the next attempt does.
+looks at what is left, as the next attempt does. Between two points there may be several file operations; the model of
+a disk in test_commit_model.py stops a commit after each single one.
 """
 
 from __future__ import annotations
@@ -116,7 +117,7 @@ def run_dir(tmp_path: Path) -> Path:
     return folder
 
 
-def test_a_point_lies_between_any_two_actions(run_dir: Path) -> None:
+def test_every_named_point_is_reached_and_in_this_order(run_dir: Path) -> None:
     assert list(dict.fromkeys(points_of(commit_20, run_dir))) == COMMIT_POINTS
     assert points_of(prune_to_one, run_dir) == PRUNE_POINTS
     begin(run_dir, 30, 1)

@@ -222,10 +222,10 @@ def test_closed_journal_refuses_and_closes_twice(tmp_path: Path) -> None:
         journal.append("step", step=2)
 
 
-def test_full_disk_leaves_no_torn_line(tmp_path: Path) -> None:
+def test_full_disk_leaves_no_torn_line_and_the_next_attempt_continues(tmp_path: Path) -> None:
     """RLIMIT_FSIZE makes the kernel take a part of the line, as a disk does that fills up; in a process of its own."""
     script = f"""
-import resource, sys
+import os, resource, sys
 from pathlib import Path
 from megamask.errors import StorageError
 from megamask.tracking.journal import Journal
@@ -237,18 +237,27 @@ for _ in range(2):
     try:
         journal.append("step", step=2, text="x" * 200)
     except StorageError as error:
-        print(error.message, Path({str(file_of(tmp_path))!r}).stat().st_size == size)
+        print(error.message, Path({str(file_of(tmp_path))!r}).stat().st_size == size, flush=True)
 resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
 journal.append("step", step=3)
+resource.setrlimit(resource.RLIMIT_FSIZE, (size + 50, resource.RLIM_INFINITY))
+try:
+    journal.append("step", step=4)
+except StorageError:
+    os._exit(74)
 """
     assert resource.getrlimit(resource.RLIMIT_FSIZE)[1] == resource.RLIM_INFINITY
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 74, done.stderr
     first, second = done.stdout.splitlines()
     assert "attempt-0001-000.jsonl: only 50 of" in first
     assert "attempt-0001-000.jsonl" in second
     assert first.endswith("True")
     assert second.endswith("True")
     assert [record["step"] for record in read_journal(tmp_path)] == [1, 3]
+    assert verify_chain(tmp_path) == []
+    write_attempt(tmp_path, 2, range(4, 6))
+    assert [record["step"] for record in read_journal(tmp_path) if record["kind"] == "step"] == [1, 3, 4, 5]
     assert verify_chain(tmp_path) == []
 
 
