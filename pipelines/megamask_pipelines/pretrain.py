@@ -220,6 +220,8 @@ class Job:
             damaged=loaded.damaged,
         )
         self._committer = committer
+        if loaded.commit is not None:
+            committer.prune_before_training(loaded.commit)
         evaluation = PeriodicEvaluation(view, config.evaluation, measure)
         hooks: list[Hook] = [
             StepJournal(view),

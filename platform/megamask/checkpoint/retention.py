@@ -31,6 +31,7 @@ def prune(
     keep_every_steps: int | None = None,
     keep_best: int = 0,
     damaged: Collection[str] = (),
+    spared: Collection[str] = (),
     gate: Callable[[], None] = lambda: None,
 ) -> list[str]:
     """Removes the checkpoints of a run that `policy.retained` does not keep, oldest first. Called by one rank.
@@ -40,6 +41,7 @@ def prune(
 
     Args:
         damaged: names of folders that did not verify when this attempt started.
+        spared: names of folders that stay this time, whatever the policy says.
         gate: called before each removal; what it raises ends the pruning.
 
     Returns: the names of the removed folders.
@@ -52,7 +54,7 @@ def prune(
     kept = retained(known, keep_last=keep_last, keep_every_steps=keep_every_steps, keep_best=keep_best)
     removed = []
     for folder in reversed(folders):
-        if folder.name in kept or is_pinned(folder):  # it may have been pinned a moment ago
+        if folder.name in kept or folder.name in spared or is_pinned(folder):  # it may have been pinned a moment ago
             continue
         gate()
         remove_committed(folder)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,9 +14,11 @@ from megamask.checkpoint.background import Gate, Work, all_done
 from megamask.checkpoint.commit import Commit
 from megamask.checkpoint.contents import ModelDocument, TrainerState
 from megamask.checkpoint.names import CHECKPOINTS_NAME
+from megamask.checkpoint.reader import candidates, has_commit
 from megamask.checkpoint.retention import prune
 from megamask.checkpoint.saver import Save, SaveRequest
 from megamask.config.schema.checkpoint import CheckpointConfig
+from megamask.errors import StorageError, SupersededError
 from megamask.tracking.journal_reader import tail
 from megamask.training.attempt import AttemptView
 from megamask.training.progress import Progress
@@ -24,6 +27,7 @@ if TYPE_CHECKING:
     from megamask.engine.engine import Engine
 
 _TAIL_BYTES = 1 << 20
+_log = logging.getLogger(__name__)
 
 
 @dataclass(kw_only=True)
@@ -118,6 +122,26 @@ class CheckpointCommitter:
         self._flight: _Flight | None = None
         self._pruning: tuple[int, Work[list[str]]] | None = None
 
+    def prune_before_training(self, resumed: Commit) -> None:
+        """Removes what the present policy does not keep, on rank 0: on a full disk the next save needs that space.
+
+        The checkpoint that was resumed from stays, and so do those that did not verify: until there is a newer commit
+        somebody may want to look at them. A storage that refuses is an incident and no more.
+        """
+        if not self._engine.is_main:
+            return
+        attempt = self._attempt
+        before = candidates(attempt.run_dir)
+        try:
+            self._prune(lambda: None, spared=(resumed.folder.name, *self._damaged))
+        except StorageError as error:
+            attempt.append("incident", incident="prune_failed", problem=error.message)
+        except SupersededError:  # the loop looks at the claims too, and ends as it should
+            _log.warning("nothing more is pruned: a newer attempt has claimed the run")
+        for folder in reversed(before):
+            if not has_commit(folder):
+                attempt.append("checkpoint_pruned", step=resumed.step, checkpoint=folder.name)
+
     def begin(self, progress: Progress, evaluation: Mapping[str, float] | None) -> None:
         """Starts saving the present state, after the end of the save before; blocks if saving is not asynchronous.
 
@@ -199,7 +223,7 @@ class CheckpointCommitter:
             ),
         )
 
-    def _prune(self, gate: Gate) -> list[str]:
+    def _prune(self, gate: Gate, spared: Sequence[str] = ()) -> list[str]:
         def may_go_on() -> None:
             gate()
             self._attempt.check_claim()  # a newer attempt may be reading what this one would remove
@@ -210,6 +234,7 @@ class CheckpointCommitter:
             keep_every_steps=self._checkpoint.keep_every_steps,
             keep_best=self._checkpoint.keep_best,
             damaged=self._damaged,
+            spared=spared,
             gate=may_go_on,
         )
 
