@@ -10,6 +10,7 @@ from typing import Any
 from megamask.checkpoint.commit import LAWS, Commit
 from megamask.checkpoint.contents import check_state, read_model, read_state
 from megamask.checkpoint.integrity import verify_folder
+from megamask.checkpoint.names import CHECKPOINTS_NAME, PIN_SUFFIX, checkpoints_folder
 from megamask.checkpoint.reader import candidates, has_commit
 from megamask.config.identity import compare_identity
 from megamask.config.load import load_train_config
@@ -62,8 +63,7 @@ def verify_run(run_dir: Path) -> dict[str, Any]:
     commits = _check_checkpoints(run_dir, record, report)
     audit = _check_journal(run_dir, record, commits, report, is_alive=alive)
     _check_commits_against(audit, commits, report)
-    if missing := newest_commit_missing(audit, {folder.name for folder in candidates(run_dir)}):
-        report.findings.append(missing)
+    _check_what_is_gone(run_dir, audit, report)
     _check_end(run_dir, audit, report, is_alive=alive)
     num_corpora = _check_corpora(record, configs, report)
     findings = sorted([*report.findings, *report.corpus_findings])
@@ -229,6 +229,20 @@ def _check_commits_against(audit: JournalAudit, commits: list[Commit], report: _
                     report.find(told.file, problem, told.line)
         if commit.parent is not None and not steps.get(commit.parent, commit.step) < commit.step:
             report.find(name, "its parent, or a commit that is nowhere announced, is not of an earlier step")
+
+
+def _check_what_is_gone(run_dir: Path, audit: JournalAudit, report: _Report) -> None:
+    """A pin keeps its checkpoint for ever, and the newest one stays; a kill may lose the line of another's removal."""
+    visible = {folder.name for folder in candidates(run_dir)}
+    pins = checkpoints_folder(run_dir).glob(f"*{PIN_SUFFIX}")
+    pinned = {path.name.removesuffix(PIN_SUFFIX) for path in pins}
+    for name in sorted(pinned - visible):
+        report.find(f"{CHECKPOINTS_NAME}/{name}{PIN_SUFFIX}", f"{name} is pinned, but there is no such checkpoint")
+    if missing := newest_commit_missing(audit, visible):
+        report.findings.append(missing)
+    for name in sorted(audit.commits.keys() - visible - audit.pruned - pinned):
+        if missing is None or not missing.problem.startswith(name):
+            report.notes.append(f"{name} was committed and is gone, and no line tells that it was pruned")
 
 
 def _check_end(run_dir: Path, audit: JournalAudit, report: _Report, *, is_alive: bool) -> None:

@@ -290,9 +290,31 @@ def test_commit_that_names_another_place_of_the_journal_is_found(run_dir: Path, 
 
 def test_newest_commit_that_is_gone_is_found_and_a_pruned_one_is_not(run_dir: Path, verify: Verify) -> None:
     shutil.rmtree(run_dir / "checkpoints" / "step-00000004-a0001")
-    verify(0)  # a prune that was not journalled any more
+    answer = verify(0)  # a prune that was not journalled any more
+    note = "step-00000004-a0001 was committed and is gone, and no line tells that it was pruned"
+    assert [entry for entry in answer["notes"] if "gone" in entry] == [note]
     (run_dir / NEWEST / "COMMIT.json").unlink()
     found(verify(65), "step-00000006-a0002 was committed and never pruned", "journal/attempt-0002-000.jsonl")
+
+
+def test_pinned_checkpoint_that_is_gone_is_found_and_one_that_is_there_is_not(run_dir: Path, verify: Verify) -> None:
+    (run_dir / "checkpoints" / "step-00000004-a0001.pinned").touch()
+    verify(0)
+    (run_dir / "checkpoints" / "step-00000004-a0001" / "COMMIT.json").unlink()
+    found(verify(65), "is pinned, but there is no such", "checkpoints/step-00000004-a0001.pinned")
+    shutil.rmtree(run_dir / "checkpoints" / "step-00000004-a0001")
+    answer = verify(65)
+    found(answer, "step-00000004-a0001 is pinned, but there is no such checkpoint")
+    assert not [entry for entry in answer["notes"] if "gone" in entry]
+
+
+def test_pin_of_a_checkpoint_that_was_pruned_or_never_was_is_found(run_dir: Path, verify: Verify) -> None:
+    for name in ("step-00000002-a0001", "step-5"):
+        pin = run_dir / "checkpoints" / f"{name}.pinned"
+        pin.touch()
+        found(verify(65), f"{name} is pinned, but there is no such checkpoint", f"checkpoints/{name}.pinned")
+        pin.unlink()
+    verify(0)
 
 
 # Attempts, configs, corpora.
