@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from megamask.checkpoint.contents import ModelDocument
 from megamask.checkpoint.loader import Loaded, load
+from megamask.checkpoint.ownership import Owner
 from megamask.checkpoint.retention import sweep
 from megamask.config.schema.roots import TrainConfig
 from megamask.diffusion.objective import ObjectiveSpec
@@ -179,7 +180,9 @@ class Job:
         with self._startup.phase("restore"):
             if self._attempt is not None:
                 sweep(self._run_dir, view.number)
-            loaded = load(engine, self._run_dir, model=model)
+            corpora = self._corpora.train.corpus_ids
+            owner = Owner(run_id=view.run_id, seed=self._config.run.seed, corpora=corpora)
+            loaded = load(engine, self._run_dir, model=model, owner=owner)
         if loaded.state is not None:
             self.progress.step = loaded.state.step
             self.progress.consumed_samples = loaded.state.consumed_samples

@@ -20,7 +20,9 @@ def run_dir(tmp_path: Path) -> Path:
 def commit_step(run_dir: Path) -> Callable[..., Commit]:
     """Commits a small checkpoint with two files, by the protocol."""
 
-    def make(step: int, attempt: int = 1, parent: str | None = None, bound: float | None = None) -> Commit:
+    def make(
+        step: int, attempt: int = 1, parent: str | None = None, bound: float | None = None, run_id: str = "r"
+    ) -> Commit:
         folder = begin(run_dir, step, attempt)
         (folder / "weights.bin").write_bytes(bytes([step % 256]) * 3000)
         (folder / "tokenizer").mkdir()
@@ -28,7 +30,7 @@ def commit_step(run_dir: Path) -> Callable[..., Commit]:
         files = {name: digest_and_flush(folder, name) for name in ("weights.bin", "tokenizer/tokenizer.json")}
         evaluation = None if bound is None else {"nelbo_nats_per_token": repr(bound), "standard_error": "0.5"}
         fields = CommitFields(
-            run_id="r", parent=parent, state={"step": step}, corpora={"main": "c" * 64}, evaluation=evaluation
+            run_id=run_id, parent=parent, state={"step": step}, corpora={"main": "c" * 64}, evaluation=evaluation
         )
         return publish(folder, files, fields)
 

@@ -13,6 +13,7 @@ from megamask.checkpoint import integrity, loader
 from megamask.checkpoint.commit import CommitFields, publish
 from megamask.checkpoint.contents import ModelDocument, TrainerState
 from megamask.checkpoint.integrity import digest_and_flush
+from megamask.checkpoint.ownership import Owner
 from megamask.checkpoint.saver import save
 from megamask.errors import CheckpointIntegrityError, StorageError, UsageError
 from support.model_documents import model_document
@@ -47,8 +48,11 @@ def saved(run_dir: Path, tmp_path: Path) -> ThreadWorld:
     return ThreadWorld(3)
 
 
-def _load(world: ThreadWorld, run_dir: Path, model: ModelDocument | None = None) -> list[Any]:
-    return world.run(lambda engine: loader.load(engine, run_dir, model=model or model_document()))
+OWNER = Owner(run_id="r", seed=7, corpora={})
+
+
+def _load(world: ThreadWorld, run_dir: Path, model: ModelDocument | None = None, owner: Owner = OWNER) -> list[Any]:
+    return world.run(lambda engine: loader.load(engine, run_dir, model=model or model_document(), owner=owner))
 
 
 def _folder(run_dir: Path, step: int) -> Path:
@@ -169,3 +173,29 @@ def test_ranks_that_see_different_file_systems_do_not_load(
     results = _load(saved, run_dir)
     assert [type(result) for result in results] == [CheckpointIntegrityError] * 3
     assert "differently on two ranks" in results[0].message
+
+
+@pytest.mark.parametrize(
+    ("owner", "words"),
+    [
+        (replace(OWNER, run_id="s"), "belongs to run r, this is run s. Nothing was loaded."),
+        (replace(OWNER, seed=8), "run.seed 7, this run has 8. Nothing was loaded."),
+        (replace(OWNER, corpora={"main": "c" * 64}), f"this run has {{'main': '{'c' * 64}'}}. Nothing was loaded."),
+    ],
+    ids=["run", "seed", "corpora"],
+)
+def test_checkpoint_of_another_run_is_refused_on_every_rank_and_named(
+    saved: ThreadWorld, run_dir: Path, owner: Owner, words: str
+) -> None:
+    results = _load(saved, run_dir, owner=owner)
+    assert [type(result) for result in results] == [UsageError] * 3
+    assert all(result.message.startswith(f"{_folder(run_dir, 40)} ") and words in result.message for result in results)
+    assert [engine.loaded_from for engine in saved.engines] == [None] * 3
+
+
+def test_checkpoint_of_another_run_is_refused_before_its_files_are_looked_at(
+    saved: ThreadWorld, run_dir: Path, flip_byte: Callable[..., None]
+) -> None:
+    flip_byte(_folder(run_dir, 40) / "__1_0.distcp")
+    results = _load(saved, run_dir, owner=replace(OWNER, run_id="s"))
+    assert [type(result) for result in results] == [UsageError] * 3

@@ -22,9 +22,9 @@ def _names(run_dir: Path) -> list[str]:
 def test_prune_keeps_the_newest_and_returns_the_others_oldest_first(commit_step: MakeCommit, run_dir: Path) -> None:
     for step in (10, 20, 30, 40):
         commit_step(step)
-    assert prune(run_dir, 2) == ["step-00000010-a0001", "step-00000020-a0001"]
+    assert prune(run_dir, 2, run_id="r") == ["step-00000010-a0001", "step-00000020-a0001"]
     assert _names(run_dir) == ["step-00000030-a0001", "step-00000040-a0001"]
-    assert prune(run_dir, 2) == []
+    assert prune(run_dir, 2, run_id="r") == []
 
 
 def test_prune_removes_the_commit_before_anything_else(
@@ -34,7 +34,7 @@ def test_prune_removes_the_commit_before_anything_else(
     commit_step(20)
     with monkeypatch.context() as held:
         held.setattr(retention.shutil, "rmtree", lambda path, **options: None)  # somebody has its files open
-        assert prune(run_dir, 1) == ["step-00000010-a0001"]
+        assert prune(run_dir, 1, run_id="r") == ["step-00000010-a0001"]
     assert [folder.name for folder in candidates(run_dir)] == ["step-00000020-a0001"]
     assert (run_dir / "checkpoints" / "step-00000010-a0001" / "weights.bin").exists()
     assert sweep(run_dir, 2) == ["step-00000010-a0001"]
@@ -49,7 +49,10 @@ def test_prune_never_lets_a_damaged_checkpoint_push_out_a_good_one(
         commit_step(step)
     flip_byte(run_dir / "checkpoints" / "step-00000020-a0001" / "weights.bin")  # known from loading
     flip_byte(run_dir / "checkpoints" / "step-00000030-a0001" / "COMMIT.json")  # seen at a glance
-    assert prune(run_dir, 1, damaged=["step-00000020-a0001"]) == ["step-00000020-a0001", "step-00000030-a0001"]
+    assert prune(run_dir, 1, run_id="r", damaged=["step-00000020-a0001"]) == [
+        "step-00000020-a0001",
+        "step-00000030-a0001",
+    ]
     assert resolve(run_dir) == good.folder
 
 
@@ -58,10 +61,10 @@ def test_prune_keeps_multiples_the_best_and_the_pinned(commit_step: MakeCommit, 
         commit_step(step, bound=bound)
     pin = run_dir / "checkpoints" / "step-00000010-a0001.pinned"
     pin.touch()
-    gone = prune(run_dir, 1, keep_every_steps=25, keep_best=1)
+    gone = prune(run_dir, 1, run_id="r", keep_every_steps=25, keep_best=1)
     assert gone == ["step-00000030-a0001", "step-00000040-a0001"]
     pin.unlink()
-    assert prune(run_dir, 1, keep_every_steps=25, keep_best=1) == ["step-00000010-a0001"]
+    assert prune(run_dir, 1, run_id="r", keep_every_steps=25, keep_best=1) == ["step-00000010-a0001"]
     assert [folder.name[:13] for folder in candidates(run_dir)] == ["step-00000060", "step-00000050", "step-00000020"]
 
 
@@ -72,7 +75,7 @@ def test_pin_that_comes_while_pruning_still_holds(commit_step: MakeCommit, run_d
     def pin_the_next() -> None:
         (run_dir / "checkpoints" / "step-00000020-a0001.pinned").touch()
 
-    assert prune(run_dir, 1, gate=pin_the_next) == ["step-00000010-a0001"]
+    assert prune(run_dir, 1, run_id="r", gate=pin_the_next) == ["step-00000010-a0001"]
     assert len(candidates(run_dir)) == 2
 
 
@@ -86,7 +89,7 @@ def test_prune_ends_before_the_next_removal_when_a_newer_attempt_has_claimed_the
         raise SupersededError("attempt 2 owns the run")
 
     with pytest.raises(SupersededError):
-        prune(run_dir, 1, gate=superseded)
+        prune(run_dir, 1, run_id="r", gate=superseded)
     assert len(candidates(run_dir)) == 3
 
 
@@ -105,21 +108,21 @@ def test_prune_removes_nothing_when_the_storage_does_not_let_it_look(
     with monkeypatch.context() as broken:
         broken.setattr(Path, "read_bytes", unreadable)
         with pytest.raises(StorageError, match="input/output error"):
-            prune(run_dir, 1)
+            prune(run_dir, 1, run_id="r")
     assert len(candidates(run_dir)) == 3
 
 
 def test_prune_leaves_everything_while_too_few_are_good(commit_step: MakeCommit, run_dir: Path) -> None:
     commit_step(10)
     (commit_step(20).folder / "weights.bin").write_bytes(b"short")
-    assert prune(run_dir, 2) == []
+    assert prune(run_dir, 2, run_id="r") == []
     assert len(_names(run_dir)) == 2
 
 
 def test_prune_refuses_to_keep_none(commit_step: MakeCommit, run_dir: Path) -> None:
     commit_step(10)
     with pytest.raises(UsageError, match="keep_last is 0"):
-        prune(run_dir, 0)
+        prune(run_dir, 0, run_id="r")
     assert len(candidates(run_dir)) == 1
 
 
@@ -170,3 +173,12 @@ def test_sweep_leaves_pins_and_foreign_files_alone(run_dir: Path, tmp_path: Path
 
 def test_sweep_of_a_new_run_does_nothing(run_dir: Path) -> None:
     assert sweep(run_dir, 1) == []
+
+
+def test_prune_neither_counts_nor_removes_what_another_run_committed(commit_step: MakeCommit, run_dir: Path) -> None:
+    for step in (10, 20):
+        commit_step(step)
+    for step in (5, 30, 40):
+        commit_step(step, run_id="other")
+    assert prune(run_dir, 1, run_id="r") == ["step-00000010-a0001"]
+    assert [int(name[5:13]) for name in _names(run_dir)] == [5, 20, 30, 40]

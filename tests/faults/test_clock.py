@@ -65,7 +65,7 @@ def test_retention_and_reading_go_by_step_and_attempt_not_by_file_times(tmp_path
         for path in (*folder.rglob("*"), folder):
             os.utime(path, (2_000_000_000 - number, 2_000_000_000 - number))
     assert [folder.name[5:13] for folder in candidates(run_dir)] == ["00000030", "00000020", "00000010"]
-    assert prune(run_dir, 1) == ["step-00000010-a0001", "step-00000020-a0001"]
+    assert prune(run_dir, 1, run_id="r") == ["step-00000010-a0001", "step-00000020-a0001"]
     assert sweep(run_dir, 2) == []
 
 

@@ -44,7 +44,7 @@ def committing(run_dir: Path, recorder: Recorder, *, in_background: bool = False
     for step in (10, 20, 30, 40):
         commit = save_once(run_dir, step=step, attempt=1, in_background=in_background)
         recorder.mark(f"{COMMITTED}{commit.folder.name}")
-        prune(run_dir, KEEP_LAST)
+        prune(run_dir, KEEP_LAST, run_id="r")
 
 
 def taking_over(run_dir: Path, recorder: Recorder) -> None:

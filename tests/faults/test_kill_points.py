@@ -53,7 +53,7 @@ def commit_20(run_dir: Path) -> None:
 
 
 def prune_to_one(run_dir: Path) -> None:
-    prune(run_dir, 1)
+    prune(run_dir, 1, run_id="r")
 
 
 def sweep_as_second(run_dir: Path) -> None:
@@ -103,7 +103,7 @@ def goes_on(run_dir: Path) -> None:
     assert visible_steps(run_dir) == before
     save_once(run_dir, step=30, attempt=2)
     assert visible_steps(run_dir) == [30, *before]
-    prune(run_dir, 1)
+    prune(run_dir, 1, run_id="r")
     folders = [path.name for path in (run_dir / "checkpoints").iterdir() if path.is_dir()]
     assert folders == ["step-00000030-a0002"]
 

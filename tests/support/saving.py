@@ -19,6 +19,7 @@ def save_once(
     attempt: int,
     check_claim: Callable[[], None] = lambda: None,
     in_background: bool = False,
+    run_id: str = "r",
 ) -> Commit:
     """Commits a state that says which step and attempt it is of."""
     tokenizer = run_dir.parent / f"{run_dir.name}.tokenizer"
@@ -33,7 +34,7 @@ def save_once(
         tokenizer_folder=tokenizer,
         corpora={"main": "c" * 64},
         journal_head=(step, "0" * 64),
-        run_id="r",
+        run_id=run_id,
         parent=None,
         check_claim=check_claim,
     )

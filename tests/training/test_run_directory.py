@@ -18,10 +18,12 @@ from megamask.training.run_directory import (
     last_attempt_of,
     open_run,
     read_run,
+    recorded_schedule,
     run_path,
     store_attempt_config,
 )
 from support.records import edit_run_record, flip_byte
+from support.saving import save_once
 
 TINY = Path(__file__).parents[2] / "configs" / "run" / "tiny.yaml"
 CORPUS_ID, TOKENIZER = "c" * 64, "d" * 64
@@ -191,3 +193,17 @@ def test_attempt_config_reads_back_as_it_was(tmp_path: Path) -> None:
 
 def test_run_directory_is_output_dir_and_name() -> None:
     assert run_path("runs", "a") == Path("runs/a")
+
+
+def test_checkpoint_of_another_run_is_refused_by_name_before_anything_is_written(tmp_path: Path) -> None:
+    record = opened(tmp_path / "run", "run.seed=7", corpora={"main": "c" * 64})
+    commit = save_once(tmp_path / "run", step=3, attempt=1, run_id=record.run_id)
+    assert recorded_schedule(record) == (20, 3)
+    foreign = save_once(tmp_path / "run", step=9, attempt=1, run_id="other")
+    with pytest.raises(UsageError, match=f"{foreign.folder} belongs to run other, this is run {record.run_id}"):
+        recorded_schedule(record)
+    (foreign.folder / "state.json").unlink()
+    with pytest.raises(UsageError, match="belongs to run other"):
+        recorded_schedule(record)
+    (foreign.folder / "COMMIT.json").write_bytes(b"{}")
+    assert recorded_schedule(record) == (20, commit.step)

@@ -19,6 +19,7 @@ from megamask.checkpoint.contents import (
 )
 from megamask.checkpoint.integrity import damaged, link_problems, problems, share
 from megamask.checkpoint.names import MODEL_NAME
+from megamask.checkpoint.ownership import Owner
 from megamask.checkpoint.reader import candidates, incident, none_left
 from megamask.errors import CheckpointIntegrityError, UsageError
 from megamask.storage.hashing import sha256_bytes
@@ -45,23 +46,24 @@ class Loaded:
         return [record["checkpoint"] for record in self.incidents]
 
 
-def load(engine: CheckpointEngine, run_dir: Path, *, model: ModelDocument) -> Loaded:
+def load(engine: CheckpointEngine, run_dir: Path, *, model: ModelDocument, owner: Owner) -> Loaded:
     """Restores the engine from the newest checkpoint of a run that verifies; collective.
 
     Args:
         model: what this attempt is building; a checkpoint of another model is refused.
+        owner: this run; a checkpoint of another run is refused.
 
     Returns: the same on every rank; `commit` is None if the run has no checkpoint at all.
     Raises:
         CheckpointIntegrityError: checkpoints exist and none verifies.
         StorageError: the storage does not let one be read; nothing is said of it, and no older one is taken instead.
-        UsageError: the checkpoint is of another model, or a newer megamask wrote it.
+        UsageError: the checkpoint is of another run or model, or a newer megamask wrote it.
     """
     folders = on_main(engine, lambda: candidates(run_dir))
     incidents: list[dict[str, Any]] = []
     for folder in folders:
         try:
-            commit, state = _verify_together(engine, folder, model)
+            commit, state = _verify_together(engine, folder, model, owner)
         except CheckpointIntegrityError as error:
             incidents.append(incident(folder, error))
             continue
@@ -72,10 +74,13 @@ def load(engine: CheckpointEngine, run_dir: Path, *, model: ModelDocument) -> Lo
     return Loaded(commit=None, state=None, incidents=[])
 
 
-def _verify_together(engine: CheckpointEngine, folder: Path, model: ModelDocument) -> tuple[Commit, TrainerState]:
+def _verify_together(
+    engine: CheckpointEngine, folder: Path, model: ModelDocument, owner: Owner
+) -> tuple[Commit, TrainerState]:
     """Every rank raises the same error, or returns the same verified commit and state."""
     step, digest = on_main(engine, lambda: _pick(folder))
     commit = _on_all(engine, lambda: _same_commit(folder, step, digest))
+    _on_all(engine, lambda: owner.refuse_foreign(commit))
     mine = share(commit, engine.topology.rank, engine.topology.world_size)
     everything = engine.gather_objects(_on_all(engine, lambda: problems(commit, mine)))
     on_main(engine, lambda: _refuse_damaged(folder, everything))

@@ -28,6 +28,7 @@ def prune(
     run_dir: Path,
     keep_last: int,
     *,
+    run_id: str,
     keep_every_steps: int | None = None,
     keep_best: int = 0,
     damaged: Collection[str] = (),
@@ -37,9 +38,10 @@ def prune(
     """Removes the checkpoints of a run that `policy.retained` does not keep, oldest first. Called by one rank.
 
     A checkpoint that is known to be damaged, or whose COMMIT.json or file sizes are wrong, is not good. A pin is a file
-    beside the checkpoint's folder, named after it.
+    beside the checkpoint's folder, named after it. What another run has committed is neither counted nor removed.
 
     Args:
+        run_id: of the run itself.
         damaged: names of folders that did not verify when this attempt started.
         spared: names of folders that stay this time, whatever the policy says.
         gate: called before each removal; what it raises ends the pruning.
@@ -49,11 +51,13 @@ def prune(
     """
     if keep_last < 1:
         raise UsageError(f"checkpoint.keep_last is {keep_last}; allowed: >= 1. Nothing was removed.")
-    folders = candidates(run_dir)
-    known = [_candidate(folder, is_known_damaged=folder.name in damaged) for folder in folders]
-    kept = retained(known, keep_last=keep_last, keep_every_steps=keep_every_steps, keep_best=keep_best)
+    looked_at = {
+        folder: _candidate(folder, run_id, is_known_damaged=folder.name in damaged) for folder in candidates(run_dir)
+    }
+    own = {folder: candidate for folder, candidate in looked_at.items() if candidate is not None}
+    kept = retained(list(own.values()), keep_last=keep_last, keep_every_steps=keep_every_steps, keep_best=keep_best)
     removed = []
-    for folder in reversed(folders):
+    for folder in reversed(own):
         if folder.name in kept or folder.name in spared or is_pinned(folder):  # it may have been pinned a moment ago
             continue
         gate()
@@ -67,8 +71,11 @@ def is_pinned(folder: Path) -> bool:
     return os.path.lexists(folder.with_name(f"{folder.name}{PIN_SUFFIX}"))
 
 
-def _candidate(folder: Path, *, is_known_damaged: bool) -> Candidate:
-    """A quick look: COMMIT.json is sound and each file has its size; contents are verified on load."""
+def _candidate(folder: Path, run_id: str, *, is_known_damaged: bool) -> Candidate | None:
+    """A quick look: COMMIT.json is sound and each file has its size; contents are verified on load.
+
+    Returns: None for a checkpoint of another run.
+    """
     step, attempt = parse_folder_name(folder.name) or (0, 0)
     bound, is_good = None, False
     missing = (FileNotFoundError, NotADirectoryError)
@@ -78,6 +85,8 @@ def _candidate(folder: Path, *, is_known_damaged: bool) -> Candidate:
         except UsageError:  # a newer megamask's checkpoint is not ours to judge
             is_good = True
         else:
+            if commit.run_id != run_id:
+                return None
             bound = commit.bound
             is_good = all((folder / name).stat().st_size == entry.num_bytes for name, entry in commit.files.items())
     return Candidate(

@@ -231,6 +231,7 @@ class CheckpointCommitter:
         return prune(
             self._attempt.run_dir,
             self._checkpoint.keep_last,
+            run_id=self._attempt.run_id,
             keep_every_steps=self._checkpoint.keep_every_steps,
             keep_best=self._checkpoint.keep_best,
             damaged=self._damaged,

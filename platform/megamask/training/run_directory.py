@@ -11,9 +11,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from megamask.checkpoint.commit import LAWS
+from megamask.checkpoint.commit import LAWS, load_commit
 from megamask.checkpoint.contents import read_state
 from megamask.checkpoint.names import checkpoints_folder, parse_folder_name
+from megamask.checkpoint.ownership import Owner
 from megamask.checkpoint.reader import candidates, has_commit
 from megamask.config.dump import to_yaml
 from megamask.config.identity import compare_identity, extendable_fields, identity_fields
@@ -46,6 +47,13 @@ class RunRecord:
     def recorded_steps(self) -> int:
         """training.steps when the run began."""
         return int(self.content["extendable"]["training.steps"])
+
+    @property
+    def owner(self) -> Owner:
+        """Whom every checkpoint of this run must name."""
+        return Owner(
+            run_id=self.run_id, seed=int(self.content["identity"]["run.seed"]), corpora=self.content["corpora"]
+        )
 
 
 def open_run(
@@ -280,11 +288,19 @@ def is_complete(run_dir: Path, config: TrainConfig) -> bool:
 def recorded_schedule(record: RunRecord) -> tuple[int, int]:
     """training.steps as last recorded, and the steps taken under it: of the newest checkpoint, else of run.json.
 
-    Only for refusing an impossible change before anything starts; a checkpoint that does not read is passed over here
+    Only for refusing what is impossible before anything starts; a checkpoint that does not read is passed over here
     and dealt with when it is loaded.
+
+    Raises:
+        UsageError: the newest checkpoint that reads is of another run.
     """
     for folder in candidates(record.path.parent):
+        commit, state = None, None
         with contextlib.suppress(CheckpointIntegrityError, UsageError):
+            commit = load_commit(folder)
             state = read_state(folder)
+        if commit is not None:
+            record.owner.refuse_foreign(commit)
+        if state is not None:
             return int(state.schedule.get("training_steps", record.recorded_steps)), state.step
     return record.recorded_steps, 0

@@ -1,0 +1,45 @@
+"""Whose checkpoint is it: a folder of another run that lies among a run's own is refused, never taken for the run's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from megamask.checkpoint.commit import Commit
+from megamask.errors import UsageError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Owner:
+    """What all checkpoints of one run have in common.
+
+    Args:
+        run_id: as in run.json.
+        seed: run.seed.
+        corpora: corpus name -> corpus id.
+    """
+
+    run_id: str
+    seed: int
+    corpora: Mapping[str, str]
+
+    def refuse_foreign(self, commit: Commit) -> None:
+        """Refuses the commit of another run, or one that another seed or other corpora led to.
+
+        Raises:
+            UsageError: names the folder and what differs.
+        """
+        if commit.run_id != self.run_id:
+            raise _foreign(commit, f"belongs to run {commit.run_id}, this is run {self.run_id}")
+        seed = commit.state.get("seed")
+        if seed is not None and seed != str(self.seed):  # one without is damage, which its reader tells
+            raise _foreign(commit, f"was made with run.seed {seed}, this run has {self.seed}")
+        if dict(commit.corpora) != dict(self.corpora):
+            raise _foreign(commit, f"was made on corpora {dict(commit.corpora)}, this run has {dict(self.corpora)}")
+
+
+def _foreign(commit: Commit, what: str) -> UsageError:
+    return UsageError(
+        f"{commit.folder} {what}. Nothing was loaded.",
+        hint=f"move the folder out of {commit.folder.parent}, then start the run again",
+    )
