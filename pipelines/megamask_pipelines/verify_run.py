@@ -20,7 +20,7 @@ from megamask.errors import CheckpointIntegrityError, DataIntegrityError, ExitCo
 from megamask.resilience.claims import attempt_folder, claimed_attempts, is_live, read_claim
 from megamask.resilience.status import read_status
 from megamask.storage.hashing import sha256_bytes
-from megamask.tracking.journal_reader import journal_files, read_lines, verify_chain
+from megamask.tracking.journal_reader import journal_files, overtaken, read_lines, verify_chain
 from megamask.training.run_directory import RunRecord, read_run
 from megamask_pipelines.journal_audit import Finding, JournalAudit, newest_commit_missing
 from megamask_pipelines.recorded_rules import rules_of
@@ -181,6 +181,7 @@ def _check_journal(
             report.notes.append(f"{damage.file}, line {damage.line} is being written")
             continue
         report.find(f"journal/{damage.file}", damage.problem, damage.line)
+    report.notes += [f"journal/{beside}" for beside in overtaken(run_dir)]
     report.findings += audit.findings
     return audit
 

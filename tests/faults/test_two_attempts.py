@@ -82,7 +82,8 @@ def test_attempt_in_another_pid_namespace_takes_over_and_the_older_ends_with_93(
     assert [line["attempt"] for line in journal(run_dir) if line["kind"] == "attempt_ended"] == [2]
     assert all(int(folder.name[5:13]) <= resumed["step"] for folder in checkpoints(run_dir) if "-a0001" in folder.name)
     assert checkpoints(run_dir)[-1].name.endswith("-a0002")
-    assert megamask("verify", "checkpoint", run_dir).code == 0
+    verified = megamask("verify", "run", run_dir, "--json")
+    assert verified.code == 0, verified.json["findings"]
 
 
 @pytest.mark.slow

@@ -1,11 +1,23 @@
 from __future__ import annotations
 
+import hashlib
+import json
 from pathlib import Path
 
 import pytest
 
+from megamask.tracking import journal as journal_module
 from megamask.tracking.journal import Journal
-from megamask.tracking.journal_reader import journal_files, line_number, read_journal, steps, tail, verify_chain
+from megamask.tracking.journal_reader import (
+    journal_files,
+    line_number,
+    overtaken,
+    read_journal,
+    steps,
+    tail,
+    verify_chain,
+)
+from megamask.tracking.journal_seek import find_step
 
 
 @pytest.fixture
@@ -130,12 +142,113 @@ def test_verify_finds_a_torn_line_and_a_forged_chain_start(run_dir: Path) -> Non
     assert "torn" in torn.problem
 
 
-def test_verify_finds_what_a_superseded_writer_added(tmp_path: Path) -> None:
-    old = Journal.open(tmp_path, 1)
-    old.append("step", step=1)
-    with Journal.open(tmp_path, 2) as new:
-        new.append("step", step=2)
-    assert verify_chain(tmp_path) == []
-    old.append("step", step=2)
+def take_over(run_dir: Path, *, kept: int, beside: int) -> None:
+    """Attempt 2 opens the journal after `kept` lines of attempt 1, which writes `beside` more before it notices."""
+    old = Journal.open(run_dir, 1, rotate_bytes=500)
+    for step in range(1, kept + 1):
+        old.append("step", step=step, attempt=1)
+    with Journal.open(run_dir, 2) as new:
+        for step in range(kept + 1, kept + beside + 1):
+            old.append("step", step=step, attempt=1)
+        new.append("attempt_started", attempt=2)
+        new.append("step", step=kept + 1, attempt=2)
     old.close()
-    assert [finding.file for finding in verify_chain(tmp_path)] == ["attempt-0002-000.jsonl"]
+
+
+@pytest.mark.parametrize("kept", [0, 1, 4])
+@pytest.mark.parametrize("beside", [1, 2, 7])
+def test_lines_beside_a_take_over_are_told_and_are_no_damage(tmp_path: Path, kept: int, beside: int) -> None:
+    take_over(tmp_path, kept=kept, beside=beside)
+    assert verify_chain(tmp_path) == []
+    told = overtaken(tmp_path)
+    assert {found.by for found in told} == {2}
+    assert sum(found.last - found.first + 1 for found in told) == beside
+    lines = {file.path.name: file.path.read_bytes().splitlines() for file in journal_files(tmp_path)}
+    named = [line for found in told for line in lines[found.file][found.first - 1 : found.last]]
+    assert [json.loads(line)["step"] for line in named] == list(range(kept + 1, kept + beside + 1))
+
+
+def test_attempt_after_a_take_over_chains_on_the_newest_and_names_no_damage(tmp_path: Path) -> None:
+    take_over(tmp_path, kept=3, beside=2)
+    newest = journal_files(tmp_path)[-1].path.read_bytes().splitlines()[-1]
+    with Journal.open(tmp_path, 3) as journal:
+        assert journal.head == (5, hashlib.sha256(newest).hexdigest())
+        journal.append("step", step=5, attempt=3)
+    assert verify_chain(tmp_path) == []
+    assert [found.by for found in overtaken(tmp_path)] == [2]
+    assert all(record["kind"] != "incident" for record in read_journal(tmp_path))
+    holders = {step: record["attempt"] for step, record in steps(tmp_path).items()}
+    assert holders == {1: 1, 2: 1, 3: 1, 4: 2, 5: 3}
+    for step, attempt in holders.items():
+        record = find_step(tmp_path, step)
+        assert record is not None
+        assert record["attempt"] == attempt
+
+
+def test_opening_after_a_take_over_finds_the_fork_before_the_checked_tail(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    take_over(tmp_path, kept=3, beside=2)
+    size = sum(file.path.stat().st_size for file in journal_files(tmp_path)[-2:])
+    monkeypatch.setattr(journal_module, "_TAIL_BYTES", size)
+    assert len(tail(tmp_path, size)) < 5  # it begins after the line that attempt 2 chains on
+    with Journal.open(tmp_path, 3) as journal:
+        journal.append("step", step=5, attempt=3)
+    assert all(record["kind"] != "incident" for record in read_journal(tmp_path))
+    assert verify_chain(tmp_path) == []
+
+
+def test_attempts_that_overtake_one_another_leave_one_chain(tmp_path: Path) -> None:
+    """Attempt 3 opens before attempt 2 has written; what it chains on is the chain, though attempt 2 left it."""
+    first = Journal.open(tmp_path, 1)
+    first.append("step", step=1)
+    second = Journal.open(tmp_path, 2)
+    first.append("step", step=2)
+    with Journal.open(tmp_path, 3) as third:
+        first.append("step", step=3)
+        second.append("step", step=2)
+        third.append("step", step=3)
+    first.close()
+    second.close()
+    assert verify_chain(tmp_path) == []
+    assert [(found.file[:12], found.first, found.last, found.by) for found in overtaken(tmp_path)] == [
+        ("attempt-0001", 3, 3, 3),
+        ("attempt-0002", 1, 1, 3),
+    ]
+
+
+@pytest.mark.parametrize("line", range(1, 9))
+def test_verify_finds_a_changed_line_beside_a_take_over_but_the_last_of_a_branch(tmp_path: Path, line: int) -> None:
+    old = Journal.open(tmp_path, 1)
+    for step in (1, 2, 3):
+        old.append("step", step=step)
+    with Journal.open(tmp_path, 2) as new:
+        for step in (4, 5, 6):
+            old.append("step", step=step)
+        for step in (4, 5):
+            new.append("step", step=step)
+    old.close()
+    file = journal_files(tmp_path)[0 if line <= 6 else 1]
+    lines = file.path.read_bytes().splitlines(keepends=True)
+    number = (line - 1) % 6
+    lines[number] = lines[number].replace(b'"kind":"step"', b'"kind":"stop"')
+    file.path.write_bytes(b"".join(lines))
+    assert (verify_chain(tmp_path) == []) == (line in (6, 8))
+
+
+def test_verify_finds_a_removed_line_beside_a_take_over(tmp_path: Path) -> None:
+    take_over(tmp_path, kept=2, beside=4)
+    path = next(file.path for file in journal_files(tmp_path) if b'"step":4' in file.path.read_bytes())
+    path.write_bytes(b"".join(line for line in path.read_bytes().splitlines(True) if b'"step":4' not in line))
+    assert verify_chain(tmp_path) != []
+
+
+def test_journal_without_a_take_over_has_nothing_beside_it(run_dir: Path) -> None:
+    assert overtaken(run_dir) == []
+
+
+def test_damaged_last_line_before_a_new_attempt_is_no_take_over(run_dir: Path) -> None:
+    path = [file for file in journal_files(run_dir) if file.attempt == 1][-1].path
+    path.write_bytes(path.read_bytes().replace(b'"kind":"step"', b'"kind":"stop"'))
+    assert verify_chain(run_dir) != []
+    assert overtaken(run_dir) == []

@@ -80,3 +80,20 @@ def test_position_in_a_file_that_is_gone_begins_again(tmp_path: Path) -> None:
     with Journal.open(tmp_path, 1) as journal:
         journal.append("step", step=1)
     assert read_all(tmp_path, Position(file="attempt-0009-000.jsonl", offset=7))[0] == [1]
+
+
+def test_follower_sees_what_stands_beside_a_take_over_and_goes_on_with_the_newer_attempt(tmp_path: Path) -> None:
+    old = Journal.open(tmp_path, 1)
+    old.append("step", step=1)
+    records, position = read_new(tmp_path, Position())
+    with Journal.open(tmp_path, 2) as new:
+        old.append("step", step=2)
+        new.append("step", step=2)
+    old.close()
+    assert [record["seq"] for record in records] == [1]
+    seen = []
+    for _ in range(3):
+        records, position = read_new(tmp_path, position)
+        seen += [(record["seq"], record["step"]) for record in records]
+    assert seen == [(2, 2), (2, 2)]
+    assert position.file == "attempt-0002-000.jsonl"

@@ -28,6 +28,7 @@ from megamask.tracking.journal_reader import (
     Line,
     Record,
     chain_problem,
+    find_fork,
     journal_files,
     line_number,
     read_journal,
@@ -283,11 +284,22 @@ def _inspect_past(run_dir: Path) -> _Past:
     for i in range(begin, len(lines)):  # damage before the last start of a chain was named there
         is_first = i == begin
         problem = None if is_first and records[i] is not None else chain_problem(records[i], lines[i - 1].data)
-        if problem is not None:
+        if problem is not None and not (i > 0 and _is_take_over(run_dir, lines[i - 1], lines[i])):
             damages.append((lines[i], problem))
     last_seq = next((record["seq"] for record in reversed(records) if record is not None), 0)
     digest = CHAIN_START if damages or not lines else sha256_bytes(lines[-1].data)
     return _Past(head=(last_seq, digest), torn=torn, damages=damages)
+
+
+def _is_take_over(run_dir: Path, before: Line, line: Line) -> bool:
+    """Whether a line that does not chain on the one before it begins an attempt that chains on an earlier one.
+
+    The older attempt notices a take-over within moments, so that the line is sought in twice the tail.
+    """
+    if line.file.attempt == before.file.attempt:
+        return False
+    earlier = [found for found in tail(run_dir, 2 * _TAIL_BYTES) if found.file < line.file]
+    return find_fork(line, earlier) is not None
 
 
 def _truncate(torn: Line) -> None:
