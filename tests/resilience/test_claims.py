@@ -16,7 +16,15 @@ import pytest
 
 from megamask.errors import StorageError, SupersededError, UsageError
 from megamask.resilience import claims
-from megamask.resilience.claims import attempt_folder, claim, is_live, is_superseded, read_claim, refuse_if_superseded
+from megamask.resilience.claims import (
+    attempt_folder,
+    claim,
+    has_died,
+    is_live,
+    is_superseded,
+    read_claim,
+    refuse_if_superseded,
+)
 
 CLAIM_AND_WAIT = """
 import sys
@@ -219,3 +227,20 @@ def test_claim_in_an_unwritable_place_is_a_storage_error(tmp_path: Path, monkeyp
     monkeypatch.setattr(Path, "mkdir", refuse)
     with pytest.raises(StorageError, match="read-only"):
         claim(tmp_path)
+
+
+def test_death_of_a_claimant_is_known_on_its_own_host_only(
+    tmp_path: Path, live_claimant: subprocess.Popen[str]
+) -> None:
+    assert not has_died(tmp_path, 1)
+    live_claimant.kill()
+    live_claimant.wait()
+    assert has_died(tmp_path, 1)
+    boot_id = (read_claim(tmp_path, 1) or {})["boot_id"]
+    edit_claim(tmp_path, 1, boot_id="before the host was started anew")
+    assert has_died(tmp_path, 1)
+    edit_claim(tmp_path, 1, boot_id=boot_id, pid_namespace="of a container")
+    assert not has_died(tmp_path, 1)
+    edit_claim(tmp_path, 1, host="another")
+    assert not has_died(tmp_path, 1)
+    assert not has_died(tmp_path, 2)

@@ -4,16 +4,15 @@ from pathlib import Path
 
 import pytest
 
-from megamask.tracking import journal_tail
 from megamask.tracking.journal import Journal
 from megamask.tracking.journal_tail import Position, read_new
 
 
-def read_all(run_dir: Path, position: Position) -> tuple[list[int], Position]:
+def read_all(run_dir: Path, position: Position, *, max_bytes: int = 2**20) -> tuple[list[int], Position]:
     """The steps of everything after a position, as a follower collects them."""
     found: list[int] = []
     while True:
-        records, after = read_new(run_dir, position)
+        records, after = read_new(run_dir, position, max_bytes=max_bytes)
         if after == position:
             return found, position
         found += [record["step"] for record in records if record["kind"] == "step"]
@@ -37,12 +36,13 @@ def test_follower_sees_each_record_once_over_files_and_attempts(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("piece", [1, 100, 1000])
-def test_long_backlog_is_read_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, piece: int) -> None:
-    monkeypatch.setattr(journal_tail, "_READ_BYTES", piece)
+def test_long_backlog_is_read_in_pieces(tmp_path: Path, piece: int) -> None:
     with Journal.open(tmp_path, 1) as journal:
         for step in range(20):
             journal.append("step", step=step, text="x" * (step * 20))
-    assert read_all(tmp_path, Position())[0] == list(range(20))
+    assert read_all(tmp_path, Position(), max_bytes=piece)[0] == list(range(20))
+    records, _ = read_new(tmp_path, Position(), max_bytes=piece)
+    assert len(records) < 20
 
 
 def test_line_without_its_end_waits_until_it_has_one(tmp_path: Path) -> None:

@@ -1,8 +1,12 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
-from megamask.tracking.mlflow_store import shown_uri
+from megamask.config.schema.tracking import MLflowConfig
+from megamask.errors import UsageError
+from megamask.tracking.mlflow_store import check_uri, place_of, shown_uri, without_credentials
 
 
 @pytest.mark.parametrize(
@@ -16,3 +20,38 @@ from megamask.tracking.mlflow_store import shown_uri
 )
 def test_shown_uri_holds_no_credential(uri: str, shown: str) -> None:
     assert shown_uri(uri) == shown
+
+
+@pytest.mark.parametrize(
+    ("uri", "text", "told"),
+    [
+        (
+            "https://u:hush@h:5000/x?token=tokn#frag",
+            "no https://u:hush@h:5000/x?token=tokn#frag",
+            "no https://h:5000/x",
+        ),
+        ("https://u:hush@h/x?token=tokn", "host h, url /x?token=tokn, u:hush", "host h, url /x?***, ***"),
+        ("https://u:h%40sh@h/x", "h@sh of u was refused, h%40sh too", "*** of u was refused, *** too"),
+        ("https://hush@h/x", "hush is not known", "*** is not known"),
+    ],
+)
+def test_text_of_others_is_told_without_the_uris_credential(uri: str, text: str, told: str) -> None:
+    assert without_credentials(text, uri) == told
+
+
+def test_default_store_is_a_file_beside_the_run_directories(tmp_path: Path) -> None:
+    place = place_of(tmp_path / "runs" / "one", MLflowConfig())
+    assert place.uri == f"sqlite:///{tmp_path}/runs/mlflow.db"
+    assert place.artifacts == f"file://{tmp_path}/runs/mlartifacts"
+    assert place_of(tmp_path, MLflowConfig(uri="http://h:5000")).artifacts is None
+
+
+@pytest.mark.parametrize("uri", ["http://h:5000", "https://h", "sqlite:///x.db", "postgresql://h/db", "databricks"])
+def test_uri_of_a_store_is_taken(uri: str) -> None:
+    check_uri("tracking.mlflow.uri", uri, after="Nothing was started.")
+
+
+@pytest.mark.parametrize("uri", ["runs/mlflow.db", "localhost:5000", "file:///runs", ""])
+def test_uri_of_no_store_is_refused(uri: str) -> None:
+    with pytest.raises(UsageError, match=r"tracking\.mlflow\.uri is no tracking store .* Nothing was started"):
+        check_uri("tracking.mlflow.uri", uri, after="Nothing was started.")
