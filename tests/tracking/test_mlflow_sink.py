@@ -20,7 +20,7 @@ from megamask.tracking.mlflow_sink import MLflowSink
 from megamask.tracking.mlflow_state import load_state, state_path
 from megamask.tracking.mlflow_store import environment
 
-DRAIN_S = 120.0
+DRAIN_S = 240.0
 
 
 @pytest.fixture(scope="module")
@@ -122,6 +122,45 @@ def test_run_shows_params_metrics_tags_and_config(output_dir: Path) -> None:
     }
     artifacts = output_dir / "mlartifacts" / run.info.run_id / "artifacts" / "config"
     assert [path.name for path in artifacts.iterdir()] == ["attempt-0001.yaml"]
+
+
+def test_commits_datasets_and_previews_are_entered_and_a_pruned_commit_stays(output_dir: Path) -> None:
+    run_dir = make_run(output_dir, "entries")
+    dataset = {"name": "main", "split": "train", "corpus_id": "ab" * 32, "source": "/data", "rows": 3, "tokens": 40}
+    names = [f"step-{step:08d}-a0001" for step in (1, 2)]
+    with Journal.open(run_dir, 1) as journal:
+        journal.append("attempt_started", attempt=1, datasets=[dataset])
+        for step, name in enumerate(names, 1):
+            folder = run_dir / "checkpoints" / name
+            folder.mkdir(parents=True)
+            (folder / "COMMIT.json").write_text(str(step))
+            bound = {"nelbo_nats_per_token": 5.0 - step, "standard_error": 0.5}
+            journal.append("checkpoint_committed", step=step, checkpoint=name, digest=f"d{step}", evaluation=bound)
+            journal.append("sample_preview", step=step, samples=[{"prompt": "", "text": f"text {step}"}])
+        journal.append("checkpoint_pruned", step=2, checkpoint=names[0])
+    assert send(run_dir)
+    state_path(run_dir).unlink()
+    assert send(run_dir)  # all of it once more
+    store, run = client(output_dir), stored_run(output_dir, "entries")
+    [entered] = run.inputs.dataset_inputs
+    assert (entered.dataset.name, entered.dataset.digest) == ("main/train", ("ab" * 32)[:36])
+    models = {
+        model.tags["megamask.checkpoint"]: model
+        for model in store.search_logged_models(
+            [run.info.experiment_id], filter_string=f"source_run_id = '{run.info.run_id}'"
+        )
+    }
+    assert sorted(models) == names
+    assert [models[name].tags["megamask.state"] for name in names] == ["pruned", "committed"]
+    for step, name in enumerate(names, 1):
+        measured = {metric.key: metric.value for metric in models[name].metrics}
+        assert measured == {"checkpoint/nelbo_nats_per_token": 5.0 - step, "checkpoint/standard_error": 0.5}
+        [kept] = store.list_logged_model_artifacts(models[name].model_id)
+        assert kept.path == "COMMIT.json"
+    artifacts = output_dir / "mlartifacts" / run.info.run_id / "artifacts" / "previews"
+    assert sorted(path.name for path in artifacts.iterdir()) == ["step-00000001.txt", "step-00000002.txt"]
+    assert "text 2" in (artifacts / "step-00000002.txt").read_text()
+    assert history(output_dir, "entries", "checkpoint/nelbo_nats_per_token") == [(1, 4.0), (2, 3.0)]
 
 
 @pytest.mark.parametrize(
