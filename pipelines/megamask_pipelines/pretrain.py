@@ -220,7 +220,6 @@ class Job:
             seed=config.run.seed,
             num_steps=config.training.steps,
             parent=loaded.commit.digest if loaded.commit is not None else None,
-            damaged=loaded.damaged,
         )
         self._committer = committer
         if loaded.commit is not None:
@@ -252,8 +251,7 @@ class Job:
             return error
         if isinstance(error, OSError):
             error = typed(error)
-        if self._committer is not None:
-            end_saving(self._committer, error)
+        cause = error
         code = int(error.exit_code) if isinstance(error, MegamaskError) else int(ExitCode.BUG)
         known = self._view
         if known is None:
@@ -263,6 +261,8 @@ class Job:
             error, code = peer, int(peer.exit_code)
         elif not isinstance(error, SupersededError):
             write_rank_failure(self._run_dir, number, rank=self._rank, exit_code=code, reason=reason_of(error))
+        if self._committer is not None:  # after the rank's last words: a launcher waits only so long for its end
+            end_saving(self._committer, cause)
         if self._attempt is not None:
             self._attempt.fail(error, code, self.progress)
         elif self._rank == 0:

@@ -10,7 +10,10 @@ from typing import Any
 
 import pytest
 
+from megamask.checkpoint import background
 from megamask.checkpoint.background import Work, WorkState, all_done
+from megamask.launch.local import FAILURE_GRACE_S
+from megamask.resilience import left_behind
 from support.command import environment
 from support.thread_world import ThreadEngine, ThreadWorld
 
@@ -59,3 +62,28 @@ def test_process_ends_although_a_write_hangs() -> None:
     )
     done = subprocess.run([sys.executable, "-c", script], env=environment(), timeout=60, check=False)
     assert done.returncode == 74
+
+
+def test_work_that_hangs_is_waited_for_once_however_often_it_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
+    may_end, now, waited = threading.Event(), [100.0], []
+    work: Work[bool] = Work(lambda gate: may_end.wait(60), in_thread=True)
+    monkeypatch.setattr(background.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(work._is_over, "wait", lambda seconds: bool(waited.append(seconds)))
+    work.call_off()
+    now[0] += 2
+    assert not work.stop()
+    now[0] += 20
+    assert not work.stop()
+    assert waited == [background._STOP_S - 2, 0]
+    assert 2 * background._STOP_S < FAILURE_GRACE_S
+    may_end.set()
+
+
+def test_thread_of_work_is_known_as_left_behind_as_long_as_it_runs() -> None:
+    may_end = threading.Event()
+    work: Work[bool] = Work(lambda gate: may_end.wait(60), in_thread=True)
+    assert left_behind.has_left_any()
+    may_end.set()
+    work.wait()
+    [thread.join() for thread in left_behind._watched]
+    assert not left_behind.has_left_any()

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from megamask.checkpoint.background import WorkStopped
 from megamask.checkpoint.commit import Commit, FileDigest
 from megamask.checkpoint.integrity import digest_and_flush, problems, share, verify_folder
 from megamask.errors import CheckpointIntegrityError
@@ -112,3 +113,17 @@ def test_message_names_three_problems_and_counts_the_rest(commit_step: MakeCommi
         (commit.folder / name).unlink()
     with pytest.raises(CheckpointIntegrityError, match=r"tokenizer\.json.*; weights\.bin"):
         verify_folder(commit.folder)
+
+
+def test_hashing_what_was_saved_can_be_ended_at_every_mib(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(bytes(5 << 20))
+    calls: list[int] = []
+
+    def end_at_the_third() -> None:
+        calls.append(1)
+        if len(calls) == 3:
+            raise WorkStopped
+
+    with pytest.raises(WorkStopped):
+        digest_and_flush(tmp_path, "a", end_at_the_third)
+    assert len(calls) == 3

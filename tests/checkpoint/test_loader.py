@@ -14,6 +14,8 @@ from megamask.checkpoint.commit import CommitFields, publish
 from megamask.checkpoint.contents import ModelDocument, TrainerState
 from megamask.checkpoint.integrity import digest_and_flush
 from megamask.checkpoint.ownership import Owner
+from megamask.checkpoint.reader import resolve
+from megamask.checkpoint.retention import is_marked_damaged, prune
 from megamask.checkpoint.saver import save
 from megamask.errors import CheckpointIntegrityError, StorageError, UsageError
 from support.model_documents import model_document
@@ -83,7 +85,7 @@ def test_load_falls_back_with_an_incident_when_any_file_is_damaged(
     assert [result.state.step for result in results] == [20] * 3
     assert all(engine.loaded_from == _folder(run_dir, 20) for engine in saved.engines)
     for result in results:
-        assert result.damaged == ["step-00000040-a0001"]
+        assert [record["checkpoint"] for record in result.incidents] == ["step-00000040-a0001"]
         assert name in result.incidents[0]["problem"]
 
 
@@ -199,3 +201,32 @@ def test_checkpoint_of_another_run_is_refused_before_its_files_are_looked_at(
     flip_byte(_folder(run_dir, 40) / "__1_0.distcp")
     results = _load(saved, run_dir, owner=replace(OWNER, run_id="s"))
     assert [type(result) for result in results] == [UsageError] * 3
+
+
+def test_damage_is_remembered_in_later_attempts_until_the_checkpoint_verifies_again(
+    saved: ThreadWorld, run_dir: Path, flip_byte: Callable[..., None]
+) -> None:
+    flip_byte(_folder(run_dir, 40) / "__1_0.distcp")
+    assert _load(saved, run_dir)[0].state.step == 20
+    assert [is_marked_damaged(_folder(run_dir, step)) for step in (20, 40)] == [False, True]
+    assert prune(run_dir, 1, run_id="r") == ["step-00000040-a0001"]  # by its sizes alone it would push out step 20
+    assert resolve(run_dir) == _folder(run_dir, 20)
+
+
+def test_checkpoint_that_was_restored_from_a_copy_counts_again_once_it_is_loaded(
+    saved: ThreadWorld, run_dir: Path, flip_byte: Callable[..., None]
+) -> None:
+    flip_byte(_folder(run_dir, 40) / "__1_0.distcp")
+    _load(saved, run_dir)
+    flip_byte(_folder(run_dir, 40) / "__1_0.distcp")
+    assert _load(saved, run_dir)[0].state.step == 40
+    assert not is_marked_damaged(_folder(run_dir, 40))
+
+
+def test_nothing_is_marked_when_no_checkpoint_verifies(
+    saved: ThreadWorld, run_dir: Path, flip_byte: Callable[..., None]
+) -> None:
+    for step in (20, 40):
+        flip_byte(_folder(run_dir, step) / "__1_0.distcp")
+    _load(saved, run_dir)
+    assert not list((run_dir / "checkpoints").glob("*.damaged"))

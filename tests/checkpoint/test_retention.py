@@ -9,7 +9,7 @@ import pytest
 from megamask.checkpoint import retention
 from megamask.checkpoint.commit import Commit, begin
 from megamask.checkpoint.reader import candidates, resolve
-from megamask.checkpoint.retention import prune, sweep
+from megamask.checkpoint.retention import mark_damaged, prune, sweep
 from megamask.errors import StorageError, SupersededError, UsageError
 
 MakeCommit = Callable[..., Commit]
@@ -47,13 +47,15 @@ def test_prune_never_lets_a_damaged_checkpoint_push_out_a_good_one(
     good = commit_step(10)
     for step in (20, 30):
         commit_step(step)
-    flip_byte(run_dir / "checkpoints" / "step-00000020-a0001" / "weights.bin")  # known from loading
+    flip_byte(run_dir / "checkpoints" / "step-00000020-a0001" / "weights.bin")
+    mark_damaged(run_dir / "checkpoints" / "step-00000020-a0001")  # known from loading, in whichever attempt
     flip_byte(run_dir / "checkpoints" / "step-00000030-a0001" / "COMMIT.json")  # seen at a glance
-    assert prune(run_dir, 1, run_id="r", damaged=["step-00000020-a0001"]) == [
+    assert prune(run_dir, 1, run_id="r") == [
         "step-00000020-a0001",
         "step-00000030-a0001",
     ]
     assert resolve(run_dir) == good.folder
+    assert not list((run_dir / "checkpoints").glob("*.damaged"))  # a mark goes with its folder
 
 
 def test_prune_keeps_multiples_the_best_and_the_pinned(commit_step: MakeCommit, run_dir: Path) -> None:
@@ -182,3 +184,34 @@ def test_prune_neither_counts_nor_removes_what_another_run_committed(commit_step
         commit_step(step, run_id="other")
     assert prune(run_dir, 1, run_id="r") == ["step-00000010-a0001"]
     assert [int(name[5:13]) for name in _names(run_dir)] == [5, 20, 30, 40]
+
+
+def test_prune_tells_what_the_storage_does_not_let_go_and_removes_the_others(
+    commit_step: MakeCommit, run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for step in (10, 20, 30):
+        commit_step(step)
+    real, told = Path.unlink, []
+
+    def refuse(path: Path, **options: bool) -> None:
+        if path.parent.name == "step-00000010-a0001":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        real(path, **options)
+
+    with monkeypatch.context() as broken:
+        broken.setattr(Path, "unlink", refuse)
+        gone = prune(run_dir, 1, run_id="r", on_refusal=lambda folder, error: told.append((folder.name, error.message)))
+        with pytest.raises(StorageError, match="permission denied"):
+            prune(run_dir, 1, run_id="r")
+    assert gone == ["step-00000020-a0001"]
+    assert [name for name, _ in told] == ["step-00000010-a0001"] and "permission denied" in told[0][1]
+    assert prune(run_dir, 1, run_id="r") == ["step-00000010-a0001"]
+
+
+def test_sweep_removes_the_mark_of_a_damaged_checkpoint_that_is_gone(commit_step: MakeCommit, run_dir: Path) -> None:
+    there = commit_step(10).folder
+    for name in (there.name, "step-00000005-a0001", "step-00000005-a0002", "notes"):
+        mark_damaged(there.with_name(name))
+    assert sweep(run_dir, 2) == []
+    marks = sorted(path.name for path in there.parent.glob("*.damaged"))
+    assert marks == ["notes.damaged", "step-00000005-a0002.damaged", "step-00000010-a0001.damaged"]

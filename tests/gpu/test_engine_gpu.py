@@ -85,3 +85,14 @@ def test_gpu_attention_of_grouped_queries_needs_no_memory_for_all_scores(dtype):
     before = torch.cuda.memory_allocated()
     attention(query, key, value).float().square().sum().backward()
     assert torch.cuda.max_memory_allocated() - before < 16 * 8192 * 8192 * query.element_size() / 4
+
+
+def test_gpu_computes_on_after_memory_that_cannot_be_pinned():
+    from megamask.engine.backend import select_backend
+
+    backend = select_backend()
+    memory = torch.empty(1 << 20)
+    backend.pin(memory)
+    backend.pin(memory)  # CUDA refuses the second time and keeps the code for whoever comes next
+    assert float(torch.ones(3, device=backend.device).add(1).sum()) == 6
+    assert torch.equal(memory.fill_(2).to(backend.device).cpu(), memory)

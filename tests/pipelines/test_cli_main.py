@@ -278,3 +278,34 @@ def test_every_verb_refuses_what_is_not_there_with_one_clear_error(name):
     assert answer["exit_code"] == 2
     assert "no/such" in answer["error"] or "no.such" in answer["error"]
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.multiprocess
+def test_exit_code_survives_a_thread_that_hangs_inside_torch_s_writer():
+    script = """
+import sys, threading, time, types, torch
+from megamask.checkpoint.background import Work
+from megamask_pipelines.cli import main as cli
+
+class Slow:
+    def write(self, data):
+        is_writing.set()
+        while True:  # on and on back into Python, which ends such a thread when the interpreter shuts down
+            time.sleep(0.001)
+
+    def flush(self):
+        pass
+
+def run(arguments):
+    Work(lambda gate: torch.save(torch.zeros(9), Slow()), in_thread=True)
+    assert is_writing.wait(120)
+    return {"answer": "told", "exit_code": 74}
+
+is_writing = threading.Event()
+cli._import_verb = lambda name: types.SimpleNamespace(add_arguments=lambda parser: None, run=run)
+sys.argv = ["megamask", "train", "--json"]
+sys.exit(cli.main())
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=240)
+    assert done.returncode == 74, done.stderr
+    assert json.loads(done.stdout) == {"answer": "told", "exit_code": 74}

@@ -9,6 +9,7 @@ import re
 import resource
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -306,3 +307,22 @@ def test_journal_stays_usable_when_the_next_file_cannot_be_opened(tmp_path, monk
     journal.close()
     assert [record["incident"] for record in read_journal(tmp_path)] == ["first", "second"]
     assert verify_chain(tmp_path) == []
+
+
+def test_durable_head_names_a_flushed_line_although_another_thread_writes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Journal.open(tmp_path, 1) as journal:
+        journal.append("step", step=1)
+        flushed, others = journal.head, []
+
+        def sync_then_another_thread_writes() -> None:
+            others.append(threading.Thread(target=lambda: journal.append("incident", incident="x", problem="y")))
+            others[0].start()
+            others[0].join(1)  # it may only write when the head is read
+
+        with monkeypatch.context() as crowded:
+            crowded.setattr(journal, "sync", sync_then_another_thread_writes)
+            assert journal.durable_head() == flushed
+        others[0].join()
+        assert journal.head[0] == 2

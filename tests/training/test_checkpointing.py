@@ -1,112 +1,140 @@
+"""Checkpoints beside the loop: what is journalled when pruning fails, and how a save is given up."""
+
 from __future__ import annotations
 
-import os
+import errno
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from megamask.checkpoint.commit import Commit
 from megamask.checkpoint.reader import candidates
 from megamask.config.schema.checkpoint import CheckpointConfig
 from megamask.errors import SupersededError
 from megamask.training.attempt import AttemptView
-from megamask.training.checkpointing import CheckpointCommitter
+from megamask.training.checkpointing import CheckpointCommitter, _Flight
+from megamask.training.progress import Progress
 from support.model_documents import model_document
-from support.saving import save_once
 from support.thread_world import ThreadEngine, ThreadWorld
 
 
-class Told(AttemptView):
-    """An attempt that remembers what it was to journal; a newer one may come before the n-th look at the claims."""
+class ToldView(AttemptView):
+    """Rank 0's view, with the journal as a list."""
 
-    def __init__(self, run_dir: Path, *, superseded_at: int | None = None) -> None:
-        super().__init__(run_dir, "r", 2)
-        self.lines: list[tuple[str, Any]] = []
-        self._superseded_at = superseded_at
-        self._num_looks = 0
+    def __init__(self, run_dir: Path) -> None:
+        super().__init__(run_dir, "r", 1)
+        self.records: list[dict[str, Any]] = []
+        self.claim_check: Callable[[], None] = lambda: None
 
     def append(self, kind: str, **fields: Any) -> None:
-        self.lines.append((kind, fields.get("checkpoint", fields.get("incident"))))
+        self.records.append({"kind": kind, **fields})
 
     def check_claim(self) -> None:
-        self._num_looks += 1
-        if self._num_looks == self._superseded_at:
-            raise SupersededError("superseded")
+        self.claim_check()
+
+    def of_pruning(self) -> list[tuple[int, str, str | None]]:
+        """Step of the commit, or 0 for an incident; what is told; of which checkpoint."""
+        told = [record for record in self.records if record["kind"] in ("checkpoint_pruned", "incident")]
+        return [(r.get("step", 0), r.get("incident", r["kind"]), r["checkpoint"]) for r in told]
 
 
 @pytest.fixture
-def commits(tmp_path: Path) -> list[Commit]:
-    """Of steps 10 to 40, in a run directory."""
+def view(tmp_path: Path) -> ToldView:
     (tmp_path / "run").mkdir()
-    return [save_once(tmp_path / "run", step=step, attempt=1) for step in (10, 20, 30, 40)]
+    return ToldView(tmp_path / "run")
 
 
-def prune(
-    attempt: AttemptView, resumed: Commit, *, keep_last: int = 1, damaged: tuple[str, ...] = (), rank: int = 0
-) -> None:
-    CheckpointCommitter(
-        ThreadEngine(ThreadWorld(2), rank),  # type: ignore[arg-type]
-        attempt,
-        CheckpointConfig(keep_last=keep_last),
+@pytest.fixture(params=[True, False], ids=["beside", "blocking"])
+def committer(request: pytest.FixtureRequest, view: ToldView, tmp_path: Path) -> CheckpointCommitter:
+    (tmp_path / "tokenizer").mkdir()
+    (tmp_path / "tokenizer" / "tokenizer.json").write_text("{}")
+    return CheckpointCommitter(
+        ThreadEngine(ThreadWorld(1), 0),  # type: ignore[arg-type]
+        view,
+        CheckpointConfig(keep_last=1, asynchronous=request.param),
         model=model_document(),
-        tokenizer_folder=attempt.run_dir,
-        corpora={"main": "c" * 64},
+        tokenizer_folder=tmp_path / "tokenizer",
+        corpora={},
         seed=7,
         num_steps=100,
-        parent=resumed.digest,
-        damaged=damaged,
-    ).prune_before_training(resumed)
+        parent=None,
+    )
 
 
-def steps(run_dir: Path) -> list[int]:
-    return [int(folder.name[5:13]) for folder in candidates(run_dir)]
+def save(committer: CheckpointCommitter, *steps: int) -> None:
+    for step in steps:
+        committer.begin(Progress(num_views=2, step=step), None)
+        committer.finish()
 
 
-def test_restart_prunes_by_the_present_policy_before_it_trains_and_journals_it(commits: list[Commit]) -> None:
-    attempt = Told(commits[0].folder.parents[1])
-    prune(attempt, commits[3], keep_last=3)
-    assert steps(attempt.run_dir) == [40, 30, 20]
-    prune(attempt, commits[3], keep_last=1)
-    assert steps(attempt.run_dir) == [40]
-    assert attempt.lines == [("checkpoint_pruned", commit.folder.name) for commit in commits[:3]]
+def folder(step: int) -> str:
+    return f"step-{step:08d}-a0001"
 
 
-def test_restart_never_prunes_what_it_resumed_from_nor_what_it_passed_over(commits: list[Commit]) -> None:
-    """40 did not verify, 30 was restored; a policy that counted differently would still leave both."""
-    attempt = Told(commits[0].folder.parents[1])
-    prune(attempt, commits[2], damaged=(commits[3].folder.name,))
-    assert steps(attempt.run_dir) == [40, 30]
-    save_once(attempt.run_dir, step=50, attempt=1)
-    prune(attempt, commits[2])
-    assert steps(attempt.run_dir) == [50, 30]
-
-
-def test_prune_that_the_storage_refuses_before_training_is_an_incident_and_no_more(
-    commits: list[Commit], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EPERM, errno.EIO, errno.EBUSY])
+def test_checkpoint_that_cannot_be_pruned_is_an_incident_and_tried_again_after_the_next_commit(
+    committer: CheckpointCommitter, view: ToldView, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
-    attempt = Told(commits[0].folder.parents[1])
-    unlink = Path.unlink
+    real = Path.unlink
 
     def refuse(path: Path, **options: bool) -> None:
-        if "step-00000020" in str(path):
-            raise OSError(5, os.strerror(5), str(path))
-        unlink(path, **options)
+        if path.parent.name == folder(10) and path.name == "COMMIT.json":
+            raise OSError(number, "not this one", str(path))
+        real(path, **options)
 
-    monkeypatch.setattr(Path, "unlink", refuse)
-    prune(attempt, commits[3])
-    assert attempt.lines == [("incident", "prune_failed"), ("checkpoint_pruned", commits[0].folder.name)]
-    assert steps(attempt.run_dir) == [40, 30, 20]
-
-
-def test_restart_stops_pruning_when_a_newer_attempt_has_claimed_the_run(commits: list[Commit]) -> None:
-    attempt = Told(commits[0].folder.parents[1], superseded_at=2)
-    prune(attempt, commits[3])
-    assert attempt.lines == [("checkpoint_pruned", commits[0].folder.name)]
-    assert steps(attempt.run_dir) == [40, 30, 20]
+    with monkeypatch.context() as broken:
+        broken.setattr(Path, "unlink", refuse)
+        save(committer, 10, 20, 30)
+    first, *_ = incidents = [record for record in view.records if record["kind"] == "incident"]
+    assert len(incidents) == 2 and folder(10) in first["problem"]
+    save(committer, 40)
+    assert [path.name for path in candidates(view.run_dir)] == [folder(40)]
+    pruned = [name for _, told, name in view.of_pruning() if told == "checkpoint_pruned"]
+    assert sorted(pruned) == [folder(10), folder(20), folder(30)]
 
 
-def test_only_rank_0_prunes_before_training(commits: list[Commit]) -> None:
-    attempt = Told(commits[0].folder.parents[1])
-    prune(attempt, commits[3], rank=1)
-    assert (steps(attempt.run_dir), attempt.lines) == ([40, 30, 20, 10], [])
+def test_checkpoint_that_cannot_be_looked_at_is_an_incident_and_nothing_is_pruned(
+    committer: CheckpointCommitter, view: ToldView, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = Path.read_bytes
+
+    def unreadable(path: Path) -> bytes:
+        if path.parent.name == folder(10):
+            raise OSError(errno.EIO, "Input/output error")
+        return real(path)
+
+    with monkeypatch.context() as broken:
+        broken.setattr(Path, "read_bytes", unreadable)
+        save(committer, 10, 20)
+    assert view.of_pruning() == [(0, "prune_failed", None)] * 2
+    assert "input/output error" in view.records[-1]["problem"]
+    save(committer, 30)
+    assert view.of_pruning()[2:] == [(30, "checkpoint_pruned", folder(10)), (30, "checkpoint_pruned", folder(20))]
+
+
+def test_attempt_that_is_superseded_while_it_prunes_ends(committer: CheckpointCommitter, view: ToldView) -> None:
+    save(committer, 10)
+    looks: list[int] = []
+
+    def superseded() -> None:
+        looks.append(1)
+        if len(looks) > 1:  # the commit of step 20 itself is made
+            raise SupersededError("attempt 2 owns the run")
+
+    view.claim_check = superseded
+    with pytest.raises(SupersededError):
+        save(committer, 20)
+    assert [path.name for path in candidates(view.run_dir)] == [folder(20), folder(10)]
+
+
+def test_everything_is_called_off_before_anything_is_waited_for(committer: CheckpointCommitter) -> None:
+    told: list[str] = []
+    pruning: Any = SimpleNamespace(stop=lambda: told.append("pruning waited for"))
+    save: Any = SimpleNamespace(
+        call_off=lambda: told.append("save called off"), abandon=lambda together: told.append("save waited for")
+    )
+    committer._pruning, committer._flight = (10, pruning), _Flight(save=save)
+    committer.abandon(together=False)
+    assert told == ["save called off", "pruning waited for", "save waited for"]

@@ -18,6 +18,7 @@ from typing import IO, Any, NoReturn, Protocol
 
 from megamask.errors import ExitCode, MegamaskError, UsageError
 from megamask.provenance.redaction import redact, redacted
+from megamask.resilience import left_behind
 from megamask_pipelines import redacted_output
 
 VERBS: Mapping[str, str] = {
@@ -85,7 +86,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return int(ExitCode.DONE)
     redacted_output.install()
     with _stdout_kept_for_the_answer(wants_json, owns_process=arguments is None) as answer:
-        return _guarded(lambda: _run_verb(given[0], given[1:], answer), given[0], answer if wants_json else None)
+        code = _guarded(lambda: _run_verb(given[0], given[1:], answer), given[0], answer if wants_json else None)
+    if arguments is None and left_behind.has_left_any():
+        _leave_at_once(code)
+    return code
+
+
+def _leave_at_once(code: int) -> NoReturn:
+    """Ends the process without the interpreter's farewell, which a thread inside a write would turn into SIGABRT."""
+    import logging
+
+    logging.shutdown()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # closed, or a reader that has gone away
+            stream.flush()
+    os._exit(code)
 
 
 def _run_verb(name: str, arguments: list[str], answer: IO[str]) -> int:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from enum import IntEnum
 from typing import Generic, TypeVar
 
 from megamask.checkpoint.agreement import CheckpointEngine, agree
+from megamask.resilience import left_behind
 
 Result = TypeVar("Result")
 Gate = Callable[[], None]
 
-# A rank whose storage hangs is left behind after so long; its thread ends with the process.
-_STOP_S = 30.0
+# A write that hangs is left behind so long after it was called off; its thread ends with the process. Well below the
+# time that launchers leave a rank whose peer has failed (30 s here and in torchrun).
+_STOP_S = 5.0
 
 
 class WorkStopped(Exception):
@@ -41,12 +44,15 @@ class Work(Generic[Result]):
     def __init__(self, action: Callable[[Gate], Result], *, in_thread: bool) -> None:
         self._action = action
         self._is_stopped = threading.Event()
+        self._deadline: float | None = None
         self._is_over = threading.Event()
         self._failure: BaseException | None = None
         self._results: list[Result] = []
         if in_thread:
             # a daemon: a write that hangs must not keep the process from ending
-            threading.Thread(target=self._run, name="megamask-checkpoint", daemon=True).start()
+            thread = threading.Thread(target=self._run, name="megamask-checkpoint", daemon=True)
+            left_behind.watch(thread)
+            thread.start()
         else:
             self._run()
 
@@ -85,10 +91,17 @@ class Work(Generic[Result]):
         """Waits for the end, whichever it is."""
         self._is_over.wait()
 
-    def stop(self) -> bool:
-        """Calls the work off and waits for its end; returns whether it has ended."""
+    def call_off(self) -> None:
+        """Asks the work to end at its next gate, and waits for nothing."""
         self._is_stopped.set()
-        return self._is_over.wait(_STOP_S)
+        if self._deadline is None:
+            self._deadline = time.monotonic() + _STOP_S
+
+    def stop(self) -> bool:
+        """Calls the work off and waits a few seconds, in all calls together; returns whether it has ended."""
+        self.call_off()
+        deadline = self._deadline or 0.0
+        return self._is_over.wait(max(0.0, deadline - time.monotonic()))
 
 
 def all_done(engine: CheckpointEngine, work: Work[Result], *, wait: bool) -> bool:

@@ -6,7 +6,7 @@ import errno
 import hashlib
 import os
 import stat
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from megamask.checkpoint.commit import Commit, FileDigest, load_commit
@@ -16,8 +16,11 @@ from megamask.storage.durable import read_errors, storage_errors
 _READ_BYTES = 1 << 20
 
 
-def digest_and_flush(folder: Path, name: str) -> FileDigest:
+def digest_and_flush(folder: Path, name: str, gate: Callable[[], None] = lambda: None) -> FileDigest:
     """Size and sha256 of a file that this process wrote, after forcing it to the disk.
+
+    Args:
+        gate: called before each MiB is hashed; what it raises ends the reading.
 
     Raises:
         StorageError: the storage refused; the file may not be durable.
@@ -26,15 +29,16 @@ def digest_and_flush(folder: Path, name: str) -> FileDigest:
         descriptor = os.open(folder / name, os.O_RDONLY | os.O_NOFOLLOW)
         try:
             os.fsync(descriptor)
-            return _digest(descriptor)
+            return _digest(descriptor, gate)
         finally:
             os.close(descriptor)
 
 
-def _digest(descriptor: int) -> FileDigest:
+def _digest(descriptor: int, gate: Callable[[], None] = lambda: None) -> FileDigest:
     digest = hashlib.sha256()
     num_bytes = 0
     while piece := os.read(descriptor, _READ_BYTES):
+        gate()
         digest.update(piece)
         num_bytes += len(piece)
     return FileDigest(num_bytes=num_bytes, sha256=digest.hexdigest())

@@ -18,9 +18,10 @@ from megamask.checkpoint.contents import (
     refuse_other_laws,
 )
 from megamask.checkpoint.integrity import damaged, link_problems, problems, share
-from megamask.checkpoint.names import MODEL_NAME
+from megamask.checkpoint.names import CHECKPOINTS_NAME, MODEL_NAME
 from megamask.checkpoint.ownership import Owner
 from megamask.checkpoint.reader import candidates, incident, none_left
+from megamask.checkpoint.retention import mark_damaged, unmark_damaged
 from megamask.errors import CheckpointIntegrityError, UsageError
 from megamask.storage.hashing import sha256_bytes
 
@@ -40,14 +41,11 @@ class Loaded:
     state: TrainerState | None
     incidents: list[dict[str, Any]]
 
-    @property
-    def damaged(self) -> list[str]:
-        """Names of the folders that did not verify; retention must not count them."""
-        return [record["checkpoint"] for record in self.incidents]
-
 
 def load(engine: CheckpointEngine, run_dir: Path, *, model: ModelDocument, owner: Owner) -> Loaded:
     """Restores the engine from the newest checkpoint of a run that verifies; collective.
+
+    Those passed over are marked as damaged, so that retention does not count them, in later attempts neither.
 
     Args:
         model: what this attempt is building; a checkpoint of another model is refused.
@@ -67,11 +65,19 @@ def load(engine: CheckpointEngine, run_dir: Path, *, model: ModelDocument, owner
         except CheckpointIntegrityError as error:
             incidents.append(incident(folder, error))
             continue
+        passed_over = [run_dir / CHECKPOINTS_NAME / record["checkpoint"] for record in incidents]
+        on_main(engine, lambda: _mark(passed_over, verified=folder))  # noqa: B023  called before the loop goes on
         _load_engine(engine, folder)
         return Loaded(commit=commit, state=state, incidents=incidents)
     if incidents:
         raise none_left(run_dir, incidents)
     return Loaded(commit=None, state=None, incidents=[])
+
+
+def _mark(passed_over: list[Path], *, verified: Path) -> None:
+    for folder in passed_over:
+        mark_damaged(folder)
+    unmark_damaged(verified)
 
 
 def _verify_together(

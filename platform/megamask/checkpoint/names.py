@@ -13,6 +13,7 @@ LATEST_NAME = "latest"
 CHECKPOINTS_NAME = "checkpoints"
 TRASH_PREFIX = ".removing-"
 PIN_SUFFIX = ".pinned"
+DAMAGED_SUFFIX = ".damaged"
 
 _FOLDER = re.compile(r"step-(\d{8,})-a(\d{4,})")
 

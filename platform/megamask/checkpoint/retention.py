@@ -6,12 +6,13 @@ import contextlib
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from pathlib import Path
 
 from megamask.checkpoint.commit import load_commit
 from megamask.checkpoint.names import (
     COMMIT_NAME,
+    DAMAGED_SUFFIX,
     PIN_SUFFIX,
     TRASH_PREFIX,
     checkpoints_folder,
@@ -19,8 +20,8 @@ from megamask.checkpoint.names import (
 )
 from megamask.checkpoint.policy import Candidate, retained
 from megamask.checkpoint.reader import candidates, has_commit
-from megamask.errors import CheckpointIntegrityError, UsageError
-from megamask.storage.durable import fsync_directory, storage_errors
+from megamask.errors import CheckpointIntegrityError, StorageError, UsageError
+from megamask.storage.durable import fsync_directory, storage_errors, write_atomic
 from megamask.storage.fault_points import reached
 
 
@@ -31,28 +32,29 @@ def prune(
     run_id: str,
     keep_every_steps: int | None = None,
     keep_best: int = 0,
-    damaged: Collection[str] = (),
     spared: Collection[str] = (),
     gate: Callable[[], None] = lambda: None,
+    on_refusal: Callable[[Path, StorageError], None] | None = None,
 ) -> list[str]:
     """Removes the checkpoints of a run that `policy.retained` does not keep, oldest first. Called by one rank.
 
-    A checkpoint that is known to be damaged, or whose COMMIT.json or file sizes are wrong, is not good. A pin is a file
+    A checkpoint that is marked as damaged, or whose COMMIT.json or file sizes are wrong, is not good. A pin is a file
     beside the checkpoint's folder, named after it. What another run has committed is neither counted nor removed.
 
     Args:
         run_id: of the run itself.
-        damaged: names of folders that did not verify when this attempt started.
         spared: names of folders that stay this time, whatever the policy says.
         gate: called before each removal; what it raises ends the pruning.
+        on_refusal: told each folder that the storage does not let go, and why, and the others go all the same; without
+            it the first one ends the pruning.
 
     Returns: the names of the removed folders.
-    Raises: StorageError: the storage refused; what was removed so far is invisible.
+    Raises: StorageError: the storage does not let a checkpoint be looked at, and nothing was removed; or as above.
     """
     if keep_last < 1:
         raise UsageError(f"checkpoint.keep_last is {keep_last}; allowed: >= 1. Nothing was removed.")
     looked_at = {
-        folder: _candidate(folder, run_id, is_known_damaged=folder.name in damaged) for folder in candidates(run_dir)
+        folder: _candidate(folder, run_id, is_known_damaged=is_marked_damaged(folder)) for folder in candidates(run_dir)
     }
     own = {folder: candidate for folder, candidate in looked_at.items() if candidate is not None}
     kept = retained(list(own.values()), keep_last=keep_last, keep_every_steps=keep_every_steps, keep_best=keep_best)
@@ -61,14 +63,48 @@ def prune(
         if folder.name in kept or folder.name in spared or is_pinned(folder):  # it may have been pinned a moment ago
             continue
         gate()
-        remove_committed(folder)
-        removed.append(folder.name)
+        try:
+            remove_committed(folder)
+        except StorageError as error:
+            if on_refusal is None:
+                raise
+            on_refusal(folder, error)
+        else:
+            removed.append(folder.name)
     return removed
 
 
 def is_pinned(folder: Path) -> bool:
     """Whether somebody asked that a checkpoint is never pruned."""
     return os.path.lexists(folder.with_name(f"{folder.name}{PIN_SUFFIX}"))
+
+
+def mark_damaged(folder: Path) -> None:
+    """Remembers, beside a checkpoint, that it did not verify: a later attempt's quick look would take it for good.
+
+    Raises: StorageError: the storage refused.
+    """
+    if not is_marked_damaged(folder):
+        write_atomic(_damage_mark(folder), b"")
+
+
+def unmark_damaged(folder: Path) -> None:
+    """Forgets the mark of a checkpoint that has verified since; it was restored from a copy.
+
+    Raises: StorageError: the storage refused.
+    """
+    if is_marked_damaged(folder):
+        with storage_errors(f"removing {_damage_mark(folder)}"):
+            _damage_mark(folder).unlink(missing_ok=True)
+
+
+def is_marked_damaged(folder: Path) -> bool:
+    """Whether a checkpoint did not verify when an attempt wanted to load it."""
+    return os.path.lexists(_damage_mark(folder))
+
+
+def _damage_mark(folder: Path) -> Path:
+    return folder.with_name(f"{folder.name}{DAMAGED_SUFFIX}")
 
 
 def _candidate(folder: Path, run_id: str, *, is_known_damaged: bool) -> Candidate | None:
@@ -108,6 +144,7 @@ def remove_committed(folder: Path) -> None:
         reached("prune.invisible")
         shutil.rmtree(folder, ignore_errors=True)  # invisible now: what somebody holds open is swept by a later attempt
         reached("prune.content_removed")
+        unmark_damaged(folder)
         fsync_directory(folder.parent)
         reached("prune.removed")
 
@@ -136,10 +173,19 @@ def sweep(run_dir: Path, attempt: int) -> list[str]:
                 continue
             if _remove_uncommitted(folder, root / original):
                 swept.append(original)
+        _remove_lost_marks(root, attempt)
         if swept:
             fsync_directory(root)
             reached("sweep.flushed")
     return swept
+
+
+def _remove_lost_marks(root: Path, attempt: int) -> None:
+    """The marks of damaged checkpoints whose removal was killed before it came to the mark."""
+    for mark in sorted(root.glob(f"*{DAMAGED_SUFFIX}")):
+        place = parse_folder_name(mark.name.removesuffix(DAMAGED_SUFFIX))
+        if place is not None and place[1] < attempt and not os.path.lexists(mark.with_suffix("")):
+            mark.unlink(missing_ok=True)
 
 
 def _original_name(name: str) -> str:

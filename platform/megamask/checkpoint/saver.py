@@ -119,6 +119,10 @@ class Save:
             pass
         return commit
 
+    def call_off(self) -> None:
+        """Asks what is on its way on this rank to end, and waits for nothing; `abandon` follows."""
+        (self._publishing or self._writing).call_off()
+
     def abandon(self, *, together: bool) -> None:
         """Gives the save up: nothing of it becomes visible unless it is already.
 
@@ -177,7 +181,7 @@ class Save:
         files = {}
         for name in sorted(set(names)):
             gate()
-            files[name] = digest_and_flush(folder, name)
+            files[name] = digest_and_flush(folder, name, gate)
             reached("checkpoint.file_flushed")
         reached("checkpoint.share_flushed")
         return _Written(files=files, part=part)
@@ -191,7 +195,7 @@ class Save:
         with _engine_errors(folder):
             names = self._shares[0].write_index(folder, [written.part for written in gathered])
         reached("checkpoint.index_written")
-        files |= {name: digest_and_flush(folder, name) for name in names}
+        files |= {name: digest_and_flush(folder, name, gate) for name in names}
         _refuse_unclaimed(folder, files)
         with storage_errors(f"flushing {folder}"):
             for parent, _, _ in os.walk(folder, topdown=False):

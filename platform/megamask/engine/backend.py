@@ -5,6 +5,7 @@ Nothing else in the house asks which device it runs on, but for one kernel of op
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import logging
 import os
@@ -83,6 +84,8 @@ class Backend:
             return
         runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
         if (code := int(runtime.cudaHostRegister(memory.data_ptr(), memory.nbytes, 0))) != 0:
+            with contextlib.suppress(RuntimeError):  # CUDA keeps the code, and the next kernel would be blamed for it
+                torch.ones(1, device=self.device)
             _log.warning("%d bytes of host memory cannot be pinned (CUDA error %d)", memory.nbytes, code)
             return
         weakref.finalize(memory, runtime.cudaHostUnregister, memory.data_ptr())

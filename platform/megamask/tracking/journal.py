@@ -165,6 +165,16 @@ class Journal:
                 with storage_errors(f"flushing {self._path()}"):
                     os.fsync(self._descriptor)
 
+    def durable_head(self) -> tuple[int, str]:
+        """`head`, of a line that is flushed: no other thread's line comes between.
+
+        Raises:
+            StorageError: the storage refused.
+        """
+        with self._lock:
+            self.sync()
+            return self._head
+
     def close(self) -> None:
         """Flushes and closes; a second call does nothing."""
         with self._lock:

@@ -127,8 +127,7 @@ class Attempt(AttemptView):
 
     def durable_journal_head(self) -> tuple[int, str]:
         """(seq, sha256) of the last line, after flushing the journal."""
-        self.journal.sync()
-        return self.journal.head
+        return self.journal.durable_head()
 
     def is_superseded(self) -> bool:
         """Looks at the claims, at most five times a second."""

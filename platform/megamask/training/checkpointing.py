@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,10 +15,11 @@ from megamask.checkpoint.commit import Commit
 from megamask.checkpoint.contents import ModelDocument, TrainerState
 from megamask.checkpoint.names import CHECKPOINTS_NAME
 from megamask.checkpoint.reader import candidates, has_commit
-from megamask.checkpoint.retention import prune
+from megamask.checkpoint.retention import is_marked_damaged, prune
 from megamask.checkpoint.saver import Save, SaveRequest
 from megamask.config.schema.checkpoint import CheckpointConfig
-from megamask.errors import StorageError, SupersededError
+from megamask.errors import MegamaskError, SupersededError
+from megamask.provenance.redaction import reason_of
 from megamask.tracking.journal_reader import tail
 from megamask.training.attempt import AttemptView
 from megamask.training.progress import Progress
@@ -52,6 +53,14 @@ class _Flight:
 
     save: Save
     stall: Stall = field(default_factory=Stall)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Pruned:
+    """Names of the folders that are gone, and what could not go: a name, where one is known, and why."""
+
+    removed: list[str] = field(default_factory=list)
+    refused: list[tuple[str | None, str]] = field(default_factory=list)
 
 
 def commit_record(commit: Commit, *, stall_s: float | None, save_s: float | None) -> dict[str, Any]:
@@ -92,7 +101,6 @@ class CheckpointCommitter:
         model, tokenizer_folder, corpora, seed: of the run, stored in every checkpoint.
         num_steps: training.steps, recorded beside the state.
         parent: digest of the commit that this attempt resumed from.
-        damaged: names of folders that did not verify; they do not count as kept.
     """
 
     def __init__(
@@ -107,7 +115,6 @@ class CheckpointCommitter:
         seed: int,
         num_steps: int,
         parent: str | None,
-        damaged: Sequence[str],
     ) -> None:
         self._engine = engine
         self._attempt = attempt
@@ -118,9 +125,8 @@ class CheckpointCommitter:
         self._seed = seed
         self._num_steps = num_steps
         self._parent = parent
-        self._damaged = tuple(damaged)
         self._flight: _Flight | None = None
-        self._pruning: tuple[int, Work[list[str]]] | None = None
+        self._pruning: tuple[int, Work[_Pruned]] | None = None
 
     def prune_before_training(self, resumed: Commit) -> None:
         """Removes what the present policy does not keep, on rank 0: on a full disk the next save needs that space.
@@ -130,17 +136,15 @@ class CheckpointCommitter:
         """
         if not self._engine.is_main:
             return
-        attempt = self._attempt
+        attempt, pruned = self._attempt, _Pruned()
         before = candidates(attempt.run_dir)
+        passed_over = [folder.name for folder in before if is_marked_damaged(folder)]
         try:
-            self._prune(lambda: None, spared=(resumed.folder.name, *self._damaged))
-        except StorageError as error:
-            attempt.append("incident", incident="prune_failed", problem=error.message)
+            pruned = self._prune(lambda: None, spared=(resumed.folder.name, *passed_over))
         except SupersededError:  # the loop looks at the claims too, and ends as it should
             _log.warning("nothing more is pruned: a newer attempt has claimed the run")
-        for folder in reversed(before):
-            if not has_commit(folder):
-                attempt.append("checkpoint_pruned", step=resumed.step, checkpoint=folder.name)
+        gone = [folder.name for folder in reversed(before) if not has_commit(folder)]
+        self._journal_pruned(resumed.step, _Pruned(removed=gone, refused=pruned.refused))
 
     def begin(self, progress: Progress, evaluation: Mapping[str, float] | None) -> None:
         """Starts saving the present state, after the end of the save before; blocks if saving is not asynchronous.
@@ -179,6 +183,8 @@ class CheckpointCommitter:
         Args:
             together: all ranks call this.
         """
+        if self._flight is not None:
+            self._flight.save.call_off()
         if self._pruning is not None:
             self._pruning[1].stop()
         if self._flight is not None:
@@ -218,37 +224,53 @@ class CheckpointCommitter:
         self._pruning = (
             commit.step,
             Work(
-                lambda gate: self._prune(gate) if is_main else [],
+                lambda gate: self._prune(gate) if is_main else _Pruned(),
                 in_thread=self._checkpoint.asynchronous and is_main,
             ),
         )
 
-    def _prune(self, gate: Gate, spared: Sequence[str] = ()) -> list[str]:
+    def _prune(self, gate: Gate, spared: Collection[str] = ()) -> _Pruned:
+        pruned = _Pruned()
+        try:
+            self._prune_into(pruned, gate, spared)
+        except SupersededError:
+            raise
+        except (MegamaskError, OSError) as error:  # the new commit stands: what stays is tried again after the next one
+            pruned.refused.append((None, reason_of(error)))
+        return pruned
+
+    def _prune_into(self, pruned: _Pruned, gate: Gate, spared: Collection[str]) -> None:
         def may_go_on() -> None:
             gate()
             self._attempt.check_claim()  # a newer attempt may be reading what this one would remove
 
-        return prune(
+        removed = prune(
             self._attempt.run_dir,
             self._checkpoint.keep_last,
             run_id=self._attempt.run_id,
             keep_every_steps=self._checkpoint.keep_every_steps,
             keep_best=self._checkpoint.keep_best,
-            damaged=self._damaged,
             spared=spared,
             gate=may_go_on,
+            on_refusal=lambda folder, error: pruned.refused.append((folder.name, error.message)),
         )
+        pruned.removed.extend(removed)
 
     def _announce(self, commit: Commit, flight: _Flight) -> None:
         record = commit_record(commit, stall_s=round(flight.stall.seconds, 6), save_s=round(flight.save.seconds, 6))
         self._attempt.append("checkpoint_committed", **record)
 
-    def _journal_if_pruned(self, pruning: tuple[int, Work[list[str]]], *, wait: bool) -> None:
+    def _journal_if_pruned(self, pruning: tuple[int, Work[_Pruned]], *, wait: bool) -> None:
         step, work = pruning
         if all_done(self._engine, work, wait=wait):
             self._pruning = None
-            for name in work.result:
-                self._attempt.append("checkpoint_pruned", step=step, checkpoint=name)
+            self._journal_pruned(step, work.result)
+
+    def _journal_pruned(self, step: int, pruned: _Pruned) -> None:
+        for name in pruned.removed:
+            self._attempt.append("checkpoint_pruned", step=step, checkpoint=name)
+        for refused, problem in pruned.refused:
+            self._attempt.append("incident", incident="prune_failed", problem=problem, checkpoint=refused)
 
     def _state(self, progress: Progress) -> TrainerState:
         return TrainerState(
