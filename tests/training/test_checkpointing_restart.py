@@ -78,7 +78,7 @@ def test_restart_never_prunes_what_it_resumed_from_nor_what_it_passed_over(commi
     assert steps(attempt.run_dir) == [40, 30]
     save_once(attempt.run_dir, step=50, attempt=1)
     prune(attempt, commits[2])
-    assert steps(attempt.run_dir) == [50, 30]
+    assert steps(attempt.run_dir) == [50, 40, 30]
 
 
 def test_prune_that_the_storage_refuses_before_training_is_an_incident_and_no_more(
