@@ -13,6 +13,18 @@ from megamask.resilience.rank_files import read_rank_failures
 from megamask.storage.durable import storage_errors
 from megamask.training.checkpointing import CheckpointCommitter
 
+LOST_PEER = "lost the connection to another rank: it died or its node is gone"
+LOST_PEER_HINT = "look at that rank's last words, and at its node's kernel log: the OOM killer leaves its name there"
+# What gloo, NCCL and the store say when the process at the other end is gone; they have no error type of their own.
+_LOST_PEER_SIGNS = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Connection was likely closed",
+    "Broken pipe",
+    "failed to recv, got 0 bytes",
+    "ncclRemoteError",
+    "remote process exited",
+)
 _log = logging.getLogger(__name__)
 
 
@@ -37,12 +49,23 @@ def typed(error: OSError) -> BaseException:
         return typed
 
 
-def peer_failure(run_dir: Path, attempt: int, rank: int) -> MegamaskError | None:
-    """The failure of another rank that explains a lost connection, waited for a moment."""
+def has_lost_peer(error: BaseException) -> bool:
+    """Whether this rank failed only because the process at the other end of a connection is gone."""
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _LOST_PEER_SIGNS)
+
+
+def peer_failure(run_dir: Path, attempt: int, rank: int, *, is_lost: bool) -> MegamaskError | None:
+    """The failure of another rank that explains this one's, waited for a moment.
+
+    Args:
+        is_lost: this rank only lost a connection, so that whatever another rank says of itself explains more: a bug
+            there, or, as the launcher saw it, a signal that killed it.
+    """
     deadline = time.monotonic() + (2.0 if int(os.environ.get("WORLD_SIZE", "1")) > 1 else 0.0)
     while True:
         for failure in read_rank_failures(run_dir, attempt).values():
-            if failure.rank != rank and failure.exit_code != ExitCode.BUG:
+            says_more = failure.exit_code != ExitCode.BUG or (is_lost and failure.reason != LOST_PEER)
+            if failure.rank != rank and says_more:
                 return error_with_code(failure.exit_code, f"rank {failure.rank}: {failure.reason}")
         if time.monotonic() >= deadline:
             return None

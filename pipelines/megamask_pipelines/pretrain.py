@@ -12,7 +12,7 @@ from megamask.checkpoint.ownership import Owner
 from megamask.checkpoint.retention import sweep
 from megamask.config.schema.roots import TrainConfig
 from megamask.diffusion.objective import ObjectiveSpec
-from megamask.errors import ExitCode, MegamaskError, SupersededError
+from megamask.errors import ExitCode, MegamaskError
 from megamask.launch.local import is_launched
 from megamask.models.counts import flops_per_token
 from megamask.provenance.record import code_version
@@ -33,7 +33,7 @@ from megamask.training.schedules import check_extension
 from megamask.training.startup import StartupClock
 from megamask.training.stopping import StopFlag, StopReason
 from megamask_pipelines.corpora import Corpora
-from megamask_pipelines.job_failure import end_saving, peer_failure, typed
+from megamask_pipelines.job_failure import LOST_PEER, LOST_PEER_HINT, end_saving, has_lost_peer, peer_failure, typed
 
 if TYPE_CHECKING:
     import torch
@@ -257,9 +257,13 @@ class Job:
         if known is None:
             return error
         number = known.number
-        if code == ExitCode.BUG and (peer := peer_failure(self._run_dir, number, self._rank)) is not None:
+        peer, is_lost = None, has_lost_peer(error)
+        if code == ExitCode.BUG:
+            peer = peer_failure(self._run_dir, number, self._rank, is_lost=is_lost)
+        if peer is not None:
             error, code = peer, int(peer.exit_code)
-        elif not isinstance(error, SupersededError):
+        else:
+            error = MegamaskError(LOST_PEER, hint=LOST_PEER_HINT) if is_lost else error
             write_rank_failure(self._run_dir, number, rank=self._rank, exit_code=code, reason=reason_of(error))
         if self._committer is not None:  # after the rank's last words: a launcher waits only so long for its end
             end_saving(self._committer, cause)

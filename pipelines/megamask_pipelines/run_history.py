@@ -16,6 +16,7 @@ from typing import Any
 
 from megamask.checkpoint.names import parse_folder_name
 from megamask.checkpoint.reader import candidates
+from megamask.errors import ExitCode
 from megamask.resilience.claims import claimed_attempts, is_live, read_claim
 from megamask.resilience.exit_codes import combine
 from megamask.resilience.rank_files import read_rank_failures
@@ -37,8 +38,9 @@ class AttemptHistory:
         resumed_from: the step of the checkpoint that it began with, or None.
         first_step, last_step: those it took; None if it took none.
         committed_step: newest step that it is known to have committed.
-        outcome: running, done, stopped, preempted, failed, crashed (gone without a word), or unknown (crashed, or
-            runs where this host cannot see).
+        outcome: running, done, stopped, preempted, failed, superseded, crashed (gone without a word), or unknown
+            (crashed, or runs where this host cannot see).
+        superseded_by: the attempt that took over, where the outcome is superseded and it left a claim.
         exit_code, reason: as the journal, status.json or the ranks' own files have them.
         ranks: how each rank that failed ended.
     """
@@ -55,6 +57,7 @@ class AttemptHistory:
     exit_code: int | None
     reason: str | None
     ranks: list[dict[str, Any]]
+    superseded_by: int | None = None
 
     @property
     def seconds(self) -> float | None:
@@ -89,10 +92,9 @@ def read_history(run_dir: Path, status: Status | None) -> History:
     files = {number: list(group) for number, group in groupby(journal_files(run_dir), key=lambda file: file.attempt)}
     numbers = sorted(set(claimed_attempts(run_dir)) | set(files))
     commits = _committed_steps(run_dir)
-    for number in numbers:
+    for number, newer in zip(numbers, [*numbers[1:], None], strict=False):
         read = _read(files.get(number, []))
-        is_newest = number == numbers[-1]
-        told = _Told(run_dir, number, read.records, status, is_newest=is_newest)
+        told = _Told(run_dir, number, read.records, status, newer=newer)
         history.attempts.append(told.history(commits.get(number)))
         history.are_all_incidents &= read.is_whole
         history.incidents += [record for record in read.records if record["kind"] == "incident"]
@@ -176,13 +178,13 @@ class _Told:
     """What claim, journal, status.json and rank files say of one attempt."""
 
     def __init__(
-        self, run_dir: Path, number: int, records: Sequence[Record], status: Status | None, *, is_newest: bool
+        self, run_dir: Path, number: int, records: Sequence[Record], status: Status | None, *, newer: int | None
     ) -> None:
         self._run_dir = run_dir
         self._number = number
         self._records = records
         self._status = status if status is not None and status.attempt == number else None
-        self._is_newest = is_newest
+        self._newer = newer
 
     def history(self, visible_step: int | None) -> AttemptHistory:
         claim = read_claim(self._run_dir, self._number) or {}
@@ -192,8 +194,8 @@ class _Told:
         ranks = read_rank_failures(self._run_dir, self._number)
         outcome, code, reason = self._outcome(ended)
         if ranks and code is None:
-            first, outcome = ranks[min(ranks)], "failed"
-            code, reason = combine([failure.exit_code for failure in ranks.values()]), first.reason
+            code, reason = combine([failure.exit_code for failure in ranks.values()]), ranks[min(ranks)].reason
+            outcome = "superseded" if code == ExitCode.DO_NOT_REQUEUE else "failed"
         is_running = outcome == "running"
         return AttemptHistory(
             number=self._number,
@@ -208,6 +210,7 @@ class _Told:
             exit_code=code,
             reason=reason,
             ranks=[vars(failure) for failure in ranks.values()],
+            superseded_by=self._newer if outcome == "superseded" else None,
         )
 
     def _last(self, kind: str) -> Record | None:
@@ -225,7 +228,7 @@ class _Told:
         status = self._status
         if status is not None and status.exit_code is not None:
             return status.phase, status.exit_code, status.reason
-        if not self._is_newest:
+        if self._newer is not None:
             return "crashed", None, None
         return "running" if is_live(self._run_dir, self._number) else "unknown", None, None
 

@@ -11,10 +11,11 @@ from typing import Any
 from megamask.config.schema.layout import LayoutConfig
 from megamask.config.schema.roots import TrainConfig
 from megamask.errors import ExitCode, MegamaskError, UsageError
-from megamask.launch.local import failure_of, is_launched, run_local_ranks
+from megamask.launch.local import failure_of, is_launched, killed_by, run_local_ranks
 from megamask.provenance.redaction import reason_of
-from megamask.resilience.claims import read_claim
+from megamask.resilience.claims import claimed_attempts, read_claim
 from megamask.resilience.exit_codes import combine
+from megamask.resilience.rank_files import write_rank_failure
 from megamask.resilience.signals import StopRequest
 from megamask.resilience.status import Status, read_status, write_status
 from megamask.tracking.journal_seek import find_step, last_step
@@ -75,7 +76,13 @@ def _train_here(run_dir: Path, config: TrainConfig, signals: StopRequest) -> dic
 def _train_in_local_ranks(
     run_dir: Path, config: TrainConfig, arguments: Sequence[str], signals: StopRequest
 ) -> dict[str, Any]:
-    exits = run_local_ranks(arguments, num_processes(config.layout), signals=signals)
+    before = max(claimed_attempts(run_dir), default=0)
+    exits = run_local_ranks(
+        arguments,
+        num_processes(config.layout),
+        signals=signals,
+        on_killed=lambda pid, rank, number: _tell_killed(run_dir, before, pid=pid, rank=rank, signal=number),
+    )
     if (failure := failure_of(exits)) is not None:
         with contextlib.suppress(MegamaskError, OSError):  # the failure must be told, whatever the folder says
             _close_status(run_dir, failure, {rank_exit.pid for rank_exit in exits})
@@ -85,6 +92,20 @@ def _train_in_local_ranks(
     if status is None or status.exit_code != exit_code:  # a newer attempt owns the folder and its status
         return outcome(run_dir, step=None, exit_code=exit_code, reason=StopReason.SUPERSEDED.sentence)
     return outcome(run_dir, step=status.step, exit_code=exit_code, reason=status.reason)
+
+
+def _tell_killed(run_dir: Path, before: int, *, pid: int, rank: int, signal: int) -> None:
+    """Leaves the last words of a rank that could not write them, while the other ranks look for them.
+
+    Args:
+        before: the newest attempt when the ranks were started; theirs is later.
+        pid: of rank 0, which claimed the run.
+    """
+    with contextlib.suppress(MegamaskError, OSError):  # the launcher tells it all the same, at the end
+        for attempt in claimed_attempts(run_dir, after=before):
+            claim = read_claim(run_dir, attempt)
+            if claim is not None and claim.get("pid") == pid:
+                write_rank_failure(run_dir, attempt, rank=rank, exit_code=int(ExitCode.BUG), reason=killed_by(signal))
 
 
 def _known(run_dir: Path, error: MegamaskError) -> dict[str, object]:

@@ -18,6 +18,7 @@ from megamask.config.schema.roots import TrainConfig
 from megamask.data.manifest import MANIFEST_NAME, Manifest
 from megamask.errors import CheckpointIntegrityError, DataIntegrityError, ExitCode, UsageError
 from megamask.resilience.claims import attempt_folder, claimed_attempts, is_live, read_claim
+from megamask.resilience.rank_files import read_rank_failures
 from megamask.resilience.status import read_status
 from megamask.storage.hashing import sha256_bytes
 from megamask.tracking.journal_reader import journal_files, overtaken, read_lines, verify_chain
@@ -62,7 +63,7 @@ def verify_run(run_dir: Path) -> dict[str, Any]:
     # the commits first: a journal that is read later has the lines that they name
     commits = _check_checkpoints(run_dir, record, report)
     audit = _check_journal(run_dir, record, commits, report, is_alive=alive)
-    _check_commits_against(audit, commits, report)
+    _check_commits_against(audit, commits, report, is_alive=alive)
     _check_what_is_gone(run_dir, audit, report)
     _check_end(run_dir, audit, report, is_alive=alive)
     num_corpora = _check_corpora(record, configs, report)
@@ -213,7 +214,7 @@ def _compare_state(commit: Commit, stands: Mapping[str, int | None], attempt: in
             report.find(name, f"{key} is {commit.state.get(key)!r}; the journal stands at {value} there ({where})")
 
 
-def _check_commits_against(audit: JournalAudit, commits: list[Commit], report: _Report) -> None:
+def _check_commits_against(audit: JournalAudit, commits: list[Commit], report: _Report, *, is_alive: bool) -> None:
     """Each commit on the disk against the line that announced it, and its parent against all commits known."""
     steps = {told.record["digest"]: told.record["step"] for told in audit.commits.values()}
     steps |= {commit.digest: commit.step for commit in commits}
@@ -221,7 +222,9 @@ def _check_commits_against(audit: JournalAudit, commits: list[Commit], report: _
         name = f"checkpoints/{commit.folder.name}/COMMIT.json"
         told = audit.commits.get(commit.folder.name)
         if told is None:
-            report.notes.append(f"{commit.folder.name} is whole and was not announced: its attempt ended before that")
+            may_come = is_alive and commit.attempt == max(audit.attempts, default=commit.attempt)
+            why = "is not announced yet" if may_come else "was not announced: its attempt ended before that"
+            report.notes.append(f"{commit.folder.name} is whole and {why}")
         else:
             found = {"digest": commit.digest, "parent": commit.parent, "bytes": commit.num_bytes, "step": commit.step}
             for key, value in found.items():
@@ -250,7 +253,9 @@ def _check_end(run_dir: Path, audit: JournalAudit, report: _Report, *, is_alive:
     """status.json, the last words of each attempt, and what nobody has ended."""
     for story in audit.attempts.values():
         if story.ended is None and not (is_alive and story.number == max(audit.attempts)):
-            report.notes.append(f"attempt {story.number} ended without a word after step {story.last_step or 0}")
+            codes = [failure.exit_code for failure in read_rank_failures(run_dir, story.number).values()]
+            how = "was superseded" if ExitCode.DO_NOT_REQUEUE in codes else "ended without a word"
+            report.notes.append(f"attempt {story.number} {how} after step {story.last_step or 0}")
     try:
         status = read_status(run_dir)
     except UsageError as error:

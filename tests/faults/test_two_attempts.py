@@ -82,6 +82,9 @@ def test_attempt_in_another_pid_namespace_takes_over_and_the_older_ends_with_93(
     assert [line["attempt"] for line in journal(run_dir) if line["kind"] == "attempt_ended"] == [2]
     assert all(int(folder.name[5:13]) <= resumed["step"] for folder in checkpoints(run_dir) if "-a0001" in folder.name)
     assert checkpoints(run_dir)[-1].name.endswith("-a0002")
+    left = json.loads((run_dir / "attempts" / "0001" / "rank-00000.json").read_text())
+    assert (left["exit_code"], "superseded by attempt 2" in left["reason"]) == (93, True)
+    assert "superseded by attempt 2 (93)" in megamask("status", run_dir).stdout
     verified = megamask("verify", "run", run_dir, "--json")
     assert verified.code == 0, verified.json["findings"]
 

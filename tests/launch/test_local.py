@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from megamask.errors import ExitCode, NumericsError, UsageError
+from megamask.errors import ExitCode, MegamaskError, NumericsError, UsageError, error_with_code
 from megamask.launch import local
 from megamask.launch.local import RankExit, failure_of, is_launched, leave_report, run_local_ranks
 from megamask.resilience.signals import StopRequest
@@ -30,7 +30,7 @@ def ranks(script: str, world_size: int = 2) -> list[RankExit]:
 
 def ended(
     returncode: int,
-    report: UsageError | NumericsError | None = None,
+    report: MegamaskError | None = None,
     rank: int = 0,
     tail: str = "",
     place: int = 0,
@@ -51,6 +51,36 @@ def test_failure_names_the_rank_that_failed_first_not_the_one_that_lost_it() -> 
     failure = failure_of([ended(1, place=1), ended(-signal.SIGKILL, rank=1, place=0)])
     assert failure is not None
     assert failure.message.startswith("rank 1 was killed by SIGKILL")
+
+
+def test_failure_of_a_killed_rank_is_told_before_the_report_of_one_that_lost_it() -> None:
+    lost = error_with_code(1, "lost the connection to another rank")
+    failure = failure_of([ended(1, lost, place=1), ended(-signal.SIGKILL, rank=1, place=0)])
+    assert failure is not None
+    assert failure.message == "rank 1 was killed by SIGKILL (9); the kernel's OOM killer is the usual cause."
+
+
+@pytest.mark.multiprocess
+def test_launcher_tells_at_once_which_rank_was_killed_but_not_whom_it_stops(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(local, "FAILURE_GRACE_S", 0.5)
+    script = "import time, signal\nos.kill(os.getpid(), signal.SIGKILL) if rank == 1 else time.sleep(60)"
+    told: list[tuple[int, int]] = []
+    exits = run_local_ranks(
+        [script],
+        2,
+        module="support.rank_script",
+        on_killed=lambda pid, rank, number: told.append((rank, number)),
+    )
+    assert told == [(1, signal.SIGKILL)]
+    assert [(e.returncode, e.was_stopped) for e in exits] == [(-signal.SIGKILL, True), (-signal.SIGKILL, False)]
+
+
+@pytest.mark.parametrize("codes", [(93, 93), (93, 1), (1, 93), (93, -signal.SIGKILL)])
+def test_superseded_job_ends_with_93_however_its_other_ranks_end(codes: tuple[int, int]) -> None:
+    told = error_with_code(93, "superseded by attempt 2")
+    failure = failure_of([ended(code, told if code == 93 else None, rank=rank) for rank, code in enumerate(codes)])
+    assert failure is not None
+    assert (failure.exit_code, failure.message) == (93, "superseded by attempt 2")
 
 
 def test_rank_that_was_stopped_does_not_decide_the_code() -> None:

@@ -195,6 +195,16 @@ def test_attempt_that_only_its_ranks_speak_of_is_told_by_them(told, capsys):
     assert any("failed (74)" in line and "lost its peer" in line for line in text_of(told, capsys))
 
 
+def test_superseded_attempt_is_called_superseded_and_by_which(told, capsys):
+    write_rank_failure(told, 1, rank=0, exit_code=93, reason="superseded by attempt 2")
+    write_rank_failure(told, 1, rank=1, exit_code=1, reason="lost the connection to another rank")
+    first, second = status(told, capsys)["attempts"]
+    assert (first["outcome"], first["exit_code"], first["superseded_by"]) == ("superseded", 93, 2)
+    assert first["reason"] == "superseded by attempt 2"
+    assert second["superseded_by"] is None
+    assert any("steps 1-5  superseded by attempt 2 (93)" in line for line in text_of(told, capsys))
+
+
 def test_attempt_whose_launcher_wrote_the_status_is_told_by_it(run_dir, capsys):
     train_a_little(run_dir, steps=3)
     write_status(run_dir, Status(attempt=1, phase="failed", exit_code=1, step=3, reason="rank 1 was killed by SIGKILL"))

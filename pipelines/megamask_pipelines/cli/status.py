@@ -189,7 +189,9 @@ def _attempt_line(attempt: Mapping[str, Any]) -> str:
     is_told = attempt["outcome"] in ("failed", "crashed", "unknown") and attempt["reason"]
     reason = f": {_short(attempt['reason'])}" if is_told else ""
     started = _clock(attempt["started"]) if attempt["started"] else "unknown time"
-    return f"attempt {attempt['number']:<2} {started}  {steps}  {_ending(attempt)}{after}, {saved}{reason}"
+    by, ending = attempt["superseded_by"], _ending(attempt)
+    ending = ending if by is None else f"superseded by attempt {by} ({attempt['exit_code']})"
+    return f"attempt {attempt['number']:<2} {started}  {steps}  {ending}{after}, {saved}{reason}"
 
 
 def _ending(attempt: Mapping[str, Any]) -> str:

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -82,11 +82,16 @@ def run_local_ranks(
     *,
     module: str = "megamask_pipelines.cli.main",
     signals: StopRequest | None = None,
+    on_killed: Callable[[int, int, int], None] | None = None,
 ) -> list[RankExit]:
     """Runs `python -m MODULE ARGUMENTS` once per rank and waits for all of them.
 
     Rank 0 keeps this process's stdin and stderr; the other ranks' stderr is kept aside. Nobody keeps stdout: the caller
     tells the result. Signals of STOP_SIGNALS go to every rank. The ranks die with this process.
+
+    Args:
+        on_killed: called with (pid of rank 0, rank, number of the signal) as soon as a rank was killed by a signal,
+            though not by this launcher.
 
     Returns: one RankExit per rank, in rank order.
     """
@@ -99,7 +104,7 @@ def run_local_ranks(
                 if signals is not None and signals.last_word is not None:
                     for process in processes:
                         process.send_signal(signals.last_word)
-                ended, stopped = _wait(processes)
+                ended, stopped = _wait(processes, on_killed)
         finally:
             for process in processes:
                 if process.poll() is None:
@@ -129,22 +134,28 @@ def failure_of(exits: Sequence[RankExit]) -> MegamaskError | None:
     code = combine([rank_exit.returncode for rank_exit in own])
     if code in _AGREED and not any(rank_exit.report for rank_exit in exits):
         return None
-    for rank_exit in own:
+    for rank_exit in own if code != ExitCode.BUG else ():  # of bugs and deaths the first caused the others
         if rank_exit.report is not None and rank_exit.report.exit_code == code:
             return rank_exit.report
     failed = sorted((e for e in own if e.returncode not in _AGREED), key=lambda e: e.place_of_end)
-    return error_with_code(code, _without_report(failed[0])) if failed else None
+    if not failed:
+        return None
+    return failed[0].report or error_with_code(code, _without_report(failed[0]))
+
+
+def killed_by(number: int) -> str:
+    """How a process ended that a signal killed, and what usually sends it."""
+    try:
+        name = signal.Signals(number).name
+    except ValueError:
+        name = "a signal"
+    cause = "; the kernel's OOM killer is the usual cause" if number == signal.SIGKILL else ""
+    return f"killed by {name} ({number}){cause}"
 
 
 def _without_report(rank_exit: RankExit) -> str:
-    if rank_exit.returncode < 0:
-        try:
-            name = signal.Signals(-rank_exit.returncode).name
-        except ValueError:
-            name = f"signal {-rank_exit.returncode}"
-        how = f"was killed by {name}"
-    else:
-        how = f"ended with exit code {rank_exit.returncode}"
+    code = rank_exit.returncode
+    how = f"was {killed_by(-code)}" if code < 0 else f"ended with exit code {code}"
     tail = f"\n{rank_exit.stderr_tail}" if rank_exit.stderr_tail else ""
     return f"rank {rank_exit.rank} {how}.{tail}"
 
@@ -213,7 +224,9 @@ def _forwarding_signals(processes: Sequence[subprocess.Popen[bytes]]) -> Iterato
             signal.signal(number, handler)
 
 
-def _wait(processes: Sequence[subprocess.Popen[bytes]]) -> tuple[list[int], set[int]]:
+def _wait(
+    processes: Sequence[subprocess.Popen[bytes]], on_killed: Callable[[int, int, int], None] | None
+) -> tuple[list[int], set[int]]:
     """Returns when all have ended; once one has failed, the rest end by themselves or are stopped.
 
     Returns: the ranks in the order in which they ended, and those that had to be stopped.
@@ -223,7 +236,11 @@ def _wait(processes: Sequence[subprocess.Popen[bytes]]) -> tuple[list[int], set[
     stopped: set[int] = set()
     while len(ended) < len(processes):
         codes = [process.poll() for process in processes]  # of every rank, whoever else still lives
-        ended += [rank for rank, code in enumerate(codes) if code is not None and rank not in ended]
+        news = [(rank, code) for rank, code in enumerate(codes) if code is not None and rank not in ended]
+        ended += [rank for rank, _ in news]
+        for rank, code in news:
+            if code < 0 and rank not in stopped and on_killed is not None:
+                on_killed(processes[0].pid, rank, -code)
         if deadline is None and any(code not in (None, *_AGREED) for code in codes):
             refused = codes[0] in (ExitCode.USAGE, ExitCode.DATA_INTEGRITY)
             deadline = time.monotonic() + (REFUSAL_GRACE_S if refused else FAILURE_GRACE_S)

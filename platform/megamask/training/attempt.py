@@ -13,8 +13,9 @@ from megamask.config.schema.roots import TrainConfig
 from megamask.errors import ExitCode, MegamaskError, SupersededError
 from megamask.provenance.record import code_version, library_versions
 from megamask.provenance.redaction import reason_of, redact, redact_values
-from megamask.resilience.claims import claim, is_superseded, refuse_if_superseded
+from megamask.resilience.claims import claim, claimed_attempts, is_superseded, refuse_if_superseded
 from megamask.resilience.numerics import NotFiniteError
+from megamask.resilience.rank_files import write_rank_failure
 from megamask.resilience.status import Phase, Status, write_status
 from megamask.tracking.console import Console
 from megamask.tracking.journal import Journal
@@ -200,15 +201,19 @@ class Attempt(AttemptView):
         write_status(self.run_dir, status)
 
     def close(self, reason: StopReason, progress: Progress) -> None:
-        """The attempt ends as all ranks agreed."""
-        if reason is not StopReason.SUPERSEDED:
+        """The attempt ends as all ranks agreed; a superseded one leaves its last words in its own folder only."""
+        if reason is StopReason.SUPERSEDED:
+            newest = max(claimed_attempts(self.run_dir, after=self.number), default=None)
+            told = reason.sentence if newest is None else f"superseded by attempt {newest}"
+            write_rank_failure(self.run_dir, self.number, rank=0, exit_code=int(reason.exit_code), reason=told)
+        else:
             self._end(reason.phase, int(reason.exit_code), progress.step, reason.sentence)
             if reason is StopReason.FINISHED:
                 self.append("run_completed", step=progress.step, consumed_tokens=progress.consumed_tokens)
         self._shut(is_hasty=reason.exit_code != ExitCode.DONE)
 
     def fail(self, error: BaseException, exit_code: int, progress: Progress) -> None:
-        """The attempt ends with an error; a superseded one writes nothing more."""
+        """The attempt ends with an error; a superseded one writes nothing that is not its own."""
         reason = reason_of(error)
         try:
             if isinstance(error, NotFiniteError):
