@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import sqlite3
 import threading
@@ -16,7 +17,7 @@ from megamask.resilience.status import Status, write_status
 from megamask.tracking.journal import Journal
 from megamask_pipelines.cli.main import main
 from support.command import TINY, journal, megamask, start, tiny
-from support.mlflow_server import Proxy, Server, assert_whole, free_port, stored_run, wait_until
+from support.mlflow_server import Proxy, Server, assert_whole, client, free_port, stored_run, wait_until
 
 RUN_JSON = {
     "format": "megamask-run",
@@ -129,6 +130,26 @@ def test_run_made_with_tracking_off_is_sent_whole_and_once(
         assert (answer["records_sent"], answer["steps"], answer["doubled_steps"]) == (num_sent, 3, 0)
         assert (answer["uri"], answer["status"]) == (store, "KILLED")
         assert_whole(store, run_dir, "KILLED")
+
+
+def test_preview_stands_once_per_step_after_two_attempts_and_a_sync(run_dir: Path, store: str, tmp_path: Path) -> None:
+    """Attempt 3 takes step 4 again, with its preview, and one more; then what was remembered of the sending is lost."""
+    for attempt, steps in ((2, (4,)), (3, (4, 5))):
+        with Journal.open(run_dir, attempt) as lines:
+            lines.append("attempt_started", attempt=attempt)
+            for step in steps:
+                sample = {"prompt": "def ", "text": f"f{step}(x):", "num_tokens": 4, "nfe": 2}
+                lines.append("step", step=step, loss=3.0 / step, learning_rate=0.1)
+                lines.append("sample_preview", step=step, samples=[sample], denoising_steps=2, temperature=0.0)
+        assert main(["sync", str(run_dir), "--uri", store]) == 0
+    shutil.rmtree(run_dir / "tracking")
+    assert main(["sync", str(run_dir), "--uri", store]) == 0
+    run = stored_run(store, run_dir)
+    found = [file.path for file in client(store).list_artifacts(run.info.run_id, "previews")]
+    assert sorted(found) == ["previews/step-00000004.txt", "previews/step-00000005.txt"]
+    for step in (4, 5):
+        text = Path(client(store).download_artifacts(run.info.run_id, f"previews/step-{step:08d}.txt", tmp_path))
+        assert f'prompt "def ", 4 tokens, 2 forward passes\nf{step}(x):' in text.read_text()
 
 
 @pytest.mark.parametrize(
