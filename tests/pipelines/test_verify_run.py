@@ -172,7 +172,7 @@ LINE_CHANGES: dict[str, tuple[int, str, dict[str, Any], str]] = {
         "checkpoint is 'step-00000009",
     ),
     "location": (2, "checkpoint_committed", {"location": "/tmp/x"}, "location is '/tmp/x'"),
-    "parent": (2, "checkpoint_committed", {"parent": "0" * 64}, "parent is '0000"),
+    "parent": (2, "checkpoint_committed", {"parent": "0" * 64}, f"parent is '{'0' * 64}'; it must be"),
     "digest": (2, "checkpoint_committed", {"digest": "0" * 64}, "digest is '0000"),
     "bytes": (2, "checkpoint_committed", {"bytes": 1}, "bytes is 1"),
     "evaluation": (2, "evaluation", {"step": 7}, "a evaluation line names step 7"),
@@ -355,7 +355,7 @@ def test_corpus_that_is_another_ends_with_64_and_one_that_is_away_is_noted(
     other = write_corpus(tmp_path / "other", words=("one", "two"))
     original = next(line.split(": ", 1)[1].strip('"') for line in text.splitlines() if "main:" in line)
     config.write_text(text.replace(original, str(other)))
-    found(verify(64), "the run was started with", "data.corpora.main")
+    found(verify(64), " is corpus ", "data.corpora.main")
     flip_bit(other / "manifest.json", 20)
     found(verify(64), "manifest.json", "data.corpora.main")
     config.write_text(text.replace(original, "/nowhere"))

@@ -26,7 +26,8 @@ from megamask.data.manifest import Manifest
 from megamask.data.prepare import build
 from megamask.data.reader import SplitReader
 from megamask.data.shard import archive_bytes, npy_header, tar_header
-from megamask.errors import DataIntegrityError, MegamaskError
+from megamask.data.tokenizer import CorpusTokenizer, SpecialTokens
+from megamask.errors import DataIntegrityError, MegamaskError, UsageError
 from megamask.storage.hashing import canonical_json, sha256_bytes, sha256_file
 from megamask_pipelines.cli import main as cli
 from support.refusals import snapshot
@@ -531,6 +532,16 @@ def test_tokenizer_whose_ids_cannot_be_is_refused(corpus: Path, refused: Any, ch
     change(data)
     path.write_text(json.dumps(data))
     refused("tokenizer", "cannot be loaded")
+
+
+@pytest.mark.parametrize("number", [1 << 24, (1 << 32) - 1])
+def test_tokenizer_whose_tables_would_be_absurd_is_refused_by_itself(corpus: Path, number: int) -> None:
+    data = json.loads((corpus / "tokenizer" / "tokenizer.json").read_bytes())
+    data["added_tokens"][-1]["id"] = number
+    names = (token["content"] for token in data["added_tokens"])
+    special = SpecialTokens(**dict(zip(("eod", "pad", "mask"), names, strict=True)))
+    with pytest.raises(UsageError, match=f"has the id {number}, allowed are 0 to 16777215"):
+        CorpusTokenizer(json.dumps(data).encode(), special, name="tokenizer.json")
 
 
 def test_tokenizer_of_other_ids_than_the_manifests_is_refused(corpus: Path, refused: Any) -> None:
