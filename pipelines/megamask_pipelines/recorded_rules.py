@@ -41,7 +41,8 @@ def rules_of(record: RunRecord) -> Rules:
 
 
 def _recorded(record: RunRecord, values: Mapping[str, Any], key: Key) -> Any:
-    value, lowest = values.get(key.name, key.default), key.setting.minimum
+    value: Any = values.get(key.name, key.default)
+    lowest = key.setting.minimum
     if key.is_optional and value is None:
         return None
     if type(value) is _TYPES[key.base] and (lowest is None or value >= lowest):
