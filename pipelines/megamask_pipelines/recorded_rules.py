@@ -41,14 +41,17 @@ def rules_of(record: RunRecord) -> Rules:
 
 
 def _recorded(record: RunRecord, values: Mapping[str, Any], key: Key) -> Any:
-    value: Any = values.get(key.name, key.default)
-    lowest = key.setting.minimum
+    value = values.get(key.name, key.default)
     if key.is_optional and value is None:
         return None
-    if type(value) is _TYPES[key.base] and (lowest is None or value >= lowest):
+    if type(value) is _TYPES[key.base] and _is_at_least(value, key.setting.minimum):
         return value
     found = f"has {key.name} = {shown(value)}" if key.name in values else f"does not say {key.name}"
     raise UsageError(
         f"{record.path} {found}; to check the journal's steps it must be {key.allowed}. Nothing was checked.",
         hint="use the version of megamask that started the run",
     )
+
+
+def _is_at_least(value: Any, lowest: float | None) -> bool:
+    return lowest is None or value >= lowest
