@@ -215,9 +215,9 @@ def test_commit_comes_after_every_flush(save: SaveAll, monkeypatch: pytest.Monke
     events: list[str] = []
     real_flush, real_publish, real_directory = saver.digest_and_flush, saver.publish, saver.fsync_directory
 
-    def flush(folder: Path, name: str) -> Any:
+    def flush(folder: Path, name: str, gate: Any) -> Any:
         events.append(f"flush {name}")
-        return real_flush(folder, name)
+        return real_flush(folder, name, gate)
 
     def directory(path: Path) -> None:
         events.append(f"directory {path.name}")
