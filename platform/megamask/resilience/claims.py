@@ -37,7 +37,7 @@ def claimed_attempts(run_dir: Path, *, after: int = 0) -> list[int]:
     """The numbers of all attempts later than `after` that claimed the run, ascending; read afresh every time."""
     try:
         names = os.listdir(run_dir / "attempts")  # noqa: PTH208  opening the folder makes an NFS client look again
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return []
     numbers = sorted(int(name) for name in names if name.isdecimal() and int(name) > after)
     return [number for number in numbers if (attempt_folder(run_dir, number) / _CLAIM_FILE).exists()]
