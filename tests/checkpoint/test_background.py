@@ -53,6 +53,7 @@ def test_ranks_go_on_only_when_all_are_done() -> None:
     assert world.run(job) == [(False, True)] * 3
 
 
+@pytest.mark.promise("a hanging write keeps no process from ending")
 def test_process_ends_although_a_write_hangs() -> None:
     script = (
         "import time\n"
@@ -64,6 +65,7 @@ def test_process_ends_although_a_write_hangs() -> None:
     assert done.returncode == 74
 
 
+@pytest.mark.promise("all waits for a hanging write together take at most 5 s")
 def test_work_that_hangs_is_waited_for_once_however_often_it_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
     may_end, now, waited = threading.Event(), [100.0], []
     work: Work[bool] = Work(lambda gate: may_end.wait(60), in_thread=True)
@@ -79,6 +81,7 @@ def test_work_that_hangs_is_waited_for_once_however_often_it_is_stopped(monkeypa
     may_end.set()
 
 
+@pytest.mark.promise("a daemon thread is listed as long as it runs")
 def test_thread_of_work_is_known_as_left_behind_as_long_as_it_runs() -> None:
     may_end = threading.Event()
     work: Work[bool] = Work(lambda gate: may_end.wait(60), in_thread=True)

@@ -115,6 +115,7 @@ def test_message_names_three_problems_and_counts_the_rest(commit_step: MakeCommi
         verify_folder(commit.folder)
 
 
+@pytest.mark.promise("hashing of a saved file can be cancelled at every MiB")
 def test_hashing_what_was_saved_can_be_ended_at_every_mib(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(bytes(5 << 20))
     calls: list[int] = []

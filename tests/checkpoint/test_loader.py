@@ -89,6 +89,7 @@ def test_load_falls_back_with_an_incident_when_any_file_is_damaged(
         assert name in result.incidents[0]["problem"]
 
 
+@pytest.mark.promise("an unreadable storage ends with 74; no older checkpoint is used, none is pruned")
 @pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.EACCES])
 @pytest.mark.parametrize("name", ["__2_0.distcp", "COMMIT.json"])
 def test_storage_that_does_not_answer_is_no_damage_and_nothing_older_is_taken(
@@ -127,6 +128,7 @@ def test_load_ends_with_integrity_error_on_every_rank_when_none_is_left(
     assert all(engine.loaded_from is None for engine in saved.engines)
 
 
+@pytest.mark.promise("nothing is loaded before all files verify")
 def test_nothing_is_loaded_before_all_files_verify(
     saved: ThreadWorld, run_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -177,6 +179,9 @@ def test_ranks_that_see_different_file_systems_do_not_load(
     assert "differently on two ranks" in results[0].message
 
 
+@pytest.mark.promise(
+    "a checkpoint of another run, seed or corpora is refused on all ranks, by name, and nothing is loaded"
+)
 @pytest.mark.parametrize(
     ("owner", "words"),
     [
@@ -195,6 +200,7 @@ def test_checkpoint_of_another_run_is_refused_on_every_rank_and_named(
     assert [engine.loaded_from for engine in saved.engines] == [None] * 3
 
 
+@pytest.mark.promise("a foreign checkpoint is refused before its files are read")
 def test_checkpoint_of_another_run_is_refused_before_its_files_are_looked_at(
     saved: ThreadWorld, run_dir: Path, flip_byte: Callable[..., None]
 ) -> None:
@@ -203,6 +209,7 @@ def test_checkpoint_of_another_run_is_refused_before_its_files_are_looked_at(
     assert [type(result) for result in results] == [UsageError] * 3
 
 
+@pytest.mark.promise("damage is remembered by later attempts")
 def test_damage_is_remembered_in_later_attempts_until_the_checkpoint_verifies_again(
     saved: ThreadWorld, run_dir: Path, flip_byte: Callable[..., None]
 ) -> None:
@@ -213,6 +220,7 @@ def test_damage_is_remembered_in_later_attempts_until_the_checkpoint_verifies_ag
     assert resolve(run_dir) == _folder(run_dir, 20)
 
 
+@pytest.mark.promise("a restored checkpoint counts again once loaded")
 def test_checkpoint_that_was_restored_from_a_copy_counts_again_once_it_is_loaded(
     saved: ThreadWorld, run_dir: Path, flip_byte: Callable[..., None]
 ) -> None:
@@ -223,6 +231,7 @@ def test_checkpoint_that_was_restored_from_a_copy_counts_again_once_it_is_loaded
     assert not is_marked_damaged(_folder(run_dir, 40))
 
 
+@pytest.mark.promise("no checkpoint is marked where none verifies")
 def test_nothing_is_marked_when_no_checkpoint_verifies(
     saved: ThreadWorld, run_dir: Path, flip_byte: Callable[..., None]
 ) -> None:

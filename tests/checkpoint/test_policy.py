@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -60,6 +61,7 @@ candidates = st.lists(
 )
 
 
+@pytest.mark.promise("exactly the newest, every n-th, the best and the pinned checkpoints are kept")
 @given(candidates, st.integers(1, 4), st.none() | st.integers(1, 5), st.integers(0, 3))
 def test_a_checkpoint_goes_exactly_when_no_rule_keeps_it(
     given_: list[Candidate], last: int, every: int | None, best: int

@@ -74,6 +74,7 @@ def test_dangling_commit_link_counts_as_damage_and_not_as_absence(commit_step: M
         find(run_dir)
 
 
+@pytest.mark.promise("a checkpoint folder copied elsewhere is complete")
 def test_folder_copied_elsewhere_under_another_name_is_complete(commit_step: MakeCommit, tmp_path: Path) -> None:
     shutil.copytree(commit_step(20).folder, tmp_path / "my-model")
     assert resolve(tmp_path / "my-model") == tmp_path / "my-model"

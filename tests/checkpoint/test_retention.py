@@ -27,6 +27,7 @@ def test_prune_keeps_the_newest_and_returns_the_others_oldest_first(commit_step:
     assert prune(run_dir, 2, run_id="r") == []
 
 
+@pytest.mark.promise("removal begins with COMMIT.json")
 def test_prune_removes_the_commit_before_anything_else(
     commit_step: MakeCommit, run_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -41,6 +42,7 @@ def test_prune_removes_the_commit_before_anything_else(
     assert not (run_dir / "checkpoints" / "step-00000010-a0001").exists()
 
 
+@pytest.mark.promise("a damaged checkpoint never displaces a good one")
 def test_prune_never_lets_a_damaged_checkpoint_push_out_a_good_one(
     commit_step: MakeCommit, run_dir: Path, flip_byte: Callable[..., None]
 ) -> None:
@@ -58,6 +60,7 @@ def test_prune_never_lets_a_damaged_checkpoint_push_out_a_good_one(
     assert not list((run_dir / "checkpoints").glob("*.damaged"))  # a mark goes with its folder
 
 
+@pytest.mark.promise("exactly the newest, every n-th, the best and the pinned checkpoints are kept")
 def test_prune_keeps_multiples_the_best_and_the_pinned(commit_step: MakeCommit, run_dir: Path) -> None:
     for step, bound in ((10, 4.0), (20, 2.0), (30, None), (40, 3.0), (50, None), (60, None)):
         commit_step(step, bound=bound)
@@ -70,6 +73,7 @@ def test_prune_keeps_multiples_the_best_and_the_pinned(commit_step: MakeCommit, 
     assert [folder.name[:13] for folder in candidates(run_dir)] == ["step-00000060", "step-00000050", "step-00000020"]
 
 
+@pytest.mark.promise("a pin takes effect immediately; a sweep does not remove it")
 def test_pin_that_comes_while_pruning_still_holds(commit_step: MakeCommit, run_dir: Path) -> None:
     for step in (10, 20, 30):
         commit_step(step)
@@ -81,6 +85,7 @@ def test_pin_that_comes_while_pruning_still_holds(commit_step: MakeCommit, run_d
     assert len(candidates(run_dir)) == 2
 
 
+@pytest.mark.promise("a superseded attempt prunes nothing more")
 def test_prune_ends_before_the_next_removal_when_a_newer_attempt_has_claimed_the_run(
     commit_step: MakeCommit, run_dir: Path
 ) -> None:
@@ -95,6 +100,7 @@ def test_prune_ends_before_the_next_removal_when_a_newer_attempt_has_claimed_the
     assert len(candidates(run_dir)) == 3
 
 
+@pytest.mark.promise("an unreadable storage ends with 74; no older checkpoint is used, none is pruned")
 def test_prune_removes_nothing_when_the_storage_does_not_let_it_look(
     commit_step: MakeCommit, run_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -153,6 +159,7 @@ def test_sweep_puts_back_a_folder_that_was_committed_under_its_hands(
     assert resolve(run_dir) == commit.folder
 
 
+@pytest.mark.promise("a pin takes effect immediately; a sweep does not remove it")
 def test_sweep_leaves_pins_and_foreign_files_alone(run_dir: Path, tmp_path: Path) -> None:
     (run_dir / "checkpoints").mkdir()
     (run_dir / "checkpoints" / "notes").mkdir()
@@ -177,6 +184,7 @@ def test_sweep_of_a_new_run_does_nothing(run_dir: Path) -> None:
     assert sweep(run_dir, 1) == []
 
 
+@pytest.mark.promise("pruning neither counts nor removes a foreign checkpoint")
 def test_prune_neither_counts_nor_removes_what_another_run_committed(commit_step: MakeCommit, run_dir: Path) -> None:
     for step in (10, 20):
         commit_step(step)
@@ -186,6 +194,7 @@ def test_prune_neither_counts_nor_removes_what_another_run_committed(commit_step
     assert [int(name[5:13]) for name in _names(run_dir)] == [5, 20, 30, 40]
 
 
+@pytest.mark.promise("a checkpoint that cannot be removed does not block the others")
 def test_prune_tells_what_the_storage_does_not_let_go_and_removes_the_others(
     commit_step: MakeCommit, run_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -208,6 +217,7 @@ def test_prune_tells_what_the_storage_does_not_let_go_and_removes_the_others(
     assert prune(run_dir, 1, run_id="r") == ["step-00000010-a0001"]
 
 
+@pytest.mark.promise("a mark without its folder is removed")
 def test_sweep_removes_the_mark_of_a_damaged_checkpoint_that_is_gone(commit_step: MakeCommit, run_dir: Path) -> None:
     there = commit_step(10).folder
     for name in (there.name, "step-00000005-a0001", "step-00000005-a0002", "notes"):

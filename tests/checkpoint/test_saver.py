@@ -107,6 +107,7 @@ def test_save_chains_commits_by_digest(save: SaveAll, run_dir: Path) -> None:
     assert verify_folder(second.folder).parent == first.digest
 
 
+@pytest.mark.promise("an older attempt commits nothing once a newer one has begun")
 def test_nothing_is_visible_when_a_newer_attempt_has_claimed_the_run(save: SaveAll, run_dir: Path) -> None:
     def superseded() -> None:
         folder = run_dir / "checkpoints" / "step-00000020-a0001"
@@ -147,6 +148,7 @@ def test_commit_stands_when_a_peer_is_lost_right_after_it(
     assert [folder.name for folder in candidates(run_dir)] == ["step-00000020-a0001"]
 
 
+@pytest.mark.promise("a full disk publishes nothing; the last commit remains valid")
 @pytest.mark.parametrize("rank", [0, 2])
 def test_all_ranks_end_with_storage_error_and_the_last_commit_stands_when_one_disk_is_full(
     save: SaveAll, run_dir: Path, rank: int
@@ -211,6 +213,7 @@ def test_file_with_two_writers_or_none_is_never_published(
     assert candidates(run_dir) == []
 
 
+@pytest.mark.promise("COMMIT.json comes after every flush")
 def test_commit_comes_after_every_flush(save: SaveAll, monkeypatch: pytest.MonkeyPatch) -> None:
     events: list[str] = []
     real_flush, real_publish, real_directory = saver.digest_and_flush, saver.publish, saver.fsync_directory
@@ -271,6 +274,7 @@ def polled(save: SaveAll) -> Any:
     return commit
 
 
+@pytest.mark.promise("nothing is visible before every rank has written")
 def test_nothing_is_visible_while_one_rank_writes_and_the_commit_comes_when_all_have(
     request_for: RequestFor, run_dir: Path
 ) -> None:
@@ -292,6 +296,9 @@ def test_nothing_is_visible_while_one_rank_writes_and_the_commit_comes_when_all_
     assert seconds > 0 == others[0][2]
 
 
+@pytest.mark.promise(
+    "one rank's failed write ends all ranks with 74 within a step; the last commit remains and no folder is left"
+)
 @pytest.mark.parametrize("rank", [0, 2])
 def test_failure_beside_training_surfaces_on_every_rank_at_the_next_poll_and_leaves_no_folder(
     save: SaveAll, request_for: RequestFor, run_dir: Path, rank: int
@@ -317,6 +324,7 @@ def test_failure_beside_training_surfaces_on_every_rank_at_the_next_poll_and_lea
     assert [path.name for path in (run_dir / "checkpoints").glob("step-*")] == [before.folder.name]
 
 
+@pytest.mark.promise("a newer attempt's claim stops a pending save; a superseded attempt cancels its pending saves")
 def test_claim_of_a_newer_attempt_stops_a_save_beside_training_on_every_rank(
     request_for: RequestFor, run_dir: Path
 ) -> None:
@@ -330,6 +338,7 @@ def test_claim_of_a_newer_attempt_stops_a_save_beside_training_on_every_rank(
     assert list((run_dir / "checkpoints").glob("step-*")) == []
 
 
+@pytest.mark.promise("a newer attempt's claim stops a pending save; a superseded attempt cancels its pending saves")
 @pytest.mark.parametrize("together", [True, False])
 def test_abandoned_save_writes_no_more_and_leaves_no_folder(
     request_for: RequestFor, run_dir: Path, together: bool

@@ -60,6 +60,7 @@ def read_back(text: str, root: type) -> object:
         return load_config(root, path).config
 
 
+@pytest.mark.promise("config -> YAML -> config loses nothing")
 @given(configs(TrainConfig))
 def test_train_config_survives_yaml_unchanged(config):
     assert read_back(to_yaml(config), TrainConfig) == config

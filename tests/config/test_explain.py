@@ -63,6 +63,7 @@ def test_required_key_says_so():
     assert not explain("training.micro_batch_size")[0]["required"]
 
 
+@pytest.mark.promise("an error for an unknown key names the nearest known key")
 @pytest.mark.parametrize(
     ("name", "meant"),
     [

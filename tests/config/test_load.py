@@ -20,6 +20,7 @@ def test_layers_lay_the_file_over_its_defaults_in_their_order(train):
     assert config.run.seed == 7
 
 
+@pytest.mark.promise("a later file wins over an earlier one")
 def test_defaults_later_file_wins_over_earlier(train):
     Path("first.yaml").write_text("run: {seed: 1}\n")
     Path("second.yaml").write_text("run: {seed: 2}\n")
@@ -38,6 +39,7 @@ def test_defaults_are_relative_to_the_file_that_names_them(tmp_path, monkeypatch
     assert loaded.origins["model.num_layers"] == "model/model.yaml:2"
 
 
+@pytest.mark.promise("each setting knows the file and line that set it")
 def test_origins_name_file_and_line_override_or_default(train):
     origins = train("training.micro_batch_size=2", "data.corpora.main=elsewhere").origins
     assert origins["training.steps"] == "run.yaml:11"
@@ -126,6 +128,7 @@ REFUSED = {
 }
 
 
+@pytest.mark.promise("a wrong key, type or value is refused with file and line")
 @pytest.mark.parametrize("override", REFUSED)
 def test_override_is_refused_with_its_reason(train, refusal, override):
     message, hint = REFUSED[override]
@@ -161,6 +164,7 @@ FILES_REFUSED = {
 }
 
 
+@pytest.mark.promise("a wrong key, type or value is refused with file and line")
 @pytest.mark.parametrize("text", FILES_REFUSED)
 def test_file_is_refused_with_file_and_line(tmp_path, monkeypatch, refusal, text):
     write_configs(tmp_path, bad=text)

@@ -38,6 +38,7 @@ def test_plain_text_carries_no_credential(text):
     assert shown(text) == repr(text)
 
 
+@pytest.mark.promise("a credential in a config is refused and not shown")
 @pytest.mark.parametrize("text", SHOWN)
 @pytest.mark.parametrize(
     "key", ["tracking.mlflow.uri", "run.output_dir", "training.steps", "data.corpora.main", "layout", "no.such"]

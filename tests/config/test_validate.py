@@ -97,6 +97,7 @@ REFUSED_RAMPS = [
 ]
 
 
+@pytest.mark.promise("keep_best is allowed when the last step is evaluated")
 @pytest.mark.parametrize(
     "overrides",
     [
@@ -216,6 +217,8 @@ REFUSED = [
 ]
 
 
+@pytest.mark.promise("a value that does not fit is refused, with the allowed values and where to change them")
+@pytest.mark.promise("keep_best without an evaluated checkpoint is refused")
 @pytest.mark.parametrize(("overrides", "message"), REFUSED, ids=[" ".join(overrides) for overrides, _ in REFUSED])
 def test_config_that_does_not_fit_is_refused_with_what_is_allowed(train, refusal, overrides, message):
     error = refused(train, refusal, *overrides)
@@ -223,6 +226,7 @@ def test_config_that_does_not_fit_is_refused_with_what_is_allowed(train, refusal
     assert error.message.endswith("Nothing was started.")
 
 
+@pytest.mark.promise("a value that does not fit is refused, with the allowed values and where to change them")
 def test_refusal_says_where_to_change_the_key(train, refusal, tmp_path):
     error = refused(train, refusal, "layout.pipeline_parallel_size=3")
     assert error.hint == "change layout.pipeline_parallel_size on the command line"
@@ -303,6 +307,7 @@ def test_preparation_that_fits_is_accepted(tmp_path, overrides):
     validate_prepare(load_prepare_config(tmp_path / "prepare.yaml", overrides).config)
 
 
+@pytest.mark.promise("a ramp is accepted exactly when every level fits the layout")
 @given(
     start=st.integers(1, 24),
     increment=st.integers(1, 12),

@@ -34,6 +34,7 @@ def write(folder: Path) -> tuple[str, list[tuple[str, int]]]:
     return write_documents(folder, records())
 
 
+@pytest.mark.promise("a document's number leads back to its bytes")
 def test_records_lead_back_to_the_bytes_of_each_document() -> None:
     last = records()[2]
     assert last == DocumentRecord(

@@ -107,6 +107,7 @@ def test_padding_is_not_eligible_and_everything_else_is(loader: Loader) -> None:
     assert torch.equal(batch.is_eligible, batch.tokens != 62)
 
 
+@pytest.mark.promise("a global batch is the same for every way of sharing it among ranks")
 @given(first=st.integers(0, 200), size=st.integers(1, 24), ranks=st.integers(1, 6), shuffle=st.randoms())
 def test_global_batch_is_the_same_however_ranks_share_it(
     shared_corpus: Path, first: int, size: int, ranks: int, shuffle: object
@@ -143,6 +144,7 @@ def test_another_seed_or_window_gives_another_order(shared_corpus: Path, loader:
             assert other.rows(0, 30) != base
 
 
+@pytest.mark.promise("read-ahead does not change a batch")
 def test_prefetch_changes_nothing(shared_corpus: Path) -> None:
     members = [1, 4, 0]
     with open_loader(shared_corpus) as plain, open_loader(shared_corpus) as ahead:
@@ -207,6 +209,7 @@ def test_close_joins_the_thread_and_may_be_called_twice(shared_corpus: Path) -> 
     loader.close()
 
 
+@pytest.mark.promise("a wrong row in the loader changes content_digest")
 def test_content_digest_changes_when_a_wrong_row_is_served(loader: Loader, monkeypatch: pytest.MonkeyPatch) -> None:
     truth = loader.batch(0, 8, range(8))
     wrong_at = truth.rows[3][1]

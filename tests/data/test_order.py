@@ -39,6 +39,7 @@ def test_oracle_holds_the_published_philox_vectors() -> None:
     assert philox4x32_10(pi, (0xA4093822, 0x299F31D0)) == (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1)
 
 
+@pytest.mark.promise("rows are served in the order defined by the order law")
 @given(block_rows=corpora, key=keys, window=windows, start=st.integers(0, 300), count=st.integers(0, 40))
 def test_order_equals_a_slow_oracle(
     block_rows: list[int], key: tuple[int, int], window: int, start: int, count: int
@@ -47,6 +48,7 @@ def test_order_equals_a_slow_oracle(
     assert order.rows(start, count).tolist() == draw_rows(block_rows, start, count, key, window)
 
 
+@pytest.mark.promise("an epoch serves every row exactly once")
 @given(block_rows=corpora, key=keys, window=windows, epoch=st.integers(0, 5))
 def test_epoch_is_a_permutation_of_all_rows(
     block_rows: list[int], key: tuple[int, int], window: int, epoch: int
@@ -65,6 +67,7 @@ def test_row_is_the_same_whatever_was_asked_before(
     assert [used.row(draw) for draw in draws] == [int(whole[draw]) for draw in draws]
 
 
+@pytest.mark.promise("a longer run never changes the past")
 def test_prefix_is_unchanged_when_a_run_is_extended_over_epochs() -> None:
     block_rows = [8, 8, 8, 3]
     short = SourceOrder(block_rows, key=(1, 2), window_blocks=2).rows(0, 20)
@@ -91,6 +94,7 @@ def test_key_is_that_of_seed_source_and_split() -> None:
     assert order_key(7, "ab", "train") not in others
 
 
+@pytest.mark.promise("rows are served in the order defined by the order law")
 def test_order_equals_the_golden_integers_of_version_1() -> None:
     cases = json.loads(GOLDEN.read_text())["cases"]
     assert len(cases) >= 4

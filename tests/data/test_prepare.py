@@ -80,6 +80,7 @@ def assert_nothing_is_left(folder: Path) -> None:
 # --- what a corpus holds
 
 
+@pytest.mark.promise("a corpus decodes to its documents exactly")
 def test_corpus_decodes_to_its_documents_exactly(tmp_path: Path) -> None:
     _, corpus = prepared(tmp_path)
     manifest = Manifest.load(corpus)
@@ -142,6 +143,7 @@ def test_special_strings_of_the_text_become_no_special_ids(tmp_path: Path) -> No
     assert {manifest.mask_token_id, manifest.pad_token_id} <= set(manifest.content["unused_ids"])
 
 
+@pytest.mark.promise("the manifest contains no path, host or time")
 def test_manifest_holds_no_path_host_or_time_and_provenance_does(tmp_path: Path) -> None:
     report, corpus = prepared(tmp_path, licence="CC0-1.0", origin="a test")
     manifest = (corpus / "manifest.json").read_text()
@@ -153,6 +155,7 @@ def test_manifest_holds_no_path_host_or_time_and_provenance_does(tmp_path: Path)
     assert set(record["libraries"]) >= {"tokenizers", "tiktoken", "pyarrow"}
 
 
+@pytest.mark.promise("the same inputs and options give the same bytes and corpus id")
 def test_corpus_is_byte_identical_when_prepared_again_or_from_moved_inputs(tmp_path: Path) -> None:
     inputs = write_inputs(tmp_path / "inputs")
     build(corpus_config(inputs, tmp_path / "one"))
@@ -184,6 +187,7 @@ def test_corpus_without_validation_has_the_train_split_only(tmp_path: Path) -> N
     assert not list((corpus / "shards").glob("validation*"))
 
 
+@pytest.mark.promise("the tokenizer never sees validation text")
 def test_tokenizer_never_sees_validation_text_nor_more_than_training_bytes(tmp_path: Path) -> None:
     inputs = write_inputs(tmp_path / "inputs")
     config = corpus_config(inputs, tmp_path / "corpus")
@@ -448,6 +452,7 @@ def run(folder: Path, action: str, place: int) -> subprocess.CompletedProcess[st
     )
 
 
+@pytest.mark.promise("a killed preparation publishes no corpus, and the next one completes it")
 def test_killed_prepare_shows_no_corpus_and_the_next_one_makes_it_whole(tmp_path: Path) -> None:
     inputs = write_inputs(tmp_path / "inputs")
     build(corpus_config(inputs, tmp_path / "expected"))

@@ -92,6 +92,7 @@ def test_row_outside_the_split_is_refused(corpus: Path, row: int) -> None:
         open_reader(corpus).read(row)
 
 
+@pytest.mark.promise("a damaged bit of a row is detected and named when the row is read")
 def test_every_flipped_bit_of_a_row_is_found_and_named(corpus: Path) -> None:
     shard, row_of_block = 1, 2
     index = index_of(corpus, shard)

@@ -39,6 +39,7 @@ def write_shards(folder: Path, blocks: list[Block]) -> ShardWriter:
     return writer
 
 
+@pytest.mark.promise("shards are plain WebDataset tars")
 @pytest.mark.parametrize("dtype", ["<u2", "<u4"])
 def test_webdataset_reads_the_same_rows(dtype: str, tmp_path: Path) -> None:
     blocks = make_blocks(dtype=dtype)
@@ -54,6 +55,7 @@ def test_webdataset_reads_the_same_rows(dtype: str, tmp_path: Path) -> None:
         assert np.array_equal(docs, block.docs)
 
 
+@pytest.mark.promise("the same rows give the same shard bytes")
 def test_shards_are_byte_identical_when_written_again(tmp_path: Path) -> None:
     first = write_shards(tmp_path / "a", make_blocks())
     second = write_shards(tmp_path / "b", make_blocks())

@@ -32,6 +32,7 @@ def test_split_follows_the_threshold_exactly_and_leaves_no_side_empty(hashes: li
         assert chosen.tolist() == below
 
 
+@pytest.mark.promise("the split of a document depends only on its text")
 @given(hashes=HASHES, more=HASHES)
 def test_split_of_a_document_does_not_depend_on_the_others_when_both_sides_are_met(
     hashes: list[int], more: list[int]

@@ -42,6 +42,7 @@ def write(data: Any, folder: Path) -> Path:
     return path
 
 
+@pytest.mark.promise("tiktoken and Hugging Face tokenizers give the same ids")
 @given(text=st.text(alphabet=st.characters(exclude_categories=["Cs"])))
 def test_encode_equals_hugging_face_and_reads_back(text: str) -> None:
     ids = TOKENIZER.encode(text)
@@ -50,6 +51,7 @@ def test_encode_equals_hugging_face_and_reads_back(text: str) -> None:
     assert sum(TOKENIZER.token_bytes[token] for token in ids) == len(text.encode())
 
 
+@pytest.mark.promise("special strings in text stay text")
 def test_special_strings_in_text_stay_text() -> None:
     text = "a<|mask|>b<|pad|><|endoftext|>"
     special = {TOKENIZER.eod_token_id, TOKENIZER.pad_token_id, TOKENIZER.mask_token_id}

@@ -135,6 +135,7 @@ def test_flipped_bit_in_a_row_names_shard_member_and_row(corpus: Path) -> None:
     refused(corpus, r"train-000001\.tar: member 000004\.tokens\.npy, row 2 of the block: crc32c is")
 
 
+@pytest.mark.promise("verify finds any flipped byte of a shard")
 def test_every_flipped_byte_of_a_shard_is_found(corpus: Path) -> None:
     path = corpus / "shards" / "train-000000.tar"
     size = path.stat().st_size

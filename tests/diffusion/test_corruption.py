@@ -49,6 +49,7 @@ def noised(
     )
 
 
+@pytest.mark.promise("masks equal a page of golden integers")
 @given(
     seed=st.integers(0, 2**64 - 1),
     index=st.integers(0, 2**62),
@@ -65,6 +66,7 @@ def test_masks_equal_a_page_of_integers(seed: int, index: int, t: float, name: s
     assert made.is_masked[1].nonzero().flatten().tolist() == [i for i in eligible if i not in expected]
 
 
+@pytest.mark.promise("masks equal a page of golden integers")
 @pytest.mark.parametrize("case", GOLDEN["masks"], ids=lambda case: f"{case['schedule']} {case['sample_index']}")
 def test_masks_equal_the_golden_integers(case: dict[str, object]) -> None:
     seed, step, size, place = (int(str(case[name])) for name in ("seed", "step", "global_batch_size", "place"))
@@ -103,6 +105,7 @@ def test_masks_of_a_slice_equal_the_slice_of_the_whole(
     assert torch.equal(part.weight, whole.weight[views:])
 
 
+@pytest.mark.promise("the pair scores each eligible token exactly once")
 @pytest.mark.parametrize("name", NAMES)
 def test_pair_scores_each_eligible_token_exactly_once(name: str) -> None:
     made = noised(list(range(32)), [k / 32 for k in range(32)], 64, name=name, padding=5)
@@ -137,6 +140,7 @@ def test_weights_divide_by_the_realised_probabilities_in_float64(t: float, name:
     assert weight.tolist() == expected.tolist()
 
 
+@pytest.mark.promise("a repeated row gets new noise")
 def test_draws_and_repeated_rows_get_new_noise() -> None:
     first = noised([5], [0.5], 256).is_masked
     assert not torch.equal(first, noised([5], [0.5], 256, draw=1).is_masked)
@@ -145,6 +149,9 @@ def test_draws_and_repeated_rows_get_new_noise() -> None:
     assert not torch.equal(first, noised([5], [0.5], 256, seed=2).is_masked)
 
 
+@pytest.mark.promise(
+    "the masked fraction equals the probability, within bounds that fail correct code less than once in 10^9"
+)
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("t", [0.0, 0.01, 0.3, 0.5, 0.97])
 def test_masked_fraction_is_the_probability_within_one_in_a_billion(name: str, t: float) -> None:

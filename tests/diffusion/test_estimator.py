@@ -69,6 +69,7 @@ def cross_entropy(is_masked: torch.Tensor) -> torch.Tensor:
     return torch.from_numpy(CE).float()[mask]
 
 
+@pytest.mark.promise("the expected loss equals the enumerated bound of a tiny model")
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("view", ["single", "A", "B"])
 def test_expected_loss_is_the_enumerated_nelbo(name: str, view: str) -> None:
@@ -92,6 +93,7 @@ def test_enumeration_tells_wrong_weights_of_view_b(wrong: str) -> None:
     assert abs(biased / enumerated_nelbo() - 1) > 0.1
 
 
+@pytest.mark.promise("the expected loss equals the enumerated bound of a tiny model")
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("complementary", [False, True])
 def test_sampled_loss_is_the_enumerated_nelbo_within_one_in_a_billion(name: str, complementary: bool) -> None:
@@ -162,6 +164,7 @@ def test_ratio_of_pair_to_independent_variance_is_0831_at_eps_1e_3() -> None:
     assert (constant - 2) / (constant - 1) == pytest.approx(0.831, abs=5e-4)
 
 
+@pytest.mark.promise("the variance of the pair is (K-2)/(K-1) times that of two independent views")
 def test_expected_variance_of_the_pair_is_k_minus_2_over_k_minus_1() -> None:
     # With constant cross entropy (1 nat) each view's mean over masks is p'(t) * n = the same at every t, so a variance
     # is the integral over t of the variance given t: binomial, n p (1-p) times the squared slope of the loss in k.
@@ -174,6 +177,7 @@ def test_expected_variance_of_the_pair_is_k_minus_2_over_k_minus_1() -> None:
     assert pair / independent == pytest.approx((constant - 2) / (constant - 1), rel=1e-5)
 
 
+@pytest.mark.promise("the variance of the pair is (K-2)/(K-1) times that of two independent views")
 def test_sampled_variance_of_the_pair_is_as_promised_within_one_in_a_billion() -> None:
     # Real masks, many at each node of t. Both estimates of a row's loss use two forward passes: the pair, and two
     # independent views (draws 1 and 2). Their means over masks do not depend on t (see above), so neither the joint law

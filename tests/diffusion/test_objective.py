@@ -27,6 +27,7 @@ def test_select_rows_refuses_a_capacity_beyond_the_positions() -> None:
         select_rows(torch.zeros(2, 4, dtype=torch.bool), 9)
 
 
+@pytest.mark.promise("a full row's pair fills the head exactly")
 def test_a_full_rows_pair_fills_the_capacity_exactly() -> None:
     x_0 = torch.zeros(3, 16, dtype=torch.int64)
     pair = corrupt(
@@ -44,6 +45,7 @@ def test_a_full_rows_pair_fills_the_capacity_exactly() -> None:
     assert indices.tolist() == pair.is_masked.flatten().nonzero().flatten().tolist()
 
 
+@pytest.mark.promise("loss shares add up to the loss and its gradient for every split of a batch")
 @given(split=st.integers(0, 6), seed=st.integers(0, 100))
 def test_shares_add_up_to_the_loss_and_its_gradient_for_every_split(split: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)

@@ -19,6 +19,7 @@ WORD = st.integers(0, 2**32 - 1)
 INDEX = st.integers(0, 2**63 - 1)
 
 
+@pytest.mark.promise("Philox gives the published words")
 @pytest.mark.parametrize("case", GOLDEN["philox"], ids=lambda case: case["name"])
 def test_philox_equals_the_published_vectors(case: dict[str, list[int]]) -> None:
     assert [int(word) for word in philox4x32(case["counter"], case["key"])] == case["words"]
@@ -76,6 +77,7 @@ def test_philox_refuses_words_that_are_not_integers() -> None:
         philox4x32((0, 0, 0), (0, 0))
 
 
+@pytest.mark.promise("noise purposes keep their numbers")
 def test_purposes_keep_their_numbers() -> None:
     assert {purpose.name: purpose.value for purpose in Purpose} == GOLDEN["purposes"]
 
@@ -87,6 +89,7 @@ def test_run_key_splits_a_64_bit_seed_and_refuses_others() -> None:
             run_key(seed)
 
 
+@pytest.mark.promise("the random bits of a slice equal the same slice of the full tensor")
 @given(
     index=st.lists(INDEX, min_size=1, max_size=4),
     first=st.integers(0, 40),

@@ -31,6 +31,7 @@ def answers(logits: torch.Tensor, cuts: list[int], excluded: set[int], draw: Dra
     return found.tokens.tolist(), found.confidence.tolist()
 
 
+@pytest.mark.promise("a choice over vocabulary slices equals the argmax and softmax over the full vocabulary")
 @given(
     seed=st.integers(0, 2**32),
     cuts=st.lists(st.integers(1, 12), max_size=3, unique=True).map(sorted),
@@ -52,6 +53,7 @@ def test_choice_over_slices_is_the_argmax_and_softmax_over_all(seed: int, cuts: 
     assert confidence == pytest.approx(probabilities.tolist(), rel=1e-12)
 
 
+@pytest.mark.promise("a choice over vocabulary slices equals the argmax and softmax over the full vocabulary")
 @pytest.mark.parametrize("cuts", [[], [2], [3, 5]])
 def test_of_equal_logits_the_lowest_allowed_id_is_chosen(cuts: list[int]) -> None:
     tokens, confidence = answers(torch.zeros(2, 7), cuts, {0, 1}, Draw(step=1, sequences=(0,)))
@@ -70,6 +72,7 @@ def test_temperature_samples_from_the_softmax() -> None:
         assert abs(share - probability) < 6.2 * math.sqrt(probability * (1 - probability) / count)
 
 
+@pytest.mark.promise("decoding noise follows the law, and a slice equals the same slice of the full tensor")
 @given(
     positions=st.lists(st.integers(0, 63), min_size=1, max_size=4, unique=True),
     vocab_size=st.integers(1, 13),

@@ -54,6 +54,7 @@ def test_unknown_schedule_is_refused_with_the_allowed_names() -> None:
         noise_schedule("cosine")
 
 
+@pytest.mark.promise("noise levels are stratified over the batch")
 @given(seed=SEED, step=STEP, size=st.integers(1, 300))
 def test_stratified_times_put_exactly_one_time_in_each_stratum(seed: int, step: int, size: int) -> None:
     made = stratified_times(step, size, run_key(seed))

@@ -38,6 +38,7 @@ def test_updates_without_bias_correction_are_those_of_the_formula():
     assert param.tolist() == [1.0 - 0.5 * 1.0 / 2.0, -2.0 + 0.5 * 2.0 / 3.0]
 
 
+@pytest.mark.promise("Adam's state is laid out as FusedAdam's and survives a save")
 def test_state_has_fused_adams_layout():
     params = parameters()
     optimizer = Adam(params, **SETTINGS)
@@ -46,6 +47,7 @@ def test_state_has_fused_adams_layout():
     assert all(set(state) == {"exp_avg", "exp_avg_sq"} for state in optimizer.state.values())
 
 
+@pytest.mark.promise("Adam's state is laid out as FusedAdam's and survives a save")
 def test_training_goes_on_bit_for_bit_after_a_round_trip_of_its_state():
     whole = parameters()
     train(Adam(whole, **SETTINGS), whole, 0, 6)

@@ -89,6 +89,7 @@ def test_a_node_with_fewer_gpus_than_processes_is_refused_on_every_rank(monkeypa
         backend.select_device(environment)
 
 
+@pytest.mark.promise("a GPU assigned to one task is used; two processes on one GPU are refused")
 @pytest.mark.parametrize("environment", [{"LOCAL_RANK": "3"}, {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "4"}, {}])
 def test_the_single_gpu_that_a_scheduler_shows_its_task_is_taken(monkeypatch, environment):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -96,6 +97,7 @@ def test_the_single_gpu_that_a_scheduler_shows_its_task_is_taken(monkeypatch, en
     assert backend.select_device(environment) == torch.device("cuda", 0)
 
 
+@pytest.mark.promise("a GPU assigned to one task is used; two processes on one GPU are refused")
 @pytest.mark.parametrize("launcher", ["MEGAMASK_STORE_FD", "TORCHELASTIC_RUN_ID"])
 def test_a_single_gpu_is_refused_to_several_processes_of_a_nodes_launcher(monkeypatch, launcher):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -104,6 +106,7 @@ def test_a_single_gpu_is_refused_to_several_processes_of_a_nodes_launcher(monkey
         backend.select_device({"LOCAL_RANK": "1", launcher: "3"})
 
 
+@pytest.mark.promise("a GPU assigned to one task is used; two processes on one GPU are refused")
 def test_one_gpu_is_refused_to_the_second_process_that_claims_it():
     store = torch.distributed.HashStore()
     backend._claim_gpu(store, "GPU-1")

@@ -58,6 +58,7 @@ def test_installing_twice_changes_nothing():
     assert torch.zeros is before
 
 
+@pytest.mark.promise("on a CPU megatron-core is imported without torch's compiler")
 def test_fused_functions_are_left_uncompiled_and_torch_keeps_its_compiler():
     from megatron.core.fusions import fused_bias_swiglu
 
@@ -65,6 +66,7 @@ def test_fused_functions_are_left_uncompiled_and_torch_keeps_its_compiler():
     assert torch.compile.__module__ == "torch"
 
 
+@pytest.mark.promise("a command that can refuse does not wait for megatron-core's import")
 @pytest.mark.multiprocess
 def test_commands_do_not_wait_for_megatron_core_before_they_need_it():
     """It takes seconds to import; what can be refused before is refused at once, and some verbs never need it."""

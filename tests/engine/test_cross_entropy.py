@@ -28,6 +28,7 @@ def rows():
     return logits.requires_grad_(), torch.tensor([0, 1, 2, 4, 5, 6, 7]), is_excluded
 
 
+@pytest.mark.promise("cross entropy and its gradient equal log-softmax, in float32 also for bf16 logits")
 def test_values_and_gradients_are_those_of_log_softmax_in_float64(job, rows):
     logits, targets, is_excluded = rows
     cross_entropy, log_normalizer = scored(logits, targets, is_excluded)
@@ -52,6 +53,7 @@ def test_columns_are_numbered_from_the_shards_first_id(job, rows):
     assert torch.equal(here, there)
 
 
+@pytest.mark.promise("cross entropy and its gradient equal log-softmax, in float32 also for bf16 logits")
 def test_bfloat16_logits_are_scored_in_float32(job, rows):
     logits, targets, is_excluded = rows
     rounded = logits.detach().bfloat16().requires_grad_()

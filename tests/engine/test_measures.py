@@ -3,6 +3,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -33,6 +34,9 @@ def _positions(count: int) -> dict[str, torch.Tensor]:
     }
 
 
+@pytest.mark.promise(
+    "scores add up by noise level to the plain sums, in one order on any device; a NaN stays in its level"
+)
 def test_scores_are_added_up_over_the_used_positions_and_by_noise_level() -> None:
     given = _positions(500)
     columns = [given[name].tolist() for name in ("cross_entropy", "log_normalizer", "weight", "noise_level", "is_used")]
@@ -49,6 +53,9 @@ def test_scores_are_added_up_over_the_used_positions_and_by_noise_level() -> Non
     torch.testing.assert_close(sums, torch.tensor(expected, dtype=torch.float64), rtol=1e-13, atol=0.0)
 
 
+@pytest.mark.promise(
+    "scores add up by noise level to the plain sums, in one order on any device; a NaN stays in its level"
+)
 def test_position_that_is_not_finite_shows_in_its_own_level_only() -> None:
     given = _positions(20)
     given["is_used"].fill_(True)
@@ -57,6 +64,9 @@ def test_position_that_is_not_finite_shows_in_its_own_level_only() -> None:
     assert [level for level in range(NUM_NOISE_LEVELS) if by_level[level].isnan()] == [4]
 
 
+@pytest.mark.promise(
+    "scores add up by noise level to the plain sums, in one order on any device; a NaN stays in its level"
+)
 def test_scores_are_added_up_without_an_operator_whose_order_a_gpu_leaves_open() -> None:
     with _Operators() as seen:
         sum_scores(**_positions(50))

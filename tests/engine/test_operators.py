@@ -38,6 +38,7 @@ def both(ours, formula, *inputs):
     return zip(*results, strict=True)
 
 
+@pytest.mark.promise("RMSNorm, rotation, SwiGLU and their gradients equal their formulas")
 @pytest.mark.parametrize("shape", [(5, 64), (3, 2, 4, 16), (1, 1, 7)])
 def test_rms_norm_and_its_gradients_are_the_formulas(shape):
     inputs = draws(*shape, scale=3.0), 1 + draws(shape[-1], seed=1)
@@ -52,6 +53,7 @@ def test_rms_norm_of_zeros_is_zero_and_its_gradient_finite():
     assert not value.any() and x.grad.isfinite().all()
 
 
+@pytest.mark.promise("RMSNorm, rotation, SwiGLU and their gradients equal their formulas")
 def test_bf16_rms_norm_rounds_the_float32_result_once():
     x, weight = draws(64, 512, scale=3.0).bfloat16(), (1 + draws(512, seed=1)).bfloat16()
     exact = formula_rms_norm(x.double(), weight.double())
@@ -59,6 +61,7 @@ def test_bf16_rms_norm_rounds_the_float32_result_once():
     assert (rms_norm(x, weight, EPS).double() - exact).abs().div(exact.abs()).max() <= 2**-8  # half a unit is 2^-9
 
 
+@pytest.mark.promise("RMSNorm, rotation, SwiGLU and their gradients equal their formulas")
 def test_swiglu_and_its_gradient_are_the_formulas():
     for ours, exact in both(swiglu, formula_swiglu, draws(5, 3, 24, scale=4.0)):
         torch.testing.assert_close(ours.double(), exact, rtol=1e-5, atol=1e-5)
@@ -72,6 +75,7 @@ def test_swiglu_takes_gradients_that_are_not_contiguous():
     torch.testing.assert_close(x.grad, other.grad)
 
 
+@pytest.mark.promise("RMSNorm, rotation, SwiGLU and their gradients equal their formulas")
 def test_rotation_and_its_gradient_are_the_reference_networks():
     spec = small_spec()
     x = draws(16, 2, 3, spec.head_dim)

@@ -17,6 +17,7 @@ def steps(engine, count=6):
     return [cases.report_fields(cases.take_step(engine, step, learning_rate=3e-3)) for step in range(1, count + 1)]
 
 
+@pytest.mark.promise("bf16 steps are close to float32 steps; masters, gradients, moments and the loss are float32")
 @pytest.mark.parametrize("spec", [PLAIN, OPTIONS], ids=["plain", "options"])
 def test_bf16_losses_are_near_those_of_float32(build, spec):
     """Unit roundoff is 2e-3 in bf16; the loss is a mean over 250 tokens: 2e-4 were measured, 4e-3 for the norm."""
@@ -28,6 +29,7 @@ def test_bf16_losses_are_near_those_of_float32(build, spec):
     assert half != whole
 
 
+@pytest.mark.promise("bf16 steps are close to float32 steps; masters, gradients, moments and the loss are float32")
 def test_bf16_network_has_float32_masters_gradients_and_moments(build):
     engine = build(OPTIONS, compute="bf16")
     cases.take_step(engine, 1)
@@ -39,6 +41,7 @@ def test_bf16_network_has_float32_masters_gradients_and_moments(build):
     assert engine._stage.network.encode(x_t).dtype == torch.bfloat16
 
 
+@pytest.mark.promise("bf16 steps are close to float32 steps; masters, gradients, moments and the loss are float32")
 def test_bf16_parameters_are_their_masters_rounded(build):
     engine = build(OPTIONS, compute="bf16")
     for count in range(3):
@@ -52,6 +55,7 @@ def test_bf16_parameters_are_their_masters_rounded(build):
             assert count == 0 or not is_matrix or not torch.equal(shard.weight, rounded.float()), "masters were rounded"
 
 
+@pytest.mark.promise("bf16 starts from the float32 values of the noise law, not from rounded values")
 def test_bf16_state_before_the_first_step_is_the_laws_in_float32(build, tmp_path):
     """Not what the rounding of the network's weights leaves of it."""
     cases.save_state(build(OPTIONS, compute="bf16"), tmp_path)
@@ -59,6 +63,7 @@ def test_bf16_state_before_the_first_step_is_the_laws_in_float32(build, tmp_path
         assert torch.equal(weight, initial_tensor(cases.SEED, name, OPTIONS)), name
 
 
+@pytest.mark.promise("a bf16 run repeats and resumes bit for bit; a float32 checkpoint continues in bf16")
 def test_bf16_run_repeats_and_resumes_bit_for_bit(build, tmp_path):
     engine = build(OPTIONS, compute="bf16")
     wanted, digest = steps(engine), engine.parameter_digest()
@@ -81,6 +86,7 @@ def test_digest_of_a_bf16_network_sees_its_masters(build):
     assert engine.parameter_digest() != before
 
 
+@pytest.mark.promise("a bf16 run repeats and resumes bit for bit; a float32 checkpoint continues in bf16")
 def test_float32_state_goes_on_in_bf16(build, tmp_path):
     """The state has no format of its own: masters are masters."""
     engine = build(OPTIONS)

@@ -12,6 +12,7 @@ from support.engine_cases import OPTIONS, PLAIN
 pytestmark = pytest.mark.multiprocess
 
 
+@pytest.mark.promise("every layout's preview equals the reference network's text, greedy and with temperature")
 @pytest.mark.parametrize("spec", [PLAIN, OPTIONS], ids=["plain", "options"])
 @pytest.mark.parametrize("temperature", [0.0, 1.5])
 def test_predictions_are_the_reference_networks_choice_at_every_open_position(build, spec, temperature):
@@ -27,6 +28,7 @@ def test_predictions_are_the_reference_networks_choice_at_every_open_position(bu
     assert found.confidence.dtype == torch.float64
 
 
+@pytest.mark.promise("padding and the mask token are never chosen and have no probability")
 def test_mask_and_padding_are_never_chosen_and_have_no_probability(build):
     """Their logits are made the largest by far; the probabilities of the others still add up to one."""
     engine, vocabulary = build(), cases.vocabulary(PLAIN)
@@ -43,6 +45,7 @@ def test_mask_and_padding_are_never_chosen_and_have_no_probability(build):
     assert max(before.confidence) < 0.5
 
 
+@pytest.mark.promise("bf16 predictions equal the reference network's up to rounding")
 def test_bf16_predicts_as_the_reference_network_up_to_its_rounding(build):
     """A bf16 number has 8 bits: the logits of this network, below 1, are off by some thousandths."""
     x_t, _, is_masked = cases.probe_rows(5, PLAIN)

@@ -52,6 +52,7 @@ def test_training_goes_on_bit_for_bit_after_save_and_load(saved, build):
     assert other.backend.adam == adam == "megamask.engine.adam.Adam"
 
 
+@pytest.mark.promise("a checkpoint does not depend on which tensors decay")
 def test_state_does_not_depend_on_which_tensors_decay(saved, build, tmp_path):
     folder, _ = saved
     other = build(OPTIONS, weight_decay_on_norms=True, weight_decay_on_embeddings=False)
@@ -78,6 +79,7 @@ def test_saving_changes_nothing(saved, build):
     assert cases.report_fields(cases.take_step(other, 3)) == wanted
 
 
+@pytest.mark.promise("a checkpoint written during training holds, bit for bit, the state of the step it names")
 def test_copied_state_is_that_of_its_step_although_training_goes_on(saved, build, tmp_path_factory):
     folder, _ = saved
     engine = build(OPTIONS)
@@ -91,6 +93,7 @@ def test_copied_state_is_that_of_its_step_although_training_goes_on(saved, build
         assert path.read_bytes() == (later / path.name).read_bytes(), path.name
 
 
+@pytest.mark.promise("a rank copies only its own share, into memory that is reused")
 def test_second_copy_takes_no_new_memory_and_no_more_than_this_rank_s_share(build):
     engine = build(PLAIN)
     engine.state_share(copy=True)
@@ -187,6 +190,7 @@ class Evil:
         return os.system, ("touch was-executed",)
 
 
+@pytest.mark.promise("a checkpoint's pickle cannot call any function")
 @pytest.mark.parametrize("path", ["load_state", "read_canonical_weights"])
 def test_a_pickle_that_calls_functions_is_refused_and_not_run(saved, path, monkeypatch):
     folder, engine = saved
@@ -232,6 +236,7 @@ def test_a_damaged_state_is_refused(saved, damage):
         engine.load_state(folder)
 
 
+@pytest.mark.promise("an unreadable storage ends with 74; no older checkpoint is used, none is pruned")
 @pytest.mark.parametrize("name", ["__0_0.distcp", ".metadata", "optimizer.json"])
 def test_state_that_the_storage_does_not_let_be_read_is_not_called_damaged(saved, monkeypatch, name):
     folder, engine = saved

@@ -13,6 +13,8 @@ from support.engine_cases import OPTIONS, PLAIN
 pytestmark = pytest.mark.multiprocess
 
 
+@pytest.mark.promise("loss and gradients equal those of the reference network")
+@pytest.mark.promise("loss terms and gradients with the z-loss equal the reference network's")
 @pytest.mark.parametrize("z_loss_weight", [0.0, 0.3])
 @pytest.mark.parametrize("spec", [PLAIN, OPTIONS], ids=["plain", "options"])
 @pytest.mark.parametrize("goal", [cases.objective(), cases.objective(complementary=False, mask_logit="included")])
@@ -47,6 +49,9 @@ def test_counts_are_those_of_the_noise_law(build):
     assert report.is_finite
 
 
+@pytest.mark.promise(
+    "the loss of each noise level is the reference network's mean over that band of mask probabilities"
+)
 @pytest.mark.parametrize("goal", [cases.objective(), cases.objective(complementary=False, mask_logit="included")])
 def test_loss_by_noise_level_is_the_reference_networks_mean_of_each_band(build, goal):
     engine = build(OPTIONS, goal=goal, micro_batch_size=2)
@@ -58,6 +63,7 @@ def test_loss_by_noise_level_is_the_reference_networks_mean_of_each_band(build, 
         assert mean == (None if expected is None else pytest.approx(expected, rel=1e-5))
 
 
+@pytest.mark.promise("the losses by noise level do not depend on the micro-batch size")
 def test_loss_by_noise_level_stays_when_the_micro_batch_size_changes(build):
     first, second = (cases.take_step(build(micro_batch_size=size), 1) for size in (1, 4))
     assert first.masked_tokens_by_noise_level == second.masked_tokens_by_noise_level
@@ -66,6 +72,7 @@ def test_loss_by_noise_level_stays_when_the_micro_batch_size_changes(build):
         assert one == (None if two is None else pytest.approx(two, rel=1e-6))
 
 
+@pytest.mark.promise("the padding multiple of the vocabulary changes nothing")
 def test_loss_stays_when_only_the_padding_of_the_vocabulary_changes(build):
     reports = []
     for padded in (61, 64, 192):
@@ -77,6 +84,7 @@ def test_loss_stays_when_only_the_padding_of_the_vocabulary_changes(build):
             assert two.grad_norm == pytest.approx(one.grad_norm, rel=1e-5)
 
 
+@pytest.mark.promise("the micro-batch size changes nothing")
 def test_losses_stay_when_the_micro_batch_size_changes(build):
     """float32 sums in another order; 1e-6 is about ten units in the last place."""
     losses = {}
@@ -87,6 +95,7 @@ def test_losses_stay_when_the_micro_batch_size_changes(build):
     assert losses[4] == pytest.approx(losses[1], rel=1e-6)
 
 
+@pytest.mark.promise("gradient accumulation changes neither loss nor weights")
 def test_gradient_accumulation_changes_neither_loss_nor_weights(build):
     """8, 4, 2 and 1 passes a step. A large eps, so that AdamW does not blow the rounding of a tiny gradient up."""
     losses, weights = {}, {}
@@ -108,6 +117,7 @@ def test_loss_falls(build):
     assert sum(losses[-4:]) < 0.88 * sum(losses[:4])
 
 
+@pytest.mark.promise("a step repeats bit for bit")
 def test_step_repeats_bit_for_bit(build):
     first = [cases.report_fields(cases.take_step(engine, step)) for engine in [build()] for step in (1, 2)]
     second = [cases.report_fields(cases.take_step(engine, step)) for engine in [build()] for step in (1, 2)]
@@ -123,6 +133,7 @@ def test_padding_rows_of_the_vocabulary_stay_zero(build):
     assert weights[: OPTIONS.vocab_size].any(dim=1).all()
 
 
+@pytest.mark.promise("nothing is updated when the loss is not finite")
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
 def test_nothing_is_updated_when_the_loss_is_not_finite(build, poison):
     engine = build()
@@ -147,6 +158,7 @@ def test_head_capacity_changes_nothing_when_it_suffices(build):
     assert cases.take_step(build(head_capacity=10 * cases.SEQUENCE_LENGTH), 1).loss == wanted["loss"]
 
 
+@pytest.mark.promise("a head capacity that is too small is refused; no position is dropped")
 def test_head_capacity_is_refused_when_masks_do_not_fit_and_nothing_is_updated(build):
     engine = build(head_capacity=20)
     before = engine.parameter_digest()
@@ -158,6 +170,7 @@ def test_head_capacity_is_refused_when_masks_do_not_fit_and_nothing_is_updated(b
 NORMS, BIASES, EMBEDDINGS = "weight_decay_on_norms", "weight_decay_on_biases", "weight_decay_on_embeddings"
 
 
+@pytest.mark.promise("weight decay applies to matrices, and to norms, biases and the embedding as configured")
 @pytest.mark.parametrize("spec", [PLAIN, OPTIONS], ids=["plain", "options"])
 @pytest.mark.parametrize(
     ("settings", "decayed"),
@@ -198,6 +211,9 @@ def test_gradients_are_clipped_to_the_configured_norm(build):
     assert math.sqrt(total) == pytest.approx(norm / 10, rel=1e-4)
 
 
+@pytest.mark.promise(
+    "three steps with every setting of the optimizer are those of torch's AdamW on the reference network"
+)
 @pytest.mark.parametrize("spec", [PLAIN, OPTIONS], ids=["plain", "options"])
 def test_three_steps_are_torch_adamws_on_the_reference_network_with_every_setting_of_the_optimizer(build, spec):
     """Unusual betas, an eps as large as a gradient's root mean square, a decay that shows and a clip that bites."""

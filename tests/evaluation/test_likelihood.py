@@ -129,6 +129,7 @@ class TinyJoint:
         return -math.log(sum(self.probability[state] for state in fits if state[at] == clean[at]) / total)
 
 
+@pytest.mark.promise("the bound is unbiased for the exact likelihood of a tiny model")
 def test_bound_is_unbiased_for_the_exact_likelihood_of_a_tiny_model() -> None:
     joint, state = TinyJoint(), (1, 0, 1)
     truth = -math.log(joint.probability[state])
@@ -151,6 +152,7 @@ def test_bound_is_unbiased_for_the_exact_likelihood_of_a_tiny_model() -> None:
     assert abs(float(by_row.mean()) - truth) < 6.2 * error  # two-sided normal tail below 1e-9
 
 
+@pytest.mark.promise("its standard error is the spread of independent evaluations")
 def test_standard_error_matches_the_spread_of_independent_evaluations() -> None:
     joint = TinyJoint()
     tokens = torch.tensor([[1, 0, 1], [0, 0, 1], [1, 1, 0], [0, 1, 1]])
@@ -176,6 +178,7 @@ def _evaluate(joint: TinyJoint, tokens: Tensor, **options: int) -> likelihood.Li
     )
 
 
+@pytest.mark.promise("it does not depend on the batch size or on the order of rows")
 def test_report_is_the_same_whatever_the_batch_rows() -> None:
     tokens = torch.tensor([[1, 0, 1], [0, 0, 1], [1, 1, 0], [0, 1, 1], [1, 1, 1]])
     reports = [_evaluate(TinyJoint(), tokens, batch_rows=batch_rows) for batch_rows in (1, 2, 3, 5, 64)]
@@ -225,6 +228,7 @@ def test_rows_weigh_by_their_tokens() -> None:
     assert report.nelbo_nats_per_token == 2.0
 
 
+@pytest.mark.promise("it does not depend on the batch size or on the order of rows")
 def test_summary_does_not_depend_on_the_order_of_rows() -> None:
     estimates = torch.rand(3, 200, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     num_eligible = torch.arange(1, 201)

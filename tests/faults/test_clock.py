@@ -33,6 +33,7 @@ class JumpingClock(datetime):
         return cls(2026, 1, 1, tzinfo=tz) - timedelta(hours=JumpingClock.looks)
 
 
+@pytest.mark.promise("a clock that jumps back changes no order, no duration and no claim")
 def test_journal_of_a_clock_that_jumps_back_keeps_its_order_and_its_chain(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -57,6 +58,7 @@ def test_status_written_later_holds_whatever_its_time_says(tmp_path: Path, monke
     assert status.step == 2
 
 
+@pytest.mark.promise("a clock that jumps back changes no order, no duration and no claim")
 def test_retention_and_reading_go_by_step_and_attempt_not_by_file_times(tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     run_dir.mkdir()
@@ -69,6 +71,7 @@ def test_retention_and_reading_go_by_step_and_attempt_not_by_file_times(tmp_path
     assert sweep(run_dir, 2) == []
 
 
+@pytest.mark.promise("a clock that jumps back changes no order, no duration and no claim")
 def test_durations_never_come_from_the_time_of_day() -> None:
     """No product code reads a clock that may jump, but to write it down for people."""
     readings: dict[str, int] = {}

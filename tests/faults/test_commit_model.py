@@ -79,24 +79,34 @@ def takeover(tmp_path_factory: pytest.TempPathFactory) -> Recording:
     return record(run_dir, taking_over)
 
 
+@pytest.mark.promise(
+    "a visible checkpoint is complete after a power cut behind any file operation, with any unflushed part lost"
+)
 def test_crash_after_any_operation_of_a_commit_or_prune_leaves_whole_what_is_visible(
     commits: Recording, tmp_path: Path
 ) -> None:
     assert commits.violation(tmp_path / "disk") is None
 
 
+@pytest.mark.promise(
+    "a visible checkpoint is complete after a power cut behind any file operation, with any unflushed part lost"
+)
 def test_crash_while_a_save_runs_beside_training_leaves_whole_what_is_visible(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     commits = record(tmp_path / "run", partial(committing, in_background=True))
     assert commits.violation(tmp_path / "disk") is None
 
 
+@pytest.mark.promise(
+    "a visible checkpoint is complete after a power cut behind any file operation, with any unflushed part lost"
+)
 def test_crash_after_any_operation_of_a_takeover_leaves_whole_what_is_visible(
     takeover: Recording, tmp_path: Path
 ) -> None:
     assert takeover.violation(tmp_path / "disk") is None
 
 
+@pytest.mark.promise("the model checker finds each missing flush and each wrong order")
 def test_checker_finds_the_loss_of_any_flush_that_the_protocol_needs(takeover: Recording, tmp_path: Path) -> None:
     """Left out one at a time; the entries of checkpoints/ are flushed more than once, `latest` is only a hint."""
     flushes = [i for i, op in enumerate(takeover.ops) if op.kind == "fsync" and i >= takeover.start]
@@ -172,6 +182,7 @@ BROKEN = [
 ]
 
 
+@pytest.mark.promise("the model checker finds each missing flush and each wrong order")
 @pytest.mark.parametrize("break_protocol", BROKEN, ids=lambda function: function.__name__)
 def test_checker_finds_a_broken_protocol(
     commits: Recording, tmp_path: Path, break_protocol: Callable[[list[Op]], list[Op]]

@@ -101,6 +101,9 @@ def readers_of(corpus: Path, run_dir: Path, runs: Path) -> dict[str, list[object
     }
 
 
+@pytest.mark.promise(
+    "a changed byte, a cut or a missing file of a corpus ends with 64 before anything is read or written"
+)
 @pytest.mark.parametrize("verb", ["train", "evaluate", "inspect", "verify"])
 @pytest.mark.parametrize(
     ("name", "how"),
@@ -122,6 +125,9 @@ def test_damaged_corpus_ends_with_64_before_anything_is_read_or_written(
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.promise(
+    "a changed byte, a cut or a missing file of a corpus ends with 64 before anything is read or written"
+)
 @pytest.mark.parametrize("verb", ["train", "verify"])
 @pytest.mark.parametrize("name", ["tokenizer.json", "special_tokens.json"])
 @pytest.mark.parametrize("how", HOWS)
@@ -134,6 +140,9 @@ def test_damaged_tokenizer_of_a_corpus_ends_with_64_before_a_checkpoint_could_co
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.promise(
+    "a changed byte, a cut or a missing file of a corpus ends with 64 before anything is read or written"
+)
 def test_manifest_with_any_byte_flipped_is_no_manifest(corpus: Path) -> None:
     """Also where what is left makes sense: provenance.json names the manifest that was written."""
     path = corpus / "manifest.json"
@@ -154,6 +163,7 @@ def test_corpus_that_lost_its_provenance_is_still_read(corpus: Path) -> None:
 # A checkpoint: 65, or the one before.
 
 
+@pytest.mark.promise("a damaged file of a checkpoint is detected by verify and skipped by readers")
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("how", HOWS)
 def test_damaged_checkpoint_is_found_by_verify_and_passed_over_by_readers(
@@ -172,6 +182,7 @@ def test_damaged_checkpoint_is_found_by_verify_and_passed_over_by_readers(
     assert ("passed over " + NEWEST in answer.err) is not is_invisible
 
 
+@pytest.mark.promise("a damaged file of a checkpoint is detected by verify and skipped by readers")
 @pytest.mark.parametrize("verb", [["evaluate", "--rows", "1"], ["sample"], ["verify", "checkpoint"]], ids="-".join)
 def test_run_without_a_whole_checkpoint_ends_with_65(megamask: Any, run_dir: Path, verb: list[str]) -> None:
     for name in (OLDER, NEWEST):
@@ -179,6 +190,7 @@ def test_run_without_a_whole_checkpoint_ends_with_65(megamask: Any, run_dir: Pat
     refused(megamask(*verb, run_dir), 65, NEWEST, "__0_0.distcp", "Nothing was")
 
 
+@pytest.mark.promise("`latest` is only a hint")
 @pytest.mark.parametrize("content", [None, b"", b"step-00000010-a0001\n", b"../../etc\n", b"\xff\x00" * 9])
 def test_latest_is_only_a_hint_that_no_reader_follows(megamask: Any, run_dir: Path, content: bytes | None) -> None:
     latest = run_dir / "checkpoints" / "latest"
@@ -190,6 +202,7 @@ def test_latest_is_only_a_hint_that_no_reader_follows(megamask: Any, run_dir: Pa
     assert megamask("status", run_dir).json["last_checkpoint"] == NEWEST
 
 
+@pytest.mark.promise("a tokenizer that disappears during training ends with 64 at the next save")
 def test_tokenizer_that_goes_while_a_run_trains_ends_with_64_at_the_next_save(tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     kept = save_once(run_dir, step=10, attempt=1)
@@ -206,6 +219,7 @@ def test_tokenizer_that_goes_while_a_run_trains_ends_with_64_at_the_next_save(tm
 # The run's own records: 65 where they are read for what they say, nothing where they are hints.
 
 
+@pytest.mark.promise("a damaged or missing run.json ends with 65, for every byte")
 @pytest.mark.parametrize(
     ("verb", "how"),
     # without run.json evaluate has a checkpoint folder before it, whose corpus it asks for: a question of usage
@@ -228,6 +242,7 @@ def test_damaged_run_json_ends_with_65(
     assert {path: path.stat().st_mtime_ns for path in run_dir.rglob("*")} == before
 
 
+@pytest.mark.promise("a damaged config of an attempt ends with 65 where it is read")
 @pytest.mark.parametrize("verb", ["inspect", "evaluate"])
 @pytest.mark.parametrize("content", [b"training: [", b"\xff", b"training: {steps: many}", b"traiming: {}", b""])
 def test_damaged_config_of_an_attempt_ends_with_65(megamask: Any, run_dir: Path, verb: str, content: bytes) -> None:
@@ -236,6 +251,7 @@ def test_damaged_config_of_an_attempt_ends_with_65(megamask: Any, run_dir: Path,
     refused(megamask(*arguments), 65, "attempt-0001.yaml", "which the run wrote")
 
 
+@pytest.mark.promise("damaged status, claim and journal stop no reader")
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff\xff", b'{"format": "x"}'])
 @pytest.mark.parametrize("name", ["status.json", "attempts/0001/claim.json", "journal/attempt-0001-000.jsonl"])
 def test_damaged_hint_of_a_run_stops_no_reader(megamask: Any, run_dir: Path, name: str, content: bytes) -> None:

@@ -27,6 +27,7 @@ def arguments(corpus: Path, runs: Path) -> list[str]:
     return tiny(corpus, runs, "run", "checkpoint.every_steps=1", "checkpoint.keep_last=4", "optimizer.warmup_steps=2")
 
 
+@pytest.mark.promise("a run resumes from the last intact commit, for any other damage to it")
 def test_run_resumes_from_the_last_whole_commit_whatever_else_of_it_is_damaged(
     trained: Path, small_corpus: Path, tmp_path: Path
 ) -> None:

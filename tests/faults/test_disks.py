@@ -133,6 +133,10 @@ def is_whole(run_dir: Path, step: int, whole: Path) -> None:
 # Training.
 
 
+@pytest.mark.promise(
+    "a full disk during journalling and saving ends with 74, keeps the last commit, and the run resumes when "
+    "there is space"
+)
 @pytest.mark.multiprocess
 def test_run_that_met_a_full_disk_while_journalling_and_while_saving_resumes_when_there_is_space(
     trained: Path, small_corpus: Path, disk: Callable[..., Path]
@@ -154,6 +158,7 @@ def test_run_that_met_a_full_disk_while_journalling_and_while_saving_resumes_whe
     is_whole(run_dir, 3, trained)
 
 
+@pytest.mark.promise("a file-size limit has the same effect as a full disk")
 @pytest.mark.multiprocess
 def test_file_size_limit_while_saving_leaves_the_last_commit_and_resumes_without_it(
     trained: Path, small_corpus: Path, tmp_path: Path
@@ -168,6 +173,7 @@ def test_file_size_limit_while_saving_leaves_the_last_commit_and_resumes_without
     is_whole(run_dir, 3, trained)
 
 
+@pytest.mark.promise("a file-size limit has the same effect as a full disk")
 @pytest.mark.slow
 @pytest.mark.multiprocess
 def test_file_size_limit_while_journalling_ends_with_74_and_no_torn_line(
@@ -188,6 +194,7 @@ def limit_file_size(num_bytes: int) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, num_bytes))
 
 
+@pytest.mark.promise("a read-only folder ends with 74 and nothing changes; reading requires no writing")
 @pytest.mark.multiprocess
 def test_read_only_output_ends_with_74_and_changes_nothing(
     trained: Path, small_corpus: Path, read_only: Callable[[Path], Path], capsys: pytest.CaptureFixture[str]
@@ -225,6 +232,7 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "texts"
 
 
+@pytest.mark.promise("preparing onto a full disk ends with 74 and leaves nothing")
 def test_preparing_onto_a_full_disk_ends_with_74_and_leaves_nothing(
     texts: Path, disk: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -238,6 +246,7 @@ def test_preparing_onto_a_full_disk_ends_with_74_and_leaves_nothing(
     assert cli.main(["verify", "corpus", str(folder / "corpus")]) == 0
 
 
+@pytest.mark.promise("a read-only folder ends with 74 and nothing changes; reading requires no writing")
 def test_preparing_into_a_read_only_place_ends_with_74(
     texts: Path, read_only: Callable[[Path], Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -248,6 +257,7 @@ def test_preparing_into_a_read_only_place_ends_with_74(
     assert sorted(folder.rglob("*")) == before
 
 
+@pytest.mark.promise("a read-only folder ends with 74 and nothing changes; reading requires no writing")
 @pytest.mark.multiprocess
 def test_reading_a_run_from_a_read_only_place_needs_no_writing(
     trained: Path, read_only: Callable[[Path], Path], capsys: pytest.CaptureFixture[str]
@@ -257,6 +267,7 @@ def test_reading_a_run_from_a_read_only_place_needs_no_writing(
         assert cli.main([*verb, str(run_dir)]) == 0, capsys.readouterr().err
 
 
+@pytest.mark.promise("a shard that the device does not return is a storage error (74), not damage")
 @pytest.mark.multiprocess
 def test_shard_that_the_device_does_not_give_is_the_storage_s_fault(
     trained: Path, small_corpus: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -56,6 +56,7 @@ def kill_at_a_random_moment(generator: random.Random, corpus: Path, runs: Path, 
     return was_running
 
 
+@pytest.mark.promise("a run killed at random moments and restarted ends bit-identical")
 @pytest.mark.parametrize("kills", [3, pytest.param(10, marks=pytest.mark.slow)], ids=["three_kills", "ten_kills"])
 def test_killed_run_ends_bit_identical_to_the_uninterrupted_one(
     kills: int, uninterrupted: Path, small_corpus: Path

@@ -117,6 +117,9 @@ def run_dir(tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.mark.promise(
+    "SIGKILL at every named point of a commit leaves it complete or invisible, and the previous one intact"
+)
 def test_every_named_point_is_reached_and_in_this_order(run_dir: Path) -> None:
     assert list(dict.fromkeys(points_of(commit_20, run_dir))) == COMMIT_POINTS
     assert points_of(prune_to_one, run_dir) == PRUNE_POINTS
@@ -124,6 +127,9 @@ def test_every_named_point_is_reached_and_in_this_order(run_dir: Path) -> None:
     assert points_of(sweep_as_second, run_dir) == SWEEP_POINTS
 
 
+@pytest.mark.promise(
+    "SIGKILL at every named point of a commit leaves it complete or invisible, and the previous one intact"
+)
 @pytest.mark.parametrize("point", COMMIT_POINTS)
 def test_killed_commit_is_whole_or_invisible_and_the_one_before_stays(run_dir: Path, point: str) -> None:
     occurrence = 0
@@ -136,6 +142,9 @@ def test_killed_commit_is_whole_or_invisible_and_the_one_before_stays(run_dir: P
     goes_on(run_dir)
 
 
+@pytest.mark.promise(
+    "SIGKILL at every named point of a prune or sweep shows nothing half-removed, and the next attempt finishes"
+)
 @pytest.mark.parametrize("point", PRUNE_POINTS)
 def test_killed_prune_keeps_what_was_to_be_kept_and_shows_nothing_half_removed(run_dir: Path, point: str) -> None:
     commit_20(run_dir)
@@ -144,6 +153,9 @@ def test_killed_prune_keeps_what_was_to_be_kept_and_shows_nothing_half_removed(r
     goes_on(run_dir)
 
 
+@pytest.mark.promise(
+    "SIGKILL at every named point of a prune or sweep shows nothing half-removed, and the next attempt finishes"
+)
 @pytest.mark.parametrize("point", SWEEP_POINTS)
 def test_killed_sweep_is_finished_by_the_next(run_dir: Path, point: str) -> None:
     (begin(run_dir, 20, 1) / "__0_0.distcp").write_bytes(b"half")

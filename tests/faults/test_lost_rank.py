@@ -20,6 +20,7 @@ def rank_of(pid: int) -> int:
     return next(int(entry.removeprefix(b"RANK=")) for entry in environment if entry.startswith(b"RANK="))
 
 
+@pytest.mark.promise("a killed rank is named with its signal in every report of the end")
 @pytest.mark.multiprocess
 @pytest.mark.parametrize("victim", [1, pytest.param(0, marks=pytest.mark.slow)])
 def test_killed_rank_is_named_with_its_signal_wherever_the_end_is_told(

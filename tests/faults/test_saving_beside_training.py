@@ -58,6 +58,11 @@ def blocking(tmp_path_factory: pytest.TempPathFactory, small_corpus: Path) -> Pa
     return runs / "run"
 
 
+@pytest.mark.promise("a checkpoint written during training holds, bit for bit, the state of the step it names")
+@pytest.mark.promise(
+    "asynchronous and synchronous saves give equal step lines and checkpoints; at most one save is pending"
+)
+@pytest.mark.promise("a signal during a save completes it and commits the last step")
 def test_checkpoint_holds_the_state_of_its_step_although_training_went_on(
     blocking: Path, small_corpus: Path, tmp_path: Path
 ) -> None:
@@ -85,6 +90,7 @@ def test_checkpoint_holds_the_state_of_its_step_although_training_went_on(
     assert [state_files(folder) for folder in found] == [state_files(folder) for folder in expected]
 
 
+@pytest.mark.promise("stall, total time and place of each commit are journalled")
 def test_commit_record_tells_stall_duration_and_place(blocking: Path) -> None:
     for record in (record for record in journal(blocking) if record["kind"] == "checkpoint_committed"):
         folder = blocking / record["location"]
@@ -92,6 +98,9 @@ def test_commit_record_tells_stall_duration_and_place(blocking: Path) -> None:
         assert 0 < record["save_s"] <= record["stall_s"] and record["evaluation"] is None
 
 
+@pytest.mark.promise(
+    "one rank's failed write ends all ranks with 74 within a step; the last commit remains and no folder is left"
+)
 def test_one_rank_s_full_disk_ends_all_ranks_with_74_within_a_step_and_the_last_commit_stands(
     small_corpus: Path, tmp_path: Path
 ) -> None:
@@ -110,6 +119,7 @@ def test_one_rank_s_full_disk_ends_all_ranks_with_74_within_a_step_and_the_last_
     assert megamask("verify", "checkpoint", run_dir).code == 0
 
 
+@pytest.mark.promise("SIGKILL during a save leaves no writing process and nothing visible; the next attempt sweeps")
 def test_killed_while_saving_leaves_no_writer_and_nothing_visible_and_the_next_attempt_sweeps(
     blocking: Path, small_corpus: Path, tmp_path: Path
 ) -> None:
@@ -132,6 +142,7 @@ def test_killed_while_saving_leaves_no_writer_and_nothing_visible_and_the_next_a
     assert sorted(step_lines(run_dir)) == sorted(step_lines(blocking))
 
 
+@pytest.mark.promise("exactly the newest, every n-th, the best and the pinned checkpoints are kept")
 def test_run_keeps_the_newest_every_nth_and_the_best_by_the_bound_measured_at_their_step(
     small_corpus: Path, tmp_path: Path
 ) -> None:
@@ -156,6 +167,7 @@ def test_run_keeps_the_newest_every_nth_and_the_best_by_the_bound_measured_at_th
     )
 
 
+@pytest.mark.promise("a commit that a kill left unrecorded is recorded by the attempt that resumes from it")
 def test_commit_that_a_kill_left_untold_is_told_by_the_attempt_that_resumes_from_it(
     small_corpus: Path, tmp_path: Path
 ) -> None:

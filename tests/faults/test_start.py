@@ -18,6 +18,7 @@ from support.command import tiny
 from support.faulty_main import start_with_fault
 
 
+@pytest.mark.promise("an attempt that fails right after its claim is recorded as failed")
 @pytest.mark.multiprocess
 def test_attempt_that_fails_right_after_its_claim_is_told_as_failed(small_corpus: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
@@ -33,6 +34,7 @@ def test_attempt_that_fails_right_after_its_claim_is_told_as_failed(small_corpus
     assert json.loads((run_dir / "attempts" / "0001" / "rank-00000.json").read_text())["exit_code"] == 74
 
 
+@pytest.mark.promise("a signal that comes before a process has its handlers is not lost")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
 def test_signal_is_counted_before_anything_is_read(monkeypatch: pytest.MonkeyPatch, number: signal.Signals) -> None:
     def signalled(*_arguments: object) -> NoReturn:

@@ -46,6 +46,8 @@ def last_step(run_dir: Path, attempt: int) -> int:
     return max((json.loads(line).get("step") or 0 for line in lines), default=0)
 
 
+@pytest.mark.promise("an attempt in another pid namespace takes over; the older ends with 93 and writes nothing more")
+@pytest.mark.promise("`verify run` returns 0 after a real take-over")
 @pytest.mark.multiprocess
 def test_attempt_in_another_pid_namespace_takes_over_and_the_older_ends_with_93(
     tmp_path: Path, small_corpus: Path
@@ -89,6 +91,7 @@ def test_attempt_in_another_pid_namespace_takes_over_and_the_older_ends_with_93(
     assert verified.code == 0, verified.json["findings"]
 
 
+@pytest.mark.promise("ranks whose launcher was killed end, and the run continues")
 @pytest.mark.slow
 @pytest.mark.multiprocess
 def test_ranks_whose_launcher_was_killed_die_and_the_run_goes_on(tmp_path: Path, small_corpus: Path) -> None:
@@ -109,6 +112,7 @@ def test_ranks_whose_launcher_was_killed_die_and_the_run_goes_on(tmp_path: Path,
     assert megamask("verify", "checkpoint", run_dir).code == 0
 
 
+@pytest.mark.promise("a writer that publishes while its folder is swept exposes nothing half-removed")
 def test_writer_that_publishes_while_its_folder_is_removed_shows_nothing_half_removed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -140,6 +144,7 @@ def disarmed() -> Iterator[None]:
     fault_points.disarm()
 
 
+@pytest.mark.promise("a writer that outlives its attempt publishes nothing once a newer one has claimed and swept")
 @pytest.mark.parametrize("sweeps", [False, True], ids=["newer_has_claimed", "newer_has_swept"])
 @pytest.mark.parametrize(
     "point",

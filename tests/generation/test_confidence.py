@@ -88,6 +88,7 @@ def test_blocks_are_finished_from_left_to_right() -> None:
     assert committed == [[6, 7], [4, 5], [10, 11], [8, 9]]
 
 
+@pytest.mark.promise("infilling keeps every given token")
 def test_infill_keeps_every_fixed_token() -> None:
     prompt = torch.tensor([8, MASK, 8, MASK, MASK, 8])  # fixed tokens the network would choose otherwise
     tokens, committed = _decode(prompt, num_denoising_steps=2)
@@ -101,6 +102,7 @@ def test_equally_confident_positions_go_from_left_to_right() -> None:
     assert found.committed == [[0], [1], [2], [3], [4]]
 
 
+@pytest.mark.promise("rounding in the network does not decide between equal positions")
 def test_rounding_in_the_network_does_not_choose_among_equals() -> None:
     """Noise of the size that another order of float32 sums makes; the rightmost is the largest."""
     logits = torch.zeros(5, VOCAB, dtype=torch.float64)
@@ -139,6 +141,7 @@ def depends_on_the_row(x_t: Tensor) -> Tensor:
     return torch.rand(len(x_t), VOCAB, generator=torch.Generator().manual_seed(start))
 
 
+@pytest.mark.promise("rows decoded together equal rows decoded alone")
 @pytest.mark.parametrize("temperature", [0.0, 2.0])
 @pytest.mark.parametrize("block_length", [None, 3])
 def test_rows_side_by_side_are_those_decoded_alone(temperature: float, block_length: int | None) -> None:
@@ -163,6 +166,7 @@ def test_nothing_outside_the_allowed_vocabulary_is_ever_sampled_at_high_temperat
         assert set(tokens.tolist()) <= set(range(PAD))
 
 
+@pytest.mark.promise("a sample is a function of seed and sequence")
 def test_sample_is_a_function_of_seed_and_sequence() -> None:
     def sample(seed: int, sequence: int) -> list[int]:
         tokens, _ = _decode(torch.full((12,), MASK), temperature=5.0, seed=seed, sequence=sequence)

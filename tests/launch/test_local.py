@@ -60,6 +60,7 @@ def test_failure_of_a_killed_rank_is_told_before_the_report_of_one_that_lost_it(
     assert failure.message == "rank 1 was killed by SIGKILL (9); the kernel's OOM killer is the usual cause."
 
 
+@pytest.mark.promise("the launcher reports at once which rank was killed, not which it stops")
 @pytest.mark.multiprocess
 def test_launcher_tells_at_once_which_rank_was_killed_but_not_whom_it_stops(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(local, "FAILURE_GRACE_S", 0.5)
@@ -75,6 +76,7 @@ def test_launcher_tells_at_once_which_rank_was_killed_but_not_whom_it_stops(monk
     assert [(e.returncode, e.was_stopped) for e in exits] == [(-signal.SIGKILL, True), (-signal.SIGKILL, False)]
 
 
+@pytest.mark.promise("a superseded job ends with 93 regardless of how its other ranks end")
 @pytest.mark.parametrize("codes", [(93, 93), (93, 1), (1, 93), (93, -signal.SIGKILL)])
 def test_superseded_job_ends_with_93_however_its_other_ranks_end(codes: tuple[int, int]) -> None:
     told = error_with_code(93, "superseded by attempt 2")
@@ -211,6 +213,7 @@ def test_signals_reach_every_rank(tmp_path: Path) -> None:
     assert output.strip() == "[75, 75]"
 
 
+@pytest.mark.promise("a signal that comes before a process has its handlers is not lost")
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGUSR1, 75), (signal.SIGINT, 93)])
 def test_signal_that_comes_before_a_rank_has_its_handlers_is_not_lost(
     tmp_path: Path, number: signal.Signals, code: int
@@ -230,6 +233,7 @@ def test_signal_that_comes_before_a_rank_has_its_handlers_is_not_lost(
     assert output.strip() == f"[{code}, {code}]"
 
 
+@pytest.mark.promise("a signal that comes before a process has its handlers is not lost")
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 93)])
 def test_signal_that_came_before_the_ranks_were_started_is_told_to_all_of_them(
     tmp_path: Path, number: signal.Signals, code: int
@@ -248,6 +252,7 @@ def test_signal_that_came_before_the_ranks_were_started_is_told_to_all_of_them(
     assert [rank_exit.returncode for rank_exit in exits] == [code, code]
 
 
+@pytest.mark.promise("ranks die with the command that started them")
 def test_ranks_that_ask_for_it_die_with_a_killed_launcher(tmp_path: Path) -> None:
     script = (
         "import time\n"

@@ -26,6 +26,7 @@ def preset(name: str, vocab_size: int) -> ModelSpec:
     return ModelSpec.from_config(ModelConfig(**document["model"]), vocab_size, 4096)
 
 
+@pytest.mark.promise("parameter and FLOP counts are those of the built network")
 @pytest.mark.parametrize(
     "changes",
     [{}, {"tie_embeddings": True}, {"qk_norm": True}, {"qkv_bias": True}, {"head_dim": 20, "num_query_groups": 1}],
@@ -35,6 +36,7 @@ def test_parameter_count_is_that_of_the_built_network(changes: dict[str, int]) -
     assert parameter_count(spec) == sum(parameter.numel() for parameter in ReferenceModel(spec).parameters())
 
 
+@pytest.mark.promise("parameter and FLOP counts are those of the built network")
 @pytest.mark.parametrize("changes", [{}, {"head_dim": 20, "num_query_groups": 4}])
 @pytest.mark.parametrize("scored", [8, 32])
 def test_flops_are_those_that_the_network_spends(changes: dict[str, int], scored: int) -> None:

@@ -33,6 +33,7 @@ def test_sums_of_twelve_equal_the_golden_integers(case: dict[str, object]) -> No
     assert sum_of_twelve(torch.tensor(case["elements"]), key).tolist() == case["sums"]
 
 
+@pytest.mark.promise("initial weights follow the noise law, and a slice equals the same slice of the full tensor")
 @given(
     seed=st.integers(0, 2**64 - 1),
     name=st.sampled_from([name for name, shape in canonical_shapes(SPEC).items() if len(shape) == 2]),
@@ -47,6 +48,7 @@ def test_values_equal_the_law_in_plain_integers(seed: int, name: str, place: int
     assert made.tolist() == [[float(np.float32(z * std))]]
 
 
+@pytest.mark.promise("initial weights follow the noise law, and a slice equals the same slice of the full tensor")
 @given(rows=edges(48), columns=edges(48))
 def test_values_of_a_slice_equal_the_slice_of_the_whole(rows: slice, columns: slice) -> None:
     whole = initial_tensor(3, QUERY, SPEC)

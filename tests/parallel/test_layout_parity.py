@@ -98,6 +98,10 @@ def close(reports: list[dict], expected: list[dict], tolerance: Tolerance) -> No
             assert mean == (None if other is None else pytest.approx(other, rel=tolerance.noise_level))
 
 
+@pytest.mark.promise("the losses and counts by noise level are equal on every layout")
+@pytest.mark.promise("the z-loss is equal on every layout, including tensor parallelism")
+@pytest.mark.promise("bf16 layouts agree to a stated tolerance and resume bit for bit")
+@pytest.mark.promise("a checkpoint written during training holds, bit for bit, the state of the step it names")
 @every_layout
 def test_steps_are_those_of_one_process(run, single, layouts):
     ranks = layouts[name(run)]
@@ -107,6 +111,8 @@ def test_steps_are_those_of_one_process(run, single, layouts):
     assert all(rank["reports"] == ranks[0]["reports"] for rank in ranks), "ranks disagree about their step"
 
 
+@pytest.mark.promise("a run resumed on its layout is bit-identical")
+@pytest.mark.promise("bf16 layouts agree to a stated tolerance and resume bit for bit")
 @every_layout
 def test_resumed_run_is_bit_identical_on_the_same_layout(run, layouts):
     for rank in layouts[name(run)]:
@@ -114,6 +120,7 @@ def test_resumed_run_is_bit_identical_on_the_same_layout(run, layouts):
         assert rank["resumed_digest"] == rank["digest"]
 
 
+@pytest.mark.promise("the state of any layout continues on any other")
 @every_layout
 def test_state_of_one_process_goes_on_under_any_layout(run, single, layouts):
     for rank in layouts[name(run)]:
@@ -127,6 +134,7 @@ def test_every_rank_names_its_own_files_and_together_all(run, root, layouts):
     assert sorted(names) == sorted(path.name for path in worker.folder_of(str(root), *run).iterdir())
 
 
+@pytest.mark.promise("every layout scores as the reference network does")
 @every_layout
 def test_scores_are_the_reference_networks_on_every_rank(run, root, layouts):
     """Of the weights that were saved at that step, read without any engine."""
@@ -142,6 +150,7 @@ def test_scores_are_the_reference_networks_on_every_rank(run, root, layouts):
         assert rank["scores"] == layouts[name(run)][0]["scores"]
 
 
+@pytest.mark.promise("no rank updates when one weight of one rank is NaN")
 @every_layout
 def test_no_rank_updates_when_one_weight_of_one_rank_is_nan(run, layouts):
     assert [rank["poisoned"] for rank in layouts[name(run)]] == [
@@ -149,6 +158,7 @@ def test_no_rank_updates_when_one_weight_of_one_rank_is_nan(run, layouts):
     ]
 
 
+@pytest.mark.promise("the state of any layout continues on any other")
 def test_every_layouts_state_goes_on_in_one_process(root, single, layouts):
     answers = run_gloo(1, worker.__file__, "resume_all", root=str(root), runs=[list(run) for run in TWO + FOUR])
     for run, report in zip(TWO + FOUR, answers[0], strict=True):

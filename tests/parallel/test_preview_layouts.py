@@ -75,6 +75,7 @@ every_layout = pytest.mark.parametrize(
 )
 
 
+@pytest.mark.promise("every layout's preview equals the reference network's text, greedy and with temperature")
 @every_layout
 def test_tokens_are_those_of_the_reference_network_on_every_rank(run: Any, expected: Any, layouts: Any) -> None:
     """Greedy and with temperature; with noise they are not the greedy ones."""
@@ -84,6 +85,7 @@ def test_tokens_are_those_of_the_reference_network_on_every_rank(run: Any, expec
     assert greedy["tokens"] != noisy["tokens"]
 
 
+@pytest.mark.promise("replicas share the prompts; none waits for another to decode")
 @every_layout
 def test_row_is_the_same_alone_and_when_other_replicas_make_no_preview(run: Any, expected: Any, layouts: Any) -> None:
     alone = [rank["alone"] for rank in layouts(run) if "alone" in rank]
@@ -92,6 +94,7 @@ def test_row_is_the_same_alone_and_when_other_replicas_make_no_preview(run: Any,
     assert alone
 
 
+@pytest.mark.promise("previews change no step, bit for bit, on any layout")
 @every_layout
 def test_steps_are_bit_identical_with_previews_between_them(run: Any, layouts: Any) -> None:
     assert all(rank["is_untouched"] for rank in layouts(run))

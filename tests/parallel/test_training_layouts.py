@@ -32,6 +32,7 @@ def one_process(tmp_path_factory: pytest.TempPathFactory, small_corpus: Path) ->
     return step_lines(runs / "one")
 
 
+@pytest.mark.promise("every layout trains on the same samples and masks to the same losses")
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layout_trains_as_one_process_does(
     layout: str, one_process: dict[int, dict[str, object]], small_corpus: Path, tmp_path: Path
@@ -47,6 +48,7 @@ def test_layout_trains_as_one_process_does(
         assert line["grad_norm"] == pytest.approx(expected["grad_norm"], rel=GRAD_NORM_TOLERANCE), step
 
 
+@pytest.mark.promise("`precision.compute` and `objective.z_loss_weight` reach the engine from the command line")
 def test_bf16_run_with_a_z_loss_is_near_the_float32_run(
     one_process: dict[int, dict[str, object]], small_corpus: Path, tmp_path: Path
 ) -> None:
@@ -61,6 +63,7 @@ def test_bf16_run_with_a_z_loss_is_near_the_float32_run(
         assert line["loss"] == terms["nelbo"] + terms["z_loss"] > terms["nelbo"]
 
 
+@pytest.mark.promise("a run may change its layout at every restart")
 def test_run_continues_on_another_layout(
     one_process: dict[int, dict[str, object]], small_corpus: Path, tmp_path: Path
 ) -> None:

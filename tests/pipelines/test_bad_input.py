@@ -27,12 +27,14 @@ CONFIG_READERS = {
 }
 
 
+@pytest.mark.promise("no verb accepts a missing path, a file for a folder, or another folder")
 @pytest.mark.parametrize("verb", READERS)
 @pytest.mark.parametrize(("given", "why"), [("nope", "folder"), ("text.txt", "folder"), ("folder", "folder")])
 def test_verb_refuses_what_is_missing_a_file_or_another_folder(refuse: Refuse, verb: str, given: str, why: str) -> None:
     refuse(*READERS[verb], given, says=(f"error: {given} is n", why))
 
 
+@pytest.mark.promise("no verb accepts a missing path, a file for a folder, or another folder")
 @pytest.mark.parametrize("verb", CONFIG_READERS)
 @pytest.mark.parametrize(
     ("given", "words"),
@@ -71,6 +73,7 @@ def test_no_verb_is_a_usage_error(place: Path, capsys: pytest.CaptureFixture[str
 # Keys and values.
 
 
+@pytest.mark.promise("an unknown key is refused with its line and the nearest key")
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -130,6 +133,7 @@ def test_wrong_type_in_a_file_is_refused_with_its_line(refuse: Refuse, arguments
     refuse(*arguments, "bad_type.yaml", says=("training.steps is 'many'", "an integer >= 1 (bad_type.yaml:3)"))
 
 
+@pytest.mark.promise("an impossible layout or length is refused, with the possible values")
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
@@ -150,6 +154,7 @@ def test_layout_or_shape_that_cannot_be_is_refused(
     refuse(*train(small_corpus, *overrides), says=words)
 
 
+@pytest.mark.promise("a prompt that does not fit is refused before a run directory is created")
 def test_prompt_that_does_not_fit_is_refused_before_a_run_is_made(refuse: Refuse, small_corpus: Path) -> None:
     prompt = "preview.prompts=['', '0123456789']"
     refuse(
@@ -166,6 +171,7 @@ def test_shape_law_meets_the_tensor_parallel_size(refuse: Refuse, small_corpus: 
     )
 
 
+@pytest.mark.promise("a credential is refused and never shown")
 @pytest.mark.parametrize(
     ("override", "words"),
     [
@@ -209,6 +215,7 @@ def write_tokenizers(folder: Path) -> None:
     spaces.save(str(folder / "spaces.json"))
 
 
+@pytest.mark.promise("an impossible layout or length is refused, with the possible values")
 @pytest.mark.parametrize(
     ("overrides", "code", "words"),
     [
@@ -333,6 +340,8 @@ def test_preparing_over_a_damaged_corpus_ends_with_64(
 # What only another process can show: limits of the system, and several ranks.
 
 
+@pytest.mark.promise("preparing onto a full disk ends with 74 and leaves nothing")
+@pytest.mark.promise("a full storage ends with 74 and exposes nothing half-written")
 @pytest.mark.multiprocess
 def test_preparing_onto_a_full_storage_ends_with_74_and_leaves_nothing(
     refuse_outside: Refuse, small_corpus: Path
@@ -348,6 +357,7 @@ def test_run_that_cannot_write_its_first_file_ends_with_74(refuse_outside: Refus
     refuse_outside(*train(small_corpus), code=74, says=says, file_bytes=0)
 
 
+@pytest.mark.promise("a refusal by several ranks is one error")
 @pytest.mark.multiprocess
 @pytest.mark.parametrize(
     ("overrides", "words"),
@@ -363,6 +373,7 @@ def test_refusal_of_several_ranks_is_one_error(
     assert len(stderr.splitlines()) == 2  # the error and its hint
 
 
+@pytest.mark.promise("a full storage ends with 74 and exposes nothing half-written")
 @pytest.mark.multiprocess
 def test_checkpoint_that_does_not_fit_ends_with_74_and_is_not_visible(place: Path, small_corpus: Path) -> None:
     done = subprocess.run(

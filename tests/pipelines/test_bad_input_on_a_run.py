@@ -152,6 +152,7 @@ def test_sampling_that_cannot_be_done_is_refused(
     refuse("sample", run_dir, *arguments, says=words)
 
 
+@pytest.mark.promise("a damaged run, checkpoint or corpus is refused by each verb that reads it")
 @pytest.mark.parametrize("content", ["", '{"run_id":', "[]", '{"format": "x", "run_id": "y", "version": 1}'])
 @pytest.mark.parametrize("verb", ["status", "inspect", "train"])
 def test_damaged_run_json_is_refused(
@@ -162,6 +163,7 @@ def test_damaged_run_json_is_refused(
     refuse(*arguments, code=65, says=("run.json is damaged and cannot be read as a run's record", "backup"))
 
 
+@pytest.mark.promise("a damaged run, checkpoint or corpus is refused by each verb that reads it")
 @pytest.mark.parametrize("verb", ["evaluate", "sample", "verify checkpoint"])
 @pytest.mark.parametrize("name", ["COMMIT.json", "model.json", "state.json", "tokenizer/tokenizer.json", "*.distcp"])
 @pytest.mark.parametrize("by_folder", [False, True])
@@ -180,6 +182,7 @@ def test_run_without_a_commit_is_refused(refuse: Refuse, run_dir: Path, verb: st
     refuse(*READERS[verb], run_dir, says=("has no committed checkpoint yet",))
 
 
+@pytest.mark.promise("a damaged run, checkpoint or corpus is refused by each verb that reads it")
 @pytest.mark.parametrize("verb", ["evaluate", "inspect", "verify corpus", "train"])
 @pytest.mark.parametrize(
     ("name", "words"),

@@ -72,6 +72,7 @@ def test_version_is_that_of_the_package(capsys):
     assert capsys.readouterr().out == f"megamask {version('megamask')}\n"
 
 
+@pytest.mark.promise("`--help` imports nothing heavy")
 @pytest.mark.parametrize("arguments", [["--help"], *([verb, "--help"] for verb in cli.VERBS)])
 def test_help_imports_nothing_heavy(arguments):
     code = (
@@ -214,6 +215,7 @@ def test_what_a_verb_prints_goes_to_stderr_with_json(capsys, verb):
     assert "chatter" in captured.err
 
 
+@pytest.mark.promise("with --json stdout contains only the answer")
 def test_stdout_holds_only_the_answer_whatever_libraries_and_children_print():
     code = """
 import ctypes, os, subprocess, sys, types
@@ -268,6 +270,7 @@ MISSING = {
 }
 
 
+@pytest.mark.promise("every verb refuses a missing argument path with one clear error")
 @pytest.mark.parametrize("name", cli.VERBS)
 def test_every_verb_refuses_what_is_not_there_with_one_clear_error(name):
     done = megamask(name, *MISSING[name], "--json")
@@ -280,6 +283,7 @@ def test_every_verb_refuses_what_is_not_there_with_one_clear_error(name):
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.promise("the exit code survives a thread inside torch's writer")
 @pytest.mark.multiprocess
 def test_exit_code_survives_a_thread_that_hangs_inside_torch_s_writer():
     script = """

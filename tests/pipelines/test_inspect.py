@@ -119,6 +119,7 @@ def expected_masked(index: int, tokens: list[int], pad: int, limit: int) -> list
     ]
 
 
+@pytest.mark.promise("`megamask inspect` recomputes samples and masks from the laws")
 @pytest.mark.parametrize("step", [1, 2, 37])
 def test_inspect_recomputes_samples_and_masks_from_the_laws(run_dir: Path, prepared: Path, step: int) -> None:
     manifest = Manifest.load(prepared)

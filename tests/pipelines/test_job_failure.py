@@ -29,6 +29,7 @@ def test_lost_peer_is_known_by_what_the_backends_say(error: Exception, is_lost: 
     assert has_lost_peer(error) == is_lost
 
 
+@pytest.mark.promise("a killed peer explains a lost connection and no other error")
 def test_killed_peer_explains_a_lost_connection_and_no_other_error(tmp_path: Path) -> None:
     write_rank_failure(tmp_path, 1, rank=1, exit_code=1, reason=KILLED)
     told = peer_failure(tmp_path, 1, 0, is_lost=True)

@@ -66,6 +66,7 @@ def check_bounded(samples: list[Sample], first: int, last: int) -> None:
     assert most(late, "num_files") <= most(early, "num_files") + FILES_OF_A_CHECKPOINT
 
 
+@pytest.mark.promise("threads, descriptors and files of a run stay bounded")
 def test_files_threads_and_descriptors_of_a_run_stay_bounded(corpus: Path, tmp_path: Path) -> None:
     """300 steps, 30 commits and 30 evaluations: whatever each of them left behind would be more than the leeway."""
     every = ("checkpoint.every_steps=10", "evaluation.every_steps=10", "training.steps=300")
@@ -84,6 +85,10 @@ def test_files_threads_and_descriptors_of_a_run_stay_bounded(corpus: Path, tmp_p
     assert verify_chain(run_dir) == []
 
 
+@pytest.mark.promise(
+    "20,000 steps with MLflow, evaluation and commits: memory flat, journal rotated and chained, every step in "
+    "MLflow once"
+)
 @pytest.mark.slow
 @pytest.mark.timeout(2400)
 def test_run_of_20000_steps_ends_as_it_began(corpus: Path, tmp_path: Path) -> None:

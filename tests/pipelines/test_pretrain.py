@@ -12,6 +12,7 @@ from megamask.training.attempt import AttemptView
 from megamask_pipelines import pretrain
 
 
+@pytest.mark.promise("a failing rank publishes its reason before it aborts a save")
 def test_failing_rank_tells_its_reason_before_it_gives_up_a_save(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -146,6 +146,7 @@ def told(told_once, tmp_path):
     return copy
 
 
+@pytest.mark.promise("`megamask status` describes a run attempt by attempt in about ten lines, many attempts folded")
 def test_run_of_two_attempts_is_told_in_ten_lines(told, capsys):
     lines = text_of(told, capsys)
     assert len(lines) <= 10
@@ -195,6 +196,7 @@ def test_attempt_that_only_its_ranks_speak_of_is_told_by_them(told, capsys):
     assert any("failed (74)" in line and "lost its peer" in line for line in text_of(told, capsys))
 
 
+@pytest.mark.promise("a superseded attempt is reported as superseded, and by which")
 def test_superseded_attempt_is_called_superseded_and_by_which(told, capsys):
     write_rank_failure(told, 1, rank=0, exit_code=93, reason="superseded by attempt 2")
     write_rank_failure(told, 1, rank=1, exit_code=1, reason="lost the connection to another rank")
@@ -214,6 +216,7 @@ def test_attempt_whose_launcher_wrote_the_status_is_told_by_it(run_dir, capsys):
     assert any("killed by SIGKILL" in line for line in text_of(run_dir, capsys) if line.startswith("attempt"))
 
 
+@pytest.mark.promise("`megamask status` describes a run attempt by attempt in about ten lines, many attempts folded")
 def test_many_attempts_are_folded_and_counted(run_dir, capsys):
     step = 0
     for number in range(1, 61):
@@ -241,6 +244,7 @@ def test_many_attempts_are_folded_and_counted(run_dir, capsys):
     assert [attempt["resumed_from"] for attempt in answer["attempts"][:3]] == [None, 2, 4]
 
 
+@pytest.mark.promise("`megamask status` reads only the ends of a long journal")
 def test_long_journal_is_read_at_its_ends_only(run_dir, capsys, monkeypatch):
     """Not a time: the lines that were looked at are counted."""
     journal = Journal.open(run_dir, claim(run_dir), rotate_bytes=2**20)

@@ -67,12 +67,14 @@ def refusal(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, s
     return code, capsys.readouterr().err
 
 
+@pytest.mark.promise("a sync ends with 74 if the server does not accept it, 2 without a run or a target")
 def test_folder_that_is_no_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, message = refusal(capsys, str(tmp_path))
     assert code == 2
     assert "run.json" in message
 
 
+@pytest.mark.promise("a sync ends with 74 if the server does not accept it, 2 without a run or a target")
 @pytest.mark.parametrize("lines", [None, ("enabled: false",)])
 def test_run_whose_tracking_never_had_a_target_is_refused(
     run_dir: Path, capsys: pytest.CaptureFixture[str], lines: tuple[str, ...] | None
@@ -106,12 +108,14 @@ def test_uri_that_cannot_be_one_is_refused(
     assert not (run_dir / "tracking").exists()
 
 
+@pytest.mark.promise("a tracking uri that is not a store is refused")
 def test_training_refuses_a_uri_that_is_no_tracking_store(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code = main(["train", *tiny(tmp_path, tmp_path, "wrong"), "tracking.mlflow.enabled=true", "tracking.mlflow.uri=x"])
     assert code == 2
     assert "tracking.mlflow.uri is no tracking store" in capsys.readouterr().err
 
 
+@pytest.mark.promise("a sync ends with 74 if the server does not accept it, 2 without a run or a target")
 def test_dead_server_ends_with_74_and_says_what_to_do(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     configured(run_dir, f"uri: http://127.0.0.1:{free_port()}")
     code, message = refusal(capsys, str(run_dir))
@@ -120,6 +124,7 @@ def test_dead_server_ends_with_74_and_says_what_to_do(run_dir: Path, capsys: pyt
     assert "megamask sync" in message
 
 
+@pytest.mark.promise("a run made with tracking off can be sent")
 def test_run_made_with_tracking_off_is_sent_whole_and_once(
     run_dir: Path, store: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -132,6 +137,7 @@ def test_run_made_with_tracking_off_is_sent_whole_and_once(
         assert_whole(store, run_dir, "KILLED")
 
 
+@pytest.mark.promise("a preview appears in MLflow once per step after two attempts and a sync")
 def test_preview_stands_once_per_step_after_two_attempts_and_a_sync(run_dir: Path, store: str, tmp_path: Path) -> None:
     """Attempt 3 takes step 4 again, with its preview, and one more; then what was remembered of the sending is lost."""
     for attempt, steps in ((2, (4,)), (3, (4, 5))):
@@ -152,6 +158,7 @@ def test_preview_stands_once_per_step_after_two_attempts_and_a_sync(run_dir: Pat
         assert f'prompt "def ", 4 tokens, 2 forward passes\nf{step}(x):' in text.read_text()
 
 
+@pytest.mark.promise("an attempt without a final line has its launcher's status")
 @pytest.mark.parametrize(
     ("status", "expected"),
     [
@@ -189,6 +196,7 @@ def tracked(corpus: Path, runs: Path, uri: str, *overrides: str) -> list[str]:
     ]
 
 
+@pytest.mark.promise("a stopped server changes nothing for training")
 @pytest.mark.multiprocess
 def test_stopped_server_changes_nothing_for_training_and_a_sync_completes_the_history(
     server: Server, small_corpus: Path, tmp_path: Path
@@ -205,6 +213,7 @@ def test_stopped_server_changes_nothing_for_training_and_a_sync_completes_the_hi
     assert_whole(server.uri, tmp_path / "run", "FINISHED")
 
 
+@pytest.mark.promise("an attempt after a crash continues in the same MLflow run")
 @pytest.mark.multiprocess
 def test_killed_attempt_is_told_by_a_sync_and_the_next_one_goes_on_in_the_same_history(
     server: Server, small_corpus: Path, tmp_path: Path

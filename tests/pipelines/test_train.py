@@ -73,11 +73,14 @@ def test_journal_tells_the_run_in_order(finished: Path) -> None:
     assert rates == pytest.approx([3e-3 * min(step, 10) / 10 for step in range(1, 21)])
 
 
+@pytest.mark.promise("two runs of one config have equal journals")
 def test_two_runs_of_one_config_have_equal_step_lines(finished: Path, runs: Path, small_corpus: Path) -> None:
     assert megamask("train", *tiny(small_corpus, runs, "again"), "--json").code == 0
     assert step_lines(runs / "again") == step_lines(finished)
 
 
+@pytest.mark.promise("previews change no step, bit for bit, on any layout")
+@pytest.mark.promise("a preview in the journal equals what `megamask sample` writes with the checkpoint of that step")
 def test_previews_change_no_step_line_and_are_what_sample_writes(
     finished: Path, runs: Path, small_corpus: Path
 ) -> None:
@@ -109,6 +112,8 @@ def test_the_same_command_on_a_complete_run_starts_nothing(finished: Path, runs:
     assert sorted(path for path in finished.rglob("*")) == before
 
 
+@pytest.mark.promise("a stopped run continues as if it had not stopped")
+@pytest.mark.promise("the time to start, by phase, and to restore is journalled")
 def test_stopped_run_continues_as_if_it_had_not_stopped(finished: Path, runs: Path, small_corpus: Path) -> None:
     arguments = tiny(small_corpus, runs, "stopped")
     done = megamask("train", *arguments, "training.stop_after_step=7", "--json")
@@ -126,6 +131,7 @@ def test_stopped_run_continues_as_if_it_had_not_stopped(finished: Path, runs: Pa
         assert phases["imports"] + phases["engine"] + phases["restore"] <= phases["total"]
 
 
+@pytest.mark.promise("an extended run equals the longer run")
 def test_extended_run_equals_the_longer_run(runs: Path, small_corpus: Path) -> None:
     short = tiny(small_corpus, runs, "extended", "training.steps=6", "optimizer.warmup_steps=3")
     long = tiny(small_corpus, runs, "long", "training.steps=9", "optimizer.warmup_steps=3")
@@ -137,6 +143,7 @@ def test_extended_run_equals_the_longer_run(runs: Path, small_corpus: Path) -> N
     assert growth == [None, {"training.steps": [6, 9]}]
 
 
+@pytest.mark.promise("another identity is refused and the field named")
 @pytest.mark.parametrize(
     ("override", "words"),
     [
@@ -178,6 +185,7 @@ def complete_lines(run_dir: Path) -> list[dict[str, object]]:
     return [json.loads(line) for file in files for line in file.read_text().split("\n")[:-1]]
 
 
+@pytest.mark.promise("a second live process on a run is refused")
 def test_second_live_process_on_the_same_run_is_refused(runs: Path, small_corpus: Path) -> None:
     arguments = tiny(small_corpus, runs, "busy", "training.steps=100000")
     first = start("train", *arguments)
@@ -191,6 +199,7 @@ def test_second_live_process_on_the_same_run_is_refused(runs: Path, small_corpus
     assert first.returncode == 93
 
 
+@pytest.mark.promise("an attempt in another pid namespace takes over; the older ends with 93 and writes nothing more")
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_older_attempt_stops_with_93_when_a_newer_one_claims_the_run(
     runs: Path, small_corpus: Path, ranks: int
@@ -213,6 +222,7 @@ def test_older_attempt_stops_with_93_when_a_newer_one_claims_the_run(
     assert "attempt_ended" not in [record["kind"] for record in complete_lines(runs / name)]
 
 
+@pytest.mark.promise("a signal saves and ends with its code")
 @pytest.mark.parametrize(
     ("number", "code", "phase"),
     [(signal.SIGTERM, 75, "preempted"), (signal.SIGUSR1, 75, "preempted"), (signal.SIGINT, 93, "stopped")],
@@ -238,6 +248,7 @@ def test_signal_saves_and_ends_with_its_code(
     assert commit.name.startswith(f"step-{answer['step']:08d}")
 
 
+@pytest.mark.promise("a loss that is not finite ends with 66 and keeps the last checkpoint")
 def test_non_finite_loss_ends_with_66_and_keeps_the_last_checkpoint(runs: Path, small_corpus: Path) -> None:
     arguments = tiny(small_corpus, runs, "exploding", "checkpoint.every_steps=1", "optimizer.learning_rate=1e30")
     done = megamask("train", *arguments, "--json")
@@ -265,6 +276,7 @@ def damage(folder: Path) -> None:
     flip_last_byte(max(folder.glob("*.distcp"), key=lambda path: path.stat().st_size))
 
 
+@pytest.mark.promise("a damaged checkpoint is passed over with an incident")
 def test_damaged_checkpoint_falls_back_with_an_incident(finished: Path, runs: Path, small_corpus: Path) -> None:
     run_dir = copy_of(finished, "fallback")
     damage(checkpoints(run_dir)[-1])
@@ -276,6 +288,7 @@ def test_damaged_checkpoint_falls_back_with_an_incident(finished: Path, runs: Pa
     assert repeated == step_lines(finished)
 
 
+@pytest.mark.promise("the run ends with 65 when no intact checkpoint remains")
 def test_no_checkpoint_left_ends_with_65(finished: Path, runs: Path, small_corpus: Path) -> None:
     run_dir = copy_of(finished, "ruined")
     for folder in checkpoints(run_dir):
@@ -286,6 +299,7 @@ def test_no_checkpoint_left_ends_with_65(finished: Path, runs: Path, small_corpu
     assert json.loads((run_dir / "status.json").read_text())["exit_code"] == 65
 
 
+@pytest.mark.promise("a damaged row ends with 64")
 def test_damaged_row_ends_with_64_on_one_and_on_two_ranks(runs: Path, small_corpus: Path, tmp_path: Path) -> None:
     corpus = Path(shutil.copytree(small_corpus, tmp_path / "corpus"))
     shard = corpus / "shards" / "train-000000.tar"

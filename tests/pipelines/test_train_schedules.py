@@ -46,6 +46,7 @@ def ramped(runs: Path, small_corpus: Path) -> Path:
     return runs / "ramped"
 
 
+@pytest.mark.promise("a growing batch uses every sample index once, in order")
 def test_steps_of_a_ramp_use_every_sample_index_once_in_order(ramped: Path) -> None:
     steps = step_lines(ramped)
     assert [steps[step]["global_batch_size"] for step in sorted(steps)] == SIZES
@@ -57,6 +58,7 @@ def test_steps_of_a_ramp_use_every_sample_index_once_in_order(ramped: Path) -> N
         first += size
 
 
+@pytest.mark.promise("the journal's learning rate is the schedule's")
 def test_learning_rate_of_the_journal_is_the_cosine_of_the_tokens(ramped: Path) -> None:
     """Warm-up ends after 8 samples, that is after step 4; the last step has the minimum."""
     tokens = [LENGTH * sum(SIZES[:step]) for step in range(1, len(SIZES) + 1)]
@@ -69,6 +71,7 @@ def test_learning_rate_of_the_journal_is_the_cosine_of_the_tokens(ramped: Path) 
     assert [line["learning_rate"] for line in step_lines(ramped).values()] == pytest.approx(expected, rel=1e-12)
 
 
+@pytest.mark.promise("a run stopped within a ramp continues bit for bit")
 def test_run_stopped_within_a_level_of_the_ramp_continues_bit_for_bit(
     ramped: Path, runs: Path, small_corpus: Path
 ) -> None:
@@ -79,6 +82,7 @@ def test_run_stopped_within_a_level_of_the_ramp_continues_bit_for_bit(
     assert step_lines(runs / "stopped") == step_lines(ramped)
 
 
+@pytest.mark.promise("a ramp on two data-parallel ranks equals one process")
 def test_ramp_on_two_data_parallel_ranks_equals_one_process(ramped: Path, runs: Path, small_corpus: Path) -> None:
     """Losses as far apart as the order of float32 sums makes them (tests/parallel/test_training_layouts.py)."""
     done = megamask("train", *tiny(small_corpus, runs, "data2", *RAMPED, "layout.data_parallel_size=2"))
@@ -93,6 +97,7 @@ def test_ramp_on_two_data_parallel_ranks_equals_one_process(ramped: Path, runs: 
     assert [attempt["num_micro_batches"] for attempt in attempts] == [8, 4]
 
 
+@pytest.mark.promise("`megamask inspect` agrees on every step of a ramp")
 def test_inspect_agrees_with_the_journal_on_every_step_of_the_ramp(ramped: Path) -> None:
     run = recorded_run(ramped)
     with open_loader(run) as loader:
@@ -104,6 +109,7 @@ def test_inspect_agrees_with_the_journal_on_every_step_of_the_ramp(ramped: Path)
             )
 
 
+@pytest.mark.promise("a cosine run can be extended until warm-up ends and never after")
 def test_extending_a_cosine_run_past_its_warmup_is_refused_and_names_the_key(
     ramped: Path, runs: Path, small_corpus: Path
 ) -> None:

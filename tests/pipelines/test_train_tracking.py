@@ -54,6 +54,7 @@ def test_both_attempts_are_one_finished_mlflow_run_with_the_whole_loss_curve(
     ]
 
 
+@pytest.mark.promise("commits and datasets are browsable in MLflow, and a pruned commit remains")
 def test_commits_and_datasets_are_browsable_in_mlflow(tracked: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from mlflow.tracking import MlflowClient
 
@@ -96,6 +97,7 @@ def test_inspection_recomputes_what_was_trained_on(tracked: Path) -> None:
     assert sum(len(sample["masked"]) for sample in samples) == line["masked_tokens"]
 
 
+@pytest.mark.promise("a trained run is consistent with itself")
 def test_run_directory_agrees_with_itself_after_two_attempts(tracked: Path) -> None:
     done = megamask("verify", "run", tracked, "--json")
     assert done.code == 0, done.stdout

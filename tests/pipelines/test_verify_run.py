@@ -87,6 +87,7 @@ def place(lines: list[dict[str, Any]], kind: str, step: int | None = None) -> in
     return next(n for n, line in enumerate(lines) if line["kind"] == kind and step in (None, line.get("step")))
 
 
+@pytest.mark.promise("`megamask verify run` accepts a consistent run, and names file and line of every contradiction")
 def test_whole_run_passes_and_is_counted(verify: Verify) -> None:
     answer = verify(0)
     assert answer["checked"] | {"checkpoint_bytes": 0} == {
@@ -135,6 +136,7 @@ STEP_CHANGES: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
+@pytest.mark.promise("`megamask verify run` accepts a consistent run, and names file and line of every contradiction")
 @pytest.mark.parametrize("name", STEP_CHANGES)
 def test_step_that_breaks_the_order_law_is_found_at_its_line(run_dir: Path, verify: Verify, name: str) -> None:
     change, problem = STEP_CHANGES[name]
@@ -184,6 +186,7 @@ LINE_CHANGES: dict[str, tuple[int, str, dict[str, Any], str]] = {
 }
 
 
+@pytest.mark.promise("`megamask verify run` accepts a consistent run, and names file and line of every contradiction")
 @pytest.mark.parametrize("name", LINE_CHANGES)
 def test_line_that_contradicts_the_others_is_found(run_dir: Path, verify: Verify, name: str) -> None:
     attempt, kind, change, problem = LINE_CHANGES[name]
@@ -216,6 +219,7 @@ def test_line_after_the_end_of_an_attempt_is_found(run_dir: Path, verify: Verify
     found(verify(65), "a step line stands after the end of attempt 2")
 
 
+@pytest.mark.promise("`megamask verify run` accepts a consistent run, and names file and line of every contradiction")
 def test_every_flipped_byte_of_the_journal_is_found(run_dir: Path, verify: Verify, capsys: Any) -> None:
     """Any byte but the very last line's: nothing holds the hash of that one."""
     for path in sorted((run_dir / "journal").iterdir()):
@@ -261,6 +265,7 @@ def recommit(folder: Path, **changes: Any) -> None:
     (folder / "COMMIT.json").write_bytes(canonical_json({**document, "self_sha256": hash_of(document)}))
 
 
+@pytest.mark.promise("`megamask verify run` accepts a consistent run, and names file and line of every contradiction")
 @pytest.mark.parametrize(
     ("change", "problem"),
     [
@@ -288,6 +293,9 @@ def test_commit_that_names_another_place_of_the_journal_is_found(run_dir: Path, 
     found(answer, "it names a line of attempt 1")
 
 
+@pytest.mark.promise(
+    "`megamask verify run` detects a missing pinned checkpoint, and notes a commit that is missing without a record"
+)
 def test_newest_commit_that_is_gone_is_found_and_a_pruned_one_is_not(run_dir: Path, verify: Verify) -> None:
     shutil.rmtree(run_dir / "checkpoints" / "step-00000004-a0001")
     answer = verify(0)  # a prune that was not journalled any more
@@ -297,6 +305,9 @@ def test_newest_commit_that_is_gone_is_found_and_a_pruned_one_is_not(run_dir: Pa
     found(verify(65), "step-00000006-a0002 was committed and never pruned", "journal/attempt-0002-000.jsonl")
 
 
+@pytest.mark.promise(
+    "`megamask verify run` detects a missing pinned checkpoint, and notes a commit that is missing without a record"
+)
 def test_pinned_checkpoint_that_is_gone_is_found_and_one_that_is_there_is_not(run_dir: Path, verify: Verify) -> None:
     (run_dir / "checkpoints" / "step-00000004-a0001.pinned").touch()
     verify(0)
@@ -308,6 +319,9 @@ def test_pinned_checkpoint_that_is_gone_is_found_and_one_that_is_there_is_not(ru
     assert not [entry for entry in answer["notes"] if "gone" in entry]
 
 
+@pytest.mark.promise(
+    "`megamask verify run` detects a missing pinned checkpoint, and notes a commit that is missing without a record"
+)
 def test_pin_of_a_checkpoint_that_was_pruned_or_never_was_is_found(run_dir: Path, verify: Verify) -> None:
     for name in ("step-00000002-a0001", "step-5"):
         pin = run_dir / "checkpoints" / f"{name}.pinned"
@@ -386,6 +400,9 @@ def test_folder_that_is_no_run_is_a_usage_error(tmp_path: Path, capsys: pytest.C
 # Commits told of late, and other versions.
 
 
+@pytest.mark.promise(
+    "a commit recorded by the attempt that resumes from it is valid; any differing field of that line is detected"
+)
 @pytest.mark.parametrize(
     ("change", "problem"),
     [
@@ -428,6 +445,7 @@ def test_commit_that_the_next_attempt_told_of_is_whole_when_it_is_the_one_resume
         found(answer, problem, "journal/attempt-0002-000.jsonl", 2)
 
 
+@pytest.mark.promise("a commit is recorded once")
 def test_commit_that_was_told_of_already_is_not_told_of_again(run_dir: Path, verify: Verify) -> None:
     lines = lines_of(run_dir, 1)
     again = lines[place(lines, "checkpoint_committed", 4)]
@@ -454,16 +472,19 @@ def rewrite_record(run_dir: Path, section: str, **values: Any) -> None:
     path.write_bytes(to_bytes({**content, "self_sha256": sha256_bytes(to_bytes(content))}))
 
 
+@pytest.mark.promise("an unknown training key in run.json is a finding; a missing one has its default")
 def test_key_of_run_json_that_this_version_lacks_is_a_finding(run_dir: Path, verify: Verify) -> None:
     rewrite_record(run_dir, "identity", **{"training.of_tomorrow": 3})
     found(verify(65), "training.of_tomorrow is recorded as 3, but this version has no such key")
 
 
+@pytest.mark.promise("an unknown training key in run.json is a finding; a missing one has its default")
 def test_key_that_run_json_does_not_have_yet_stands_at_its_default(run_dir: Path, verify: Verify) -> None:
     rewrite_record(run_dir, "identity", **{"objective.complementary": "gone"})
     verify(0)
 
 
+@pytest.mark.promise("a run.json without an identity key ends with 2 and names the key")
 @pytest.mark.parametrize(
     ("section", "key", "value", "problem"),
     [

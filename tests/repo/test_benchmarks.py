@@ -31,6 +31,7 @@ def bench_support() -> ModuleType:
     return module
 
 
+@pytest.mark.promise("cases take turns, and ratios pair the numbers of one block")
 def test_cases_are_measured_in_turns_forwards_and_backwards(bench_support: ModuleType) -> None:
     calls: list[str] = []
 
@@ -44,6 +45,7 @@ def test_cases_are_measured_in_turns_forwards_and_backwards(bench_support: Modul
     assert min(found["b"]) >= 0
 
 
+@pytest.mark.promise("cases take turns, and ratios pair the numbers of one block")
 def test_ratio_pairs_the_numbers_of_one_block(bench_support: ModuleType) -> None:
     found = bench_support.ratio([2.0, 20.0, 200.0], [1.0, 10.0, 100.0])
     assert (found.median, found.low, found.high, found.count) == (2.0, 2.0, 2.0, 3)
@@ -90,6 +92,7 @@ def assert_says_what_ran(text: str) -> None:
     assert re.search(r"^- versions: megamask .*python 3.*torch ", text, re.M)
 
 
+@pytest.mark.promise("every benchmark can be started and has the common arguments")
 @pytest.mark.parametrize("path", BENCHMARKS, ids=lambda path: path.name)
 def test_benchmark_answers_help_with_the_common_arguments(path: Path) -> None:
     done = subprocess.run(
@@ -105,6 +108,7 @@ def test_benchmark_answers_help_with_the_common_arguments(path: Path) -> None:
     assert {"--blocks", "--quick", "--json", "--markdown"} <= set(re.findall(r"--[a-z-]+", done.stdout))
 
 
+@pytest.mark.promise("every table of figures names command, date, machine and versions")
 @pytest.mark.parametrize("path", TABLES, ids=lambda path: path.name)
 def test_every_table_of_figures_says_command_date_machine_and_versions(path: Path) -> None:
     assert_says_what_ran(path.read_text(encoding="utf-8"))

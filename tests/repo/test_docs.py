@@ -111,6 +111,7 @@ def test_links_lead_to_files_and_headings(path: Path) -> None:
         assert not anchor or anchor in anchors(file), f"{path.name} links to {target}, which has no such heading"
 
 
+@pytest.mark.promise("files, verbs and settings named in documents exist")
 @each_document
 def test_files_named_in_documents_exist(path: Path) -> None:
     folders = ("platform/", "pipelines/", "configs/", "tests/", "tools/", "docs/")
@@ -135,6 +136,7 @@ def test_tests_named_in_documents_exist(path: Path) -> None:
         assert function in functions, f"{path.name} names {name}"
 
 
+@pytest.mark.promise("files, verbs and settings named in documents exist")
 @each_document
 def test_settings_named_in_documents_exist(path: Path) -> None:
     unknown = named_keys(path) - KEYS
@@ -196,6 +198,7 @@ def test_every_verb_is_a_file() -> None:
     assert verbs_of_cli() == {path.stem for path in CLI.glob("*.py") if "\ndef add_arguments(" in text(path)}
 
 
+@pytest.mark.promise("files, verbs and settings named in documents exist")
 @each_document
 def test_verbs_named_in_documents_exist(path: Path) -> None:
     named = {match for word in quoted(path) for match in re.findall(r"^megamask ([a-z]+)\b", word)}
@@ -216,13 +219,6 @@ def test_options_in_the_readme_are_those_of_their_verbs() -> None:
         importlib.import_module(f"megamask_pipelines.cli.{verb}").add_arguments(parser)
         known = set(parser._option_string_actions)
         assert set(re.findall(r"--[a-z]+", row[0])) <= known, row[0]
-
-
-def test_every_promise_of_the_readme_names_its_test() -> None:
-    rows = table(ROOT / "README.md", "What it promises, and which test holds it")
-    assert len(rows) >= 10
-    for promise, proof in rows:
-        assert "::test_" in proof, f"no test is named for: {promise}"
 
 
 def test_readme_shows_what_the_quickstart_printed() -> None:

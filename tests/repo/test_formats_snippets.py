@@ -69,6 +69,7 @@ def test_page_holds_the_published_philox_vectors(
     assert " ".join(f"{int(word):08x}" for word in page.philox(counter, key)) == words
 
 
+@pytest.mark.promise("the formats page reproduces the program's initial weights and likelihood masks")
 def test_page_makes_the_program_s_initial_weights(page: ModuleType) -> None:
     from megamask.models.initial_weights import canonical_shapes, initial_tensor
     from megamask.models.spec import ModelSpec
@@ -124,6 +125,7 @@ def test_page_reads_rows_in_the_program_s_order(page: ModuleType, tmp_path: Path
     assert len(page.Split(tmp_path / "corpus").manifest["splits"]["train"]["shards"]) > 1
 
 
+@pytest.mark.promise("the formats page reproduces the program's initial weights and likelihood masks")
 def test_page_makes_the_program_s_likelihood_masks(page: ModuleType) -> None:
     from megamask.diffusion.philox import run_key
     from megamask.evaluation.likelihood import exact_count_masks, exact_counts
@@ -160,6 +162,7 @@ def table_keys(heading: str) -> set[str]:
     return {name for cell in rows for name in re.findall(r"`(\w+)`", cell)}
 
 
+@pytest.mark.promise("the formats page names every key of every file")
 def test_page_names_every_key_of_a_corpus(small_corpus: Path) -> None:
     manifest = json.loads((small_corpus / "manifest.json").read_bytes())
     assert table_keys("manifest.json") == set(manifest)
@@ -196,6 +199,7 @@ def trained(small_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     return output_dir / "page"
 
 
+@pytest.mark.promise("the formats page recomputes every step of a run")
 @pytest.mark.multiprocess
 def test_page_recomputes_every_step_of_a_run(trained: Path, small_corpus: Path, script: Path) -> None:
     journal = step_lines(trained)
@@ -214,6 +218,7 @@ def test_page_recomputes_every_step_of_a_run(trained: Path, small_corpus: Path, 
         assert page == {name: inspected[name] for name in page}
 
 
+@pytest.mark.promise("the formats page names every key of every file")
 @pytest.mark.multiprocess
 def test_page_names_every_key_of_a_run(trained: Path) -> None:
     [checkpoint] = (trained / "checkpoints").glob("step-*")
@@ -238,6 +243,7 @@ def test_page_names_every_key_of_a_run(trained: Path) -> None:
     assert not {key for key in {**model["model"], **model["objective"]} if f"`{key}`" not in documented("model.json")}
 
 
+@pytest.mark.promise("the formats page names every key of every file")
 @pytest.mark.multiprocess
 def test_page_names_every_field_of_the_journal(trained: Path) -> None:
     text = documented("Journal")

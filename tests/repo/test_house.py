@@ -63,6 +63,7 @@ def test_standard_platform_module_is_not_shadowed():
     assert done.stdout.strip(), done.stderr
 
 
+@pytest.mark.promise("files and functions stay short, and public ones are documented")
 def test_no_file_is_over_600_lines():
     assert [relative(path) for path in ALL if num_lines([path]) > MAX_FILE_LINES] == []
 
@@ -72,6 +73,7 @@ def test_median_source_file_is_near_150_lines():
     assert sizes[len(sizes) // 2] <= 200
 
 
+@pytest.mark.promise("files and functions stay short, and public ones are documented")
 def test_no_function_is_over_80_lines():
     long = [
         f"{relative(path)}:{function.lineno} {function.name}"
@@ -82,6 +84,7 @@ def test_no_function_is_over_80_lines():
     assert long == []
 
 
+@pytest.mark.promise("files and functions stay short, and public ones are documented")
 def test_public_functions_and_classes_have_docstrings():
     named = [
         (f"{relative(path)}: {name}", ast.get_docstring(node) is not None)
@@ -178,6 +181,7 @@ def test_nothing_names_a_path_of_one_machine():
     assert found == []
 
 
+@pytest.mark.promise("imports go downward only, large libraries have one door")
 def test_import_contracts_hold():
     done = subprocess.run(
         [str(Path(sys.executable).with_name("lint-imports")), "--no-cache"],

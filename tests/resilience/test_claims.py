@@ -102,6 +102,7 @@ def test_claimant_is_given_a_few_seconds_to_vanish_before_the_newcomer_is_refuse
     assert 3 <= sum(sleeps) <= 10
 
 
+@pytest.mark.promise("a process that was just killed does not refuse the restart")
 def test_claimant_that_is_killed_a_moment_before_does_not_refuse_the_restart(
     tmp_path: Path, live_claimant: subprocess.Popen[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -118,6 +119,7 @@ def test_claimant_that_is_killed_a_moment_before_does_not_refuse_the_restart(
     assert len(waited) == 1
 
 
+@pytest.mark.promise("lost claims do not reuse a number")
 def test_claims_that_are_lost_give_no_number_twice(tmp_path: Path) -> None:
     assert [claim(tmp_path), claim(tmp_path)] == [1, 2]
     shutil.rmtree(tmp_path / "attempts")
@@ -135,6 +137,7 @@ def test_damaged_claim_hides_its_holder_who_is_then_superseded(
         refuse_if_superseded(tmp_path, 1)
 
 
+@pytest.mark.promise("a clock that jumps back changes no order, no duration and no claim")
 def test_wall_clock_that_jumps_back_changes_neither_claims_nor_their_order(
     tmp_path: Path, live_claimant: subprocess.Popen[str], sleeps: list[float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -158,6 +161,7 @@ def test_wall_clock_that_jumps_back_changes_neither_claims_nor_their_order(
     refuse_if_superseded(tmp_path, 2)
 
 
+@pytest.mark.promise("a process that was just killed does not refuse the restart")
 def test_killed_claimant_is_followed_even_as_a_zombie(tmp_path: Path, live_claimant: subprocess.Popen[str]) -> None:
     live_claimant.kill()
     os.waitid(os.P_PID, live_claimant.pid, os.WEXITED | os.WNOWAIT)  # dead, not reaped: a zombie

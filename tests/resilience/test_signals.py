@@ -40,6 +40,7 @@ def test_stop_request_gives_the_old_handlers_back() -> None:
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)] == before
 
 
+@pytest.mark.promise("a second SIGINT ends at once with 130")
 def test_second_interrupt_ends_at_once_with_130() -> None:
     script = """
 import os, signal

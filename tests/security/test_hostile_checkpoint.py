@@ -158,6 +158,7 @@ def programs(canary: Path) -> dict[str, bytes]:
     }
 
 
+@pytest.mark.promise("a state index that is a program runs nothing and changes nothing")
 @pytest.mark.parametrize("name", programs(Path("x")))
 def test_index_that_is_a_program_is_refused_and_runs_nothing(
     name: str, checkpoint: Path, canary: Path, capsys: pytest.CaptureFixture[str]
@@ -177,6 +178,7 @@ def test_no_bytes_make_the_reader_of_an_index_do_anything_but_refuse(data: bytes
         read_index(b"\x80\x04" + data)
 
 
+@pytest.mark.promise("a state index that is a program runs nothing and changes nothing")
 @given(st.data())
 def test_changed_index_is_read_whole_or_refused(data: st.DataObject) -> None:
     """Whatever byte of a true index changes: a refusal, or an index whose parts still lie inside their tensors."""
@@ -229,6 +231,7 @@ def test_index_that_torch_writes_is_read_as_torch_reads_it(tmp_path: Path) -> No
     assert (ours.state_dict_metadata, ours.storage_data) == (theirs.state_dict_metadata, theirs.storage_data)
 
 
+@pytest.mark.promise("an index with false offsets is refused before memory is reserved")
 @pytest.mark.parametrize(
     ("index", "words"),
     [
@@ -307,6 +310,7 @@ def compressed(part: bytes) -> bytes:
     return buffer.getvalue()
 
 
+@pytest.mark.promise("a stored part that is a program or unpacks to more than its size is refused")
 @pytest.mark.parametrize(
     "make",
     [
@@ -342,6 +346,7 @@ def test_same_part_at_another_place_is_read(checkpoint: Path) -> None:
 # Names, links and documents.
 
 
+@pytest.mark.promise("names and links that lead out of a checkpoint are refused")
 @pytest.mark.parametrize(
     "name", ["../x", "/etc/passwd", "a/../../x", "x\\..\\y", "./x", "tokenizer//x", "COMMIT.json", ""]
 )
@@ -353,6 +358,7 @@ def test_commit_that_names_a_file_outside_is_refused(
     refused(checkpoint, "COMMIT.json", "is not allowed", capsys=capsys)
 
 
+@pytest.mark.promise("names and links that lead out of a checkpoint are refused")
 @pytest.mark.parametrize("name", ["state.json", ".metadata", "__0_0.distcp", "tokenizer/tokenizer.json", "COMMIT.json"])
 def test_link_in_a_checkpoint_is_refused(
     name: str, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -409,6 +415,7 @@ def change_json(path: Path, key: str, value: Any) -> None:
     path.write_text(json.dumps(document))
 
 
+@pytest.mark.promise("a model.json of a billion layers is refused before a network is built")
 @pytest.mark.parametrize(
     ("key", "value", "words"),
     [

@@ -145,6 +145,9 @@ def kind(flag: bytes, link: str = "") -> Callable[[tarfile.TarInfo], object]:
     return change
 
 
+@pytest.mark.promise(
+    "an archive member of another name or kind, or missing from the index, is refused and nothing is unpacked"
+)
 @pytest.mark.parametrize(
     "change",
     [
@@ -203,6 +206,9 @@ def test_long_name_of_absurd_length_is_refused(corpus: Path, refused: Any) -> No
     refused("a member '././@LongLink' where 000000.tokens.npy belongs")
 
 
+@pytest.mark.promise(
+    "an archive member of another name or kind, or missing from the index, is refused and nothing is unpacked"
+)
 @pytest.mark.parametrize("name", ["000000.tokens.npy", "evil.sh", "../evil"])
 def test_member_that_the_index_does_not_name_is_refused(corpus: Path, refused: Any, name: str) -> None:
     """Behind the last one, where the rows do not need to move; a duplicate would win in other readers."""
@@ -245,6 +251,7 @@ class Evil:
         return os.system, ("touch evil",)
 
 
+@pytest.mark.promise("a pickled array is never loaded")
 def test_pickled_array_is_never_loaded(corpus: Path, refused: Any) -> None:
     """Rows are read by offset, as integers; no array reader ever sees the member."""
     buffer = io.BytesIO()
@@ -272,6 +279,7 @@ def absurd_index(corpus: Path, **changes: int) -> bytes:
     return ShardIndex(**{**vars(index), "blocks": blocks}).pack()
 
 
+@pytest.mark.promise("an absurd size in an index, manifest or archive is refused before it is read")
 @pytest.mark.parametrize(
     "changes",
     [
@@ -305,6 +313,7 @@ def test_index_of_another_size_is_refused_unread(corpus: Path, refused: Any, siz
     refused("train-000000.idx")
 
 
+@pytest.mark.promise("an absurd size in an index, manifest or archive is refused before it is read")
 def test_shard_that_is_shorter_than_its_index_says_is_refused_unread(corpus: Path, refused: Any) -> None:
     """A trillion bytes by index and manifest; the file is small."""
     index = ShardIndex.unpack((corpus / SHARD).with_suffix(".idx").read_bytes(), name="index")
@@ -335,6 +344,7 @@ def shard_of(content: dict[str, Any]) -> dict[str, Any]:
     return shard
 
 
+@pytest.mark.promise("an absurd size in an index, manifest or archive is refused before it is read")
 @pytest.mark.parametrize(
     "change",
     [
@@ -403,6 +413,7 @@ def test_manifest_that_is_no_canonical_document_is_refused(corpus: Path, refused
     refused("manifest.json", "canonical")
 
 
+@pytest.mark.promise("no reader of a corpus follows a link")
 @pytest.mark.parametrize(
     "name",
     [
@@ -425,6 +436,7 @@ def test_file_that_is_a_link_out_of_the_corpus_is_refused(
     refused(name, "link")
 
 
+@pytest.mark.promise("no reader of a corpus follows a link")
 @pytest.mark.parametrize("name", ["manifest.json", SHARD, "shards/train-000000.idx"])
 @pytest.mark.parametrize("make", [lambda path, to: path.symlink_to(to), lambda path, to: os.mkfifo(path)])
 def test_training_reads_no_link_and_waits_for_no_pipe(corpus: Path, tmp_path: Path, name: str, make: Any) -> None:
@@ -470,6 +482,7 @@ def rewrite_table(corpus: Path, change: Callable[[pa.Table], pa.Table], *, docum
         forge(corpus, lambda content: content["documents"]["tables"][0].update(documents=documents))
 
 
+@pytest.mark.promise("an inconsistent documents table or tokenizer is refused")
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -515,6 +528,7 @@ def test_documents_table_that_is_none_is_refused(corpus: Path, refused: Any, dat
 # The tokenizer.
 
 
+@pytest.mark.promise("an inconsistent documents table or tokenizer is refused")
 @pytest.mark.parametrize(
     "change",
     [

@@ -45,6 +45,9 @@ def refuse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
     return run
 
 
+@pytest.mark.promise(
+    "a config with tags, anchors, aliases, merge keys, duplicate keys or a second document is refused with its line"
+)
 @pytest.mark.parametrize(
     "value",
     [
@@ -70,6 +73,9 @@ def test_tag_behind_a_directive_is_refused(refuse) -> None:
     refuse("%TAG ! tag:yaml.org,2002:python/\n---\nrun: !name:os.system x\n", "bad.yaml:3: the tag")
 
 
+@pytest.mark.promise(
+    "a config with tags, anchors, aliases, merge keys, duplicate keys or a second document is refused with its line"
+)
 @pytest.mark.parametrize(
     ("text", "where"),
     [
@@ -96,6 +102,7 @@ def test_billion_laughs_are_refused_at_the_first_anchor(refuse) -> None:
     refuse("\n".join(lines), "bad.yaml:1: the anchor &a")
 
 
+@pytest.mark.promise("a config reads environment variables through references only")
 @pytest.mark.parametrize("value", ["${oc.env:CANARY}", "${CANARY}", "x${env:CANARY}y", "${oc.decode:1}", "${run.seed}"])
 @pytest.mark.parametrize("quote", ["", "'", '"'])
 def test_interpolation_is_refused_and_reads_no_variable(refuse, value: str, quote: str) -> None:
@@ -109,6 +116,7 @@ def test_other_signs_are_plain_characters_of_a_path(tmp_path: Path, text: str) -
     assert config.run.output_dir == text
 
 
+@pytest.mark.promise("deep, huge, endless and doubling configs are refused in little time and memory")
 @pytest.mark.parametrize(
     "text",
     [
@@ -132,6 +140,7 @@ def test_long_value_is_refused_by_its_beginning(refuse) -> None:
     assert len(error) < 2000
 
 
+@pytest.mark.promise("deep, huge, endless and doubling configs are refused in little time and memory")
 @pytest.mark.multiprocess
 def test_endless_file_is_refused_within_the_memory_of_a_small_process(tmp_path: Path) -> None:
     def limit() -> None:
@@ -187,6 +196,7 @@ def test_default_of_somebody_else_is_not_quoted(refuse, tmp_path: Path) -> None:
     refuse("defaults: [more.yaml]\n", "more.yaml:1: a config is a mapping of sections")
 
 
+@pytest.mark.promise("deep, huge, endless and doubling configs are refused in little time and memory")
 def test_defaults_that_double_are_refused_soon(tmp_path: Path) -> None:
     for number in range(30):
         (tmp_path / f"{number}.yaml").write_text(f"defaults: [{number + 1}.yaml, {number + 1}.yaml]\n")
@@ -227,6 +237,7 @@ URIS = [
 ]
 
 
+@pytest.mark.promise("a credential in a config or an override is refused and never shown")
 @pytest.mark.parametrize("value", [*SHAPES, *(f"https://host/{shape}/x" for shape in SHAPES[:3]), *URIS])
 @pytest.mark.parametrize("key", ["tracking.mlflow.uri", "tracking.mlflow.experiment", "run.output_dir"])
 def test_credential_is_refused_in_a_file_and_in_an_override_and_never_shown(refuse, key: str, value: str) -> None:
@@ -273,6 +284,7 @@ def test_redaction_of_a_long_text_costs_no_more_than_its_length(piece: str) -> N
     assert len(redact(text)) <= len(text) + 16
 
 
+@pytest.mark.promise("a config reads environment variables through references only")
 def test_environment_is_read_for_references_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Loading a config looks at no variable; a reference is kept as it is."""
     read: list[str] = []

@@ -76,6 +76,7 @@ sys.exit(main(sys.argv[1:-1]))
 """
 
 
+@pytest.mark.promise("no file of a run and no output contains a secret of its environment, for every crash")
 @pytest.mark.multiprocess
 def test_no_file_and_no_output_of_a_crashing_run_holds_a_secret_of_its_environment(
     small_corpus: Path, tmp_path: Path
@@ -110,6 +111,7 @@ def test_no_file_and_no_output_of_a_crashing_run_holds_a_secret_of_its_environme
     assert_nowhere(done.stdout, done.stderr, *(path.read_bytes().decode("latin-1") for path in files))
 
 
+@pytest.mark.promise("a refused override shows no secret")
 @pytest.mark.parametrize(
     "argument",
     [
@@ -234,6 +236,7 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     warnings.formatwarning = format_warning
 
 
+@pytest.mark.promise("log records, traces of threads and warnings are redacted for every handler")
 @pytest.mark.usefixtures("installed")
 def test_log_record_is_redacted_for_every_handler(caplog: pytest.LogCaptureFixture) -> None:
     tell_secret(WORD)
@@ -249,6 +252,7 @@ def test_log_record_is_redacted_for_every_handler(caplog: pytest.LogCaptureFixtu
     assert_nowhere(caplog.text, *(str(vars(record)) for record in caplog.records[:2]))
 
 
+@pytest.mark.promise("no log call raises what an object's text raises; a log record's stack is redacted")
 @pytest.mark.usefixtures("installed")
 @pytest.mark.parametrize("error", [ValueError, RuntimeError, AttributeError, OSError])
 @pytest.mark.parametrize("has_repr", [True, False])
@@ -275,6 +279,7 @@ def test_log_call_with_an_object_whose_text_raises_ends_nobody(
     assert_nowhere(caplog.text)
 
 
+@pytest.mark.promise("no log call raises what an object's text raises; a log record's stack is redacted")
 @pytest.mark.usefixtures("installed")
 def test_stack_of_a_log_record_is_redacted(caplog: pytest.LogCaptureFixture) -> None:
     tell_secret("shown_by_its_source")
@@ -283,6 +288,7 @@ def test_stack_of_a_log_record_is_redacted(caplog: pytest.LogCaptureFixture) -> 
     assert 'stack_info=bool("***")' in caplog.text
 
 
+@pytest.mark.promise("log records, traces of threads and warnings are redacted for every handler")
 @pytest.mark.usefixtures("installed")
 def test_traces_of_threads_and_finalizers_and_warnings_are_redacted(capsys: pytest.CaptureFixture[str]) -> None:
     tell_secret(WORD)

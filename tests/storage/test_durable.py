@@ -79,6 +79,7 @@ def test_create_exclusive_does_not_follow_a_dangling_link(tmp_path):
     assert not (tmp_path / "elsewhere").exists()
 
 
+@pytest.mark.promise("a folder that contains durable files is itself durable after a power cut")
 def test_folders_and_those_above_them_are_found_again_after_a_crash(tmp_path):
     (tmp_path / "there").mkdir()
     recorder = Recorder(tmp_path)
@@ -122,6 +123,7 @@ def test_exactly_one_of_many_threads_creates_the_file(tmp_path):
     assert names(tmp_path) == [str(attempt) for attempt in range(10)]
 
 
+@pytest.mark.promise("exactly one of many processes creates a file")
 def test_exactly_one_of_many_processes_creates_the_file(tmp_path):
     context = multiprocessing.get_context("fork")
     barrier, winners = context.Barrier(4), context.Queue()

@@ -19,6 +19,7 @@ def disarmed() -> Iterator[None]:
     fault_points.disarm()
 
 
+@pytest.mark.promise("fault points do nothing unless this process armed one")
 def test_point_that_nobody_armed_does_nothing() -> None:
     fault_points.arm("another.point", lambda: pytest.fail("it is another point"))
     fault_points.reached("some.point")
@@ -86,6 +87,7 @@ def test_file_is_the_old_or_the_new_one_when_its_write_fails_at_any_point(tmp_pa
     assert not [path for path in tmp_path.iterdir() if path.suffix == ".tmp"]
 
 
+@pytest.mark.promise("fault points do nothing unless this process armed one")
 def test_no_environment_variable_or_setting_arms_a_point() -> None:
     source = Path(fault_points.__file__).read_text()
     imported = "import sys; import megamask.storage.fault_points as f; print(len(f._followers), 'os' in vars(f))"

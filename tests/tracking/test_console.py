@@ -71,6 +71,7 @@ def test_speed_leaves_the_first_step_of_an_attempt_out(frozen_clock: None) -> No
     assert "2000 tokens/s" in second
 
 
+@pytest.mark.promise("the remaining time counts the samples of a growing batch")
 def test_eta_counts_the_samples_of_a_growing_batch(frozen_clock: None) -> None:
     """Half a second for steps of 4 samples; the 76 samples that are left take 19 such steps, not 8."""
     stream = io.StringIO()
@@ -164,6 +165,7 @@ def test_preview_is_a_short_line_for_each_sample() -> None:
     assert event_line(preview_record()) is None
 
 
+@pytest.mark.promise("a terminal executes no control sequence contained in a preview")
 @pytest.mark.parametrize("is_terminal", [True, False])
 def test_terminal_obeys_nothing_in_a_preview(is_terminal: bool) -> None:
     """Escape sequences, 8-bit controls, carriage returns, reversed writing, line separators,

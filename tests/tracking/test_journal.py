@@ -97,6 +97,7 @@ def test_journal_line_longer_than_the_limit_gets_a_file_of_its_own(tmp_path: Pat
     assert [len(path.read_bytes().splitlines()) for path in sorted((tmp_path / "journal").iterdir())] == [1, 1, 1, 1]
 
 
+@pytest.mark.promise("a torn last line is cut off and named")
 @pytest.mark.parametrize("num_lost", [1, 30])
 def test_torn_last_line_is_cut_off_and_named_by_the_next_attempt(tmp_path: Path, num_lost: int) -> None:
     write_attempt(tmp_path, 1, range(1, 4))
@@ -134,6 +135,7 @@ def test_torn_line_longer_than_the_checked_tail_keeps_the_chain(
     assert verify_chain(tmp_path) == []
 
 
+@pytest.mark.promise("a damaged line never stops training")
 @pytest.mark.parametrize(
     ("line", "found", "replacement"),
     [
@@ -195,6 +197,7 @@ def test_older_attempt_may_not_write_when_a_newer_one_has(tmp_path: Path) -> Non
     assert not file_of(tmp_path, 1).exists()
 
 
+@pytest.mark.promise("a reader that raises never reaches training")
 def test_subscriber_that_raises_never_reaches_training(tmp_path: Path) -> None:
     seen: list[int] = []
     calls = 0
@@ -223,6 +226,7 @@ def test_closed_journal_refuses_and_closes_twice(tmp_path: Path) -> None:
         journal.append("step", step=2)
 
 
+@pytest.mark.promise("a full disk tears no line of the journal, and the next attempt continues it")
 def test_full_disk_leaves_no_torn_line_and_the_next_attempt_continues(tmp_path: Path) -> None:
     """RLIMIT_FSIZE makes the kernel take a part of the line, as a disk does that fills up; in a process of its own."""
     script = f"""
@@ -309,6 +313,7 @@ def test_journal_stays_usable_when_the_next_file_cannot_be_opened(tmp_path, monk
     assert verify_chain(tmp_path) == []
 
 
+@pytest.mark.promise("the durable head is a flushed line, also with another writer")
 def test_durable_head_names_a_flushed_line_although_another_thread_writes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -124,6 +124,7 @@ def test_verify_finds_a_removed_file(run_dir: Path) -> None:
     assert "line before it is not the one recorded" in str(verify_chain(run_dir)[0])
 
 
+@pytest.mark.promise("the hash chain reveals every changed line except the last")
 @pytest.mark.parametrize("position", range(0, 900, 37))
 def test_verify_finds_a_flipped_bit_in_any_line_but_the_last(run_dir: Path, position: int) -> None:
     path = journal_files(run_dir)[0].path
@@ -155,6 +156,7 @@ def take_over(run_dir: Path, *, kept: int, beside: int) -> None:
     old.close()
 
 
+@pytest.mark.promise("lines of an older attempt after a take-over are reported and are not damage")
 @pytest.mark.parametrize("kept", [0, 1, 4])
 @pytest.mark.parametrize("beside", [1, 2, 7])
 def test_lines_beside_a_take_over_are_told_and_are_no_damage(tmp_path: Path, kept: int, beside: int) -> None:
@@ -168,6 +170,10 @@ def test_lines_beside_a_take_over_are_told_and_are_no_damage(tmp_path: Path, kep
     assert [json.loads(line)["step"] for line in named] == list(range(kept + 1, kept + beside + 1))
 
 
+@pytest.mark.promise(
+    "the attempt after a take-over chains on the newest line, reports no damage, and the highest attempt of a "
+    "step counts"
+)
 def test_attempt_after_a_take_over_chains_on_the_newest_and_names_no_damage(tmp_path: Path) -> None:
     take_over(tmp_path, kept=3, beside=2)
     newest = journal_files(tmp_path)[-1].path.read_bytes().splitlines()[-1]
@@ -185,6 +191,7 @@ def test_attempt_after_a_take_over_chains_on_the_newest_and_names_no_damage(tmp_
         assert record["attempt"] == attempt
 
 
+@pytest.mark.promise("opening finds the fork of a take-over that lies before the checked tail")
 def test_opening_after_a_take_over_finds_the_fork_before_the_checked_tail(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -198,6 +205,7 @@ def test_opening_after_a_take_over_finds_the_fork_before_the_checked_tail(
     assert verify_chain(tmp_path) == []
 
 
+@pytest.mark.promise("attempts that overtake one another leave one chain")
 def test_attempts_that_overtake_one_another_leave_one_chain(tmp_path: Path) -> None:
     """Attempt 3 opens before attempt 2 has written; what it chains on is the chain, though attempt 2 left it."""
     first = Journal.open(tmp_path, 1)
@@ -217,6 +225,7 @@ def test_attempts_that_overtake_one_another_leave_one_chain(tmp_path: Path) -> N
     ]
 
 
+@pytest.mark.promise("a changed line beside a take-over is detected, except the last of a branch")
 @pytest.mark.parametrize("line", range(1, 9))
 def test_verify_finds_a_changed_line_beside_a_take_over_but_the_last_of_a_branch(tmp_path: Path, line: int) -> None:
     old = Journal.open(tmp_path, 1)
@@ -236,6 +245,7 @@ def test_verify_finds_a_changed_line_beside_a_take_over_but_the_last_of_a_branch
     assert (verify_chain(tmp_path) == []) == (line in (6, 8))
 
 
+@pytest.mark.promise("a removed line beside a take-over is detected")
 def test_verify_finds_a_removed_line_beside_a_take_over(tmp_path: Path) -> None:
     take_over(tmp_path, kept=2, beside=4)
     path = next(file.path for file in journal_files(tmp_path) if b'"step":4' in file.path.read_bytes())
@@ -247,6 +257,7 @@ def test_journal_without_a_take_over_has_nothing_beside_it(run_dir: Path) -> Non
     assert overtaken(run_dir) == []
 
 
+@pytest.mark.promise("a damaged last line before a new attempt is not a take-over")
 def test_damaged_last_line_before_a_new_attempt_is_no_take_over(run_dir: Path) -> None:
     path = [file for file in journal_files(run_dir) if file.attempt == 1][-1].path
     path.write_bytes(path.read_bytes().replace(b'"kind":"step"', b'"kind":"stop"'))

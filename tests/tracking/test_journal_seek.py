@@ -103,6 +103,7 @@ def linear_oracle(run_dir: Path, written: list[bytes]) -> dict[int, Record]:
     return found
 
 
+@pytest.mark.promise("the search for a step finds what a linear reader finds, with repeated, rotated or damaged lines")
 @settings(max_examples=150)
 @given(plan=attempts(), damages=st.lists(st.tuples(st.integers(0, 120), st.sampled_from(DAMAGES)), max_size=5))
 def test_found_step_is_that_of_a_linear_reader_whatever_is_damaged(
@@ -197,6 +198,7 @@ def bytes_read(action: Callable[[], object]) -> int:
     return counted() - before - empty
 
 
+@pytest.mark.promise("finding a step reads a few KiB for each halving of the journal")
 @pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="the system does not count what a process reads")
 def test_finding_a_step_reads_a_few_kib_for_each_halving_of_the_journal(long_journals: dict[int, Path]) -> None:
     def most(count: int) -> int:

@@ -82,6 +82,7 @@ def test_position_in_a_file_that_is_gone_begins_again(tmp_path: Path) -> None:
     assert read_all(tmp_path, Position(file="attempt-0009-000.jsonl", offset=7))[0] == [1]
 
 
+@pytest.mark.promise("MLflow's follower reads overtaken lines once and continues with the newer attempt")
 def test_follower_sees_what_stands_beside_a_take_over_and_goes_on_with_the_newer_attempt(tmp_path: Path) -> None:
     old = Journal.open(tmp_path, 1)
     old.append("step", step=1)

@@ -70,6 +70,7 @@ def test_repeated_commit_is_a_checkpoint_of_its_own() -> None:
     assert update.tags == {"megamask.last_commit.step": "2", "megamask.last_commit.digest": "second"}
 
 
+@pytest.mark.promise("MLflow's status is correct across all attempts")
 @pytest.mark.parametrize(
     ("records", "status"),
     [
@@ -92,5 +93,6 @@ def test_status_over_all_attempts(records: list[tuple[str, dict[str, Any]]], sta
     assert update_of([record(kind, **fields) for kind, fields in records], Memory()).status == status
 
 
+@pytest.mark.promise("no metric of a step is named twice")
 def test_no_metric_of_a_step_is_named_twice() -> None:
     assert len(set(_STEP_METRICS)) == len(_STEP_METRICS)

@@ -100,6 +100,7 @@ class Life:
         return len(client(uri).get_metric_history(runs[0].info.run_id, "loss")) if runs else 0
 
 
+@pytest.mark.promise("a server down from the start receives the full history by a sync")
 def test_server_that_was_down_from_the_start_gets_the_whole_history_by_a_sync(server: Server, tmp_path: Path) -> None:
     port = free_port()
     life = Life(tmp_path, "run", f"http://127.0.0.1:{port}")
@@ -117,6 +118,7 @@ def test_server_that_was_down_from_the_start_gets_the_whole_history_by_a_sync(se
     assert_whole(server.uri, life.run_dir, "FINISHED")
 
 
+@pytest.mark.promise("a server killed and restarted during training misses nothing")
 def test_server_that_was_killed_and_restarted_misses_nothing(server: Server, tmp_path: Path) -> None:
     life = Life(tmp_path, "run", server.uri)
     life.train(1, 2, 3)
@@ -135,6 +137,7 @@ def test_server_that_was_killed_and_restarted_misses_nothing(server: Server, tmp
     assert life.sync().num_records_sent == 0
 
 
+@pytest.mark.promise("a server stopped and continued receives nothing twice")
 def test_server_that_was_stopped_and_continued_doubles_nothing(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -157,6 +160,7 @@ def test_server_that_was_stopped_and_continued_doubles_nothing(
     assert_whole(server.uri, life.run_dir, "FINISHED")
 
 
+@pytest.mark.promise("responses of 500 are one outage, and nothing is lost")
 def test_answers_of_500_are_one_outage_and_nothing_is_lost(server: Server, proxy: Proxy, tmp_path: Path) -> None:
     life = Life(tmp_path, "run", proxy.uri)
     life.train(1)
@@ -173,6 +177,7 @@ def test_answers_of_500_are_one_outage_and_nothing_is_lost(server: Server, proxy
     assert_whole(server.uri, life.run_dir, "FINISHED")
 
 
+@pytest.mark.promise("a server that responds too late records each run and commit once")
 def test_server_that_answers_too_late_enters_each_commit_once(
     server: Server, proxy: Proxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -190,6 +195,7 @@ def test_server_that_answers_too_late_enters_each_commit_once(
     assert_whole(server.uri, life.run_dir, "FINISHED")
 
 
+@pytest.mark.promise("a server that responds too late records each run and commit once")
 def test_late_answers_to_the_creation_of_a_run_and_a_model_leave_one_of_each(server: Server, tmp_path: Path) -> None:
     """As if the requests of a client that has given up were carried out twice."""
     life = Life(tmp_path, "run", server.uri)
@@ -208,6 +214,7 @@ def test_late_answers_to_the_creation_of_a_run_and_a_model_leave_one_of_each(ser
     assert [kept.model_id for kept in stored_models(server.uri, run).values()] == [model.model_id]
 
 
+@pytest.mark.promise("two concurrent runs each receive their own history")
 def test_two_runs_at_once_each_get_their_own_history(server: Server, tmp_path: Path) -> None:
     lives = [Life(tmp_path, name, server.uri) for name in ("one", "two")]
     for step in range(1, 30):
@@ -221,6 +228,7 @@ def test_two_runs_at_once_each_get_their_own_history(server: Server, tmp_path: P
         assert_whole(server.uri, life.run_dir, "FINISHED")
 
 
+@pytest.mark.promise("an attempt after a crash continues in the same MLflow run")
 def test_attempt_after_a_crash_goes_on_in_the_same_run(server: Server, tmp_path: Path) -> None:
     first = Life(tmp_path, "run", server.uri)
     first.train(1, 2, 3)
@@ -236,6 +244,7 @@ def test_attempt_after_a_crash_goes_on_in_the_same_run(server: Server, tmp_path:
     assert_whole(server.uri, second.run_dir, "FINISHED")
 
 
+@pytest.mark.promise("a sync beside a running training duplicates nothing; the two take turns")
 def test_sync_beside_a_living_sink_doubles_nothing(server: Server, tmp_path: Path) -> None:
     life = Life(tmp_path, "run", server.uri)
     synced: list[Completed] = []
@@ -257,6 +266,7 @@ def test_sync_beside_a_living_sink_doubles_nothing(server: Server, tmp_path: Pat
     assert load_state(life.run_dir) is not None
 
 
+@pytest.mark.promise("a sync beside a running training duplicates nothing; the two take turns")
 def test_sync_waits_for_its_turn_and_says_who_keeps_it(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -270,6 +280,7 @@ def test_sync_waits_for_its_turn_and_says_who_keeps_it(
     assert life.sync().num_steps == 1
 
 
+@pytest.mark.promise("a sync to another server keeps the state of the first")
 def test_sync_to_another_server_leaves_the_state_of_the_first(server: Server, tmp_path: Path) -> None:
     life = Life(tmp_path, "run", server.uri)
     life.train(1, 2)
@@ -285,6 +296,7 @@ def test_sync_to_another_server_leaves_the_state_of_the_first(server: Server, tm
     assert (tmp_path / "mlartifacts").is_dir()
 
 
+@pytest.mark.promise("a sync sends again what the server lost")
 def test_sync_sends_again_what_the_server_lost(server: Server, tmp_path: Path) -> None:
     """The state says that all was sent; the server was set back to an older backup of its database."""
     life = Life(tmp_path, "run", server.uri)
@@ -305,6 +317,7 @@ def test_sync_sends_again_what_the_server_lost(server: Server, tmp_path: Path) -
     assert_whole(server.uri, life.run_dir, "FINISHED")
 
 
+@pytest.mark.promise("a lost sync state duplicates no step")
 def test_lost_state_keeps_the_point_that_stands_there(server: Server, tmp_path: Path) -> None:
     """A superseded writer added steps to an older file after they were sent from the newer one: not a second time."""
     first = Life(tmp_path, "run", server.uri)
@@ -320,6 +333,7 @@ def test_lost_state_keeps_the_point_that_stands_there(server: Server, tmp_path: 
     assert second.sync().num_doubled_steps == 0
 
 
+@pytest.mark.promise("the credential of a tracking uri is written nowhere")
 def test_refusal_names_the_server_without_its_credential(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRACKING", f"http://anna:hunter2@127.0.0.1:{free_port()}/api?token=hunter3")
     life = Life(tmp_path, "run", "env:TRACKING")
@@ -333,6 +347,7 @@ def test_refusal_names_the_server_without_its_credential(tmp_path: Path, monkeyp
     assert not [text for text in told + kept if "hunter" in text]
 
 
+@pytest.mark.promise("the credential of a tracking uri is written nowhere")
 def test_credential_of_the_uri_stands_nowhere(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -124,6 +124,7 @@ def test_run_shows_params_metrics_tags_and_config(output_dir: Path) -> None:
     assert [path.name for path in artifacts.iterdir()] == ["attempt-0001.yaml"]
 
 
+@pytest.mark.promise("commits and datasets are browsable in MLflow, and a pruned commit remains")
 def test_commits_datasets_and_previews_are_entered_and_a_pruned_commit_stays(output_dir: Path) -> None:
     run_dir = make_run(output_dir, "entries")
     dataset = {"name": "main", "split": "train", "corpus_id": "ab" * 32, "source": "/data", "rows": 3, "tokens": 40}
@@ -196,6 +197,7 @@ def test_resumed_attempt_continues_the_same_run_without_duplicates(output_dir: P
     assert sorted(path.name for path in artifacts.iterdir()) == ["attempt-0001.yaml", "attempt-0002.yaml"]
 
 
+@pytest.mark.promise("after an outage MLflow's history is complete, without duplicates")
 def test_lost_state_finds_the_run_again_and_doubles_nothing(output_dir: Path) -> None:
     run_dir = make_run(output_dir, "lost")
     write_attempt(run_dir, 1, range(1, 4), 75)
@@ -271,6 +273,7 @@ print(sink.drain(120))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "mlartifacts", "mlflow.db"]
 
 
+@pytest.mark.promise("a dead MLflow server is one incident; training goes on")
 def test_dead_server_is_one_incident_and_training_goes_on(tmp_path: Path) -> None:
     with socket.socket() as probe:  # a port that nobody listens on
         probe.bind(("127.0.0.1", 0))
@@ -287,6 +290,7 @@ def test_dead_server_is_one_incident_and_training_goes_on(tmp_path: Path) -> Non
     assert load_state(run_dir) is None
 
 
+@pytest.mark.promise("after an outage MLflow's history is complete, without duplicates")
 def test_outage_ends_in_a_complete_history(output_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The connection fails three times in the middle; each outage is one incident, what it held back arrives."""
     run_dir = make_run(output_dir, "outage")

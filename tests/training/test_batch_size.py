@@ -38,12 +38,14 @@ def simulate(config: TrainingConfig, steps: int) -> list[tuple[int, int]]:
     return batches
 
 
+@pytest.mark.promise("a step's first sample and size have a closed form")
 @given(ramps())
 def test_closed_form_equals_counting_step_by_step(config: TrainingConfig) -> None:
     for step, (first, size) in enumerate(simulate(config, 200), start=1):
         assert (consumed_before(step, config), batch_size_at(first, config)) == (first, size)
 
 
+@pytest.mark.promise("a growing batch uses every sample index once, in order")
 @given(ramps())
 def test_steps_cover_every_sample_index_once(config: TrainingConfig) -> None:
     indices = []

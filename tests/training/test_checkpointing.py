@@ -73,6 +73,7 @@ def folder(step: int) -> str:
     return f"step-{step:08d}-a0001"
 
 
+@pytest.mark.promise("a failed prune is an incident and is retried after the next commit")
 @pytest.mark.parametrize("number", [errno.EACCES, errno.EPERM, errno.EIO, errno.EBUSY])
 def test_checkpoint_that_cannot_be_pruned_is_an_incident_and_tried_again_after_the_next_commit(
     committer: CheckpointCommitter, view: ToldView, monkeypatch: pytest.MonkeyPatch, number: int
@@ -95,6 +96,7 @@ def test_checkpoint_that_cannot_be_pruned_is_an_incident_and_tried_again_after_t
     assert sorted(pruned) == [folder(10), folder(20), folder(30)]
 
 
+@pytest.mark.promise("a failed listing of checkpoints is an incident, and nothing is pruned")
 def test_checkpoint_that_cannot_be_looked_at_is_an_incident_and_nothing_is_pruned(
     committer: CheckpointCommitter, view: ToldView, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -114,6 +116,7 @@ def test_checkpoint_that_cannot_be_looked_at_is_an_incident_and_nothing_is_prune
     assert view.of_pruning()[2:] == [(30, "checkpoint_pruned", folder(10)), (30, "checkpoint_pruned", folder(20))]
 
 
+@pytest.mark.promise("only a newer attempt ends the pruning one")
 def test_attempt_that_is_superseded_while_it_prunes_ends(committer: CheckpointCommitter, view: ToldView) -> None:
     save(committer, 10)
     looks: list[int] = []
@@ -129,6 +132,7 @@ def test_attempt_that_is_superseded_while_it_prunes_ends(committer: CheckpointCo
     assert [path.name for path in candidates(view.run_dir)] == [folder(20), folder(10)]
 
 
+@pytest.mark.promise("all pending work is cancelled before anything is waited for")
 def test_everything_is_called_off_before_anything_is_waited_for(committer: CheckpointCommitter) -> None:
     told: list[str] = []
     pruning: Any = SimpleNamespace(stop=lambda: told.append("pruning waited for"))

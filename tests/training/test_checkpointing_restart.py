@@ -61,6 +61,10 @@ def steps(run_dir: Path) -> list[int]:
     return [int(folder.name[5:13]) for folder in candidates(run_dir)]
 
 
+@pytest.mark.promise(
+    "a restart prunes by the present policy before it trains and journals it; the checkpoints it resumed from or "
+    "skipped remain"
+)
 def test_restart_prunes_by_the_present_policy_before_it_trains_and_journals_it(commits: list[Commit]) -> None:
     attempt = Told(commits[0].folder.parents[1])
     prune(attempt, commits[3], keep_last=3)
@@ -70,6 +74,10 @@ def test_restart_prunes_by_the_present_policy_before_it_trains_and_journals_it(c
     assert attempt.lines == [("checkpoint_pruned", commit.folder.name) for commit in commits[:3]]
 
 
+@pytest.mark.promise(
+    "a restart prunes by the present policy before it trains and journals it; the checkpoints it resumed from or "
+    "skipped remain"
+)
 def test_restart_never_prunes_what_it_resumed_from_nor_what_it_passed_over(commits: list[Commit]) -> None:
     """40 did not verify, 30 was restored; a policy that counted differently would still leave both."""
     attempt = Told(commits[0].folder.parents[1])
@@ -81,6 +89,9 @@ def test_restart_never_prunes_what_it_resumed_from_nor_what_it_passed_over(commi
     assert steps(attempt.run_dir) == [50, 40, 30]
 
 
+@pytest.mark.promise(
+    "a storage that refuses a removal before training is only an incident; a newer attempt's claim ends the pruning"
+)
 def test_prune_that_the_storage_refuses_before_training_is_an_incident_and_no_more(
     commits: list[Commit], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -99,6 +110,9 @@ def test_prune_that_the_storage_refuses_before_training_is_an_incident_and_no_mo
     assert steps(attempt.run_dir) == [40, 20]
 
 
+@pytest.mark.promise(
+    "a storage that refuses a removal before training is only an incident; a newer attempt's claim ends the pruning"
+)
 def test_restart_stops_pruning_when_a_newer_attempt_has_claimed_the_run(commits: list[Commit]) -> None:
     attempt = Told(commits[0].folder.parents[1], superseded_at=2)
     prune(attempt, commits[3])
@@ -106,6 +120,9 @@ def test_restart_stops_pruning_when_a_newer_attempt_has_claimed_the_run(commits:
     assert steps(attempt.run_dir) == [40, 30, 20]
 
 
+@pytest.mark.promise(
+    "a storage that refuses a removal before training is only an incident; a newer attempt's claim ends the pruning"
+)
 def test_only_rank_0_prunes_before_training(commits: list[Commit]) -> None:
     attempt = Told(commits[0].folder.parents[1])
     prune(attempt, commits[3], rank=1)

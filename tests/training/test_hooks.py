@@ -103,10 +103,12 @@ def test_nothing_is_committed_when_nothing_was_done_since_the_last_commit() -> N
     assert committed_steps(CheckpointConfig(every_steps=None), 5, StopReason.STOP_AFTER_STEP, resumed=5) == []
 
 
+@pytest.mark.promise("a newer attempt's claim stops a pending save; a superseded attempt cancels its pending saves")
 def test_superseded_attempt_commits_nothing_and_gives_up_what_is_on_its_way() -> None:
     assert calls(CheckpointConfig(every_steps=None), 5, StopReason.SUPERSEDED)[5:] == ["abandon True"]
 
 
+@pytest.mark.promise("a signal during a save completes it and commits the last step")
 def test_save_on_its_way_is_looked_at_every_step_and_finished_before_the_last_commit() -> None:
     measured = "{'nelbo_nats_per_token': 1.5}"
     assert calls(CheckpointConfig(every_steps=2), 5, StopReason.PREEMPTED) == [

@@ -79,6 +79,7 @@ def test_temperature_is_refused_where_the_noise_law_has_no_numbers(corpus: Loade
         open_previews(configured("preview.temperature=1"), huge)  # type: ignore[arg-type]
 
 
+@pytest.mark.promise("a preview's record is sufficient to reproduce it")
 def test_seed_is_the_key_of_the_run_seed_and_the_word_preview() -> None:
     digest = hashlib.sha256(b'[7,"preview"]\n').digest()
     assert preview_seed(7) == int.from_bytes(digest[:8], "little")
@@ -110,6 +111,7 @@ def previews(config: TrainConfig, rows: PreviewRows, *, data: int, ranks: int) -
     return results, engines
 
 
+@pytest.mark.promise("replicas share the prompts; none waits for another to decode")
 @pytest.mark.parametrize(("data", "ranks"), [(2, 2), (3, 3), (2, 4), (6, 6)])
 def test_every_layout_writes_what_one_process_writes(corpus: Loader, data: int, ranks: int) -> None:
     """Six coordinates have more than the four prompts: two of them have nothing to decode."""
@@ -122,6 +124,7 @@ def test_every_layout_writes_what_one_process_writes(corpus: Loader, data: int, 
     assert [engine.num_calls for engine in engines] == [4 if rank % data < 4 else 0 for rank in range(ranks)]
 
 
+@pytest.mark.promise("a preview's record is sufficient to reproduce it")
 def test_record_has_what_it_takes_to_write_it_again(corpus: Loader) -> None:
     config, rows = opened(corpus, "preview.temperature=0.5")
     [[record], _] = previews(config, rows, data=1, ranks=1)
@@ -133,6 +136,7 @@ def test_record_has_what_it_takes_to_write_it_again(corpus: Loader) -> None:
         assert (sample["num_tokens"], sample["nfe"], sample["sequence"]) == (6, 6, place)
 
 
+@pytest.mark.promise("no byte sequence from the network makes a preview fail")
 def test_text_ends_at_the_end_of_document_and_no_bytes_make_it_fail(corpus: Loader) -> None:
     _, rows = opened(corpus)
     tokenizer = corpus.tokenizer

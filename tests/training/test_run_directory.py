@@ -99,6 +99,7 @@ def test_damaged_record_is_refused_and_left_alone(tmp_path: Path, damage: str) -
     assert path.read_text() == damage
 
 
+@pytest.mark.promise("a damaged or missing run.json ends with 65, for every byte")
 def test_record_with_any_byte_flipped_is_damage(tmp_path: Path) -> None:
     opened(tmp_path / "run")
     path = tmp_path / "run" / "run.json"
@@ -122,6 +123,7 @@ def test_record_of_a_run_that_began_before_it_had_a_digest_is_read(tmp_path: Pat
     assert opened(tmp_path / "run").run_id == run_id
 
 
+@pytest.mark.promise("a damaged or missing run.json ends with 65, for every byte")
 @pytest.mark.parametrize("folder", ["checkpoints", "journal", "attempts"])
 def test_run_that_lost_its_record_is_damage_and_no_new_run(tmp_path: Path, folder: str) -> None:
     opened(tmp_path / "run")
@@ -195,6 +197,7 @@ def test_run_directory_is_output_dir_and_name() -> None:
     assert run_path("runs", "a") == Path("runs/a")
 
 
+@pytest.mark.promise("a foreign checkpoint is refused before the claim")
 def test_checkpoint_of_another_run_is_refused_by_name_before_anything_is_written(tmp_path: Path) -> None:
     record = opened(tmp_path / "run", "run.seed=7", corpora={"main": "c" * 64})
     commit = save_once(tmp_path / "run", step=3, attempt=1, run_id=record.run_id)

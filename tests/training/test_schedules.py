@@ -103,11 +103,13 @@ def schedules(draw: st.DrawFn) -> tuple[OptimizerConfig, TrainingConfig]:
     return optimizer(**settings), training(steps, **(RAMP if draw(st.booleans()) else {}))
 
 
+@pytest.mark.promise("the learning rate follows its definition, by steps or tokens, with and without a ramp")
 @given(schedules())
 def test_rates_equal_the_oracle(case: tuple[OptimizerConfig, TrainingConfig]) -> None:
     assert rates(*case) == pytest.approx(oracle(*case), rel=1e-12, abs=1e-15)
 
 
+@pytest.mark.promise("the learning rate rises to the peak, then never rises, and stays within its bounds")
 @given(schedules())
 def test_rate_rises_to_the_peak_then_never_rises_and_stays_within_its_bounds(
     case: tuple[OptimizerConfig, TrainingConfig],
@@ -123,6 +125,7 @@ def test_rate_rises_to_the_peak_then_never_rises_and_stays_within_its_bounds(
     assert all(config.min_learning_rate <= value <= config.learning_rate for value in after)
 
 
+@pytest.mark.promise("a decaying schedule ends at exactly its minimum")
 @given(schedules())
 def test_falling_schedule_ends_at_exactly_its_minimum(case: tuple[OptimizerConfig, TrainingConfig]) -> None:
     config, _ = case
@@ -134,6 +137,7 @@ def test_falling_schedule_ends_at_exactly_its_minimum(case: tuple[OptimizerConfi
         assert rates(*case)[-1] == config.learning_rate
 
 
+@pytest.mark.promise("a schedule is continuous where its pieces meet")
 @pytest.mark.parametrize("course", SCHEDULES)
 def test_schedule_is_continuous_at_its_joints(course: str) -> None:
     """No step changes the rate by more than the steepest slope of a smooth piece, here twice the peak over a length."""
@@ -143,6 +147,7 @@ def test_schedule_is_continuous_at_its_joints(course: str) -> None:
     assert values[2000] == 1
 
 
+@pytest.mark.promise("tokens and steps are one schedule when the batch is constant")
 @pytest.mark.parametrize("course", SCHEDULES)
 def test_tokens_and_steps_give_the_same_schedule_when_the_batch_is_constant(course: str) -> None:
     """B samples of L tokens a step: x tokens = B * L * steps, and the rate knows ratios only."""
@@ -184,6 +189,7 @@ def test_cosine_is_halfway_in_the_middle() -> None:
     assert values[9] == 0.5
 
 
+@pytest.mark.promise("the learning rate rises to the peak, then never rises, and stays within its bounds")
 def test_rounding_leads_no_rate_above_the_peak() -> None:
     """minimum + (peak - minimum) is above the peak here, and so close to warm-up the cosine is 1."""
     config = optimizer(lr_schedule="cosine", learning_rate=0.0004, min_learning_rate=0.00012647867980863738)
@@ -210,6 +216,7 @@ def refused(config: OptimizerConfig, run: TrainingConfig, *, more: int, complete
     return None
 
 
+@pytest.mark.promise("an extension is refused exactly when it would change a past learning rate")
 @given(schedules(), st.integers(0, 60), st.integers(0, 40))
 def test_extension_that_is_allowed_changes_no_past_rate(
     case: tuple[OptimizerConfig, TrainingConfig], completed: int, more: int
@@ -224,6 +231,7 @@ def test_extension_that_is_allowed_changes_no_past_rate(
     assert rates(config, run)[: first - 1] == rates(config, longer)[: first - 1]
 
 
+@pytest.mark.promise("an extension is refused exactly when it would change a past learning rate")
 @given(
     course=st.sampled_from(("constant", "wsd", "cosine")),
     warmup=st.integers(0, 60),
@@ -262,6 +270,7 @@ def test_extension_is_always_allowed_when_the_minimum_is_the_peak(settings: dict
     assert refused(optimizer(min_learning_rate=1.0, **settings), training(50), more=30, completed=50) is None
 
 
+@pytest.mark.promise("a cosine run can be extended until warm-up ends and never after")
 @pytest.mark.parametrize("completed", range(51))
 def test_cosine_can_be_extended_until_warmup_ends_and_never_after(completed: int) -> None:
     config = optimizer(lr_schedule="cosine", warmup_steps=10)
@@ -280,6 +289,7 @@ def test_extension_is_allowed_before_the_decay_begins() -> None:
     check_extension(config, training(80), recorded_steps=50, completed=40)
 
 
+@pytest.mark.promise("a change of training.steps that would change a past learning rate is refused")
 def test_extension_is_refused_when_a_past_step_would_change() -> None:
     with pytest.raises(UsageError, match=r"learning rate of step 41, already taken \(step 41 with 0.9, now 1\)"):
         check_extension(optimizer(decay_steps=10), training(80), recorded_steps=50, completed=41)

@@ -13,6 +13,7 @@ from megamask.training.startup import StartupClock
 from support.command import environment
 
 
+@pytest.mark.promise("the time to start, by phase, and to restore is journalled")
 def test_phases_add_up_and_the_total_counts_from_the_start_of_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [100.0]
     monkeypatch.setattr(startup.time, "monotonic", lambda: now[0])
