@@ -8,7 +8,9 @@ import pytest
 import yaml
 
 from megamask.config.load import load_prepare_config, load_train_config
-from megamask.config.validate import allowed_tensor_parallel_sizes, validate_prepare, validate_train
+from megamask.config.rules.layout import allowed_tensor_parallel_sizes
+from megamask.config.schema.layout import shared_numbers
+from megamask.config.validate import validate_prepare, validate_train
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 RUNS = sorted((CONFIGS / "run").glob("*.yaml"))
@@ -46,7 +48,7 @@ def test_model_config_fits_a_run_and_splits_over_two_tensor_ranks(path, tmp_path
     loaded = load_train_config(run)
     validate_train(loaded.config, loaded.origins)
     assert loaded.origins["model.num_layers"].startswith(str(path))
-    assert 2 in allowed_tensor_parallel_sizes(loaded.config)
+    assert 2 in allowed_tensor_parallel_sizes(shared_numbers(loaded.config))
 
 
 @pytest.mark.parametrize("steps", [1, 2, 9, 10, 11, 1000])

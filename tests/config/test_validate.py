@@ -7,13 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megamask.config.load import load_prepare_config
-from megamask.config.validate import (
-    allowed_tensor_parallel_sizes,
-    effective_query_groups,
-    length_unit,
-    validate_prepare,
-    validate_train,
-)
+from megamask.config.rules.layout import allowed_tensor_parallel_sizes, length_unit
+from megamask.config.schema.layout import shared_numbers
+from megamask.config.validate import all_problems, validate_prepare, validate_train
 from support.config_files import write_configs
 
 
@@ -261,7 +257,7 @@ def test_allowed_tensor_parallel_sizes_are_exactly_those_that_are_accepted(train
         f"model.vocab_padding_multiple={padding}",
         f"training.sequence_length={length}",
     ]
-    allowed = allowed_tensor_parallel_sizes(train(*overrides).config)
+    allowed = allowed_tensor_parallel_sizes(shared_numbers(train(*overrides).config))
     assert allowed[0] == 1
     for size in range(1, heads + 2):
         loaded = train(*overrides, f"layout.tensor_parallel_size={size}")
@@ -277,8 +273,8 @@ def test_length_unit_is_the_shape_law():
 
 
 def test_query_groups_default_to_one_a_head(train):
-    assert effective_query_groups(train().config.model) == 4
-    assert effective_query_groups(train("model.num_query_groups=2").config.model) == 2
+    assert train().config.model.effective_query_groups == 4
+    assert train("model.num_query_groups=2").config.model.effective_query_groups == 2
 
 
 PREPARE_REFUSED = {
@@ -335,3 +331,12 @@ def test_ramp_is_accepted_exactly_when_every_level_fits_the_layout(
     assert any(
         f"level of {size} samples" in message or f"global_batch_size is {size}" in message for size in misfits
     ) or (f"global_batch_size = {levels[-1]}" in message)
+
+
+def test_every_problem_is_found_and_a_broken_ramp_breaks_no_other_rule(train):
+    broken = ("training.batch_size_ramp_start=9", *RAMP[1:], "model.head_dim=7", "layout.pipeline_parallel_size=3")
+    assert [problem.key for problem in all_problems(train(*broken).config)] == [
+        "model.head_dim",
+        "training.batch_size_ramp_start",
+        "layout.pipeline_parallel_size",
+    ]

@@ -34,10 +34,10 @@ def test_padding_is_the_next_multiple(vocab_size: int, multiple: int) -> None:
         ({"num_query_groups": 3}, r"model\.num_query_groups is 3, .*num_attention_heads is 4; allowed: 1, 2, 4\. "),
         (
             {"num_attention_heads": 5, "num_query_groups": None},
-            r"model\.num_attention_heads is 5, .* is 48; allowed: 1, 2",
+            r"model\.num_attention_heads is 5, .* is 48 .*; allowed: 1, 2",
         ),
-        ({"head_dim": 7}, r"model\.head_dim is 7; allowed: an even number"),
-        ({"num_attention_heads": 16}, r"model\.head_dim is 3; allowed: an even number"),
+        ({"head_dim": 7}, r"model\.head_dim is 7, but rotary positions need pairs; allowed: an even number"),
+        ({"num_attention_heads": 16}, r"model\.hidden_size is 48, which gives 16 heads of 3 channels; rotary"),
         ({"num_layers": 0}, r"model\.num_layers is 0; allowed: >= 1"),
         ({"rope_theta": float("inf")}, r"model\.rope_theta is inf; allowed: a number > 0"),
         ({"init_std": float("nan")}, r"model\.init_std is nan; allowed: a number > 0"),

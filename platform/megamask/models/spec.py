@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+from megamask.config.rules.model import effective_head_dim, effective_query_groups, model_problems, padded_vocab_size
 from megamask.config.schema.model import ModelConfig
 from megamask.errors import UsageError
 
@@ -48,16 +49,12 @@ class ModelSpec:
         for name in _REALS:
             if not 0 < getattr(self, name) < float("inf"):
                 raise _refusal(f"model.{name} is {getattr(self, name)}; allowed: a number > 0")
-        if self.num_attention_heads % self.num_query_groups:
-            raise _refusal(
-                f"model.num_query_groups is {self.num_query_groups}, but model.num_attention_heads is "
-                f"{self.num_attention_heads}; allowed: {_divisors(self.num_attention_heads)}"
-            )
-        if self.head_dim % 2:
-            raise _refusal(
-                f"model.head_dim is {self.head_dim}; allowed: an even number, because rotary positions turn pairs of "
-                "channels"
-            )
+        _refuse_first(
+            hidden_size=self.hidden_size,
+            num_attention_heads=self.num_attention_heads,
+            num_query_groups=self.num_query_groups,
+            head_dim=self.head_dim,
+        )
         if self.padded_vocab_size < self.vocab_size:
             raise _refusal(
                 f"the vocabulary has {self.vocab_size} entries but is padded to {self.padded_vocab_size}; allowed: no "
@@ -76,13 +73,20 @@ class ModelSpec:
         Raises:
             UsageError: when the numbers do not fit together; names the keys to change.
         """
+        heads = model.num_attention_heads
+        _refuse_first(
+            hidden_size=model.hidden_size,
+            num_attention_heads=heads,
+            num_query_groups=model.num_query_groups,
+            head_dim=model.head_dim,
+        )
         return cls(
             num_layers=model.num_layers,
             hidden_size=model.hidden_size,
             ffn_hidden_size=model.ffn_hidden_size,
-            num_attention_heads=model.num_attention_heads,
-            num_query_groups=model.num_attention_heads if model.num_query_groups is None else model.num_query_groups,
-            head_dim=_head_dim(model),
+            num_attention_heads=heads,
+            num_query_groups=effective_query_groups(heads, model.num_query_groups),
+            head_dim=effective_head_dim(model.hidden_size, heads, model.head_dim),
             qk_norm=model.qk_norm,
             qkv_bias=model.qkv_bias,
             tie_embeddings=model.tie_embeddings,
@@ -90,7 +94,7 @@ class ModelSpec:
             norm_eps=float(model.norm_eps),
             init_std=float(model.init_std),
             vocab_size=vocab_size,
-            padded_vocab_size=-(-vocab_size // model.vocab_padding_multiple) * model.vocab_padding_multiple,
+            padded_vocab_size=padded_vocab_size(vocab_size, model.vocab_padding_multiple),
             max_sequence_length=sequence_length,
         )
 
@@ -134,19 +138,27 @@ _COUNTS = (
 _REALS = ("rope_theta", "norm_eps", "init_std")
 
 
-def _head_dim(model: ModelConfig) -> int:
-    if model.head_dim is not None:
-        return model.head_dim
-    if model.num_attention_heads < 1 or model.hidden_size % model.num_attention_heads:
-        raise _refusal(
-            f"model.num_attention_heads is {model.num_attention_heads}, but model.hidden_size is {model.hidden_size}; "
-            f"allowed: {_divisors(model.hidden_size)}, or set model.head_dim"
-        )
-    return model.hidden_size // model.num_attention_heads
+def _refuse_first(
+    *, hidden_size: int, num_attention_heads: int, num_query_groups: int | None, head_dim: int | None
+) -> None:
+    """Refuse sizes that contradict one another.
 
-
-def _divisors(number: int) -> str:
-    return ", ".join(str(divisor) for divisor in range(1, number + 1) if number % divisor == 0)
+    Raises:
+        UsageError: the first problem of `model_problems`.
+    """
+    values = {
+        "model.hidden_size": hidden_size,
+        "model.num_attention_heads": num_attention_heads,
+        "model.num_query_groups": num_query_groups,
+        "model.head_dim": head_dim,
+    }
+    for problem in model_problems(
+        hidden_size=hidden_size,
+        num_attention_heads=num_attention_heads,
+        num_query_groups=num_query_groups,
+        head_dim=head_dim,
+    ):
+        raise _refusal(problem.sentence(values[problem.key]))
 
 
 def _refusal(message: str) -> UsageError:

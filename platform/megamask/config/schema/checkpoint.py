@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
+from megamask.config.rules.problem import Problem
 from megamask.config.schema.field import operational
+from megamask.config.schema.section import Section
+
+if TYPE_CHECKING:
+    from megamask.config.schema.roots import TrainConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class CheckpointConfig:
+class CheckpointConfig(Section):
     """Intervals and retention; the last step always commits."""
 
     every_steps: int | None = operational(
@@ -32,3 +40,24 @@ class CheckpointConfig:
         minimum=0,
         unit="checkpoints",
     )
+
+    def problems(self, config: TrainConfig) -> Iterator[Problem]:
+        """A best checkpoint needs a checkpoint whose bound is measured."""
+        every, steps = config.evaluation.every_steps, config.training.steps
+        if self.keep_best == 0:
+            return
+        if every is None:
+            yield Problem(
+                key="checkpoint.keep_best",
+                because="but evaluation.every_steps is null, so that no checkpoint's bound is measured",
+                allowed="0, or any number with evaluation.every_steps set",
+            )
+            return
+        # the last step always commits, and with every_steps=null so does every step that an attempt ends at
+        if self.every_steps is not None and math.lcm(every, self.every_steps) > steps and steps % every != 0:
+            yield Problem(
+                key="checkpoint.keep_best",
+                because="but no step up to training.steps is a multiple of both checkpoint.every_steps = "
+                f"{self.every_steps} and evaluation.every_steps = {every}, and the last one is not measured",
+                allowed="0, or any number with a checkpoint at an evaluated step",
+            )

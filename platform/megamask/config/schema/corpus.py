@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
+from megamask.config.rules.layout import length_problems
+from megamask.config.rules.problem import Problem
 from megamask.config.schema.field import identity, operational, section
+from megamask.config.schema.section import Section
+from megamask.config.secrets import shown
+
+if TYPE_CHECKING:
+    from megamask.config.schema.roots import PrepareConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class TokenizerConfig:
+class TokenizerConfig(Section):
     """Either train a byte-level BPE (vocab_size) or load one (path)."""
 
     vocab_size: int | None = identity(
@@ -28,9 +37,31 @@ class TokenizerConfig:
     pad_token: str = identity("special token that fills the last row", default="<|pad|>")
     mask_token: str = identity("special token of masked positions", default="<|mask|>")
 
+    def problems(self, config: PrepareConfig) -> Iterator[Problem]:
+        """One source of the tokenizer, and three special tokens that differ."""
+        del config
+        if (self.vocab_size is None) == (self.path is None):
+            what = "both are set" if self.path is not None else "neither is set"
+            yield Problem(
+                key="corpus.tokenizer.vocab_size",
+                because=f"and corpus.tokenizer.path is {shown(self.path)}: {what}",
+                allowed="exactly one of them: vocab_size trains a tokenizer, path loads one",
+            )
+        names = ("eod_token", "pad_token", "mask_token")
+        tokens = [getattr(self, name) for name in names]
+        for index, (name, token) in enumerate(zip(names, tokens, strict=True)):
+            key = f"corpus.tokenizer.{name}"
+            if not token:
+                yield Problem(key=key, because="which is empty", allowed="a string that no other special token has")
+            if token in tokens[:index]:
+                twin = names[tokens.index(token)]
+                yield Problem(
+                    key=key, because=f"which corpus.tokenizer.{twin} is too", allowed="three special tokens that differ"
+                )
+
 
 @dataclass(frozen=True, kw_only=True)
-class CorpusConfig:
+class CorpusConfig(Section):
     """Inputs, splits, tokenizer and row shape of a corpus."""
 
     inputs: list[str] = identity(
@@ -48,3 +79,14 @@ class CorpusConfig:
     licence: str | None = operational("licence of the text, recorded in provenance.json", default=None)
     origin: str | None = operational("where the text comes from, recorded in provenance.json", default=None)
     tokenizer: TokenizerConfig = section()
+
+    def problems(self, config: PrepareConfig) -> Iterator[Problem]:
+        """Inputs, folder, length and the key of the text."""
+        del config
+        if not self.inputs or not all(self.inputs):
+            yield Problem(key="corpus.inputs", because="which names no text", allowed="at least one path or glob")
+        if not self.output_dir:
+            yield Problem(key="corpus.output_dir", because="which names no folder", allowed="a folder")
+        yield from length_problems("corpus.sequence_length", self.sequence_length)
+        if not self.jsonl_text_key:
+            yield Problem(key="corpus.jsonl_text_key", because="which is empty", allowed="a key of the .jsonl lines")

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
+from megamask.config.rules.problem import Problem
 from megamask.config.schema.field import extendable, identity
+from megamask.config.schema.section import Section
+
+if TYPE_CHECKING:
+    from megamask.config.schema.roots import TrainConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataConfig:
+class DataConfig(Section):
     """The prepared corpora of a run and the keys of their order."""
 
     corpora: dict[str, str] = extendable(
@@ -21,3 +28,18 @@ class DataConfig:
         minimum=1,
         unit="blocks",
     )
+
+    def problems(self, config: TrainConfig) -> Iterator[Problem]:
+        """One corpus, in a folder."""
+        del config
+        if len(self.corpora) != 1:
+            yield Problem(
+                key="data.corpora",
+                because=f"which has {len(self.corpora)} entries; mixtures are not built yet",
+                allowed="exactly one entry, name -> folder (data.corpora.NAME=null takes one away)",
+            )
+        for name, folder in self.corpora.items():
+            if not folder:
+                yield Problem(
+                    key="data.corpora", because=f"and its entry {name} names no folder", allowed="a corpus folder"
+                )

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
+from megamask.config.rules.problem import Problem
 from megamask.config.schema.field import identity, operational
+from megamask.config.schema.section import Section
+
+if TYPE_CHECKING:
+    from megamask.config.schema.roots import TrainConfig
+
+# The noise law numbers the draws of a row: 256 * draw + purpose is one 32-bit word.
+_DRAWS_LIMIT = 2**24
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluationConfig:
+class EvaluationConfig(Section):
     """How the bound on held-out text is estimated; it never changes the training loss."""
 
     every_steps: int | None = operational(
@@ -27,3 +37,13 @@ class EvaluationConfig:
     seed: int | None = identity(
         "seed of the evaluation masks; null means run.seed", default=None, minimum=0, maximum=2**64 - 1
     )
+
+    def problems(self, config: TrainConfig) -> Iterator[Problem]:
+        """Fewer draws of a row than the noise law can number."""
+        del config
+        if self.draws * self.replicates >= _DRAWS_LIMIT:
+            yield Problem(
+                key="evaluation.draws",
+                because=f"which times evaluation.replicates = {self.replicates} is more than the noise law numbers",
+                allowed=f"at most {(_DRAWS_LIMIT - 1) // self.replicates}",
+            )

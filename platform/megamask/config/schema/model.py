@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
+from megamask.config.rules.model import effective_query_groups, model_problems
+from megamask.config.rules.problem import Problem
 from megamask.config.schema.field import identity
+from megamask.config.schema.section import Section
+
+if TYPE_CHECKING:
+    from megamask.config.schema.roots import TrainConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelConfig:
+class ModelConfig(Section):
     """A bidirectional transformer: RMSNorm, SwiGLU, rotary positions, grouped-query attention."""
 
     num_layers: int = identity("transformer layers", minimum=1, unit="layers")
@@ -33,3 +41,18 @@ class ModelConfig:
         minimum=1,
         unit="entries",
     )
+
+    @property
+    def effective_query_groups(self) -> int:
+        """Key and value heads of each layer, the default resolved."""
+        return effective_query_groups(self.num_attention_heads, self.num_query_groups)
+
+    def problems(self, config: TrainConfig) -> Iterator[Problem]:
+        """Heads, groups and widths that contradict one another."""
+        del config
+        yield from model_problems(
+            hidden_size=self.hidden_size,
+            num_attention_heads=self.num_attention_heads,
+            num_query_groups=self.num_query_groups,
+            head_dim=self.head_dim,
+        )

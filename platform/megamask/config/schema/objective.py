@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megamask.config.schema.field import identity
+from megamask.config.schema.section import Section
 
 
 @dataclass(frozen=True, kw_only=True)
-class ObjectiveConfig:
+class ObjectiveConfig(Section):
     """Masked diffusion: noise schedule, views and the logits that count."""
 
     noise_schedule: str = identity(

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
+from megamask.config.rules.problem import Problem
 from megamask.config.schema.field import identity
+from megamask.config.schema.section import Section
+
+if TYPE_CHECKING:
+    from megamask.config.schema.roots import TrainConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class OptimizerConfig:
+class OptimizerConfig(Section):
     """AdamW and the schedule of its learning rate, which training/schedules.py defines."""
 
     learning_rate: float = identity("peak learning rate", above=0)
@@ -58,3 +65,54 @@ class OptimizerConfig:
     beta2: float = identity("decay of the second moment", default=0.95, minimum=0, below=1)
     eps: float = identity("term added to the denominator", default=1e-8, above=0)
     clip_grad_norm: float = identity("largest global gradient norm; 0 switches clipping off", default=1.0, minimum=0)
+
+    def problems(self, config: TrainConfig) -> Iterator[Problem]:
+        """Settings of the schedule that contradict one another or that it would not carry out."""
+        del config
+        if self.min_learning_rate > self.learning_rate:
+            yield Problem(
+                key="optimizer.min_learning_rate",
+                because=f"but optimizer.learning_rate is {self.learning_rate}",
+                allowed=f"0 to {self.learning_rate}",
+            )
+        unit, other = self.schedule_unit, "tokens" if self.schedule_unit == "steps" else "steps"
+        for name in ("warmup", "decay"):
+            if getattr(self, f"{name}_{other}") > 0:
+                yield Problem(
+                    key=f"optimizer.{name}_{other}",
+                    because=f"but optimizer.schedule_unit is {unit}",
+                    allowed=f"0, with optimizer.{name}_{unit} in its place; or optimizer.schedule_unit={other}",
+                )
+        yield from self._course_problems(warmup=getattr(self, f"warmup_{unit}"), decay=getattr(self, f"decay_{unit}"))
+
+    def _course_problems(self, *, warmup: int, decay: int) -> Iterator[Problem]:
+        """The course after warm-up; lengths are in the schedule's own unit."""
+        course, unit = self.lr_schedule, self.schedule_unit
+        if decay > 0 and course in ("constant", "cosine"):
+            why = (
+                "which never falls" if course == "constant" else "which falls from the end of warm-up to training.steps"
+            )
+            yield Problem(
+                key=f"optimizer.decay_{unit}",
+                because=f"but optimizer.lr_schedule is {course}, {why}",
+                allowed="0; or another optimizer.lr_schedule: wsd, inverse_sqrt",
+            )
+        if warmup == 0 and course == "inverse_sqrt":
+            yield Problem(
+                key=f"optimizer.warmup_{unit}",
+                because="but optimizer.lr_schedule is inverse_sqrt, which after warm-up is peak * sqrt(warm-up / "
+                "position)",
+                allowed="an integer >= 1",
+            )
+        if self.min_learning_rate > 0 and course == "constant":
+            yield Problem(
+                key="optimizer.min_learning_rate",
+                because="but optimizer.lr_schedule is constant, so that the rate never falls",
+                allowed="0; or another optimizer.lr_schedule: wsd, cosine, inverse_sqrt",
+            )
+        if self.min_learning_rate > 0 and course == "wsd" and decay == 0:
+            yield Problem(
+                key="optimizer.min_learning_rate",
+                because=f"but optimizer.decay_{unit} is 0, so that the rate never falls",
+                allowed=f"0, or any rate with optimizer.decay_{unit} above 0",
+            )

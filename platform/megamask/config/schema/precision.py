@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megamask.config.schema.field import identity
+from megamask.config.schema.section import Section
 
 
 @dataclass(frozen=True, kw_only=True)
-class PrecisionConfig:
+class PrecisionConfig(Section):
     """The number format of activations and gradients."""
 
     compute: str = identity(

@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megamask.config.schema.field import identity, operational
+from megamask.config.schema.section import Section
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunConfig:
+class RunConfig(Section):
     """Name, place and seed of a run; the run directory is <output_dir>/<name>."""
 
     name: str = operational(

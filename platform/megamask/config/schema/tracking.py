@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megamask.config.schema.field import operational, section
+from megamask.config.schema.section import Section
 
 
 @dataclass(frozen=True, kw_only=True)
-class MLflowConfig:
+class MLflowConfig(Section):
     """The MLflow reader of the journal; training never waits for it, except for a bounded time at the end."""
 
     enabled: bool = operational("send the journal to MLflow", default=True)
@@ -22,7 +23,7 @@ class MLflowConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrackingConfig:
+class TrackingConfig(Section):
     """Console and MLflow; the journal itself cannot be switched off."""
 
     console_every_steps: int = operational(

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
+from megamask.config.rules.batch import batch_levels, ramp_problems
+from megamask.config.rules.layout import length_problems
+from megamask.config.rules.problem import Problem
 from megamask.config.schema.field import extendable, identity, operational
+from megamask.config.schema.section import Section
+
+if TYPE_CHECKING:
+    from megamask.config.schema.roots import TrainConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainingConfig:
+class TrainingConfig(Section):
     """Steps and batch shapes; batch sizes count samples (a complementary pair is one sample)."""
 
     steps: int = extendable("optimizer steps of the whole run", minimum=1, unit="steps")
@@ -53,3 +62,44 @@ class TrainingConfig:
         minimum=1,
         unit="rows",
     )
+
+    def batch_levels(self) -> range:
+        """Every size that a step's batch may have, ascending; one without a ramp."""
+        return batch_levels(
+            global_batch_size=self.global_batch_size,
+            start=self.batch_size_ramp_start,
+            increment=self.batch_size_ramp_increment,
+        )
+
+    def problems(self, config: TrainConfig) -> Iterator[Problem]:
+        """The length of a row, the ramp, the last step and the head's capacity."""
+        yield from length_problems(
+            "training.sequence_length",
+            self.sequence_length,
+            tensor_parallel_size=config.layout.tensor_parallel_size,
+        )
+        yield from ramp_problems(
+            global_batch_size=self.global_batch_size,
+            start=self.batch_size_ramp_start,
+            increment=self.batch_size_ramp_increment,
+            samples=self.batch_size_ramp_samples,
+        )
+        if self.stop_after_step is not None and self.stop_after_step > self.steps:
+            yield Problem(
+                key="training.stop_after_step",
+                because=f"but training.steps is {self.steps}",
+                allowed=f"1 to {self.steps}, or null",
+            )
+        capacity, length = self.head_capacity, self.sequence_length
+        if capacity is not None and capacity > length:
+            yield Problem(
+                key="training.head_capacity",
+                because=f"but a sample has training.sequence_length = {length} tokens to score",
+                allowed=f"1 to {length}, or null",
+            )
+        if capacity is not None and capacity < length and config.objective.complementary:
+            yield Problem(
+                key="training.head_capacity",
+                because=f"but objective.complementary scores every token of a full row, {length} of them, exactly once",
+                allowed=f"{length} or null; less only with objective.complementary=false",
+            )

@@ -1,10 +1,12 @@
-"""A refusal in the making, which the checks of a config yield, and how they write lists of numbers."""
+"""A problem that a rule finds, and how its message lists numbers."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+
+from megamask.config.secrets import shown
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -13,13 +15,17 @@ class Problem:
 
     Args:
         key: the key to change; its value and origin complete the message.
-        because: continues "KEY is VALUE, ..." and says why that cannot be.
-        allowed: what would do.
+        because: continues "KEY is VALUE, ..." with the reason.
+        allowed: the values that would fit.
     """
 
     key: str
     because: str
     allowed: str
+
+    def sentence(self, value: object) -> str:
+        """The message without its end: key, value, reason and allowed values."""
+        return f"{self.key} is {shown(value)}, {self.because}; allowed: {self.allowed}"
 
 
 def divisors(number: int) -> list[int]:
