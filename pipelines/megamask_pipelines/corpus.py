@@ -9,8 +9,8 @@ from dataclasses import asdict
 from typing import Any
 
 from megamask.config.schema.corpus import CorpusConfig
-from megamask.data.prepare import build
-from megamask.data.scan import Progress
+from megamask.data.corpus.prepare import build
+from megamask.data.corpus.scan import Progress
 
 
 def prepare_corpus(config: CorpusConfig) -> dict[str, Any]:
@@ -24,7 +24,7 @@ def prepare_corpus(config: CorpusConfig) -> dict[str, Any]:
         reused (True when the same corpus was already there); counts are totals over the splits.
 
     Raises:
-        UsageError, DataIntegrityError, StorageError: see `megamask.data.prepare.build`.
+        UsageError, DataIntegrityError, StorageError: see `megamask.data.corpus.prepare.build`.
     """
     with progress_display() as progress:
         return asdict(build(config, progress))

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from megamask.data.corpus.pack import RowPacker, token_dtype
 from megamask.data.manifest import Manifest, open_corpus
-from megamask.data.packing import RowPacker, token_dtype
 from megamask.data.reader import SplitReader
 from megamask.data.tokenizer import CorpusTokenizer
 from megamask.diffusion.philox import run_key

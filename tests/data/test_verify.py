@@ -17,11 +17,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from megamask.config.schema.corpus import CorpusConfig, TokenizerConfig
+from megamask.data.corpus.pack import Block
+from megamask.data.corpus.prepare import build
+from megamask.data.corpus.shard import ShardWriter
 from megamask.data.index import ShardIndex, pack_tar_index
 from megamask.data.manifest import Manifest
-from megamask.data.packing import Block
-from megamask.data.prepare import build
-from megamask.data.shard import ShardWriter
 from megamask.data.verify import verify_corpus
 from megamask.errors import DataIntegrityError, ExitCode, UsageError
 from megamask.storage.hashing import canonical_json, sha256_file

@@ -18,9 +18,9 @@ from megamask.config.load import load_train_config
 from megamask.config.schema.corpus import CorpusConfig, TokenizerConfig
 from megamask.config.schema.data import DataConfig
 from megamask.config.schema.roots import TrainConfig
+from megamask.data.corpus.prepare import build
 from megamask.data.loader import Loader
 from megamask.data.manifest import Manifest
-from megamask.data.prepare import build
 from megamask.data.reader import SplitReader
 from megamask.errors import DataIntegrityError, ExitCode, UsageError
 from megamask.storage.hashing import hash_of, key_of

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from megamask.config.schema.corpus import CorpusConfig, TokenizerConfig
+from megamask.data.corpus.prepare import build
 from megamask.data.manifest import Manifest
-from megamask.data.prepare import build
 from megamask.errors import DataIntegrityError, ExitCode, UsageError
 from megamask_pipelines.cli import verify as cli
 from support.shards import flip_bit

@@ -21,11 +21,11 @@ import pytest
 
 from megamask.checkpoint.saver import _write_documents
 from megamask.config.schema.corpus import CorpusConfig, TokenizerConfig
+from megamask.data.corpus.prepare import build
+from megamask.data.corpus.shard import archive_bytes, npy_header, tar_header
 from megamask.data.index import BLOCK_DTYPE, ShardIndex, pack_tar_index
 from megamask.data.manifest import Manifest
-from megamask.data.prepare import build
 from megamask.data.reader import SplitReader
-from megamask.data.shard import archive_bytes, npy_header, tar_header
 from megamask.data.tokenizer import CorpusTokenizer, SpecialTokens
 from megamask.errors import DataIntegrityError, MegamaskError, UsageError
 from megamask.storage.hashing import canonical_json, sha256_bytes, sha256_file
@@ -505,7 +505,7 @@ def rewrite_table(corpus: Path, change: Callable[[pa.Table], pa.Table], *, docum
 def test_documents_table_that_lies_is_refused(corpus: Path, refused: Any, change: Any, words: str) -> None:
     rewrite_table(corpus, change)
     if "documents, bytes" in words:  # so far only a true digest lets it come
-        from megamask.data.documents import documents_digest, read_documents
+        from megamask.data.corpus.documents import documents_digest, read_documents
 
         digest = documents_digest(read_documents(corpus, [(TABLE, None)]))
         forge(corpus, lambda content: content["documents"].update(digest=digest))

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from megamask.data.corpus.pack import RowPacker, token_dtype
+from megamask.data.corpus.shard import ShardWriter
 from megamask.data.manifest import Manifest
-from megamask.data.packing import RowPacker, token_dtype
-from megamask.data.shard import ShardWriter
 from megamask.storage.hashing import canonical_json, hash_of
 
 Documents = Sequence[Sequence[int]]

@@ -12,8 +12,8 @@ from megamask.checkpoint.saver import save
 from megamask.config.load import load_train_config
 from megamask.config.schema.corpus import CorpusConfig, TokenizerConfig
 from megamask.config.schema.roots import TrainConfig
+from megamask.data.corpus.prepare import build
 from megamask.data.manifest import Manifest
-from megamask.data.prepare import build
 from megamask.diffusion.objective import ObjectiveSpec
 from megamask.engine.state import Share
 from megamask.engine.torch_dist import Piece

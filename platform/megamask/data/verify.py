@@ -18,12 +18,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from megamask.data.documents import DOCUMENTS_DIR, DocumentRecord, documents_digest, read_documents
+from megamask.data.corpus.documents import DOCUMENTS_DIR, DocumentRecord, documents_digest, read_documents
+from megamask.data.corpus.shard import SHARDS_DIR
+from megamask.data.corpus.splits import TRAIN, VALIDATION, choose_validation, split_hash
 from megamask.data.index import block_name
 from megamask.data.manifest import MANIFEST_NAME, PROVENANCE_NAME, Manifest, provenance_problem
 from megamask.data.manifest_values import odd_record
-from megamask.data.shard import SHARDS_DIR
-from megamask.data.splits import TRAIN, VALIDATION, choose_validation, split_hash
 from megamask.data.tokenizer import SPECIAL_TOKENS_NAME, TOKENIZER_DIR, TOKENIZER_NAME, CorpusTokenizer
 from megamask.data.verify_shard import CheckedBlock, damage, plain_file_size, verify_shard
 from megamask.errors import MegamaskError, UsageError

@@ -16,10 +16,10 @@ import numpy as np
 import numpy.typing as npt
 from crc32c import crc32c
 
+from megamask.data.corpus.shard import NPY_HEADER_BYTES, archive_bytes, npy_header, tar_header
 from megamask.data.index import DOCS_COLUMNS, ShardIndex, block_name, pack_tar_index
 from megamask.data.manifest import Manifest, ShardEntry
 from megamask.data.reader import load_index
-from megamask.data.shard import NPY_HEADER_BYTES, archive_bytes, npy_header, tar_header
 from megamask.errors import DataIntegrityError
 from megamask.storage.durable import storage_errors
 from megamask.storage.hashing import sha256_bytes, sha256_file

@@ -8,8 +8,14 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from megamask.data import documents as module
-from megamask.data.documents import DocumentList, DocumentRecord, documents_digest, read_documents, write_documents
+from megamask.data.corpus import documents as module
+from megamask.data.corpus.documents import (
+    DocumentList,
+    DocumentRecord,
+    documents_digest,
+    read_documents,
+    write_documents,
+)
 from megamask.errors import DataIntegrityError
 from megamask.storage.hashing import canonical_json
 

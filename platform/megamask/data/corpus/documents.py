@@ -30,7 +30,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from megamask.data.splits import TRAIN, VALIDATION, split_hash
+from megamask.data.corpus.splits import TRAIN, VALIDATION, split_hash
 from megamask.errors import DataIntegrityError
 from megamask.storage.durable import fsync_file
 from megamask.storage.hashing import canonical_json

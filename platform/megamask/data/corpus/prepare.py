@@ -17,16 +17,16 @@ from pathlib import Path
 from typing import Any
 
 from megamask.config.schema.corpus import CorpusConfig, TokenizerConfig
-from megamask.data.building import exclusive, folder_being_built
-from megamask.data.documents import DOCUMENTS_DIR, write_documents
-from megamask.data.encoding import Encoder
-from megamask.data.inputs import find_inputs
+from megamask.data.corpus.documents import DOCUMENTS_DIR, write_documents
+from megamask.data.corpus.encode import Encoder
+from megamask.data.corpus.inputs import find_inputs
+from megamask.data.corpus.pack import PACKER_NAME, PACKER_VERSION, token_dtype
+from megamask.data.corpus.provenance import provenance
+from megamask.data.corpus.publish import exclusive, folder_being_built
+from megamask.data.corpus.scan import Counter, Progress, ScannedCorpus, scan
+from megamask.data.corpus.shard import SHARDS_DIR, write_flushed
+from megamask.data.corpus.splits import decimal_text
 from megamask.data.manifest import FORMAT, MANIFEST_NAME, PROVENANCE_NAME, VERSION, Manifest
-from megamask.data.packing import PACKER_NAME, PACKER_VERSION, token_dtype
-from megamask.data.provenance_record import provenance
-from megamask.data.scan import Counter, Progress, ScannedCorpus, scan
-from megamask.data.shard import SHARDS_DIR, write_flushed
-from megamask.data.splits import decimal_text
 from megamask.data.tokenizer import TOKENIZER_DIR, CorpusTokenizer, SpecialTokens
 from megamask.errors import DataIntegrityError, UsageError
 from megamask.storage.durable import storage_errors

@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megamask.data.packing import Block, RowPacker, token_dtype
+from megamask.data.corpus.pack import Block, RowPacker, token_dtype
 
 EOD, PAD = 97, 98
 DOCUMENTS = st.lists(st.lists(st.integers(0, 96), max_size=40), min_size=1, max_size=12)

@@ -11,12 +11,12 @@ import numpy as np
 import numpy.typing as npt
 
 from megamask.config.schema.corpus import CorpusConfig
-from megamask.data.inputs import InputFile
+from megamask.data.corpus.inputs import InputFile
+from megamask.data.corpus.pack import RowPacker, token_dtype
+from megamask.data.corpus.scan import ScannedCorpus
+from megamask.data.corpus.shard import ShardWriter
+from megamask.data.corpus.splits import TRAIN, VALIDATION
 from megamask.data.manifest import SplitEntry
-from megamask.data.packing import RowPacker, token_dtype
-from megamask.data.scan import ScannedCorpus
-from megamask.data.shard import ShardWriter
-from megamask.data.splits import TRAIN, VALIDATION
 from megamask.data.tokenizer import CorpusTokenizer
 from megamask.errors import UsageError
 

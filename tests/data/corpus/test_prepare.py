@@ -17,11 +17,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megamask.config.schema.corpus import CorpusConfig, TokenizerConfig
-from megamask.data import encoding, scan
-from megamask.data.documents import read_documents
+from megamask.data.corpus import encode, scan
+from megamask.data.corpus.documents import read_documents
+from megamask.data.corpus.prepare import PrepareReport, build
 from megamask.data.index import ShardIndex
 from megamask.data.manifest import Manifest
-from megamask.data.prepare import PrepareReport, build
 from megamask.data.tokenizer import CorpusTokenizer
 from megamask.errors import DataIntegrityError, ExitCode, StorageError, UsageError
 from megamask.storage.hashing import sha256_bytes
@@ -202,7 +202,7 @@ def test_tokenizer_never_sees_validation_text_nor_more_than_training_bytes(tmp_p
 
 
 def scan_files(config: CorpusConfig) -> list[scan.InputFile]:
-    from megamask.data.inputs import find_inputs
+    from megamask.data.corpus.inputs import find_inputs
 
     return find_inputs(config.inputs)
 
@@ -388,7 +388,7 @@ def test_tokenizer_that_loses_text_is_refused_and_leaves_nothing(
 def test_parity_gate_sees_a_document_of_every_kind_of_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checked: list[str] = []
     monkeypatch.setattr(CorpusTokenizer, "check_text", lambda self, text: checked.append(text))
-    monkeypatch.setattr(encoding, "_PARITY_FIRST", 1)
+    monkeypatch.setattr(encode, "_PARITY_FIRST", 1)
     prepared(tmp_path)
     assert any(text.startswith("line 0 of the jsonl") for text in checked)
     assert any(text.startswith("Document 0 says") for text in checked), "the .md file"
@@ -423,7 +423,7 @@ PROGRAM = """
 import os, resource, signal, sys
 from pathlib import Path
 from support.texts import corpus_config
-from megamask.data.prepare import build
+from megamask.data.corpus.prepare import build
 
 folder, action, place = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
 if action == "limit":
@@ -443,7 +443,7 @@ except Exception as error:
 
 
 def run(folder: Path, action: str, place: int) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
     return subprocess.run(
         [sys.executable, "-c", PROGRAM, str(folder), action, str(place)],
         capture_output=True,

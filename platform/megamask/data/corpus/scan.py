@@ -6,9 +6,9 @@ import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from megamask.data.documents import DocumentList
-from megamask.data.inputs import InputFile, InputReader, reading
-from megamask.data.splits import TRAIN, choose_validation
+from megamask.data.corpus.documents import DocumentList
+from megamask.data.corpus.inputs import InputFile, InputReader, reading
+from megamask.data.corpus.splits import TRAIN, choose_validation
 from megamask.errors import DataIntegrityError, UsageError
 
 # (phase, bytes done, bytes in all); for a person to watch, without influence on the result.

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megamask.data.splits import choose_validation, decimal_text, split_hash
+from megamask.data.corpus.splits import choose_validation, decimal_text, split_hash
 from megamask.errors import ExitCode, UsageError
 
 HASHES = st.lists(st.integers(0, 2**64 - 1), min_size=2, max_size=30)

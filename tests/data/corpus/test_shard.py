@@ -13,9 +13,9 @@ import pytest
 import webdataset
 from crc32c import crc32c
 
+from megamask.data.corpus.pack import Block
+from megamask.data.corpus.shard import ShardWriter, npy_header
 from megamask.data.index import ShardIndex
-from megamask.data.packing import Block
-from megamask.data.shard import ShardWriter, npy_header
 
 
 def make_blocks(count: int = 5, dtype: str = "<u2") -> list[Block]:

@@ -22,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 from crc32c import crc32c
 
+from megamask.data.corpus.pack import Block
 from megamask.data.index import (
     BLOCK_DTYPE,
     ShardIndex,
@@ -31,7 +32,6 @@ from megamask.data.index import (
     tar_index_name,
 )
 from megamask.data.manifest import ShardEntry
-from megamask.data.packing import Block
 from megamask.storage.hashing import sha256_bytes
 
 NPY_HEADER_BYTES = 128

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megamask.data.inputs import InputFile, InputReader, find_inputs
+from megamask.data.corpus.inputs import InputFile, InputReader, find_inputs
 from megamask.errors import DataIntegrityError, ExitCode, UsageError
 
 

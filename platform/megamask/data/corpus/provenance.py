@@ -10,7 +10,7 @@ from importlib import metadata
 from pathlib import Path
 
 from megamask.config.schema.corpus import CorpusConfig
-from megamask.data.inputs import InputFile
+from megamask.data.corpus.inputs import InputFile
 from megamask.provenance.redaction import redact_values
 from megamask.storage.hashing import canonical_json
 
