@@ -69,7 +69,7 @@ class Engine:
         self._spec = spec
         self._host_memory = HostMemory(backend)
         self._micro_batch_size = training.micro_batch_size
-        network = build_network(spec, topology, _FORMATS[compute])
+        network = build_network(spec, topology, _FORMATS[compute], mask_token_id=vocabulary.mask_token_id)
         model = wrap_data_parallel(network)
         self._optimizer = ShardedAdamW(model, optimizer)
         set_initial_weights(self._optimizer, CanonicalMap(spec=spec, topology=topology), seed=seed)

@@ -25,6 +25,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megamask.engine.attention import BidirectionalAttention, FeedForward, RMSNorm
 from megamask.engine.canonical import CanonicalMap
+from megamask.engine.embedding import WideSumEmbedding
 from megamask.engine.topology import Topology
 from megamask.models.spec import ModelSpec
 
@@ -65,11 +66,12 @@ class DiffusionNetwork(GPTModel):  # type: ignore[misc]
         return hidden_states
 
 
-def build_network(spec: ModelSpec, topology: Topology, compute: torch.dtype) -> DiffusionNetwork:
-    """This rank's pipeline stage; what its weights hold is undefined until the optimizer's shards are published.
+def build_network(spec: ModelSpec, topology: Topology, compute: torch.dtype, *, mask_token_id: int) -> DiffusionNetwork:
+    """Build this rank's pipeline stage; its weights are undefined until the optimizer's shards are published.
 
     Args:
         compute: number format of weights and activations.
+        mask_token_id: the most frequent input id, whose gradient is summed by itself (embedding.py).
     """
     config = _transformer_config(spec, topology, compute)
     network = DiffusionNetwork(
@@ -82,6 +84,9 @@ def build_network(spec: ModelSpec, topology: Topology, compute: torch.dtype) -> 
         pre_process=topology.is_first_stage,
         post_process=topology.is_last_stage,
     )
+    if network.pre_process and compute != torch.float32:
+        # float32 runs keep torch's lookup: it sums in their own format already
+        network.embedding.word_embeddings = WideSumEmbedding(network.embedding.word_embeddings, mask_token_id)
     _mark_shards(network, CanonicalMap(spec=spec, topology=topology))
     return network
 
