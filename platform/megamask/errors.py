@@ -9,7 +9,7 @@ from enum import IntEnum
 
 
 class ExitCode(IntEnum):
-    """What a process tells its scheduler when it ends; the table is in docs/architecture.md, law 10."""
+    """Exit codes of a process, read by its scheduler; the table is in docs/architecture.md, law 10."""
 
     DONE = 0
     BUG = 1
@@ -32,9 +32,9 @@ class MegamaskError(Exception):
 
     Args:
         message: what was given, what is allowed, what did not happen.
-        hint: how to go on (which key or file to change); shown on a line of its own.
+        hint: how to continue (which key or file to change); shown on a line of its own.
 
-    `details` are further fields of the verb's --json answer, for those who know them.
+    `details` holds further fields of the verb's --json answer.
     """
 
     exit_code: ExitCode = ExitCode.BUG
@@ -50,7 +50,7 @@ class MegamaskError(Exception):
 
 
 class UsageError(MegamaskError):
-    """A config, an argument or a layout that cannot be done; nothing was started."""
+    """Invalid config, argument or layout; nothing was started."""
 
     exit_code = ExitCode.USAGE
 
@@ -62,7 +62,7 @@ class DataIntegrityError(MegamaskError):
 
 
 class CheckpointIntegrityError(MegamaskError):
-    """No checkpoint that verifies is left, or the one that was named does not verify."""
+    """No checkpoint verifies, or the named one does not."""
 
     exit_code = ExitCode.CHECKPOINT_INTEGRITY
 
@@ -74,7 +74,7 @@ class NumericsError(MegamaskError):
 
 
 class StorageError(MegamaskError):
-    """A disk is full, read-only or away; nothing was published and the last commit is intact."""
+    """A disk is full, read-only or unavailable; nothing was published and the last commit is intact."""
 
     exit_code = ExitCode.STORAGE
 
@@ -96,9 +96,9 @@ _KINDS = (
 
 
 def error_with_code(exit_code: int, message: str, *, hint: str | None = None) -> MegamaskError:
-    """The error that another process ended with, told by its exit code.
+    """Return the error that another process ended with.
 
-    Returns: of the type that carries this code, or a plain MegamaskError that was given it.
+    Its type is the one with this exit code, or MegamaskError if no type has it.
     """
     kind = next((kind for kind in _KINDS if kind.exit_code == exit_code), MegamaskError)
     error = kind(message, hint=hint)
