@@ -161,7 +161,7 @@ def _corpus(checkpoint: LoadedCheckpoint, request: EvaluationRequest) -> tuple[P
             f"{checkpoint.commit.folder} is not in a run directory, so its corpus is not known here. {_NOTHING}",
             hint="give --text FILE..., or --corpus FOLDER",
         )
-    from megamask_pipelines.inspect_step import recorded_run
+    from megamask.audit.recompute import recorded_run
 
     [(name, folder)] = recorded_run(run_dir).corpora.items()
     try:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from megamask.errors import ExitCode, MegamaskError, StorageError, error_with_code
 from megamask.resilience.numerics import NotFiniteError
-from megamask.resilience.rank_files import read_rank_failures
+from megamask.runs.rank_files import read_rank_failures
 from megamask.storage.durable import storage_errors
 from megamask.training.checkpointing import CheckpointCommitter
 

@@ -18,8 +18,10 @@ from megamask.models.counts import flops_per_token
 from megamask.provenance.record import code_version
 from megamask.provenance.redaction import reason_of
 from megamask.resilience.parent_death import die_with_parent
-from megamask.resilience.rank_files import write_rank_failure
 from megamask.resilience.signals import StopRequest
+from megamask.runs.layout import run_path
+from megamask.runs.rank_files import write_rank_failure
+from megamask.runs.record import open_run
 from megamask.training.attempt import Attempt, AttemptView, claim_run, tell_failure
 from megamask.training.checkpointing import CheckpointCommitter, commit_record, is_announced
 from megamask.training.datasets import described_datasets
@@ -28,7 +30,7 @@ from megamask.training.hooks import PeriodicCheckpoint, PeriodicEvaluation, Stat
 from megamask.training.loop import Hook, TrainingRun, train
 from megamask.training.previewing import PeriodicPreview, preview_on_engine
 from megamask.training.progress import Progress
-from megamask.training.run_directory import open_run, recorded_schedule, run_path
+from megamask.training.resuming import recorded_schedule
 from megamask.training.schedules import check_extension
 from megamask.training.startup import StartupClock
 from megamask.training.stopping import StopFlag, StopReason

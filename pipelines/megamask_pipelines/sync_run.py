@@ -6,17 +6,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from megamask.config.load import load_train_config
 from megamask.config.schema.tracking import MLflowConfig
 from megamask.config.secrets import check_no_secret, check_reference, resolve_secret
 from megamask.errors import UsageError
 from megamask.provenance.redaction import tell_references
-from megamask.resilience.claims import claimed_attempts, has_died
-from megamask.resilience.status import read_status
+from megamask.runs.claims import claimed_attempts, has_died
+from megamask.runs.configs import newest_config
+from megamask.runs.record import read_run
+from megamask.runs.status import read_status
 from megamask.tracking.mlflow_points import RunStatus, status_after_exit
 from megamask.tracking.mlflow_store import URI_KEY, check_uri, place_of, shown_uri
 from megamask.tracking.mlflow_sync import complete
-from megamask.training.run_directory import read_run
 
 _NOTHING_SENT = "Nothing was sent."
 
@@ -56,7 +56,8 @@ def sync_run(run_dir: Path, *, uri: str | None = None) -> dict[str, Any]:
 
 
 def _target(run_dir: Path, uri: str | None) -> MLflowConfig:
-    config = _newest_config(run_dir)
+    stored = newest_config(run_dir)
+    config = None if stored is None else stored.tracking.mlflow
     if config is not None:
         tell_references(config)
     if uri is not None:
@@ -74,11 +75,6 @@ def _target(run_dir: Path, uri: str | None) -> MLflowConfig:
     if config.uri is not None:
         check_uri(URI_KEY, resolve_secret(URI_KEY, config.uri), after=_NOTHING_SENT)
     return config
-
-
-def _newest_config(run_dir: Path) -> MLflowConfig | None:
-    configs = sorted((run_dir / "config").glob("attempt-*.yaml"))
-    return load_train_config(configs[-1]).config.tracking.mlflow if configs else None
 
 
 def _unseen_end(run_dir: Path) -> RunStatus | None:

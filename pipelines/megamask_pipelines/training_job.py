@@ -13,13 +13,15 @@ from megamask.config.schema.roots import TrainConfig
 from megamask.errors import ExitCode, MegamaskError, UsageError
 from megamask.launch.local import failure_of, is_launched, killed_by, run_local_ranks
 from megamask.provenance.redaction import reason_of
-from megamask.resilience.claims import claimed_attempts, read_claim
 from megamask.resilience.exit_codes import combine
-from megamask.resilience.rank_files import write_rank_failure
 from megamask.resilience.signals import StopRequest
-from megamask.resilience.status import Status, read_status, write_status
+from megamask.runs.claims import claimed_attempts, read_claim
+from megamask.runs.layout import record_path, run_path
+from megamask.runs.rank_files import write_rank_failure
+from megamask.runs.record import read_run
+from megamask.runs.status import Status, read_status, write_status
 from megamask.tracking.journal_seek import find_step, last_step
-from megamask.training.run_directory import is_complete, read_run, run_path
+from megamask.training.resuming import is_complete
 from megamask.training.stopping import StopReason
 
 
@@ -111,7 +113,7 @@ def _tell_killed(run_dir: Path, before: int, *, pid: int, rank: int, signal: int
 def _known(run_dir: Path, error: MegamaskError) -> dict[str, object]:
     """The fields of a failed training command's answer, as far as they are known."""
     answer: dict[str, object] = dict.fromkeys(("run_id", "run_dir", "step", "loss"))
-    if (run_dir / "run.json").is_file() and error.exit_code != ExitCode.USAGE:
+    if record_path(run_dir).is_file() and error.exit_code != ExitCode.USAGE:
         status = read_status(run_dir)
         answer = outcome(run_dir, step=status.step if status else None, exit_code=int(error.exit_code), reason=None)
     return {**answer, "run_dir": str(run_dir), "reason": error.message}

@@ -6,17 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from megamask.checkpoint.commit import (
-    LAWS,
-    Commit,
-    CommitFields,
-    FileDigest,
-    begin,
-    load_commit,
-    publish,
-)
+from megamask.checkpoint.commit import Commit, CommitFields, FileDigest, begin, load_commit, publish
 from megamask.checkpoint.integrity import verify_folder
 from megamask.errors import CheckpointIntegrityError, MegamaskError, StorageError, UsageError
+from megamask.runs.laws import LAWS
 from megamask.storage import durable
 from megamask.storage.hashing import canonical_json, hash_of, sha256_bytes
 

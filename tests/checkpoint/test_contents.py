@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from megamask.checkpoint.commit import LAWS
 from megamask.checkpoint.contents import TrainerState, read_model, read_state
 from megamask.errors import CheckpointIntegrityError, UsageError
+from megamask.runs.laws import LAWS
 from support.model_documents import model_document
 
 STATE = TrainerState(

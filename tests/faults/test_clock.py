@@ -13,8 +13,8 @@ import pytest
 
 from megamask.checkpoint.reader import candidates
 from megamask.checkpoint.retention import prune, sweep
-from megamask.resilience import status as status_room
-from megamask.resilience.status import Status, read_status, write_status
+from megamask.runs import status as status_room
+from megamask.runs.status import Status, read_status, write_status
 from megamask.tracking import journal as journal_room
 from megamask.tracking.journal import Journal, read_journal, steps, verify_chain
 from megamask.training.metrics import PhaseClock

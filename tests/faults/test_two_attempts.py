@@ -25,7 +25,7 @@ from megamask.checkpoint.integrity import digest_and_flush, verify_folder
 from megamask.checkpoint.reader import candidates
 from megamask.checkpoint.retention import sweep
 from megamask.errors import SupersededError
-from megamask.resilience.claims import claim, refuse_if_superseded
+from megamask.runs.claims import claim, refuse_if_superseded
 from megamask.storage import fault_points
 from support.command import checkpoints, command, environment, journal, megamask, start, tiny
 from support.saving import save_once

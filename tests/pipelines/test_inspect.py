@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 
-from megamask.checkpoint.commit import LAWS
 from megamask.config.dump import to_yaml
 from megamask.config.load import load_train_config
 from megamask.config.schema.corpus import CorpusConfig, TokenizerConfig
@@ -23,9 +22,11 @@ from megamask.data.loader import Loader
 from megamask.data.manifest import Manifest
 from megamask.data.reader import SplitReader
 from megamask.errors import DataIntegrityError, ExitCode, UsageError
+from megamask.runs.configs import store_attempt_config
+from megamask.runs.laws import LAWS
+from megamask.runs.record import open_run
 from megamask.storage.hashing import hash_of, key_of
 from megamask.tracking.journal import Journal
-from megamask.training.run_directory import open_run, store_attempt_config
 from megamask_pipelines.cli import inspect as cli
 from support.order_oracle import draw_rows, philox4x32_10
 from support.records import edit_run_record

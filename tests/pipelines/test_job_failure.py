@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from megamask.errors import StorageError, SupersededError
-from megamask.resilience.rank_files import write_rank_failure
+from megamask.runs.rank_files import write_rank_failure
 from megamask_pipelines.job_failure import LOST_PEER, has_lost_peer, peer_failure
 
 KILLED = "killed by SIGKILL (9)"

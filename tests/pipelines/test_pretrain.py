@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from megamask.errors import StorageError
-from megamask.resilience.rank_files import read_rank_failures
+from megamask.runs.rank_files import read_rank_failures
 from megamask.training.attempt import AttemptView
 from megamask_pipelines import pretrain
 

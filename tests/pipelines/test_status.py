@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from megamask.resilience.claims import claim
-from megamask.resilience.rank_files import write_rank_failure
-from megamask.resilience.status import Status, write_status
+from megamask.audit import history as run_history
+from megamask.runs.claims import claim
+from megamask.runs.rank_files import write_rank_failure
+from megamask.runs.status import Status, write_status
 from megamask.tracking.journal import Journal
-from megamask_pipelines import run_history
 from megamask_pipelines.cli.main import main
 from megamask_pipelines.cli.status import duration
 from support.tiny_run import write_corpus

@@ -68,4 +68,4 @@ def test_stored_run_is_read_by_verify_run(stored: Path, capsys: pytest.CaptureFi
 
 def test_stored_run_is_read_by_sync(stored: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = answer(capsys, "sync", "run", "--uri", f"sqlite:///{stored}/mlflow.db")
-    assert (found["steps"], found["checkpoints"], found["status"]) == (6, 1, "FINISHED")
+    assert (found["steps"], found["checkpoints"], found["status"]) == (6, 2, "FINISHED")

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from megamask.resilience.claims import claim
-from megamask.resilience.status import Status, write_status
+from megamask.runs.claims import claim
+from megamask.runs.status import Status, write_status
 from megamask.tracking.journal import Journal
 from megamask_pipelines.cli.main import main
 from support.command import TINY, journal, megamask, start, tiny

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megamask_pipelines.inspect_step import inspect_step, open_loader, recorded_run
+from megamask.audit.recompute import inspect_step, open_loader, recorded_run
 from support.command import journal, megamask, step_lines, tiny
 
 pytestmark = pytest.mark.multiprocess

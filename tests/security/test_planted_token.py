@@ -21,7 +21,7 @@ from megamask.errors import UsageError
 from megamask.launch.local import leave_report
 from megamask.provenance import redaction
 from megamask.provenance.redaction import forget_secrets, redact, redact_values, redacted, tell_references, tell_secret
-from megamask.training.run_directory import store_attempt_config
+from megamask.runs.configs import store_attempt_config
 from megamask_pipelines.cli import main as cli
 from support.command import environment, tiny
 from support.config_files import write_configs

@@ -7,10 +7,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from megamask.checkpoint.integrity import verify_folder
-from megamask.checkpoint.names import CHECKPOINTS_NAME, COMMIT_NAME, parse_folder_name
+from megamask.checkpoint.names import COMMIT_NAME, parse_folder_name
 from megamask.checkpoint.reader import candidates
 from megamask.checkpoint.retention import sweep
 from megamask.errors import CheckpointIntegrityError
+from megamask.runs.layout import CHECKPOINTS
 from support.disk_model import ROOT, Disk, Op, Tree, build
 
 COMMITTED = "committed "  # a mark: from here on the caller of save relies on the checkpoint of this name
@@ -54,7 +55,7 @@ def crash_states(disk: Disk) -> Iterator[Tree]:
     Choices of different folders do not depend on one another and readers judge each folder by itself, so each state of
     each folder is met once, not each combination of them. What lies beside an invisible COMMIT.json is not looked at.
     """
-    [*roots] = disk.possible_targets(ROOT, CHECKPOINTS_NAME)
+    [*roots] = disk.possible_targets(ROOT, CHECKPOINTS)
     for root in roots:
         if root is None:
             yield {}
@@ -62,7 +63,7 @@ def crash_states(disk: Disk) -> Iterator[Tree]:
         states = {name: list(_states_of(disk, root, name)) for name in disk.entries[root]}
         for number in range(max(map(len, states.values()), default=1)):
             chosen = {name: options[number % len(options)] for name, options in states.items()}
-            yield {CHECKPOINTS_NAME: {name: value for name, value in chosen.items() if value is not None}}
+            yield {CHECKPOINTS: {name: value for name, value in chosen.items() if value is not None}}
 
 
 def _states_of(disk: Disk, folder: int, name: str) -> Iterator[bytes | Tree | None]:

@@ -20,7 +20,8 @@ from megamask.engine.torch_dist import Piece
 from megamask.models.initial_weights import canonical_shapes, initial_tensor
 from megamask.models.spec import ModelSpec
 from megamask.models.vocabulary import Vocabulary
-from megamask.training.run_directory import open_run, store_attempt_config
+from megamask.runs.configs import store_attempt_config
+from megamask.runs.record import open_run
 from support.thread_world import ThreadEngine, ThreadWorld
 
 SEQUENCE_LENGTH = 32

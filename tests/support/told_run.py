@@ -17,12 +17,13 @@ from megamask.data.manifest import Manifest
 from megamask.diffusion.objective import ObjectiveSpec
 from megamask.models.spec import ModelSpec
 from megamask.models.vocabulary import Vocabulary
-from megamask.resilience.claims import claim
-from megamask.resilience.status import Status, write_status
+from megamask.runs.claims import claim
+from megamask.runs.configs import store_attempt_config
+from megamask.runs.record import RunRecord, open_run
+from megamask.runs.status import Status, write_status
 from megamask.tracking.journal import Journal
 from megamask.training.batch_size import batch_size_at, consumed_before
 from megamask.training.checkpointing import commit_record
-from megamask.training.run_directory import RunRecord, open_run, store_attempt_config
 from support.thread_world import ThreadWorld
 from support.tiny_run import CONFIG, SEED, InitialWeights
 

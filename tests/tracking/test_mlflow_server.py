@@ -13,11 +13,12 @@ import pytest
 
 from megamask.config.schema.tracking import MLflowConfig
 from megamask.errors import StorageError
+from megamask.runs.layout import mlflow_state_path
 from megamask.tracking import mlflow_sink, mlflow_sync
 from megamask.tracking.journal import Journal
 from megamask.tracking.mlflow_session import Session
 from megamask.tracking.mlflow_sink import MLflowSink
-from megamask.tracking.mlflow_state import load_state, sending, state_path
+from megamask.tracking.mlflow_state import load_state, sending
 from megamask.tracking.mlflow_store import environment
 from megamask.tracking.mlflow_sync import Completed, complete
 from support.mlflow_server import Proxy, Server, assert_whole, client, free_port, stored_models, stored_run, wait_until
@@ -287,12 +288,12 @@ def test_sync_to_another_server_leaves_the_state_of_the_first(server: Server, tm
     life.commit(2)
     life.end()
     assert life.sink.drain(DRAIN_S)
-    before = state_path(life.run_dir).read_bytes()
+    before = mlflow_state_path(life.run_dir).read_bytes()
     other = f"sqlite:///{tmp_path}/other.db"
     for _ in range(2):
         assert life.sync(other).num_records_sent == 6
         assert_whole(other, life.run_dir, "FINISHED")
-    assert state_path(life.run_dir).read_bytes() == before
+    assert mlflow_state_path(life.run_dir).read_bytes() == before
     assert (tmp_path / "mlartifacts").is_dir()
 
 
@@ -308,9 +309,9 @@ def test_sync_sends_again_what_the_server_lost(server: Server, tmp_path: Path) -
     client(server.uri).delete_run(run.info.run_id)
     session = Session.open(life.run_dir, life.config)  # a new run stands there, and the state says that it is whole
     assert state is not None
-    content = json.loads(state_path(life.run_dir).read_bytes())
+    content = json.loads(mlflow_state_path(life.run_dir).read_bytes())
     content["position"] = {"file": state.position.file, "offset": state.position.offset}
-    state_path(life.run_dir).write_text(json.dumps(content))
+    mlflow_state_path(life.run_dir).write_text(json.dumps(content))
     session.send_new()
     assert life.num_stored(server.uri) == 0
     life.sync()
@@ -329,7 +330,7 @@ def test_lost_state_keeps_the_point_that_stands_there(server: Server, tmp_path: 
     assert second.sink.drain(DRAIN_S)
     first.train(2)  # the orphan of attempt 1
     first.journal.close()
-    state_path(first.run_dir).unlink()
+    mlflow_state_path(first.run_dir).unlink()
     assert second.sync().num_doubled_steps == 0
 
 

@@ -13,11 +13,12 @@ from typing import Any
 import pytest
 
 from megamask.config.schema.tracking import MLflowConfig
+from megamask.runs.layout import mlflow_state_path
 from megamask.tracking import mlflow_sink
 from megamask.tracking.journal import Journal
 from megamask.tracking.mlflow_session import Session
 from megamask.tracking.mlflow_sink import MLflowSink
-from megamask.tracking.mlflow_state import load_state, state_path
+from megamask.tracking.mlflow_state import load_state
 from megamask.tracking.mlflow_store import environment
 
 DRAIN_S = 240.0
@@ -140,7 +141,7 @@ def test_commits_datasets_and_previews_are_entered_and_a_pruned_commit_stays(out
             journal.append("sample_preview", step=step, samples=[{"prompt": "", "text": f"text {step}"}])
         journal.append("checkpoint_pruned", step=2, checkpoint=names[0])
     assert send(run_dir)
-    state_path(run_dir).unlink()
+    mlflow_state_path(run_dir).unlink()
     assert send(run_dir)  # all of it once more
     store, run = client(output_dir), stored_run(output_dir, "entries")
     [entered] = run.inputs.dataset_inputs
@@ -203,7 +204,7 @@ def test_lost_state_finds_the_run_again_and_doubles_nothing(output_dir: Path) ->
     write_attempt(run_dir, 1, range(1, 4), 75)
     assert send(run_dir)
     before = stored_run(output_dir, "lost").info.run_id
-    state_path(run_dir).unlink()
+    mlflow_state_path(run_dir).unlink()
     write_attempt(run_dir, 2, range(3, 5), 0, is_done=True)
     assert send(run_dir)
     run = stored_run(output_dir, "lost")

@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from megamask.runs.layout import mlflow_state_path
 from megamask.tracking.journal_tail import Position
 from megamask.tracking.mlflow_points import Memory
-from megamask.tracking.mlflow_state import SinkState, load_state, save_state, state_path
+from megamask.tracking.mlflow_state import SinkState, load_state, save_state
 
 
 def test_state_reads_back_what_was_saved(tmp_path: Path) -> None:
@@ -27,7 +28,7 @@ def test_state_reads_back_what_was_saved(tmp_path: Path) -> None:
 @pytest.mark.parametrize("change", [{"version": 2}, {"position": {"line": 1}}, {"memory": None}, {"run_id": ...}])
 def test_state_that_cannot_be_read_counts_as_lost(tmp_path: Path, change: dict[str, object]) -> None:
     save_state(tmp_path, SinkState(uri="u", experiment_id="1", run_id="ab"))
-    content = json.loads(state_path(tmp_path).read_bytes()) | change
+    content = json.loads(mlflow_state_path(tmp_path).read_bytes()) | change
     content = {key: value for key, value in content.items() if value is not ...}
-    state_path(tmp_path).write_text(json.dumps(content))
+    mlflow_state_path(tmp_path).write_text(json.dumps(content))
     assert load_state(tmp_path) is None

@@ -35,7 +35,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         step, seed, samples, batch_digest, content_digest, masked_tokens, matches_journal; for a person each sample
         has its text and the names of its inputs too.
     """
-    from megamask_pipelines.inspect_step import check_step, inspect_step, open_loader, recorded_run
+    from megamask.audit.recompute import check_step, inspect_step, open_loader, recorded_run
 
     recorded = recorded_run(Path(arguments.run), _corpora(arguments.corpus))
     check_step(recorded, arguments.step)

@@ -34,11 +34,11 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     from dataclasses import asdict
     from datetime import UTC, datetime
 
+    from megamask.audit.history import moment, read_history
     from megamask.checkpoint.reader import candidates
-    from megamask.resilience.claims import claimed_attempts, is_live
-    from megamask.resilience.status import read_status
-    from megamask.training.run_directory import read_run
-    from megamask_pipelines.run_history import moment, read_history
+    from megamask.runs.claims import claimed_attempts, is_live
+    from megamask.runs.record import read_run
+    from megamask.runs.status import read_status
 
     run_dir = Path(arguments.run)
     record = read_run(run_dir)
@@ -90,12 +90,12 @@ def _incident(record: Mapping[str, Any]) -> dict[str, Any]:
 
 def _steps(run_dir: Path, recorded: int) -> int:
     """training.steps of the newest attempt; what the run began with where no config of an attempt can be read."""
-    from megamask.config.load import load_train_config
     from megamask.errors import UsageError
+    from megamask.runs.configs import newest_config
 
-    configs = sorted((run_dir / "config").glob("attempt-*.yaml"))
     try:
-        return load_train_config(configs[-1]).config.training.steps if configs else recorded
+        config = newest_config(run_dir)
+        return recorded if config is None else config.training.steps
     except UsageError:
         return recorded
 

@@ -26,7 +26,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     if arguments.what == "corpus":
         return _verify_corpus(folder, show_progress=not getattr(arguments, "json", False))
     if arguments.what == "run":
-        from megamask_pipelines.verify_run import verify_run
+        from megamask.audit.run import verify_run
 
         return verify_run(folder)
     from megamask.checkpoint.reader import verify_checkpoint

@@ -17,12 +17,13 @@ from typing import Any
 from megamask.checkpoint.names import (
     COMMIT_NAME,
     LATEST_NAME,
-    checkpoints_folder,
     folder_name,
     is_plain_name,
     parse_folder_name,
 )
 from megamask.errors import CheckpointIntegrityError, MegamaskError, StorageError, UsageError
+from megamask.runs.laws import LAWS
+from megamask.runs.layout import checkpoints_folder
 from megamask.storage.durable import (
     create_exclusive,
     fsync_directory,
@@ -36,7 +37,6 @@ from megamask.storage.hashing import canonical_json, hash_of, sha256_bytes
 
 COMMIT_FORMAT = "megamask-checkpoint"
 COMMIT_VERSION = 1
-LAWS = {"order": 1, "noise": 1, "weights": 1, "likelihood": 1}
 _MAXIMUM_COMMIT_BYTES = 1 << 28
 _HEX = frozenset("0123456789abcdef")
 

@@ -8,13 +8,14 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megamask.checkpoint.commit import LAWS, Commit
+from megamask.checkpoint.commit import Commit
 from megamask.checkpoint.names import MODEL_NAME, STATE_NAME
 from megamask.diffusion.objective import ObjectiveSpec
 from megamask.errors import CheckpointIntegrityError, UsageError
 from megamask.models.counts import parameter_count
 from megamask.models.spec import ModelSpec
 from megamask.models.vocabulary import Vocabulary
+from megamask.runs.laws import LAWS
 from megamask.storage.durable import read_errors
 from megamask.storage.hashing import canonical_json
 

@@ -18,11 +18,12 @@ from megamask.checkpoint.contents import (
     refuse_other_laws,
 )
 from megamask.checkpoint.integrity import damaged, link_problems, problems, share
-from megamask.checkpoint.names import CHECKPOINTS_NAME, MODEL_NAME
+from megamask.checkpoint.names import MODEL_NAME
 from megamask.checkpoint.ownership import Owner
 from megamask.checkpoint.reader import candidates, incident, none_left
 from megamask.checkpoint.retention import mark_damaged, unmark_damaged
 from megamask.errors import CheckpointIntegrityError, UsageError
+from megamask.runs.layout import checkpoints_folder
 from megamask.storage.hashing import sha256_bytes
 
 Result = TypeVar("Result")
@@ -65,7 +66,7 @@ def load(engine: CheckpointEngine, run_dir: Path, *, model: ModelDocument, owner
         except CheckpointIntegrityError as error:
             incidents.append(incident(folder, error))
             continue
-        passed_over = [run_dir / CHECKPOINTS_NAME / record["checkpoint"] for record in incidents]
+        passed_over = [checkpoints_folder(run_dir) / record["checkpoint"] for record in incidents]
         on_main(engine, lambda: _mark(passed_over, verified=folder))  # noqa: B023  called before the loop goes on
         _load_engine(engine, folder)
         return Loaded(commit=commit, state=state, incidents=incidents)

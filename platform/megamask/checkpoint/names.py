@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 
 COMMIT_NAME = "COMMIT.json"
 STATE_NAME = "state.json"
 MODEL_NAME = "model.json"
 TOKENIZER_NAME = "tokenizer"
 LATEST_NAME = "latest"
-CHECKPOINTS_NAME = "checkpoints"
 TRASH_PREFIX = ".removing-"
 PIN_SUFFIX = ".pinned"
 DAMAGED_SUFFIX = ".damaged"
@@ -30,11 +29,6 @@ def parse_folder_name(name: str) -> tuple[int, int] | None:
         return None
     step, attempt = int(match[1]), int(match[2])
     return (step, attempt) if folder_name(step, attempt) == name else None
-
-
-def checkpoints_folder(run_dir: Path) -> Path:
-    """The folder below a run directory that holds its commits."""
-    return run_dir / CHECKPOINTS_NAME
 
 
 def is_plain_name(name: str) -> bool:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from megamask.checkpoint.commit import Commit
 from megamask.errors import UsageError
+from megamask.runs.record import RunRecord
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +37,12 @@ class Owner:
             raise _foreign(commit, f"was made with run.seed {seed}, this run has {self.seed}")
         if dict(commit.corpora) != dict(self.corpora):
             raise _foreign(commit, f"was made on corpora {dict(commit.corpora)}, this run has {dict(self.corpora)}")
+
+
+def owner_of(record: RunRecord) -> Owner:
+    """Return what every checkpoint of a run must name."""
+    content = record.content
+    return Owner(run_id=record.run_id, seed=int(content["identity"]["run.seed"]), corpora=content["corpora"])
 
 
 def _foreign(commit: Commit, what: str) -> UsageError:

@@ -7,8 +7,9 @@ from typing import Any
 
 from megamask.checkpoint.commit import Commit
 from megamask.checkpoint.integrity import verify_folder
-from megamask.checkpoint.names import COMMIT_NAME, checkpoints_folder, parse_folder_name
+from megamask.checkpoint.names import COMMIT_NAME, parse_folder_name
 from megamask.errors import CheckpointIntegrityError, UsageError
+from megamask.runs.layout import checkpoints_folder, record_path
 from megamask.storage.durable import storage_errors
 
 
@@ -78,7 +79,7 @@ def find(path: Path) -> tuple[Commit, list[dict[str, Any]]]:
 def _explain(path: Path) -> str:
     if parse_folder_name(path.name) is not None:
         return f"{path} has no COMMIT.json: its save did not finish, so it is not a checkpoint. Nothing was loaded."
-    if checkpoints_folder(path).is_dir() or (path / "run.json").exists():
+    if checkpoints_folder(path).is_dir() or record_path(path).exists():
         return f"{path} has no committed checkpoint yet. Nothing was loaded."
     return f"{path} is neither a run directory nor a checkpoint folder. Nothing was loaded."
 

@@ -15,12 +15,12 @@ from megamask.checkpoint.names import (
     DAMAGED_SUFFIX,
     PIN_SUFFIX,
     TRASH_PREFIX,
-    checkpoints_folder,
     parse_folder_name,
 )
 from megamask.checkpoint.policy import Candidate, retained
 from megamask.checkpoint.reader import candidates, has_commit
 from megamask.errors import CheckpointIntegrityError, StorageError, UsageError
+from megamask.runs.layout import checkpoints_folder
 from megamask.storage.durable import fsync_directory, storage_errors, write_atomic
 from megamask.storage.fault_points import reached
 

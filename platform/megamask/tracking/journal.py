@@ -19,12 +19,12 @@ from pathlib import Path
 from typing import Any, Self
 
 from megamask.errors import StorageError, SupersededError
+from megamask.runs.layout import journal_folder
 from megamask.storage.durable import fsync_directory, make_folders, storage_errors
 from megamask.storage.hashing import sha256_bytes
 from megamask.tracking.journal_reader import (
     CHAIN_START,
     DAMAGE_INCIDENT,
-    JOURNAL_FOLDER,
     Line,
     Record,
     chain_problem,
@@ -93,7 +93,7 @@ class Journal:
             SupersededError: a newer attempt has already written.
             StorageError: the storage refused.
         """
-        folder = run_dir / JOURNAL_FOLDER
+        folder = journal_folder(run_dir)
         with storage_errors(f"opening the journal in {folder}"):
             make_folders(folder)
             files = journal_files(run_dir)

@@ -13,9 +13,9 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from megamask.runs.layout import journal_folder
 from megamask.storage.hashing import sha256_bytes
 
-JOURNAL_FOLDER = "journal"
 CHAIN_START = "0" * 64
 DAMAGE_INCIDENT = "journal_damaged"
 _LAST_LINES_BYTES = 2**16
@@ -68,7 +68,7 @@ class Finding:
 
 def journal_files(run_dir: Path) -> list[JournalFile]:
     """All files of a run's journal, oldest first; empty when nothing was journalled."""
-    folder = run_dir / JOURNAL_FOLDER
+    folder = journal_folder(run_dir)
     if not folder.is_dir():
         return []
     matches = ((entry, _FILE_NAME.fullmatch(entry.name)) for entry in folder.iterdir())

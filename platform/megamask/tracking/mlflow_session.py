@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from megamask.config.schema.tracking import MLflowConfig
+from megamask.runs.configs import attempt_configs
 from megamask.tracking.journal_reader import read_journal
 from megamask.tracking.journal_tail import Position, read_new
 from megamask.tracking.mlflow_client import MLflowRun, open_run
@@ -153,7 +154,7 @@ class Session:
 
     def _send_configs(self) -> None:
         """Each attempt's config, once."""
-        for path in sorted((self._run_dir / "config").glob("attempt-*.yaml")):
+        for path in attempt_configs(self._run_dir).values():
             if path.name not in self._state.artifacts:
                 self.run.log_file(path, "config")
                 self._state.artifacts.append(path.name)

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from megamask.runs.layout import mlflow_state_path
 from megamask.storage.durable import storage_errors, write_atomic
 from megamask.tracking.journal_tail import Position
 from megamask.tracking.mlflow_points import Memory
@@ -49,15 +50,10 @@ class SinkState:
         return self.uri, self.experiment_id, self.run_id
 
 
-def state_path(run_dir: Path) -> Path:
-    """Where the state of a run's MLflow sink stands."""
-    return run_dir / "tracking" / "mlflow.json"
-
-
 def load_state(run_dir: Path) -> SinkState | None:
     """The stored state, or None when there is none or it cannot be read: the run is then found again by its tag."""
     try:
-        content = json.loads(state_path(run_dir).read_bytes())
+        content = json.loads(mlflow_state_path(run_dir).read_bytes())
         if content["format"] != FORMAT or content["version"] != VERSION:
             return None
         return SinkState(
@@ -78,7 +74,7 @@ def save_state(run_dir: Path, state: SinkState) -> None:
     Raises:
         StorageError: the storage refused; the old state is intact.
     """
-    path = state_path(run_dir)
+    path = mlflow_state_path(run_dir)
     with storage_errors(f"creating {path.parent}"):
         path.parent.mkdir(exist_ok=True)
     content = {"format": FORMAT, "version": VERSION, **asdict(state)}
@@ -96,7 +92,7 @@ def sending(run_dir: Path) -> Iterator[None]:
         BusyError: another process holds it.
         StorageError: the file cannot be made.
     """
-    path = state_path(run_dir).with_suffix(".lock")
+    path = mlflow_state_path(run_dir).with_suffix(".lock")
     with storage_errors(f"opening {path}"):
         path.parent.mkdir(exist_ok=True)
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)

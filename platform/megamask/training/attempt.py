@@ -13,16 +13,18 @@ from megamask.config.schema.roots import TrainConfig
 from megamask.errors import ExitCode, MegamaskError, SupersededError
 from megamask.provenance.record import code_version, library_versions
 from megamask.provenance.redaction import reason_of, redact, redact_values
-from megamask.resilience.claims import claim, claimed_attempts, is_superseded, refuse_if_superseded
 from megamask.resilience.numerics import NotFiniteError
-from megamask.resilience.rank_files import write_rank_failure
-from megamask.resilience.status import Phase, Status, write_status
+from megamask.runs.claims import claim, claimed_attempts, is_superseded, refuse_if_superseded
+from megamask.runs.configs import store_attempt_config
+from megamask.runs.rank_files import write_rank_failure
+from megamask.runs.record import RunRecord
+from megamask.runs.status import Phase, Status, write_status
 from megamask.tracking.console import Console
 from megamask.tracking.journal import Journal
 from megamask.tracking.mlflow_sink import MLflowSink
 from megamask.training.batch_size import consumed_before
 from megamask.training.progress import Progress
-from megamask.training.run_directory import RunRecord, last_attempt_of, store_attempt_config
+from megamask.training.resuming import last_attempt_of
 from megamask.training.stopping import StopReason
 
 # Claims are looked at between steps, at most this often; a commit looks at them again.

@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any
 from megamask.checkpoint.background import Gate, Work, all_done
 from megamask.checkpoint.commit import Commit
 from megamask.checkpoint.contents import ModelDocument, TrainerState
-from megamask.checkpoint.names import CHECKPOINTS_NAME
 from megamask.checkpoint.reader import candidates, has_commit
 from megamask.checkpoint.retention import is_marked_damaged, prune
 from megamask.checkpoint.saver import Save, SaveRequest
 from megamask.config.schema.checkpoint import CheckpointConfig
 from megamask.errors import MegamaskError, SupersededError
 from megamask.provenance.redaction import reason_of
+from megamask.runs.layout import CHECKPOINTS
 from megamask.tracking.journal_reader import tail
 from megamask.training.attempt import AttemptView
 from megamask.training.progress import Progress
@@ -68,7 +68,7 @@ def commit_record(commit: Commit, *, stall_s: float | None, save_s: float | None
     return {
         "step": commit.step,
         "checkpoint": commit.folder.name,
-        "location": f"{CHECKPOINTS_NAME}/{commit.folder.name}",
+        "location": f"{CHECKPOINTS}/{commit.folder.name}",
         "digest": commit.digest,
         "parent": commit.parent,
         "bytes": commit.num_bytes,

@@ -6,7 +6,7 @@ from enum import IntEnum
 from typing import Protocol
 
 from megamask.errors import ExitCode
-from megamask.resilience.status import Phase
+from megamask.runs.status import Phase
 
 
 class StopReason(IntEnum):

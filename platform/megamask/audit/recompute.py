@@ -24,9 +24,11 @@ from megamask.data.reader import Row
 from megamask.diffusion.philox import NOISE_LAW_VERSION, Purpose, run_key, uniform_words
 from megamask.diffusion.schedule import noise_schedule, stratified_times, threshold
 from megamask.errors import CheckpointIntegrityError, DataIntegrityError, UsageError
+from megamask.runs.configs import attempt_configs
+from megamask.runs.layout import configs_folder
+from megamask.runs.record import read_run
 from megamask.tracking.journal_seek import find_step
 from megamask.training.batch_size import batch_size_at, consumed_before
-from megamask.training.run_directory import read_run
 
 _COMPARED = ("batch_digest", "content_digest", "masked_tokens")
 
@@ -89,17 +91,18 @@ def recorded_run(folder: Path, corpora: Mapping[str, str] | None = None) -> Reco
 
 
 def _newest_config(folder: Path) -> TrainConfig:
-    configs = sorted((folder / "config").glob("attempt-*.yaml"))
+    configs = attempt_configs(folder)
     if not configs:
         raise UsageError(
-            f"{folder / 'config'} holds no attempt-NNNN.yaml. Nothing was recomputed.",
+            f"{configs_folder(folder)} holds no attempt-NNNN.yaml. Nothing was recomputed.",
             hint="restore the run directory; the newest resolved config names the corpora and the steps",
         )
+    path = configs[max(configs)]
     try:
-        return load_train_config(configs[-1], []).config
+        return load_train_config(path, []).config
     except UsageError as error:
         raise CheckpointIntegrityError(
-            f"{configs[-1]}, which the run wrote, cannot be read: {error.message}",
+            f"{path}, which the run wrote, cannot be read: {error.message}",
             hint="restore the file from a copy; or remove it, so that the config of the attempt before is taken",
         ) from error
 

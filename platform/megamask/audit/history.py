@@ -17,10 +17,10 @@ from typing import Any
 from megamask.checkpoint.names import parse_folder_name
 from megamask.checkpoint.reader import candidates
 from megamask.errors import ExitCode
-from megamask.resilience.claims import claimed_attempts, is_live, read_claim
 from megamask.resilience.exit_codes import combine
-from megamask.resilience.rank_files import read_rank_failures
-from megamask.resilience.status import Status
+from megamask.runs.claims import claimed_attempts, is_live, read_claim
+from megamask.runs.rank_files import read_rank_failures
+from megamask.runs.status import Status
 from megamask.tracking.journal_reader import JournalFile, Record, journal_files, parse
 
 _HEAD_BYTES = 1 << 15

@@ -12,16 +12,10 @@ import pytest
 from megamask.config.load import load_train_config
 from megamask.config.schema.roots import TrainConfig
 from megamask.errors import CheckpointIntegrityError, UsageError
-from megamask.training.run_directory import (
-    RunRecord,
-    is_complete,
-    last_attempt_of,
-    open_run,
-    read_run,
-    recorded_schedule,
-    run_path,
-    store_attempt_config,
-)
+from megamask.runs.configs import store_attempt_config
+from megamask.runs.layout import run_path
+from megamask.runs.record import RunRecord, open_run, read_run
+from megamask.training.resuming import is_complete, last_attempt_of, recorded_schedule
 from support.records import edit_run_record, flip_byte
 from support.saving import save_once
 

@@ -15,21 +15,14 @@ from typing import Self
 import pytest
 
 from megamask.errors import StorageError, SupersededError, UsageError
-from megamask.resilience import claims
-from megamask.resilience.claims import (
-    attempt_folder,
-    claim,
-    has_died,
-    is_live,
-    is_superseded,
-    read_claim,
-    refuse_if_superseded,
-)
+from megamask.runs import claims
+from megamask.runs.claims import claim, has_died, is_live, is_superseded, read_claim, refuse_if_superseded
+from megamask.runs.layout import attempt_folder
 
 CLAIM_AND_WAIT = """
 import sys
 from pathlib import Path
-from megamask.resilience.claims import claim
+from megamask.runs.claims import claim
 print(claim(Path(sys.argv[1])), flush=True)
 sys.stdin.read()
 """

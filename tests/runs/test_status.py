@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from megamask.errors import UsageError
-from megamask.resilience.status import Status, read_status, write_status
+from megamask.runs.status import Status, read_status, write_status
 
 
 def test_status_reads_back_what_was_written(tmp_path: Path) -> None:

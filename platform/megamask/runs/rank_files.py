@@ -1,6 +1,6 @@
-"""A failing rank's last words, in a file: launchers lose exit codes, and end the other ranks with signals.
+"""Failure records of ranks: launchers lose exit codes, and end the other ranks with signals.
 
-The rank that fails first is ended by nobody, so its own code, written before it ends, tells what happened.
+The rank that fails first is not ended by a signal, so the code that it records before it ends names the cause.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from megamask.errors import StorageError
-from megamask.resilience.claims import attempt_folder
 from megamask.resilience.process_facts import node_name
+from megamask.runs.layout import attempt_folder, rank_path
 from megamask.storage.durable import create_exclusive
 
 FORMAT = "megamask-rank"
@@ -25,7 +25,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class RankFailure:
-    """How a rank ended: its exit code, the reason in one sentence, and the node (the suspect's for hardware codes)."""
+    """Failure record of a rank: exit code, reason in one sentence, and node (the suspect's for hardware codes)."""
 
     rank: int
     exit_code: int
@@ -36,7 +36,7 @@ class RankFailure:
 def write_rank_failure(
     run_dir: Path, attempt: int, *, rank: int, exit_code: int, reason: str, node: str | None = None
 ) -> bool:
-    """Leaves a rank's exit code and reason; the first failure of a rank holds, later ones are not written.
+    """Write a rank's failure record; the first one of a rank holds, later ones are not written.
 
     Called while the process is ending, so it never raises: storage that refuses is logged.
 
@@ -46,20 +46,20 @@ def write_rank_failure(
     failure = RankFailure(rank=rank, exit_code=int(exit_code), reason=reason, node=node or node_name())
     time = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
     content = {"format": FORMAT, "version": VERSION, **asdict(failure), "time": time}
-    path = attempt_folder(run_dir, attempt) / f"rank-{rank:05d}.json"
+    path = rank_path(run_dir, attempt, rank)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         create_exclusive(path, json.dumps(content, indent=1, ensure_ascii=False).encode() + b"\n")
     except FileExistsError:
         return False
     except (StorageError, OSError) as error:
-        _log.warning("rank %d could not leave its exit code %d: %s", rank, exit_code, error)
+        _log.warning("rank %d could not record its exit code %d: %s", rank, exit_code, error)
         return False
     return True
 
 
 def read_rank_failures(run_dir: Path, attempt: int) -> dict[int, RankFailure]:
-    """What the failed ranks of an attempt left, by rank; damaged files are left out."""
+    """Return the failure records of an attempt by rank; damaged files are left out."""
     folder = attempt_folder(run_dir, attempt)
     if not folder.is_dir():
         return {}
@@ -82,5 +82,5 @@ def _parse(path: Path) -> RankFailure | None:
             node=str(content["node"]),
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
-        _log.warning("%s is not a rank's exit file: %r", path, error)
+        _log.warning("%s is not a rank's failure record: %r", path, error)
         return None

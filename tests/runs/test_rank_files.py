@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from megamask.resilience.claims import attempt_folder
-from megamask.resilience.rank_files import RankFailure, read_rank_failures, write_rank_failure
+from megamask.runs.layout import attempt_folder
+from megamask.runs.rank_files import RankFailure, read_rank_failures, write_rank_failure
 
 
 def test_rank_failures_read_back_by_rank(tmp_path: Path) -> None:
@@ -30,7 +30,7 @@ def test_first_failure_of_a_rank_holds(tmp_path: Path, caplog: pytest.LogCapture
 def test_rank_failure_never_raises_when_storage_refuses(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "attempts").write_text("a file where a folder should be")
     assert not write_rank_failure(tmp_path, 1, rank=0, exit_code=74, reason="full")
-    assert "could not leave its exit code 74" in caplog.text
+    assert "could not record its exit code 74" in caplog.text
 
 
 @pytest.mark.parametrize("content", [b"", b"[]", b"{}", b'{"rank":0,"exit_code":"x","reason":"","node":""}'])

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from megamask.audit.story import Rules
 from megamask.config.keys import Key, all_keys
 from megamask.config.schema.roots import TrainConfig
 from megamask.config.schema.training import TrainingConfig
 from megamask.config.secrets import shown
 from megamask.errors import UsageError
+from megamask.runs.record import RunRecord
 from megamask.training.batch_size import consumed_before
-from megamask.training.run_directory import RunRecord
-from megamask_pipelines.journal_audit import Rules
 
 _SECTION = "training."
 _TYPES = {"int": int, "bool": bool}

@@ -1,7 +1,7 @@
-"""Which attempt may write to a run: the newest one that claimed it.
+"""The right to write to a run: it belongs to the newest attempt that claimed it.
 
 A claim is a file created exclusively, so of many processes exactly one gets each number. The newer claim wins over
-every older one that is not known to be alive; whoever finds himself superseded stops with 93 and writes nothing more.
+every older one that is not known to be alive; a superseded attempt stops with 93 and writes nothing more.
 """
 
 from __future__ import annotations
@@ -17,39 +17,34 @@ from typing import Any
 
 from megamask.errors import SupersededError, UsageError
 from megamask.resilience.process_facts import ProcessFacts, own_facts
+from megamask.runs.layout import attempts_folder, claim_path
 from megamask.storage.durable import create_exclusive, make_folders, storage_errors
 
 FORMAT = "megamask-claim"
 VERSION = 1
-_CLAIM_FILE = "claim.json"
 # A killed process may need this long to vanish, with its memory or while a device holds it; then its run is free.
 _VANISH_S = 5.0
 _POLL_S = 0.1
 _SCHEDULER_VARIABLES = ("SLURM_JOB_ID", "JOBSET_NAME", "POD_UID")
 
 
-def attempt_folder(run_dir: Path, attempt: int) -> Path:
-    """Where an attempt leaves its claim and its ranks their last words."""
-    return run_dir / "attempts" / f"{attempt:04d}"
-
-
 def claimed_attempts(run_dir: Path, *, after: int = 0) -> list[int]:
-    """The numbers of all attempts later than `after` that claimed the run, ascending; read afresh every time."""
+    """Return the numbers of all attempts later than `after` that claimed the run, ascending; reads the folder anew."""
     try:
-        names = os.listdir(run_dir / "attempts")  # noqa: PTH208  opening the folder makes an NFS client look again
+        names = os.listdir(attempts_folder(run_dir))  # noqa: PTH208  opening the folder makes an NFS client look again
     except (FileNotFoundError, NotADirectoryError):
         return []
     numbers = sorted(int(name) for name in names if name.isdecimal() and int(name) > after)
-    return [number for number in numbers if (attempt_folder(run_dir, number) / _CLAIM_FILE).exists()]
+    return [number for number in numbers if claim_path(run_dir, number).exists()]
 
 
 def claim(run_dir: Path, *, known_attempt: int = 0, redact: Callable[[str], str] = str) -> int:
-    """Claims a run for the calling process.
+    """Claim a run for the calling process.
 
     Args:
         known_attempt: the highest attempt that left anything in the run directory; where claims were lost, no number
             is given twice.
-        redact: hides credentials in what the claim tells of the environment.
+        redact: hides credentials in what the claim records of the environment.
 
     Returns:
         The number of the new attempt: highest so far + 1, from 1.
@@ -63,7 +58,7 @@ def claim(run_dir: Path, *, known_attempt: int = 0, redact: Callable[[str], str]
         newest = max(claimed_attempts(run_dir), default=0)
         _refuse_if_live(run_dir, newest, own)
         number = max(newest, known_attempt) + 1
-        folder = attempt_folder(run_dir, number)
+        path = claim_path(run_dir, number)
         content = {
             "format": FORMAT,
             "version": VERSION,
@@ -74,31 +69,31 @@ def claim(run_dir: Path, *, known_attempt: int = 0, redact: Callable[[str], str]
             "time": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ"),
         }
         with storage_errors(f"claiming {run_dir}"):
-            make_folders(folder)
+            make_folders(path.parent)
         try:
-            create_exclusive(folder / _CLAIM_FILE, json.dumps(content, indent=1).encode() + b"\n")
+            create_exclusive(path, json.dumps(content, indent=1).encode() + b"\n")
         except FileExistsError:
-            continue  # somebody else was faster: look who it is
+            continue  # another process was faster: check whether it is alive
         return number
 
 
 def read_claim(run_dir: Path, attempt: int) -> dict[str, Any] | None:
-    """The content of a claim, or None where there is none or it is damaged."""
+    """Return the content of a claim, or None if it is missing or damaged."""
     try:
-        content = json.loads((attempt_folder(run_dir, attempt) / _CLAIM_FILE).read_bytes())
+        content = json.loads(claim_path(run_dir, attempt).read_bytes())
     except (FileNotFoundError, ValueError):
         return None
     return content if isinstance(content, dict) and content.get("format") == FORMAT else None
 
 
 def is_live(run_dir: Path, attempt: int) -> bool:
-    """Whether the process that holds a claim is known to run on this host and in this pid namespace."""
+    """Return whether the process that holds a claim is known to run on this host, in this pid namespace."""
     facts = _claimant(run_dir, attempt)
     return facts is not None and facts.is_running_here()
 
 
 def has_died(run_dir: Path, attempt: int) -> bool:
-    """Whether the process that held a claim is known to have ended; of one on another host nothing is known."""
+    """Return whether the process that held a claim is known to have ended; False for one on another host."""
     facts, here = _claimant(run_dir, attempt), own_facts()
     if facts is None or facts.host != here.host:
         return False
@@ -108,15 +103,15 @@ def has_died(run_dir: Path, attempt: int) -> bool:
 
 
 def is_superseded(run_dir: Path, attempt: int) -> bool:
-    """Whether a newer attempt has claimed the run; one folder listing, however many attempts there were."""
+    """Return whether a newer attempt has claimed the run; costs one folder listing."""
     return bool(claimed_attempts(run_dir, after=attempt))
 
 
 def refuse_if_superseded(run_dir: Path, attempt: int) -> None:
-    """Called by a writer before it makes anything visible.
+    """Raise if a newer attempt has claimed the run; every writer calls this before it makes anything visible.
 
     Raises:
-        SupersededError: a newer attempt has claimed the run; the caller writes nothing more.
+        SupersededError: names the newer attempt; the caller writes nothing more.
     """
     newest = max(claimed_attempts(run_dir), default=0)
     if newest > attempt:
@@ -129,7 +124,7 @@ def refuse_if_superseded(run_dir: Path, attempt: int) -> None:
 
 
 def _refuse_if_live(run_dir: Path, newest: int, own: ProcessFacts) -> None:
-    """Refuses if the newest claimant lives, and goes on living for a while: one that was just killed vanishes."""
+    """Refuse if the newest claimant is alive and stays alive for a while: a process that was just killed vanishes."""
     claimant = _claimant(run_dir, newest) if newest else None
     if claimant is None or claimant == own:
         return
@@ -139,8 +134,8 @@ def _refuse_if_live(run_dir: Path, newest: int, own: ProcessFacts) -> None:
             time.sleep(_POLL_S)
             continue
         raise UsageError(
-            f"the run {run_dir} is in the hands of process {claimant.pid} on {claimant.host} (attempt {newest}), which "
-            "is running. Nothing was started.",
+            f"the run {run_dir} belongs to process {claimant.pid} on {claimant.host} (attempt {newest}), which is "
+            "running. Nothing was started.",
             hint=f"wait for it, stop it with `kill {claimant.pid}`, or choose another run.name",
         )
 

@@ -1,4 +1,4 @@
-"""status.json: where a run stands, in one small file that is replaced atomically.
+"""status.json: the last known state of a run, in one small file that is replaced atomically.
 
 Rank 0 and the launcher write it; wrappers and people read it. A status of another attempt, or none, means a crash.
 """
@@ -12,22 +12,22 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from megamask.errors import UsageError
+from megamask.runs.layout import status_path
 from megamask.storage.durable import write_atomic
 
 FORMAT = "megamask-status"
 VERSION = 1
-STATUS_FILE = "status.json"
 
 Phase = Literal["starting", "running", "done", "stopped", "preempted", "failed"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Status:
-    """Where a run stands.
+    """The last known state of a run.
 
     Args:
-        attempt: which life of the job wrote it.
-        phase: `done` is the whole run, `stopped` an attempt that ended where it was told to.
+        attempt: number of the attempt that wrote it.
+        phase: `done` means all steps of the run, `stopped` an attempt that ended at training.stop_after_step.
         exit_code: of an attempt that has ended, else None.
         step: completed updates.
         node: this node, or the suspect's for hardware codes.
@@ -45,7 +45,7 @@ class Status:
 
 
 def write_status(run_dir: Path, status: Status) -> None:
-    """Replaces a run's status file.
+    """Replace a run's status file.
 
     Raises:
         ValueError: an unknown phase.
@@ -55,16 +55,16 @@ def write_status(run_dir: Path, status: Status) -> None:
         raise ValueError(f"unknown phase {status.phase!r}; allowed: {', '.join(get_args(Phase))}")
     time = status.time or datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
     content = {"format": FORMAT, "version": VERSION, **asdict(status), "time": time}
-    write_atomic(run_dir / STATUS_FILE, json.dumps(content, indent=1, ensure_ascii=False).encode() + b"\n")
+    write_atomic(status_path(run_dir), json.dumps(content, indent=1, ensure_ascii=False).encode() + b"\n")
 
 
 def read_status(run_dir: Path) -> Status | None:
-    """A run's status, or None when there is no file or it is damaged (the journal is the truth, this is a hint).
+    """Return a run's status, or None if the file is missing or damaged (the journal is the record, this is a hint).
 
     Raises:
         UsageError: a newer megamask wrote it.
     """
-    path = run_dir / STATUS_FILE
+    path = status_path(run_dir)
     try:
         content: Any = json.loads(path.read_bytes())
     except (FileNotFoundError, NotADirectoryError, ValueError):

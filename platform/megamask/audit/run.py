@@ -7,24 +7,27 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megamask.checkpoint.commit import LAWS, Commit
+from megamask.audit.rules import rules_of
+from megamask.audit.story import Finding, JournalAudit, newest_commit_missing
+from megamask.checkpoint.commit import Commit
 from megamask.checkpoint.contents import check_state, read_model, read_state
 from megamask.checkpoint.integrity import verify_folder
-from megamask.checkpoint.names import CHECKPOINTS_NAME, PIN_SUFFIX, checkpoints_folder
+from megamask.checkpoint.names import PIN_SUFFIX
 from megamask.checkpoint.reader import candidates, has_commit
 from megamask.config.identity import compare_identity
 from megamask.config.load import load_train_config
 from megamask.config.schema.roots import TrainConfig
 from megamask.data.manifest import MANIFEST_NAME, Manifest
 from megamask.errors import CheckpointIntegrityError, DataIntegrityError, ExitCode, UsageError
-from megamask.resilience.claims import attempt_folder, claimed_attempts, is_live, read_claim
-from megamask.resilience.rank_files import read_rank_failures
-from megamask.resilience.status import read_status
+from megamask.runs.claims import claimed_attempts, is_live, read_claim
+from megamask.runs.configs import attempt_configs
+from megamask.runs.laws import LAWS
+from megamask.runs.layout import CHECKPOINTS, checkpoints_folder, claim_path, config_path
+from megamask.runs.rank_files import read_rank_failures
+from megamask.runs.record import RunRecord, read_run
+from megamask.runs.status import read_status
 from megamask.storage.hashing import sha256_bytes
 from megamask.tracking.journal_reader import journal_files, overtaken, read_lines, verify_chain
-from megamask.training.run_directory import RunRecord, read_run
-from megamask_pipelines.journal_audit import Finding, JournalAudit, newest_commit_missing
-from megamask_pipelines.recorded_rules import rules_of
 
 _SHOWN_FINDINGS = 200
 
@@ -94,9 +97,11 @@ def verify_run(run_dir: Path) -> dict[str, Any]:
 
 def _attempts(run_dir: Path) -> list[int]:
     """Every attempt that left a claim, a journal file or a config."""
-    configs = ((run_dir / "config").glob("attempt-*.yaml")) if (run_dir / "config").is_dir() else iter(())
-    numbers = {int(path.stem.removeprefix("attempt-")) for path in configs if path.stem[8:].isdecimal()}
-    return sorted(numbers | set(claimed_attempts(run_dir)) | {file.attempt for file in journal_files(run_dir)})
+    return sorted(
+        attempt_configs(run_dir).keys()
+        | set(claimed_attempts(run_dir))
+        | {file.attempt for file in journal_files(run_dir)}
+    )
 
 
 def _check_attempts(run_dir: Path, record: RunRecord, attempts: list[int], report: _Report) -> dict[int, TrainConfig]:
@@ -106,11 +111,11 @@ def _check_attempts(run_dir: Path, record: RunRecord, attempts: list[int], repor
     if attempts and attempts != list(range(1, len(attempts) + 1)):
         report.find("attempts", f"the attempts are {_shown(attempts)}; numbers count from 1 without a gap")
     for number in attempts:
-        claim, claim_file = read_claim(run_dir, number), attempt_folder(run_dir, number) / "claim.json"
+        claim, claim_file = read_claim(run_dir, number), claim_path(run_dir, number)
         name = str(claim_file.relative_to(run_dir))
         if claim is None or claim.get("attempt") != number:
             report.find(name, "it is missing, damaged, or the claim of another attempt")
-        path = run_dir / "config" / f"attempt-{number:04d}.yaml"
+        path = config_path(run_dir, number)
         if not path.exists():
             if number in journalled:
                 report.find(f"config/{path.name}", f"it is missing, though attempt {number} has a journal")
@@ -241,7 +246,7 @@ def _check_what_is_gone(run_dir: Path, audit: JournalAudit, report: _Report) -> 
     pins = checkpoints_folder(run_dir).glob(f"*{PIN_SUFFIX}")
     pinned = {path.name.removesuffix(PIN_SUFFIX) for path in pins}
     for name in sorted(pinned - visible):
-        report.find(f"{CHECKPOINTS_NAME}/{name}{PIN_SUFFIX}", f"{name} is pinned, but there is no such checkpoint")
+        report.find(f"{CHECKPOINTS}/{name}{PIN_SUFFIX}", f"{name} is pinned, but there is no such checkpoint")
     if missing := newest_commit_missing(audit, visible):
         report.findings.append(missing)
     for name in sorted(audit.commits.keys() - visible - audit.pruned - pinned):
