@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from megamask.engine.operators import rms_norm, rotate, swiglu
+from megamask.engine.operators import rms_norm, rotary_angles, rotate, swiglu
 from megamask.models.reference import rotary_positions
 from megamask.models.reference import rotate as reference_rotate
 from support.specs import small_spec
@@ -75,24 +75,38 @@ def test_swiglu_takes_gradients_that_are_not_contiguous():
     torch.testing.assert_close(x.grad, other.grad)
 
 
+POSITIONS = torch.tensor([list(range(16)), [*range(9), *range(7)]])  # a row, and one of two documents
+
+
 @pytest.mark.promise("RMSNorm, rotation, SwiGLU and their gradients equal their formulas")
-def test_rotation_and_its_gradient_are_the_reference_networks():
+@pytest.mark.parametrize("positions", [None, POSITIONS, POSITIONS + 40], ids=["in order", "restarting", "far"])
+def test_rotation_and_its_gradient_are_the_reference_networks(positions):
     spec = small_spec()
     x = draws(16, 2, 3, spec.head_dim)
 
     def reference(x):
-        rotation = rotary_positions(spec, 16, x.device)
+        rotation = rotary_positions(spec, torch.arange(16)[None] if positions is None else positions)
         return reference_rotate(x.permute(1, 2, 0, 3), rotation)
 
-    for ours, expected in both(lambda x: rotate(x, spec.rope_theta), reference, x):
+    for ours, expected in both(lambda x: rotate(x, angles_of(x, spec.rope_theta, positions)), reference, x):
         torch.testing.assert_close(ours.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def angles_of(x, theta, positions=None):
+    return rotary_angles(positions, x.size(0), channels=x.size(3), theta=theta, device=x.device, dtype=x.dtype)
+
+
+def test_rotation_has_equal_bits_when_the_positions_in_order_are_given():
+    x = draws(16, 2, 3, 8)
+    in_order = torch.arange(16).expand(2, 16)
+    assert torch.equal(rotate(x, angles_of(x, 100.0)), rotate(x, angles_of(x, 100.0, in_order)))
 
 
 def test_rotation_reads_views_and_keeps_lengths():
     fused = draws(16, 2, 3, 24)
     part = fused[..., 8:16]
-    rotated = rotate(part, 100.0)
+    rotated = rotate(part, angles_of(part, 100.0))
     assert rotated.shape == (2, 3, 16, 8)
-    torch.testing.assert_close(rotated, rotate(part.contiguous(), 100.0), rtol=0, atol=0)
+    torch.testing.assert_close(rotated, rotate(part.contiguous(), angles_of(part, 100.0)), rtol=0, atol=0)
     torch.testing.assert_close(rotated.norm(dim=-1), part.permute(1, 2, 0, 3).norm(dim=-1))
     assert torch.equal(rotated[:, :, 0], part[0])  # position 0 does not turn

@@ -1,4 +1,4 @@
-"""The reference network equals Hugging Face's Llama, Qwen2 and Qwen3 with full attention."""
+"""The reference network equals Hugging Face's Llama, Qwen2 and Qwen3 with full and with causal attention."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaModel, Qwen2Config, Qwen2Model, Qwen3Config, Qwen3Model
 
+from megamask.models.context import Causal, Context
 from megamask.models.initial_weights import canonical_shapes, initial_tensor
 from megamask.models.reference import ReferenceModel
 from megamask.models.spec import ModelSpec
@@ -68,6 +69,7 @@ def test_hidden_states_equal_the_hugging_face_model(family: str) -> None:
         expected = twin(spec, config, model, network)(input_ids=x_t, attention_mask=full_attention).last_hidden_state
         torch.testing.assert_close(network(x_t), expected, rtol=2e-6, atol=4e-6)
         causal = twin(spec, config, model, network)(input_ids=x_t).last_hidden_state
+        torch.testing.assert_close(network(x_t, Context(pattern=Causal())), causal, rtol=2e-6, atol=4e-6)
     assert float((expected - causal).detach().abs().max()) > 0.1  # so the mask above did make a difference
 
 

@@ -1,4 +1,4 @@
-"""Bidirectional attention, RMSNorm and the feed-forward part as megatron-core modules.
+"""Attention, RMSNorm and the feed-forward part as megatron-core modules.
 
 Shapes: s sequence, b rows, h query heads, g key and value heads, d channels of a head.
 """
@@ -11,12 +11,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from megatron.core import parallel_state
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megamask.engine.operators import rms_norm, rotate, swiglu
+from megamask.engine.operators import rms_norm, rotary_angles, rotate, swiglu
+from megamask.models.context import Causal, Context, visible_mask
 
 
 class RMSNorm(torch.nn.RMSNorm):
@@ -52,11 +54,47 @@ class FeedForward(MLP):  # type: ignore[misc]
         return output
 
 
-class BidirectionalAttention(MegatronModule):  # type: ignore[misc]
-    """Every position attends to every position of its row; grouped queries share keys and values.
+class RowContext(PackedSeqParams):  # type: ignore[misc]
+    """Positions and attention pattern of one micro-batch's rows, on their way to the attention of every layer.
 
-    Implements megatron-core's core_attention, rotary positions included; it takes no mask, because masked diffusion
-    needs none.
+    megatron-core hands the object that it calls packed_seq_params from a stage's forward pass to each attention module,
+    through recomputation too; it reads nothing from it as long as its qkv_format is not "thd". Angles and mask are made
+    by the first layer that asks and kept for the others.
+    """
+
+    def __init__(self, context: Context) -> None:
+        super().__init__(qkv_format="sbhd")
+        self._context = context
+        self._angles: dict[torch.dtype, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._mask: torch.Tensor | None = None
+
+    @property
+    def is_causal(self) -> bool:
+        """Whether a kernel's own causal mask carries the pattern out."""
+        return isinstance(self._context.pattern, Causal) and self._context.documents is None
+
+    def angles(self, x: torch.Tensor, theta: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosine and sine for queries or keys x [s, b, h, d], as `rotary_angles` returns them."""
+        if x.dtype not in self._angles:
+            self._angles[x.dtype] = rotary_angles(
+                self._context.positions, x.size(0), channels=x.size(3), theta=theta, device=x.device, dtype=x.dtype
+            )
+        return self._angles[x.dtype]
+
+    def mask(self, num_positions: int, device: torch.device) -> torch.Tensor | None:
+        """Which position sees which, bool [b or 1, 1, s, s]; None where a kernel needs no mask."""
+        if self.is_causal or self._context.is_dense:
+            return None
+        if self._mask is None:
+            mask = visible_mask(self._context, num_positions, device)
+            self._mask = None if mask is None else mask.unsqueeze(1)
+        return self._mask
+
+
+class RotaryAttention(MegatronModule):  # type: ignore[misc]
+    """Attention with rotary positions; positions and pattern come with the rows, grouped queries share keys and values.
+
+    Implements megatron-core's core_attention.
 
     Args:
         rope_theta: base of the rotary positions.
@@ -85,20 +123,30 @@ class BidirectionalAttention(MegatronModule):  # type: ignore[misc]
         attention_mask: torch.Tensor | None = None,
         *,
         attention_bias: torch.Tensor | None = None,
-        packed_seq_params: Any = None,
+        packed_seq_params: RowContext | None = None,
         **unused: Any,
     ) -> torch.Tensor:
-        """Attends without a mask.
+        """Attend as the rows' context says.
 
         Shapes: query [s, b, h, d]; key and value [s, b, g, d]; returns [s, b, h*d].
+
+        Args:
+            packed_seq_params: the rows' context, under megatron-core's name for the argument.
         """
-        if attention_mask is not None or attention_bias is not None or packed_seq_params is not None:
-            raise ValueError("this attention sees every position: it takes no mask, bias or packed sequences")
-        q, k = (rotate(tensor, self.rope_theta) for tensor in (query, key))
+        if attention_mask is not None or attention_bias is not None or not isinstance(packed_seq_params, RowContext):
+            raise ValueError("attention takes a RowContext and neither a mask nor a bias beside it")
+        q, k = (rotate(tensor, packed_seq_params.angles(tensor, self.rope_theta)) for tensor in (query, key))
         v = value.permute(1, 2, 0, 3)
         if q.size(1) != k.size(1):
             # Written out: with enable_gqa torch may take the kernel that stores all s * s scores on CUDA; in float32 no
             # other one knows grouped queries.
             k, v = (tensor.repeat_interleave(q.size(1) // k.size(1), dim=1) for tensor in (k, v))
-        attended = F.scaled_dot_product_attention(q, k, v, scale=self.scale)
+        attended = F.scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            attn_mask=packed_seq_params.mask(q.size(2), q.device),
+            is_causal=packed_seq_params.is_causal,
+            scale=self.scale,
+        )
         return attended.permute(2, 0, 1, 3).reshape(query.size(0), query.size(1), -1)

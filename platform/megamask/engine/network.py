@@ -1,4 +1,4 @@
-"""The network of a pipeline stage: megatron-core's GPT, made bidirectional.
+"""The network of a pipeline stage: megatron-core's GPT, with positions and attention pattern as inputs.
 
 Shapes: b rows, s sequence, h hidden channels.
 """
@@ -23,10 +23,11 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megamask.engine.attention import BidirectionalAttention, FeedForward, RMSNorm
+from megamask.engine.attention import FeedForward, RMSNorm, RotaryAttention, RowContext
 from megamask.engine.canonical import CanonicalMap
 from megamask.engine.embedding import WideSumEmbedding
 from megamask.engine.topology import Topology
+from megamask.models.context import Context
 from megamask.models.spec import ModelSpec
 
 
@@ -41,15 +42,18 @@ class DiffusionNetwork(GPTModel):  # type: ignore[misc]
             self.output_layer.sequence_parallel = False
             self.output_layer.allreduce_dgrad = self.config.tensor_model_parallel_size > 1
 
-    def encode(self, x_t: torch.Tensor | None) -> torch.Tensor:
-        """Runs this stage.
+    def encode(self, inputs: torch.Tensor | None, context: Context = Context()) -> torch.Tensor:  # noqa: B008 - frozen
+        """Run this stage on the rows of one micro-batch.
 
         Args:
-            x_t: [b, s] corrupted ids on the first stage; later stages get their input from the pipeline.
+            inputs: int64 [b, s] ids on the first stage; later stages get their input from the pipeline.
+            context: positions and attention pattern of the rows, on every stage.
 
-        Returns: [s, b, h] on the last stage (whole sequence), what the next stage expects elsewhere.
+        Returns: [s, b, h] on the last stage (all positions), the next stage's input elsewhere.
         """
-        hidden: torch.Tensor = self.forward(input_ids=x_t, position_ids=None, attention_mask=None)
+        hidden: torch.Tensor = self.forward(
+            input_ids=inputs, position_ids=None, attention_mask=None, packed_seq_params=RowContext(context)
+        )
         return hidden
 
     def project(self, rows: torch.Tensor) -> torch.Tensor:
@@ -143,8 +147,8 @@ def _finalize_gradients(model: list[Any], num_tokens: torch.Tensor | None, **opt
 def _block_spec(config: TransformerConfig, num_layers: int, rope_theta: float) -> TransformerBlockSubmodules:
     layer = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=config.qk_layernorm)
     attention = layer.submodules.self_attention
-    attention.params["attn_mask_type"] = AttnMaskType.no_mask  # the local specification is causal
-    attention.submodules.core_attention = ModuleSpec(module=BidirectionalAttention, params={"rope_theta": rope_theta})
+    attention.params["attn_mask_type"] = AttnMaskType.no_mask  # the rows' context decides
+    attention.submodules.core_attention = ModuleSpec(module=RotaryAttention, params={"rope_theta": rope_theta})
     layer.submodules.mlp = FeedForward
     layer.submodules.input_layernorm = RMSNorm
     layer.submodules.pre_mlp_layernorm = RMSNorm

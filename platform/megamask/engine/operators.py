@@ -45,25 +45,50 @@ class _RMSNorm(torch.autograd.Function):
         return of_x.to(x.dtype), of_weight.to(weight.dtype), None
 
 
-def rotate(x: torch.Tensor, theta: float) -> torch.Tensor:
-    """Rotary positions (RoFormer, arXiv:2104.09864): turns the channel pairs (i, i + d/2) by position * theta^(-2i/d).
+def rotary_angles(
+    positions: torch.Tensor | None,
+    length: int,
+    *,
+    channels: int,
+    theta: float,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosine and sine of each position's angles position * theta^(-2c/d); computed in float32, rounded to dtype.
 
-    Shapes: x [s, b, h, d] -> [b, h, s, d], position = index in s.
+    Shapes: positions int64 [b, s] -> [b, 1, s, d/2] each; None means 0 to length - 1 in every row -> [s, d/2] each.
+
+    Args:
+        channels: d, of one head.
     """
-    cosine, sine = _angles(x.size(0), x.size(3), theta, x.device, x.dtype)
+    if positions is None:
+        return _angles_in_order(length, channels, theta, device, dtype)
+    return _angles(positions.unsqueeze(1), channels, theta, dtype)
+
+
+def rotate(x: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    """Rotary positions (RoFormer, arXiv:2104.09864): turn the channel pairs (c, c + d/2) by their position's angle.
+
+    Shapes: x [s, b, h, d] -> [b, h, s, d]; angles as `rotary_angles` returns them.
+    """
     rotated: torch.Tensor = _Rotate.apply(  # type: ignore[no-untyped-call]
-        x.permute(1, 2, 0, 3), cosine, sine
+        x.permute(1, 2, 0, 3), *angles
     )
     return rotated
 
 
 @functools.lru_cache(maxsize=8)
-def _angles(
+def _angles_in_order(
     length: int, channels: int, theta: float, device: torch.device, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosine and sine [s, d/2] of each position's angles; computed in float32."""
-    exponent = torch.arange(0, channels, 2, dtype=torch.float32, device=device) / channels
-    angle = torch.arange(length, dtype=torch.float32, device=device)[:, None] / theta**exponent
+    return _angles(torch.arange(length, device=device), channels, theta, dtype)
+
+
+def _angles(
+    positions: torch.Tensor, channels: int, theta: float, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    exponent = torch.arange(0, channels, 2, dtype=torch.float32, device=positions.device) / channels
+    angle = positions.float().unsqueeze(-1) / theta**exponent
     return angle.cos().to(dtype), angle.sin().to(dtype)
 
 

@@ -1,7 +1,8 @@
-"""The network in plain PyTorch: the oracle of tests, and what stand-alone evaluation and decoding run.
+"""The network in plain PyTorch: the oracle of tests, used by stand-alone evaluation and decoding.
 
-Never used for training. The block is Llama's, without the causal mask; q/k norms as in Qwen3 and q/k/v biases as in
-Qwen2 are options. Shapes: b rows, s positions, d hidden channels, n heads, g key/value heads, c channels of a head.
+Never used for training. The block is Llama's, with the attention pattern as an input; q/k norms as in Qwen3 and q/k/v
+biases as in Qwen2 are options. Shapes: b rows, s positions, d hidden channels, n heads, g key/value heads, c channels
+of a head.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from megamask.models.context import Context, visible_mask
 from megamask.models.initial_weights import initial_tensor
 from megamask.models.spec import ModelSpec
 from megamask.models.vocabulary import Vocabulary
@@ -44,7 +46,7 @@ class Linear(nn.Module):
 
 
 class Attention(nn.Module):
-    """Grouped-query attention of every position to every position."""
+    """Grouped-query attention."""
 
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
@@ -60,14 +62,14 @@ class Attention(nn.Module):
             self.k_norm = RMSNorm(spec.head_dim, spec.norm_eps)
         self._has_norms = spec.qk_norm
 
-    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
-        """[b, s, d] -> [b, s, d]; rotation as `rotary_positions` gives it."""
+    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor], mask: Tensor | None) -> Tensor:
+        """[b, s, d] -> [b, s, d]; rotation of `rotary_positions`; mask bool [b or 1, 1, s, s], True is visible."""
         query, key, value = (self._heads(projection(x)) for projection in (self.q_proj, self.k_proj, self.v_proj))
         if self._has_norms:
             query, key = self.q_norm(query), self.k_norm(key)
         query, key = rotate(query, rotation), rotate(key, rotation)
         key, value = (part.repeat_interleave(self._heads_per_group, dim=1) for part in (key, value))
-        mixed = functional.scaled_dot_product_attention(query, key, value)  # [b, n, s, c], no mask
+        mixed = functional.scaled_dot_product_attention(query, key, value, attn_mask=mask)  # [b, n, s, c]
         output: Tensor = self.o_proj(mixed.transpose(1, 2).flatten(2))
         return output
 
@@ -101,9 +103,9 @@ class Layer(nn.Module):
         self.post_attention_layernorm = RMSNorm(spec.hidden_size, spec.norm_eps)
         self.mlp = FeedForward(spec)
 
-    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor], mask: Tensor | None) -> Tensor:
         """[b, s, d] -> [b, s, d]."""
-        attended: Tensor = x + self.self_attn(self.input_layernorm(x), rotation)
+        attended: Tensor = x + self.self_attn(self.input_layernorm(x), rotation, mask)
         output: Tensor = attended + self.mlp(self.post_attention_layernorm(attended))
         return output
 
@@ -133,12 +135,24 @@ class ReferenceModel(nn.Module):
         if not spec.tie_embeddings:
             self.lm_head = Linear(spec.hidden_size, spec.vocab_size)
 
-    def forward(self, x_t: Tensor) -> Tensor:
-        """Final hidden states. Shapes: x_t int64 [b, s] below vocab_size -> [b, s, d]."""
-        hidden: Tensor = self.model.embed_tokens(x_t)
-        rotation = rotary_positions(self.spec, x_t.shape[1], x_t.device)
+    def forward(self, inputs: Tensor, context: Context = Context()) -> Tensor:  # noqa: B008 - frozen
+        """Final hidden states.
+
+        Shapes: inputs int64 [b, s] below vocab_size -> [b, s, d].
+
+        Args:
+            context: positions and attention pattern of the rows; by default every position sees every position.
+        """
+        hidden: Tensor = self.model.embed_tokens(inputs)
+        num_positions = inputs.shape[1]
+        positions = context.positions
+        if positions is None:
+            positions = torch.arange(num_positions, device=inputs.device)[None]
+        rotation = rotary_positions(self.spec, positions)
+        mask = visible_mask(context, num_positions, inputs.device)
+        mask = None if mask is None else mask.unsqueeze(1)  # the same for all heads
         for layer in self.model.layers:
-            hidden = layer(hidden, rotation)
+            hidden = layer(hidden, rotation, mask)
         output: Tensor = self.model.norm(hidden)
         return output
 
@@ -172,20 +186,22 @@ class ReferenceModel(nn.Module):
             parameter.copy_(initial_tensor(seed, name, self.spec, device=parameter.device))
 
 
-def rotary_positions(spec: ModelSpec, num_positions: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of each position's angles, float32 [s, c]; both halves of a head turn by the same angles.
+def rotary_positions(spec: ModelSpec, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of each position's angles; both halves of a head turn by the same angles.
+
+    Shapes: positions int64 [b or 1, s] -> float32 [b or 1, 1, s, c].
 
     Source: RoFormer, arXiv:2104.09864, with the channels paired half by half as in Llama's Hugging Face layout.
     """
-    exponent = torch.arange(0, spec.head_dim, 2, dtype=torch.float32, device=device) / spec.head_dim
+    exponent = torch.arange(0, spec.head_dim, 2, dtype=torch.float32, device=positions.device) / spec.head_dim
     frequency = 1.0 / spec.rope_theta**exponent
-    angle = torch.arange(num_positions, dtype=torch.float32, device=device)[:, None] * frequency
+    angle = positions.float()[:, None, :, None] * frequency
     both = torch.cat((angle, angle), dim=-1)
     return both.cos(), both.sin()
 
 
 def rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
-    """Turns each channel pair (i, i + c/2) of [b, n, s, c] by its position's angle."""
+    """Turn each channel pair (i, i + c/2) of [b, n, s, c] by its position's angle."""
     cosine, sine = rotation
     first, second = x.chunk(2, dim=-1)
     return x * cosine.to(x.dtype) + torch.cat((-second, first), dim=-1) * sine.to(x.dtype)
