@@ -56,7 +56,7 @@ def twin_model(family: str, *, seed: int = 0, **changes: Any) -> Any:
 def save_hub_folder(folder: Path, family: str, *, dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
     """Writes a tiny published model of a family; returns transformers' network of the same weights, in float32."""
     model = twin_model(family, **changes)
-    model.to(dtype).save_pretrained(folder, max_shard_size="200kB")
+    model.to(dtype).save_pretrained(folder, max_shard_size="60kB")
     if FAMILIES[family].plain_twin is not None:
         _rename(folder, family)
     return model.float()
