@@ -21,13 +21,15 @@ def prepare_corpus(config: CorpusConfig) -> dict[str, Any]:
 
     Returns:
         corpus_id, documents, tokens, sequences, shards, bytes (UTF-8 bytes of the text), vocab_size, output_dir,
-        reused (True when the same corpus was already there); counts are totals over the splits.
+        reused (True when the same corpus was already there), warnings (about inputs that are probably not meant as they
+        are read); counts are totals over the splits.
 
     Raises:
         UsageError, DataIntegrityError, StorageError: see `megamask.data.corpus.prepare.build`.
     """
     with progress_display() as progress:
-        return asdict(build(config, progress))
+        report = asdict(build(config, progress))
+    return report | {"warnings": list(report["warnings"])}
 
 
 @contextlib.contextmanager

@@ -36,6 +36,8 @@ def values(key: Key) -> st.SearchStrategy:
         found = st.booleans()
     elif key.base == "list":
         found = st.lists(texts, max_size=3)
+    elif key.base == "entries":
+        found = st.lists(texts | st.dictionaries(st.sampled_from(["name", "path", "format"]), texts, min_size=1))
     elif key.base == "dict":
         found = st.dictionaries(st.from_regex(r"\A[A-Za-z0-9._-]{1,20}\Z"), texts, min_size=1, max_size=3)
     else:

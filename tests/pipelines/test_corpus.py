@@ -82,12 +82,36 @@ def test_verb_tells_a_person_in_two_lines_whether_anything_was_made() -> None:
         **dict.fromkeys(["documents", "bytes", "tokens", "vocab_size", "sequences", "shards"], 3),
         corpus_id="c0ffee",
         output_dir="corpora/x",
+        warnings=[],
     )
     made = prepare.render(vars(result) | {"reused": False})
     found = prepare.render(vars(result) | {"reused": True})
     assert made.splitlines()[0] == "corpus c0ffee prepared in corpora/x"
     assert found.splitlines()[0] == "corpus c0ffee is already in corpora/x"
     assert len(made.splitlines()) == 2
+    many = prepare.render(vars(result) | {"reused": False, "warnings": [f"w{n}" for n in range(25)]}).splitlines()
+    assert (many[0], many[20], len(many)) == ("warning: w0", "warning: 5 more; --json lists all", 23)
+
+
+@pytest.mark.promise("inputs are given as mappings: name, path, format, text_key, licence, origin, version")
+def test_inputs_are_given_as_mappings_and_recorded_with_their_licences(tmp_path: Path) -> None:
+    inputs = write_inputs(tmp_path / "inputs")
+    (tmp_path / "web.data").write_text('{"body": "from the web"}\n{"body": ""}\n')
+    entry = {"name": "web", "path": f"{tmp_path}/web.data", "format": "jsonl", "text_key": "body", "licence": "CC0-1.0"}
+    config = tmp_path / "corpus.yaml"
+    section = {"inputs": [*inputs, entry], "exclude": ["nasty.*"], "output_dir": f"{tmp_path}/corpus"}
+    section |= {"sequence_length": 16, "tokenizer": {"vocab_size": 280}}
+    config.write_text(yaml.safe_dump({"corpus": section}))
+    result = prepare.run(arguments(str(config)))
+    content = Manifest.load(tmp_path / "corpus").content
+    (named,) = (each for each in content["inputs"] if each["name"] == "web/web.data")
+    assert (named["source"], named["format"], named["text_key"], named["documents"]) == ("web", "jsonl", "body", 2)
+    assert all(set(each) == {"name", "sha256", "bytes", "documents"} for each in content["inputs"] if each != named)
+    assert not any("nasty" in each["name"] for each in content["inputs"])
+    record = json.loads((tmp_path / "corpus" / "provenance.json").read_bytes())
+    assert record["inputs"] == [*inputs, entry]
+    assert [each.get("licence") for each in record["files"] if each.get("source") == "web"] == ["CC0-1.0"]
+    assert [text for text in result["warnings"] if "web.data: 1 document(s) empty" in text]
 
 
 def test_shipped_corpus_config_prepares_the_standard_library_twice_alike(tmp_path: Path) -> None:

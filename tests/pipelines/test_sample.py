@@ -32,6 +32,13 @@ def _sample(run_dir: Path, *arguments: str) -> dict[str, Any]:
     return result
 
 
+@pytest.mark.promise("a prompt that is not UTF-8 is refused, not replaced")
+@pytest.mark.parametrize("option", ["--prompt", "--infill"])
+def test_prompt_of_bytes_that_are_not_utf8_is_refused(run_dir: Path, option: str) -> None:
+    with pytest.raises(UsageError, match=rf"{option} is not UTF-8 text: character 2 is the byte 0xe9"):
+        _sample(run_dir, option, b"al\xe9".decode("utf-8", "surrogateescape"))
+
+
 def test_prompt_is_kept_and_continued_by_the_asked_length(run_dir: Path, tokenizer: CorpusTokenizer) -> None:
     result = _sample(run_dir, "--prompt", "alpha beta", "--length", "7", "--steps", "3")
     prompt = tokenizer.encode("alpha beta")

@@ -6,6 +6,8 @@ import argparse
 from collections.abc import Mapping
 from typing import Any
 
+_SHOWN_WARNINGS = 20
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The verb's arguments."""
@@ -16,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Prepares the corpus, or finds the same one already there.
 
-    Returns: corpus_id, documents, tokens, sequences, shards, bytes, vocab_size, output_dir, reused.
+    Returns: corpus_id, documents, tokens, sequences, shards, bytes, vocab_size, output_dir, reused, warnings.
     """
     from megamask.config.load import load_prepare_config
     from megamask.config.validate import validate_prepare
@@ -28,9 +30,13 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def render(result: Mapping[str, Any]) -> str:
-    """Two lines for a person."""
+    """Warnings, then two lines for a person."""
+    warnings = result["warnings"]
+    shown = [f"warning: {text}\n" for text in warnings[:_SHOWN_WARNINGS]]
+    if len(warnings) > len(shown):
+        shown.append(f"warning: {len(warnings) - len(shown)} more; --json lists all\n")
     verb = "is already in" if result["reused"] else "prepared in"
-    return (
+    return "".join(shown) + (
         f"corpus {result['corpus_id']} {verb} {result['output_dir']}\n"
         f"{result['documents']} documents, {result['bytes']} bytes of text, {result['tokens']} tokens "
         f"({result['vocab_size']} vocabulary entries), {result['sequences']} sequences in {result['shards']} shard(s)"

@@ -29,6 +29,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     from megamask.generation.confidence import DecodingOptions
     from megamask_pipelines.sample import SampleRequest, sample
 
+    for name in ("prompt", "infill"):
+        _refuse_undecodable(f"--{name}", getattr(arguments, name))
     options = DecodingOptions(
         num_denoising_steps=arguments.steps,
         block_length=arguments.block_length,
@@ -39,6 +41,19 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         prompt=arguments.prompt, text_with_spans=arguments.infill, length=arguments.length, options=options
     )
     return sample(Path(arguments.checkpoint), request)
+
+
+def _refuse_undecodable(argument: str, text: str | None) -> None:
+    """Refuse bytes of the command line that are not UTF-8; Python shows them as halves of surrogate pairs."""
+    from megamask.errors import UsageError
+
+    for place, letter in enumerate(text or ""):
+        if 0xD800 <= ord(letter) < 0xE000:
+            raise UsageError(
+                f"{argument} is not UTF-8 text: character {place} is the byte 0x{ord(letter) & 0xFF:02x}. "
+                "Nothing was decoded.",
+                hint="give the text in UTF-8 and run in a UTF-8 locale",
+            )
 
 
 def render(result: Mapping[str, Any]) -> str:

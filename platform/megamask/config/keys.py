@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from megamask.config.schema.field import Setting
 
-Base = Literal["int", "float", "bool", "str", "list", "dict"]
+Base = Literal["int", "float", "bool", "str", "list", "entries", "dict"]
 
 _WORDS: dict[Base, str] = {
     "int": "an integer",
@@ -21,6 +21,7 @@ _WORDS: dict[Base, str] = {
     "bool": "true or false",
     "str": "a string",
     "list": "a list of strings",
+    "entries": "a list of strings and mappings of names to strings",
     "dict": "a mapping of names to strings",
 }
 _CLOSE_ENOUGH = 0.6
@@ -52,7 +53,9 @@ class Key:
     @property
     def type_name(self) -> str:
         """The type as the schema writes it, as "int | None"."""
-        name = {"list": "list[str]", "dict": "dict[str, str]"}.get(self.base, self.base)
+        name = {"list": "list[str]", "entries": "list[str | dict[str, str]]", "dict": "dict[str, str]"}.get(
+            self.base, self.base
+        )
         return f"{name} | None" if self.is_optional else name
 
     @property
@@ -142,6 +145,8 @@ def _parse_annotation(annotation: Any) -> tuple[Base, bool]:
         return simple[annotation], False
     if annotation == list[str]:
         return "list", False
+    if annotation == list[str | dict[str, str]]:
+        return "entries", False
     if annotation == dict[str, str]:
         return "dict", False
     raise TypeError(f"settings of type {annotation} are not supported")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 from typing import Any
 
 from megamask.config.keys import Key, find_key
@@ -136,6 +137,16 @@ def _list(node: Node) -> list[str]:
     return [_string(item) for item in node.items]
 
 
+def _entries(node: Node) -> list[str | dict[str, str]]:
+    if node.items is None:
+        raise _WrongType("write a list, as [a, {path: b}]")
+    return [_string(item) if item.entries is None else _strings_of(item.entries) for item in node.items]
+
+
+def _strings_of(entries: Mapping[str, tuple[int, Node]]) -> dict[str, str]:
+    return {name: _string(child) for name, (_, child) in entries.items()}
+
+
 def _mapping(node: Node) -> dict[str, str]:
     if node.entries is None:
         raise _WrongType("write a mapping of names, as {main: folder}")
@@ -148,6 +159,7 @@ _CONVERTERS = {
     "bool": _boolean,
     "str": _string,
     "list": _list,
+    "entries": _entries,
     "dict": _mapping,
 }
 
@@ -155,7 +167,9 @@ _CONVERTERS = {
 def _strings(value: Any) -> list[str]:
     if isinstance(value, str):
         return [value]
-    return list(value) if isinstance(value, list) else []
+    if isinstance(value, dict):
+        return list(value.values())
+    return [text for item in value for text in _strings(item)] if isinstance(value, list) else []
 
 
 def _kind(node: Node) -> str:

@@ -1,24 +1,16 @@
 from __future__ import annotations
 
-import json
 import sysconfig
 from pathlib import Path
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from megamask.data.corpus.inputs import InputFile, InputReader, find_inputs
-from megamask.errors import DataIntegrityError, ExitCode, UsageError
+from megamask.data.corpus.inputs import companions, find_inputs
+from megamask.errors import ExitCode, UsageError
 
 
 def names(patterns: list[str]) -> list[str]:
     return [file.name for file in find_inputs(patterns)]
-
-
-def read(path: Path, key: str = "text") -> list[str]:
-    reader = InputReader(InputFile(name=path.name, path=path), key)
-    return [document.text for document in reader.documents()]
 
 
 def test_inputs_are_sorted_by_name_relative_to_their_common_folder(tmp_path: Path) -> None:
@@ -66,69 +58,100 @@ def test_inputs_are_refused_when_the_list_is_empty() -> None:
         find_inputs([])
 
 
-@given(text=st.text(alphabet=st.characters(exclude_categories=["Cs"])))
-def test_text_file_is_decoded_exactly(text: str, tmp_path: Path) -> None:
-    path = tmp_path / "exact.txt"
-    path.write_bytes(text.encode())
-    assert read(path) == [text]
-
-
-def test_newlines_and_byte_order_mark_are_kept(tmp_path: Path) -> None:
-    path = tmp_path / "a.txt"
-    path.write_bytes(b"\xef\xbb\xbfa\r\nb\rc\n")
-    assert read(path) == ["\ufeffa\r\nb\rc\n"]
-
-
-def test_undecodable_text_is_refused_with_file_and_byte(tmp_path: Path) -> None:
-    path = tmp_path / "latin.txt"
-    path.write_bytes(b"abc\xe9def")
-    with pytest.raises(DataIntegrityError, match=r"latin\.txt: byte 3 \(0xe9\)") as caught:
-        read(path)
-    assert caught.value.exit_code == ExitCode.DATA_INTEGRITY
-
-
-def test_jsonl_gives_a_document_a_line_with_its_place(tmp_path: Path) -> None:
-    path = tmp_path / "a.jsonl"
-    path.write_bytes(b'{"body": "one"}\r\n\n  \n{"x": 1, "body": "t\\u00fcwo\\n"}')
-    reader = InputReader(InputFile(name="a.jsonl", path=path), "body")
-    documents = list(reader.documents())
-    assert [document.text for document in documents] == ["one", "tüwo\n"]
-    data = path.read_bytes()
-    assert [json.loads(data[d.offset : d.offset + d.bytes])["body"] for d in documents] == ["one", "tüwo\n"]
-    assert [(d.offset, d.bytes) for d in documents] == [(0, 16), (21, len(data) - 21)]
-    assert reader.num_bytes == len(data)
-
-
-@pytest.mark.parametrize(
-    ("line", "reason"),
-    [
-        (b'{"text": ', "not a JSON value"),
-        (b'"text"', "not a JSON object"),
-        (b'{"body": "x"}', "no key 'text'"),
-        (b'{"text": 5}', "is int, not a string"),
-        (b'{"text": null}', "not a string"),
-        (b'{"text": "\xff"}', "is not UTF-8"),
-        (b'{"text": "\\ud800"}', "half a surrogate pair"),
-        (b"[" * 100_000, "not a JSON value"),
-        (b"1" * 10_000, "not a JSON"),
-    ],
-)
-def test_jsonl_line_is_refused_with_file_and_line(line: bytes, reason: str, tmp_path: Path) -> None:
-    path = tmp_path / "bad.jsonl"
-    path.write_bytes(b'{"text": "good"}\n' + line + b"\n")
-    with pytest.raises(DataIntegrityError) as caught:
-        read(path)
-    assert "bad.jsonl:2" in caught.value.message
-    assert reason in caught.value.message
-
-
-def test_input_is_refused_when_it_is_gone(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="cannot be read"):
-        read(tmp_path / "gone.txt")
-
-
 def test_file_name_is_refused_when_it_is_not_utf8(tmp_path: Path) -> None:
     name = b"\xff.txt".decode("utf-8", "surrogateescape")
     (tmp_path / name).write_text("x")
     with pytest.raises(UsageError, match="not UTF-8"):
         find_inputs([f"{tmp_path}/*.txt"])
+
+
+def test_excluded_files_are_left_out_by_name_pattern_or_glob(tmp_path: Path) -> None:
+    for name in ("a.txt", "SOURCE.txt", "deep/b.txt", "deep/SOURCE.txt", "deep/old/c.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+    taken = find_inputs([f"{tmp_path}/**/*.txt"], ["SOURCE.*", f"{tmp_path}/deep/old/**"])
+    assert [file.name for file in taken] == ["a.txt", "deep/b.txt"]
+
+
+@pytest.mark.parametrize(("pattern", "reason"), [("SOURCE.txt", "matches no input"), ("*.txt", "leaves no input")])
+def test_exclusion_without_effect_or_with_too_much_is_refused(pattern: str, reason: str, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("a")
+    with pytest.raises(UsageError, match=reason):
+        find_inputs([f"{tmp_path}/*.txt"], [pattern])
+
+
+@pytest.mark.promise("a glob that takes in SOURCE.txt, a README or a licence is reported, with the key to exclude it")
+def test_companion_file_that_a_glob_takes_in_is_a_warning(tmp_path: Path) -> None:
+    for name in ("a.txt", "SOURCE.txt", "LICENSE", "sources.txt", "b.json"):
+        (tmp_path / name).write_text(name)
+    warnings = companions(find_inputs([f"{tmp_path}/*"]))
+    assert [warning.split(" is ")[0].rpartition("/")[2] for warning in warnings] == ["LICENSE", "SOURCE.txt", "b.json"]
+    assert "corpus.exclude=['SOURCE.txt']" in warnings[1]
+    assert companions(find_inputs([f"{tmp_path}/SOURCE.txt"])) == [], "asked for by its name"
+    assert companions(find_inputs([{"path": f"{tmp_path}/b.json", "format": "json"}])) == []
+
+
+def test_mapping_names_its_files_and_says_how_they_are_read(tmp_path: Path) -> None:
+    for name in ("one/x/a.txt", "one/b.txt", "two/c.data"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+    files = find_inputs(
+        [
+            f"{tmp_path}/one/**/*.txt",
+            {"name": "web", "path": f"{tmp_path}/two/*", "format": "jsonl", "text_key": "body", "licence": "CC0-1.0"},
+        ]
+    )
+    assert [(file.name, file.format, file.text_key("text")) for file in files] == [
+        ("b.txt", "text", "text"),
+        ("web/c.data", "jsonl", "body"),
+        ("x/a.txt", "text", "text"),
+    ]
+    assert [file.options() for file in files] == [{}, {"source": "web", "format": "jsonl", "text_key": "body"}, {}]
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("a.txt", ("text", None)),
+        ("a.JSONL", ("jsonl", None)),
+        ("a.ndjson", ("jsonl", None)),
+        ("a.jsonl.gz", ("jsonl", "gz")),
+        ("a.md.zst", ("text", "zst")),
+        ("a.parquet", ("parquet", None)),
+        ("a.tar", ("webdataset", None)),
+    ],
+)
+def test_format_follows_the_suffix(name: str, expected: tuple[str, str | None], tmp_path: Path) -> None:
+    (tmp_path / name).touch()
+    (file,) = find_inputs([f"{tmp_path}/{name}"])
+    assert (file.format, file.compression) == expected
+
+
+@pytest.mark.parametrize(
+    ("entry", "reason"),
+    [
+        ({"path": "a.txt", "txt_key": "x"}, "unknown key 'txt_key'"),
+        ({"name": "a"}, "has no path"),
+        ({"path": "a.txt", "format": "csv"}, "allowed: text, jsonl"),
+        ({"path": "a.txt", "name": "a/b"}, "is not a name"),
+        ({"path": "a.txt", "name": ".."}, "is not a name"),
+        ({"path": "a.txt", "text_key": ""}, "text_key of a.txt is empty"),
+    ],
+)
+def test_mapping_that_is_wrong_is_refused(entry: dict[str, str], reason: str) -> None:
+    with pytest.raises(UsageError, match=reason):
+        find_inputs([entry])
+
+
+def test_file_that_two_entries_read_differently_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("a")
+    with pytest.raises(UsageError, match="twice, with different"):
+        find_inputs([f"{tmp_path}/a.txt", {"path": f"{tmp_path}/*.txt", "name": "other"}])
+
+
+def test_two_inputs_of_one_name_are_refused(tmp_path: Path) -> None:
+    for name in ("x/web/a.txt", "y/a.txt", "x/b.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+    with pytest.raises(UsageError, match=r"both called 'web/a\.txt'"):
+        find_inputs([f"{tmp_path}/x/**/*.txt", {"name": "web", "path": f"{tmp_path}/y/a.txt"}])

@@ -64,9 +64,13 @@ class TokenizerConfig(Section):
 class CorpusConfig(Section):
     """Inputs, splits, tokenizer and row shape of a corpus."""
 
-    inputs: list[str] = identity(
-        "files and globs of text (.txt, .py, .md, ...) or .jsonl; "
+    inputs: list[str | dict[str, str]] = identity(
+        "files and globs of text (.txt, .py, .md, ...), .jsonl, .ndjson, .parquet, .tar (WebDataset), all but the "
+        "last two also .gz or .zst; or mappings {name, path, format, text_key, licence, origin, version}; "
         "{python_stdlib} stands for the folder of Python's own library"
+    )
+    exclude: list[str] = identity(
+        "inputs to leave out: patterns of file names, or globs if they contain a slash", default=[]
     )
     output_dir: str = operational("folder of the corpus; must not hold another one")
     sequence_length: int = identity("tokens of a row", minimum=16, unit="tokens")

@@ -1,194 +1,236 @@
-"""The inputs of a corpus: which files, in which order, and the documents in them.
+"""The inputs of a corpus: which files, in which order, and how each is read.
 
-A .jsonl file holds one document a line, under `corpus.jsonl_text_key`; lines of white space alone are skipped. Any
-other file is one document. Text is the file's bytes decoded as UTF-8, exactly: no newline is translated and a byte
-order mark stays. Files are sorted by name, which is the path relative to the deepest folder that holds them all, so a
-corpus does not change when its inputs move.
+An entry of `corpus.inputs` is a path, a glob, or a mapping {name, path, format, text_key, licence, origin, version}.
+Files are sorted by name, so a corpus does not change when its inputs move: the path relative to the deepest folder that
+holds all files of plain entries, and `<name>/<path relative to the deepest folder of the entry>` for a named entry.
 """
 
 from __future__ import annotations
 
+import fnmatch
 import glob
-import hashlib
-import json
+import itertools
 import os
+import re
 import sysconfig
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from megamask.errors import DataIntegrityError, UsageError
+from megamask.errors import UsageError
 
 PYTHON_STDLIB = "{python_stdlib}"
-_NOTHING = "Nothing was written."
+NOTHING_WRITTEN = "Nothing was written."
+FORMATS = ("text", "jsonl", "json", "parquet", "webdataset")
+
+_ENTRY_KEYS = ("name", "path", "format", "text_key", "licence", "origin", "version")
+_ENTRY_NAME = re.compile(r"[A-Za-z0-9._-]{1,100}")
+_COMPRESSIONS = {".gz": "gz", ".zst": "zst"}
+_FORMAT_OF_SUFFIX = {".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet", ".tar": "webdataset"}
+# Files that accompany a text instead of being part of it.
+_COMPANIONS = re.compile(r"(source|readme|licen[cs]e|copying|notice)(\.(txt|md|rst))?", re.IGNORECASE)
+
+
+@dataclass(frozen=True, kw_only=True)
+class InputEntry:
+    """One entry of `corpus.inputs`.
+
+    Args:
+        path: file or glob.
+        name: label of the source, which also begins the names of its files; None for a plain entry.
+        format: one of FORMATS; None decides by each file's suffix.
+        text_key: key, column or member suffix that holds the text; None means `corpus.jsonl_text_key`.
+        licence, origin, version: recorded in provenance.json.
+    """
+
+    path: str
+    name: str | None = None
+    format: str | None = None
+    text_key: str | None = None
+    licence: str | None = None
+    origin: str | None = None
+    version: str | None = None
+
+    @classmethod
+    def parse(cls, entry: str | Mapping[str, str]) -> InputEntry:
+        """Check an entry as the config gives it.
+
+        Raises:
+            UsageError: an unknown key, no path, or a value that is not allowed.
+        """
+        if isinstance(entry, str):
+            return cls(path=entry)
+        unknown = [key for key in entry if key not in _ENTRY_KEYS]
+        if unknown or not entry.get("path"):
+            what = f"has the unknown key {unknown[0]!r}" if unknown else "has no path"
+            raise UsageError(
+                f"corpus.inputs: the entry {dict(entry)} {what}; allowed keys: {', '.join(_ENTRY_KEYS)}, of which path "
+                f"is required. {NOTHING_WRITTEN}"
+            )
+        parsed = cls(**dict(entry))
+        if parsed.format is not None and parsed.format not in FORMATS:
+            raise UsageError(
+                f"corpus.inputs: the format of {parsed.path} is {parsed.format!r}; allowed: {', '.join(FORMATS)}. "
+                f"{NOTHING_WRITTEN}"
+            )
+        if parsed.name is not None and not (_ENTRY_NAME.fullmatch(parsed.name) and parsed.name.strip(".")):
+            raise UsageError(
+                f"corpus.inputs: {parsed.name!r} is not a name; allowed: {_ENTRY_NAME.pattern}. {NOTHING_WRITTEN}"
+            )
+        if parsed.text_key == "":
+            raise UsageError(f"corpus.inputs: the text_key of {parsed.path} is empty. {NOTHING_WRITTEN}")
+        return parsed
 
 
 @dataclass(frozen=True, kw_only=True)
 class InputFile:
-    """One input: its name in the corpus and where it lies on this machine."""
+    """One input: its name in the corpus, where it lies on this machine, and how it was asked for."""
 
     name: str
     path: Path
+    entry: InputEntry = InputEntry(path="")
 
     @property
-    def is_jsonl(self) -> bool:
-        """Whether each line is a document."""
-        return self.path.suffix.lower() == ".jsonl"
+    def compression(self) -> str | None:
+        """ "gz", "zst" or None, by the file's suffix."""
+        return _COMPRESSIONS.get(self.path.suffix.lower())
+
+    @property
+    def suffix(self) -> str:
+        """The suffix that names the format, in lower case, without that of a compression."""
+        path = self.path.with_suffix("") if self.compression else self.path
+        return path.suffix.lower()
+
+    @property
+    def format(self) -> str:
+        """One of FORMATS."""
+        return self.entry.format or _FORMAT_OF_SUFFIX.get(self.suffix, "text")
+
+    def text_key(self, default: str) -> str:
+        """The key that holds the text, by default `corpus.jsonl_text_key`."""
+        return default if self.entry.text_key is None else self.entry.text_key
+
+    def options(self) -> dict[str, str]:
+        """What the manifest records besides the name: only what was asked for explicitly."""
+        asked = {"source": self.entry.name, "format": self.entry.format, "text_key": self.entry.text_key}
+        return {key: value for key, value in asked.items() if value is not None}
 
 
-@dataclass(frozen=True, kw_only=True)
-class RawDocument:
-    """A document's text and the bytes of the input that hold it (a .jsonl line without its newline)."""
-
-    text: str
-    offset: int
-    bytes: int
-
-
-def find_inputs(patterns: Sequence[str]) -> list[InputFile]:
-    """Expands files and globs, sorted by name; a file that matches twice counts once.
+def find_inputs(entries: Sequence[str | Mapping[str, str]], exclude: Sequence[str] = ()) -> list[InputFile]:
+    """Expand files and globs, sorted by name; a file that matches twice counts once.
 
     Args:
-        patterns: of `corpus.inputs`; relative ones start at the working folder, `**` crosses folders, and
+        entries: of `corpus.inputs`; relative paths start at the working folder, `**` crosses folders, and
             {python_stdlib} stands for the folder of Python's own library.
+        exclude: `corpus.exclude`: file names or globs, each of which must take away a file.
 
     Raises:
-        UsageError: a pattern matches no file, or names a folder.
+        UsageError: an entry matches no file or names a folder, an exclusion matches no input, two names are equal.
     """
-    if not patterns:
-        raise UsageError(f"corpus.inputs is empty; give at least one file or glob. {_NOTHING}")
-    by_identity: dict[str, str] = {}
-    for pattern in patterns:
-        for path in _expand(pattern):
+    if not entries:
+        raise UsageError(f"corpus.inputs is empty; give at least one file or glob. {NOTHING_WRITTEN}")
+    found: dict[str, tuple[str, InputEntry]] = {}  # real path -> shortest way to it and its entry
+    for entry in map(InputEntry.parse, entries):
+        for path in _expand(entry.path):
             absolute = os.path.abspath(path)  # noqa: PTH100 (resolve() would follow links and change names)
             identity = os.path.realpath(path)
-            by_identity[identity] = min(absolute, by_identity.get(identity, absolute))
-    paths = sorted(by_identity.values())
-    common = Path(os.path.commonpath([os.path.dirname(path) for path in paths]))  # noqa: PTH120
-    files = [InputFile(name=Path(path).relative_to(common).as_posix(), path=Path(path)) for path in paths]
+            known, other = found.get(identity, (absolute, entry))
+            if _reading(other) != _reading(entry):
+                raise UsageError(
+                    f"corpus.inputs takes {path} in twice, with different names, formats or text keys. "
+                    f"{NOTHING_WRITTEN}",
+                    hint="let each file match one entry",
+                )
+            found[identity] = min(absolute, known), other
+    _exclude(found, exclude)
+    return _named(list(found.values()))
+
+
+def companions(files: Sequence[InputFile]) -> list[str]:
+    """Warnings about inputs that are probably not meant as text, because a glob took them in."""
+    warnings = []
+    for file in files:
+        is_named = file.path.name == Path(file.entry.path).name
+        if _COMPANIONS.fullmatch(file.path.name) and not is_named:
+            warnings.append(f"{file.path} is part of the text; leave it out with corpus.exclude=['{file.path.name}']")
+        if file.suffix == ".json" and file.entry.format is None:
+            warnings.append(
+                f"{file.path} is taken as plain text, JSON syntax included; to take the text out of it, give "
+                f"{{path: {file.path}, format: json, text_key: KEY}}"
+            )
+    return warnings
+
+
+def _reading(entry: InputEntry) -> tuple[str | None, ...]:
+    return entry.name, entry.format, entry.text_key
+
+
+def _named(found: Sequence[tuple[str, InputEntry]]) -> list[InputFile]:
+    """Name the files and sort them by name."""
+    groups: dict[str | None, list[tuple[str, InputEntry]]] = {}
+    for path, entry in found:
+        groups.setdefault(entry.name, []).append((path, entry))
+    files = []
+    for name, members in groups.items():
+        common = Path(os.path.commonpath([os.path.dirname(path) for path, _ in members]))  # noqa: PTH120
+        prefix = "" if name is None else f"{name}/"
+        files += [
+            InputFile(name=f"{prefix}{Path(path).relative_to(common).as_posix()}", path=Path(path), entry=entry)
+            for path, entry in members
+        ]
+    files.sort(key=lambda file: file.name)
+    for file, following in itertools.pairwise(files):
+        if file.name == following.name:
+            raise UsageError(
+                f"corpus.inputs: {file.path} and {following.path} are both called {file.name!r}. {NOTHING_WRITTEN}",
+                hint="give one of the entries another name",
+            )
     for file in files:
         if any(0xD800 <= ord(letter) < 0xE000 for letter in file.name):  # how Python shows undecodable bytes
             raise UsageError(
-                f"corpus.inputs: the file name {file.name!r} is not UTF-8. {_NOTHING}", hint="rename the file"
+                f"corpus.inputs: the file name {file.name!r} is not UTF-8. {NOTHING_WRITTEN}", hint="rename the file"
             )
-    return sorted(files, key=lambda file: file.name)
+    return files
 
 
-def _expand(pattern: str) -> list[str]:
+def _exclude(found: dict[str, tuple[str, InputEntry]], patterns: Sequence[str]) -> None:
+    """Take excluded files away: a pattern without a slash is compared with file names, another one is a glob."""
+    for pattern in patterns:
+        if "/" in pattern:
+            taken = {os.path.realpath(path) for path in _matches(pattern)} & set(found)
+        else:
+            taken = {real for real, (path, _) in found.items() if fnmatch.fnmatchcase(Path(path).name, pattern)}
+        if not taken:
+            raise UsageError(
+                f"corpus.exclude: {pattern} matches no input. {NOTHING_WRITTEN}",
+                hint="a name or pattern without / is compared with file names, one with / is a path or glob",
+            )
+        for real in taken:
+            del found[real]
+    if not found:
+        raise UsageError(f"corpus.exclude leaves no input. {NOTHING_WRITTEN}", hint="exclude less")
+
+
+def _matches(pattern: str) -> list[str]:
     stdlib = sysconfig.get_paths()["stdlib"]
     literal = Path(pattern.replace(PYTHON_STDLIB, stdlib)).expanduser()
-    if literal.is_dir():
-        raise UsageError(
-            f"corpus.inputs names the folder {pattern}; allowed are files and globs. {_NOTHING}",
-            hint=f"take the text files in it with a glob, for example {pattern.rstrip('/')}/**/*.txt",
-        )
     if literal.is_file():
         return [str(literal)]
     expression = os.path.expanduser(pattern).replace(PYTHON_STDLIB, glob.escape(stdlib))  # noqa: PTH111
-    matches = [path for path in glob.glob(expression, recursive=True) if Path(path).is_file()]  # noqa: PTH207
+    return [path for path in glob.glob(expression, recursive=True) if Path(path).is_file()]  # noqa: PTH207
+
+
+def _expand(pattern: str) -> list[str]:
+    literal = Path(pattern.replace(PYTHON_STDLIB, sysconfig.get_paths()["stdlib"])).expanduser()
+    if literal.is_dir():
+        raise UsageError(
+            f"corpus.inputs names the folder {pattern}; allowed are files and globs. {NOTHING_WRITTEN}",
+            hint=f"take the text files in it with a glob, for example {pattern.rstrip('/')}/**/*.txt",
+        )
+    matches = _matches(pattern)
     if not matches:
         raise UsageError(
-            f"corpus.inputs: {pattern} matches no file. {_NOTHING}",
+            f"corpus.inputs: {pattern} matches no file. {NOTHING_WRITTEN}",
             hint="check the path; relative ones start at the working folder, and ** crosses folders",
         )
     return matches
-
-
-class InputReader:
-    """Reads one input's documents in order and hashes the whole file on the way.
-
-    Args:
-        file: the input.
-        jsonl_text_key: key of a .jsonl line that holds the text.
-        on_bytes: told how many bytes were read, for progress.
-    """
-
-    def __init__(
-        self, file: InputFile, jsonl_text_key: str, on_bytes: Callable[[int], None] = lambda count: None
-    ) -> None:
-        self._file = file
-        self._key = jsonl_text_key
-        self._on_bytes = on_bytes
-        self._sha256 = hashlib.sha256()
-        self.num_bytes = 0
-
-    @property
-    def sha256(self) -> str:
-        """Digest of the bytes read so far; of the whole file once `documents` is exhausted."""
-        return self._sha256.hexdigest()
-
-    def documents(self) -> Iterator[RawDocument]:
-        """The documents in file order; a .jsonl is read line by line, another file at once.
-
-        Raises:
-            DataIntegrityError: bytes that are not UTF-8, a line that is not JSON, lacks the key or holds no string.
-            UsageError: the file cannot be opened.
-        """
-        with reading(self._file.path):
-            if self._file.is_jsonl:
-                with self._file.path.open("rb") as lines:
-                    for number, line in enumerate(lines, start=1):
-                        offset = self.num_bytes
-                        self._count(line)
-                        raw = line.removesuffix(b"\n")
-                        if raw.strip():
-                            yield RawDocument(text=self._text_of_line(raw, number), offset=offset, bytes=len(raw))
-            else:
-                data = self._file.path.read_bytes()
-                self._count(data)
-                yield RawDocument(text=_decode(data, str(self._file.path), 0), offset=0, bytes=len(data))
-
-    def _count(self, data: bytes) -> None:
-        self._sha256.update(data)
-        self.num_bytes += len(data)
-        self._on_bytes(len(data))
-
-    def _text_of_line(self, raw: bytes, number: int) -> str:
-        where = f"{self._file.path}:{number}"
-        line = _decode(raw, where, 0)
-        try:
-            value: Any = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise _bad(f"{where}: not a JSON value ({error})") from error
-        if not isinstance(value, dict):
-            raise _bad(f"{where}: the line is not a JSON object")
-        if self._key not in value:
-            raise _bad(f"{where}: the object has no key {self._key!r} (corpus.jsonl_text_key)")
-        text = value[self._key]
-        if not isinstance(text, str):
-            raise _bad(f"{where}: the value of {self._key!r} is {type(text).__name__}, not a string")
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise _bad(f"{where}: the text holds half a surrogate pair at character {error.start}") from error
-        return text
-
-
-def _bad(what: str) -> DataIntegrityError:
-    return DataIntegrityError(f"{what}. {_NOTHING}", hint="repair the input or take it out of corpus.inputs")
-
-
-def _decode(data: bytes, where: str, start: int) -> str:
-    try:
-        return data.decode()
-    except UnicodeDecodeError as error:
-        byte = start + error.start
-        raise _bad(f"{where}: byte {byte} (0x{data[error.start]:02x}) is not UTF-8 text ({error.reason})") from error
-
-
-@contextmanager
-def reading(path: Path) -> Iterator[None]:
-    """Turns the failure to open an input into a UsageError; a failing disk stays an OSError.
-
-    Raises:
-        UsageError: the file is gone or may not be read.
-    """
-    try:
-        yield
-    except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
-        raise UsageError(
-            f"corpus.inputs: {path} cannot be read ({error.strerror}). {_NOTHING}",
-            hint="check that the file exists and that you may read it",
-        ) from error

@@ -12,6 +12,7 @@ of each split, and about 80 bytes a document are. `options` in the manifest are
 from __future__ import annotations
 
 import errno
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,9 +58,10 @@ class PrepareReport:
     vocab_size: int
     output_dir: str
     reused: bool
+    warnings: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, manifest: Manifest, target: Path, *, reused: bool) -> PrepareReport:
+    def of(cls, manifest: Manifest, target: Path, warnings: Sequence[str], *, reused: bool) -> PrepareReport:
         """The report of a corpus at `target`."""
         totals = manifest.content["totals"]
         return cls(
@@ -72,6 +74,7 @@ class PrepareReport:
             vocab_size=manifest.vocab_size,
             output_dir=str(target),
             reused=reused,
+            warnings=tuple(warnings),
         )
 
 
@@ -88,7 +91,7 @@ def build(config: CorpusConfig, progress: Progress = lambda phase, done, total: 
         StorageError: the disk refused; nothing was published.
     """
     special = _special_tokens(config.tokenizer)
-    files = find_inputs(config.inputs)
+    files = find_inputs(config.inputs, config.exclude)
     target = Path(config.output_dir).expanduser().resolve()
     with storage_errors(f"preparing {target}"):
         _refuse_foreign(target)
@@ -102,15 +105,15 @@ def build(config: CorpusConfig, progress: Progress = lambda phase, done, total: 
         plan = _plan(config, scanned)
         manifest = _existing(target, plan)
         if manifest is not None:
-            return PrepareReport.of(manifest, target, reused=True)
+            return PrepareReport.of(manifest, target, scanned.warnings, reused=True)
         with exclusive(target):
             manifest = _existing(target, plan)  # somebody may have finished it since
             if manifest is not None:
-                return PrepareReport.of(manifest, target, reused=True)
+                return PrepareReport.of(manifest, target, scanned.warnings, reused=True)
             with folder_being_built(target) as folder:
                 job = _Job(config=config, plan=plan, scanned=scanned, loaded=loaded, progress=progress)
                 manifest = _fill(folder, job)
-    return PrepareReport.of(manifest, target, reused=False)
+    return PrepareReport.of(manifest, target, scanned.warnings, reused=False)
 
 
 def _special_tokens(config: TokenizerConfig) -> SpecialTokens:
@@ -155,6 +158,7 @@ def _plan(config: CorpusConfig, scanned: ScannedCorpus) -> dict[str, Any]:
         },
         "inputs": [
             {"name": each.file.name, "sha256": each.sha256, "bytes": each.bytes, "documents": each.documents}
+            | each.file.options()
             for each in scanned.inputs
         ],
     }

@@ -32,6 +32,13 @@ def _printable(path: Path) -> str:
     return os.fsencode(path).decode(errors="replace")
 
 
+def _stated(file: InputFile) -> dict[str, str]:
+    """Licence, origin and version of an input's own entry, those that were given."""
+    entry = file.entry
+    stated = {"source": entry.name, "licence": entry.licence, "origin": entry.origin, "version": entry.version}
+    return {key: value for key, value in stated.items() if value is not None}
+
+
 def provenance(config: CorpusConfig, files: Sequence[InputFile], corpus_id: str) -> bytes:
     """The bytes of provenance.json: origin, licence, paths, code and library versions, time, and the corpus id.
 
@@ -49,7 +56,8 @@ def provenance(config: CorpusConfig, files: Sequence[InputFile], corpus_id: str)
         "origin": config.origin,
         "licence": config.licence,
         "inputs": list(config.inputs),
-        "files": [{"name": file.name, "path": _printable(file.path)} for file in files],
+        "exclude": list(config.exclude),
+        "files": [{"name": file.name, "path": _printable(file.path)} | _stated(file) for file in files],
         "tokenizer_path": config.tokenizer.path,
         "code": {"megamask": package_version("megamask"), "python": platform.python_version()},
         "libraries": {name: package_version(name) for name in _LIBRARIES},

@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from megamask.data.corpus.documents import DocumentList
-from megamask.data.corpus.inputs import InputFile, InputReader, reading
+from megamask.data.corpus.inputs import InputFile, companions
+from megamask.data.corpus.read_input import InputReader, reading
 from megamask.data.corpus.splits import TRAIN, choose_validation
 from megamask.errors import DataIntegrityError, UsageError
 
@@ -23,6 +24,30 @@ class ScannedInput:
     sha256: str
     bytes: int
     documents: int
+
+
+@dataclass
+class TextNotes:
+    """Counts of what is unusual in the documents of one input; nothing of it is changed or left out."""
+
+    empty: int = 0
+    with_nul: int = 0
+    with_replacement: int = 0
+
+    def add(self, text: str) -> None:
+        """Count one document."""
+        self.empty += not text
+        self.with_nul += "\0" in text
+        self.with_replacement += "\ufffd" in text
+
+    def warnings(self, file: InputFile) -> list[str]:
+        """One sentence for each kind that occurs."""
+        kinds = (
+            (self.empty, "empty; each becomes one end-of-document token"),
+            (self.with_nul, "with NUL characters, which are kept"),
+            (self.with_replacement, "with U+FFFD, the sign of an earlier decoding error, which is kept"),
+        )
+        return [f"{file.path}: {count} document(s) {what}" for count, what in kinds if count]
 
 
 class Counter:
@@ -54,11 +79,15 @@ class ScannedCorpus:
         inputs: in document order.
         documents: of all inputs; splits are chosen.
         jsonl_text_key: key of a .jsonl line that holds the text.
+        warnings: sentences about inputs and texts that are probably not as they were meant.
     """
 
-    def __init__(self, inputs: list[ScannedInput], documents: DocumentList, jsonl_text_key: str) -> None:
+    def __init__(
+        self, inputs: list[ScannedInput], documents: DocumentList, jsonl_text_key: str, warnings: list[str]
+    ) -> None:
         self.inputs = inputs
         self.documents = documents
+        self.warnings = warnings
         self._jsonl_text_key = jsonl_text_key
 
     @property
@@ -124,23 +153,26 @@ def scan(files: list[InputFile], *, jsonl_text_key: str, validation_fraction: st
         with reading(file.path):
             total += file.path.stat().st_size
     count = Counter(progress, "reading the inputs", total)
+    warnings = companions(files)
     for place, file in enumerate(files):
-        reader = InputReader(file, jsonl_text_key, count)
+        reader, notes = InputReader(file, jsonl_text_key, count), TextNotes()
         first = len(documents)
         for document in reader.documents():
+            notes.add(document.text)
             documents.append(
                 input_index=place, offset=document.offset, num_bytes=document.bytes, text=document.text.encode()
             )
         inputs.append(
             ScannedInput(file=file, sha256=reader.sha256, bytes=reader.num_bytes, documents=len(documents) - first)
         )
+        warnings += notes.warnings(file)
     if sum(documents.text_bytes) == 0:
         raise UsageError(
             f"the corpus is empty: {len(files)} input file(s) hold no text at all. Nothing was written.",
             hint="check corpus.inputs",
         )
     documents.is_validation = choose_validation(documents.split_hashes(), validation_fraction)
-    return ScannedCorpus(inputs, documents, jsonl_text_key)
+    return ScannedCorpus(inputs, documents, jsonl_text_key, warnings)
 
 
 def _changed(file: InputFile) -> DataIntegrityError:
