@@ -24,9 +24,10 @@ from bench_support import Report, alternate, benchmark_parser, ratio, spread
 from megamask.config.load import load_train_config
 from megamask.storage.hashing import sha256_bytes
 from megamask.tracking.console import Console
-from megamask.tracking.journal import ROTATE_BYTES, Journal, read_journal
-from megamask.tracking.journal_reader import CHAIN_START, chain_problem, journal_files, read_lines
-from megamask.tracking.journal_seek import find_step, last_step
+from megamask.tracking.journal.chain import CHAIN_START, chain_problem
+from megamask.tracking.journal.lines import journal_files, read_journal, read_lines
+from megamask.tracking.journal.seek import find_step, last_step
+from megamask.tracking.journal.writer import ROTATE_BYTES, Journal
 
 ROOT = Path(__file__).parents[1]
 TIME = "2026-01-01T00:00:00.000000Z"

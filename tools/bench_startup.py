@@ -22,7 +22,7 @@ from typing import Any
 
 from bench_support import Report, alternate, benchmark_parser, ratio, spread
 
-from megamask.tracking.journal_reader import read_journal
+from megamask.tracking.journal.lines import read_journal
 from megamask_pipelines.cli.main import VERBS
 
 ROOT = Path(__file__).parents[1]

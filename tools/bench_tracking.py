@@ -26,7 +26,7 @@ from pathlib import Path
 
 from bench_support import Report, alternate, benchmark_parser, ratio, spread
 
-from megamask.tracking.journal_reader import read_journal
+from megamask.tracking.journal.lines import read_journal
 
 ROOT = Path(__file__).parents[1]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}

@@ -13,7 +13,7 @@ from typing import Any
 
 from bench_support import Report, alternate, ratio, spread
 
-from megamask.tracking.journal_reader import read_journal
+from megamask.tracking.journal.lines import read_journal
 
 ROOT = Path(__file__).parents[1]
 SETTINGS = {

@@ -14,9 +14,9 @@ from megamask.runs.claims import claimed_attempts, has_died
 from megamask.runs.configs import newest_config
 from megamask.runs.record import read_run
 from megamask.runs.status import read_status
-from megamask.tracking.mlflow_points import RunStatus, status_after_exit
-from megamask.tracking.mlflow_store import URI_KEY, check_uri, place_of, shown_uri
-from megamask.tracking.mlflow_sync import complete
+from megamask.tracking.mlflow.points import RunStatus, status_after_exit
+from megamask.tracking.mlflow.store import URI_KEY, check_uri, place_of, shown_uri
+from megamask.tracking.mlflow.sync import complete
 
 _NOTHING_SENT = "Nothing was sent."
 

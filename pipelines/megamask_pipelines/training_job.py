@@ -20,7 +20,7 @@ from megamask.runs.layout import record_path, run_path
 from megamask.runs.rank_files import write_rank_failure
 from megamask.runs.record import read_run
 from megamask.runs.status import Status, read_status, write_status
-from megamask.tracking.journal_seek import find_step, last_step
+from megamask.tracking.journal.seek import find_step, last_step
 from megamask.training.resuming import is_complete
 from megamask.training.stopping import StopReason
 

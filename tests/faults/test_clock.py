@@ -15,8 +15,10 @@ from megamask.checkpoint.reader import candidates
 from megamask.checkpoint.retention import prune, sweep
 from megamask.runs import status as status_room
 from megamask.runs.status import Status, read_status, write_status
-from megamask.tracking import journal as journal_room
-from megamask.tracking.journal import Journal, read_journal, steps, verify_chain
+from megamask.tracking.journal import writer as journal_room
+from megamask.tracking.journal.chain import verify_chain
+from megamask.tracking.journal.lines import read_journal, steps
+from megamask.tracking.journal.writer import Journal
 from megamask.training.metrics import PhaseClock
 from support.command import ROOT
 from support.saving import save_once

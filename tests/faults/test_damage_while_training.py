@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megamask.tracking.journal_reader import verify_chain
+from megamask.tracking.journal.chain import verify_chain
 from support.command import checkpoints, journal, megamask, step_lines, tiny
 from support.records import flip_byte
 

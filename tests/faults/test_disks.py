@@ -20,7 +20,7 @@ import pytest
 from megamask.config.schema.data import DataConfig
 from megamask.data.loader import Loader
 from megamask.errors import StorageError
-from megamask.tracking.journal_reader import verify_chain
+from megamask.tracking.journal.chain import verify_chain
 from megamask_pipelines.cli import main as cli
 from support.command import ROOT, Result, checkpoints, command, environment, journal, step_lines, tiny
 from support.tiny_run import write_corpus

@@ -26,7 +26,7 @@ from megamask.runs.configs import store_attempt_config
 from megamask.runs.laws import LAWS
 from megamask.runs.record import open_run
 from megamask.storage.hashing import hash_of, key_of
-from megamask.tracking.journal import Journal
+from megamask.tracking.journal.writer import Journal
 from megamask_pipelines.cli import inspect as cli
 from support.order_oracle import draw_rows, philox4x32_10
 from support.records import edit_run_record

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from megamask.data.manifest import Manifest
-from megamask.tracking.journal import verify_chain
-from megamask.tracking.journal_reader import journal_files
-from megamask.tracking.journal_seek import find_step
+from megamask.tracking.journal.chain import verify_chain
+from megamask.tracking.journal.lines import journal_files
+from megamask.tracking.journal.seek import find_step
 from support.command import checkpoints, journal, tiny
 from support.process_watch import Sample, between, train_watched
 from support.tiny_run import write_corpus

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from megamask.audit import history as run_history
 from megamask.runs.claims import claim
 from megamask.runs.rank_files import write_rank_failure
 from megamask.runs.status import Status, write_status
-from megamask.tracking.journal import Journal
+from megamask.tracking.journal import lines as journal_lines
+from megamask.tracking.journal.writer import Journal
 from megamask_pipelines.cli.main import main
 from megamask_pipelines.cli.status import duration
 from support.tiny_run import write_corpus
@@ -257,14 +257,14 @@ def test_long_journal_is_read_at_its_ends_only(run_dir, capsys, monkeypatch):
         for step in range(1, num_steps + 1):
             file.write(line_of(step, "step", start + timedelta(seconds=2 * step), step=step, loss=1.5, pad="x" * 500))
     looked_at = 0
-    parse = run_history.parse
+    parse = journal_lines.parse
 
     def counted(data):
         nonlocal looked_at
         looked_at += 1
         return parse(data)
 
-    monkeypatch.setattr(run_history, "parse", counted)
+    monkeypatch.setattr(journal_lines, "parse", counted)
     answer = status(run_dir, capsys)
     assert 0 < looked_at < 500
     [attempt] = answer["attempts"]

@@ -14,7 +14,7 @@ import pytest
 
 from megamask.runs.claims import claim
 from megamask.runs.status import Status, write_status
-from megamask.tracking.journal import Journal
+from megamask.tracking.journal.writer import Journal
 from megamask_pipelines.cli.main import main
 from support.command import TINY, journal, megamask, start, tiny
 from support.mlflow_server import Proxy, Server, assert_whole, client, free_port, stored_run, wait_until

@@ -286,7 +286,7 @@ def test_dependencies_in_the_architecture_are_those_of_the_package() -> None:
 
 
 def test_journal_kinds_in_the_formats_are_those_of_the_program() -> None:
-    from megamask.tracking.journal import KINDS
+    from megamask.tracking.journal.writer import KINDS
 
     written = re.findall(r"^\| `(\w+)` \|", section(ROOT / "docs" / "formats.md", "Journal"), flags=re.M)
     assert set(written[written.index("run_started") : written.index("run_completed") + 1]) == KINDS

@@ -20,7 +20,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-from megamask.tracking.journal_reader import read_journal
+from megamask.tracking.journal.lines import read_journal
 
 _STARTS = 3
 _START_TIMEOUT_S = 180.0

@@ -9,7 +9,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from megamask.tracking.journal_seek import last_step
+from megamask.tracking.journal.seek import last_step
 from support.command import command, environment
 
 

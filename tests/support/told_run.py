@@ -21,7 +21,7 @@ from megamask.runs.claims import claim
 from megamask.runs.configs import store_attempt_config
 from megamask.runs.record import RunRecord, open_run
 from megamask.runs.status import Status, write_status
-from megamask.tracking.journal import Journal
+from megamask.tracking.journal.writer import Journal
 from megamask.training.batch_size import batch_size_at, consumed_before
 from megamask.training.checkpointing import commit_record
 from support.thread_world import ThreadWorld

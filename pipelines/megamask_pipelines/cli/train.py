@@ -34,7 +34,7 @@ def _train(arguments: argparse.Namespace, signals: StopRequest) -> dict[str, Any
     from megamask.config.validate import validate_train
     from megamask.launch.local import is_launched, leave_report
     from megamask.provenance.redaction import redacted, tell_references
-    from megamask.tracking.mlflow_store import URI_KEY, check_uri
+    from megamask.tracking.mlflow.store import URI_KEY, check_uri
     from megamask_pipelines.training_job import run_training
 
     try:

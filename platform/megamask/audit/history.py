@@ -6,7 +6,7 @@ ended; claims and rank files tell of those that could not say it themselves.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from itertools import groupby, pairwise
@@ -21,7 +21,7 @@ from megamask.resilience.exit_codes import combine
 from megamask.runs.claims import claimed_attempts, is_live, read_claim
 from megamask.runs.rank_files import read_rank_failures
 from megamask.runs.status import Status
-from megamask.tracking.journal_reader import JournalFile, Record, journal_files, parse
+from megamask.tracking.journal.lines import JournalFile, Record, Span, journal_files
 
 _HEAD_BYTES = 1 << 15
 _FIRST_TAIL_BYTES = 1 << 16
@@ -125,36 +125,21 @@ class _Read:
 
 
 def _read(files: Sequence[JournalFile]) -> _Read:
-    """Its first lines, and at its end as many as it takes to meet a step."""
-    sizes = [file.path.stat().st_size for file in files]
-    total, budget = sum(sizes), _FIRST_TAIL_BYTES
+    """Read the first lines of an attempt, and at its end as many as it takes to meet a step."""
+    span, budget = Span(files), _FIRST_TAIL_BYTES
+    total = span.num_bytes
     while True:
         if total <= budget + _HEAD_BYTES:
-            return _Read(records=list(_records(files, sizes, 0, total)), is_whole=True)
-        end = list(_records(files, sizes, total - budget, total))
+            return _Read(records=_records(span, 0, total), is_whole=True)
+        end = _records(span, total - budget, total)
         if any(_step_of(record, "step") is not None for record in end) or budget >= _LAST_TAIL_BYTES:
             break
         budget *= 8
-    return _Read(records=[*_records(files, sizes, 0, _HEAD_BYTES), *end], is_whole=False)
+    return _Read(records=[*_records(span, 0, _HEAD_BYTES), *end], is_whole=False)
 
 
-def _records(files: Sequence[JournalFile], sizes: Sequence[int], begin: int, end: int) -> Iterator[Record]:
-    """The whole records of lines that lie in [begin, end) of the files laid end to end."""
-    first = 0
-    for file, size in zip(files, sizes, strict=True):
-        low, high = max(begin - first, 0), min(end - first, size)
-        first += size
-        if low >= high:
-            continue
-        with file.path.open("rb") as stream:
-            stream.seek(max(0, low - 1))
-            if low > 0:
-                stream.readline()  # to the end of the line that holds the byte before
-            data = stream.read(max(0, high - stream.tell()))
-        for line in data.split(b"\n"):
-            record = parse(line) if line else None  # the last piece may be cut off: then it is no record
-            if record is not None:
-                yield record
+def _records(span: Span, begin: int, end: int) -> list[Record]:
+    return [record for _, line in span.lines(begin, end) if (record := line.record()) is not None]
 
 
 def _pace(steps: Sequence[Record]) -> float | None:

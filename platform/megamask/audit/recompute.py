@@ -27,7 +27,7 @@ from megamask.errors import CheckpointIntegrityError, DataIntegrityError, UsageE
 from megamask.runs.configs import attempt_configs
 from megamask.runs.layout import configs_folder
 from megamask.runs.record import read_run
-from megamask.tracking.journal_seek import find_step
+from megamask.tracking.journal.seek import find_step
 from megamask.training.batch_size import batch_size_at, consumed_before
 
 _COMPARED = ("batch_digest", "content_digest", "masked_tokens")

@@ -27,7 +27,8 @@ from megamask.runs.rank_files import read_rank_failures
 from megamask.runs.record import RunRecord, read_run
 from megamask.runs.status import read_status
 from megamask.storage.hashing import sha256_bytes
-from megamask.tracking.journal_reader import journal_files, overtaken, read_lines, verify_chain
+from megamask.tracking.journal.chain import overtaken, verify_chain
+from megamask.tracking.journal.lines import journal_files, read_lines
 
 _SHOWN_FINDINGS = 200
 

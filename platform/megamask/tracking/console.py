@@ -12,7 +12,7 @@ import time
 from typing import TYPE_CHECKING, Any, TextIO
 
 from megamask.config.schema.roots import TrainConfig
-from megamask.tracking.journal_reader import Record
+from megamask.tracking.journal.lines import Record
 
 if TYPE_CHECKING:
     from rich.live import Live

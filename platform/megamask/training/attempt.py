@@ -20,8 +20,8 @@ from megamask.runs.rank_files import write_rank_failure
 from megamask.runs.record import RunRecord
 from megamask.runs.status import Phase, Status, write_status
 from megamask.tracking.console import Console
-from megamask.tracking.journal import Journal
-from megamask.tracking.mlflow_sink import MLflowSink
+from megamask.tracking.journal.writer import Journal
+from megamask.tracking.mlflow.sink import MLflowSink
 from megamask.training.batch_size import consumed_before
 from megamask.training.progress import Progress
 from megamask.training.resuming import last_attempt_of

@@ -20,7 +20,7 @@ from megamask.config.schema.checkpoint import CheckpointConfig
 from megamask.errors import MegamaskError, SupersededError
 from megamask.provenance.redaction import reason_of
 from megamask.runs.layout import CHECKPOINTS
-from megamask.tracking.journal_reader import tail
+from megamask.tracking.journal.lines import tail
 from megamask.training.attempt import AttemptView
 from megamask.training.progress import Progress
 

@@ -18,7 +18,7 @@ from megamask.runs.layout import checkpoints_folder, record_path
 from megamask.runs.record import RunRecord, read_run
 from megamask.runs.status import read_status
 from megamask.storage.durable import storage_errors
-from megamask.tracking.journal_reader import journal_files
+from megamask.tracking.journal.lines import journal_files
 
 
 def last_attempt_of(run_dir: Path) -> int:

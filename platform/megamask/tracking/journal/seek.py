@@ -6,13 +6,13 @@ decides where to go on only if the line after it holds its hash: a changed numbe
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 
 from megamask.storage.hashing import sha256_bytes
-from megamask.tracking.journal_reader import JournalFile, Line, Record, journal_files, parse, tail
+from megamask.tracking.journal.lines import Line, Record, Span, journal_files, parse, tail
 
 _SCAN_BYTES = 2**13  # a range this small is read line by line
 _BUFFER_BYTES = 2**12
@@ -26,7 +26,7 @@ def find_step(run_dir: Path, step: int) -> Record | None:
     """
     attempts = [list(files) for _, files in groupby(journal_files(run_dir), key=lambda file: file.attempt)]
     for files in reversed(attempts):
-        found = _find_in_attempt(_Span(files), step)
+        found = _find_in_attempt(Span(files, buffering=_BUFFER_BYTES), step)
         if found is not None:
             return found
     return None
@@ -45,7 +45,7 @@ def last_step(run_dir: Path) -> Record | None:
         budget *= 8
 
 
-def _find_in_attempt(span: _Span, step: int) -> Record | None:
+def _find_in_attempt(span: Span, step: int) -> Record | None:
     """Bisects; lines that begin in [low, high) may be the one that is sought, those before are of earlier steps."""
     low, high = 0, span.num_bytes
     unconfirmed: Record | None = None
@@ -55,7 +55,7 @@ def _find_in_attempt(span: _Span, step: int) -> Record | None:
         is_short = high - low <= _SCAN_BYTES
         middle = low if is_short else ends.pop() if ends else (low + high) // 2
         pivot: _Seen | None = None
-        for seen in span.lines(middle, high):
+        for seen in _seen_lines(span, middle, high):
             if seen.step == step:
                 if seen.is_confirmed:
                     return seen.record
@@ -92,46 +92,17 @@ class _Seen:
         return _step_of(self.record)
 
 
-class _Span:
-    """The files of one attempt as one range of bytes, in which no line goes from one file into the next."""
-
-    def __init__(self, files: Sequence[JournalFile]) -> None:
-        self._files = files
-        self._begins = [0]
-        for file in files:
-            self._begins.append(self._begins[-1] + file.path.stat().st_size)
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of all files, as they were when the span was made."""
-        return self._begins[-1]
-
-    def lines(self, begin: int, end: int) -> Iterator[_Seen]:
-        """The lines that begin in [begin, end), in order; reads little more than what is taken."""
-        current: tuple[int, Line] | None = None
-        for place, line in self._raw(begin):
-            if current is not None:
-                yield _seen(*current, line)
-            if place >= end:
-                return
-            current = place, line
+def _seen_lines(span: Span, begin: int, end: int) -> Iterator[_Seen]:
+    """Yield the lines that begin in [begin, end), each together with whether the line after it confirms it."""
+    current: tuple[int, Line] | None = None
+    for place, line in span.lines(begin):
         if current is not None:
-            yield _seen(*current, None)
-
-    def _raw(self, begin: int) -> Iterator[tuple[int, Line]]:
-        """(place in the span, line) of every line that begins at or after a place."""
-        for file, first, last in zip(self._files, self._begins[:-1], self._begins[1:], strict=True):
-            if last <= begin:
-                continue
-            with file.path.open("rb", buffering=_BUFFER_BYTES) as stream:
-                if begin > first:
-                    stream.seek(begin - first - 1)
-                    stream.readline()  # to the end of the line that holds the byte before
-                offset = stream.tell()
-                for data in stream:
-                    is_torn = not data.endswith(b"\n")
-                    yield first + offset, Line(file=file, offset=offset, data=data.removesuffix(b"\n"), is_torn=is_torn)
-                    offset += len(data)
+            yield _seen(*current, line)
+        if place >= end:
+            return
+        current = place, line
+    if current is not None:
+        yield _seen(*current, None)
 
 
 def _seen(place: int, line: Line, following: Line | None) -> _Seen:

@@ -6,18 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from megamask.tracking import journal as journal_module
-from megamask.tracking.journal import Journal
-from megamask.tracking.journal_reader import (
-    journal_files,
-    line_number,
-    overtaken,
-    read_journal,
-    steps,
-    tail,
-    verify_chain,
-)
-from megamask.tracking.journal_seek import find_step
+from megamask.tracking.journal import writer as journal_module
+from megamask.tracking.journal.chain import overtaken, verify_chain
+from megamask.tracking.journal.lines import journal_files, line_number, read_journal, steps, tail
+from megamask.tracking.journal.seek import find_step
+from megamask.tracking.journal.writer import Journal
 
 
 @pytest.fixture

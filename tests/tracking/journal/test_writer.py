@@ -17,8 +17,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megamask.errors import StorageError, SupersededError
-from megamask.tracking import journal as journal_module
-from megamask.tracking.journal import KINDS, Journal, plain, read_journal, verify_chain
+from megamask.tracking.journal import writer as journal_module
+from megamask.tracking.journal.chain import verify_chain
+from megamask.tracking.journal.lines import read_journal
+from megamask.tracking.journal.writer import KINDS, Journal, plain
 
 
 def file_of(run_dir: Path, attempt: int = 1, rotation: int = 0) -> Path:
@@ -233,7 +235,7 @@ def test_full_disk_leaves_no_torn_line_and_the_next_attempt_continues(tmp_path: 
 import os, resource, sys
 from pathlib import Path
 from megamask.errors import StorageError
-from megamask.tracking.journal import Journal
+from megamask.tracking.journal.writer import Journal
 journal = Journal.open(Path({str(tmp_path)!r}), 1)
 journal.append("step", step=1)
 size = Path({str(file_of(tmp_path))!r}).stat().st_size

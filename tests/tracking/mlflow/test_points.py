@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from megamask.tracking.mlflow_points import _STEP_METRICS, Memory, Point, milliseconds, update_of
+from megamask.tracking.mlflow.points import _STEP_METRICS, Memory, Point, milliseconds, update_of
 
 TIME = "2026-03-01T12:00:00.250999Z"
 TIME_MS = 1772366400250

@@ -11,13 +11,13 @@ from typing import TypeVar
 
 from megamask.config.schema.tracking import MLflowConfig
 from megamask.errors import StorageError
-from megamask.tracking.journal_reader import read_journal
-from megamask.tracking.mlflow_client import is_refusal
-from megamask.tracking.mlflow_points import RunStatus, milliseconds
-from megamask.tracking.mlflow_session import Session
-from megamask.tracking.mlflow_sink import outage_text
-from megamask.tracking.mlflow_state import BusyError
-from megamask.tracking.mlflow_store import place_of, prepare_environment, shown_uri
+from megamask.tracking.journal.lines import read_journal
+from megamask.tracking.mlflow.client import is_refusal
+from megamask.tracking.mlflow.points import RunStatus, milliseconds
+from megamask.tracking.mlflow.session import Session
+from megamask.tracking.mlflow.sink import outage_text
+from megamask.tracking.mlflow.state import BusyError
+from megamask.tracking.mlflow.store import place_of, prepare_environment, shown_uri
 
 # Nobody waits but the person who asked: a slow server gets more time than during training.
 _REQUEST_TIMEOUT_S = 30

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, NamedTuple
 
-from megamask.tracking.journal_reader import Record
+from megamask.tracking.journal.lines import Record
 
 # MLflow refuses a longer digest of a dataset; the whole corpus id stands in the profile and in a tag.
 DATASET_DIGEST_CHARACTERS = 36

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from megamask.runs.layout import mlflow_state_path
-from megamask.tracking.journal_tail import Position
-from megamask.tracking.mlflow_points import Memory
-from megamask.tracking.mlflow_state import SinkState, load_state, save_state
+from megamask.tracking.journal.tail import Position
+from megamask.tracking.mlflow.points import Memory
+from megamask.tracking.mlflow.state import SinkState, load_state, save_state
 
 
 def test_state_reads_back_what_was_saved(tmp_path: Path) -> None:

@@ -14,12 +14,12 @@ import pytest
 
 from megamask.config.schema.tracking import MLflowConfig
 from megamask.runs.layout import mlflow_state_path
-from megamask.tracking import mlflow_sink
-from megamask.tracking.journal import Journal
-from megamask.tracking.mlflow_session import Session
-from megamask.tracking.mlflow_sink import MLflowSink
-from megamask.tracking.mlflow_state import load_state
-from megamask.tracking.mlflow_store import environment
+from megamask.tracking.journal.writer import Journal
+from megamask.tracking.mlflow import sink as mlflow_sink
+from megamask.tracking.mlflow.session import Session
+from megamask.tracking.mlflow.sink import MLflowSink
+from megamask.tracking.mlflow.state import load_state
+from megamask.tracking.mlflow.store import environment
 
 DRAIN_S = 240.0
 
@@ -258,7 +258,7 @@ def test_runs_that_start_at_once_share_a_fresh_store(tmp_path: Path) -> None:
 import sys
 from pathlib import Path
 from megamask.config.schema.tracking import MLflowConfig
-from megamask.tracking.mlflow_sink import MLflowSink
+from megamask.tracking.mlflow.sink import MLflowSink
 sink = MLflowSink(Path(sys.argv[1]), MLflowConfig(), on_incident=print)
 sink.start()
 print(sink.drain(120))

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from pathlib import Path
 
-from megamask.tracking.journal_reader import JournalFile, Record, journal_files, parse
+from megamask.tracking.journal.lines import JournalFile, Line, Record, journal_files, lines_between
 
 _READ_BYTES = 2**20
 
@@ -39,20 +40,15 @@ def read_new(run_dir: Path, position: Position, *, max_bytes: int = _READ_BYTES)
         if not files:
             return [], position
         index, position = 0, Position(file=files[0].path.name)
-    data = _complete_lines(files[index], position.offset, max_bytes)
-    if not data and index + 1 < len(files):
+    lines = _complete_lines(files[index], position.offset, max_bytes)
+    if not lines and index + 1 < len(files):
         index, position = index + 1, Position(file=files[index + 1].path.name)
-        data = _complete_lines(files[index], 0, max_bytes)
-    records = [record for record in map(parse, data.splitlines()) if record is not None]
-    return records, Position(file=files[index].path.name, offset=position.offset + len(data))
+        lines = _complete_lines(files[index], 0, max_bytes)
+    records = [record for line in lines if (record := line.record()) is not None]
+    offset = lines[-1].offset + len(lines[-1].data) + 1 if lines else position.offset
+    return records, Position(file=files[index].path.name, offset=offset)
 
 
-def _complete_lines(file: JournalFile, offset: int, max_bytes: int) -> bytes:
-    with file.path.open("rb") as stream:
-        stream.seek(offset)
-        data = stream.read(max_bytes)
-        end = data.rfind(b"\n") + 1
-        while end == 0 and (more := stream.read(max_bytes)):  # one line longer than a piece
-            data += more
-            end = data.rfind(b"\n") + 1
-    return data[:end]
+def _complete_lines(file: JournalFile, offset: int, max_bytes: int) -> list[Line]:
+    lines = lines_between(file, offset, offset + max_bytes)
+    return list(itertools.takewhile(lambda line: not line.is_torn, lines))

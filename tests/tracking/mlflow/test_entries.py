@@ -2,8 +2,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from megamask.tracking.mlflow_entries import Point, checkpoint_of, datasets_of, preview_of
-from megamask.tracking.mlflow_points import Memory, update_of
+from megamask.tracking.mlflow.entries import Point, checkpoint_of, datasets_of, preview_of
+from megamask.tracking.mlflow.points import Memory, update_of
 
 TIME = "2026-03-01T12:00:00.250999Z"
 TIME_MS = 1772366400250

@@ -1,57 +1,26 @@
-"""Reading a journal: its files in order, its lines, its tail, and whether its chain of hashes holds.
-
-Nothing here writes, and nothing here stops at a damaged line: training and every reader go on with what is whole.
-"""
+"""The chain of hashes over a journal: whether it holds, and where one attempt took over from another."""
 
 from __future__ import annotations
 
-import json
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Any
 
-from megamask.runs.layout import journal_folder
 from megamask.storage.hashing import sha256_bytes
+from megamask.tracking.journal.lines import (
+    JournalFile,
+    Line,
+    Record,
+    journal_files,
+    line_number,
+    lines_between,
+    read_lines,
+)
 
 CHAIN_START = "0" * 64
 DAMAGE_INCIDENT = "journal_damaged"
 _LAST_LINES_BYTES = 2**16
-_FILE_NAME = re.compile(r"attempt-(\d{4,})-(\d{3,})\.jsonl")
-
-Record = dict[str, Any]
-
-
-@dataclass(frozen=True, order=True, kw_only=True)
-class JournalFile:
-    """One file of a journal; sorting gives the order in which the files were written."""
-
-    attempt: int
-    rotation: int
-    path: Path
-
-
-@dataclass(frozen=True, kw_only=True)
-class Line:
-    """One line of a journal file.
-
-    Args:
-        file: where it stands.
-        offset: bytes before it in the file.
-        data: its bytes without the newline.
-        is_torn: the newline is missing, so a writer died (or is) in the middle of it.
-    """
-
-    file: JournalFile
-    offset: int
-    data: bytes
-    is_torn: bool = False
-
-    def record(self) -> Record | None:
-        """The record on this line, or None if the line is torn or damaged."""
-        return None if self.is_torn else parse(self.data)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,106 +33,6 @@ class Finding:
 
     def __str__(self) -> str:
         return f"{self.file}, line {self.line}: {self.problem}"
-
-
-def journal_files(run_dir: Path) -> list[JournalFile]:
-    """All files of a run's journal, oldest first; empty when nothing was journalled."""
-    folder = journal_folder(run_dir)
-    if not folder.is_dir():
-        return []
-    matches = ((entry, _FILE_NAME.fullmatch(entry.name)) for entry in folder.iterdir())
-    return sorted(
-        JournalFile(attempt=int(match[1]), rotation=int(match[2]), path=entry) for entry, match in matches if match
-    )
-
-
-def parse(data: bytes) -> Record | None:
-    """The record in a line's bytes, or None if they are not one (damage)."""
-    try:
-        record = json.loads(data)
-    except (ValueError, RecursionError):  # not JSON, not UTF-8, nested without end
-        return None
-    if not isinstance(record, dict):
-        return None
-    is_whole = isinstance(record.get("seq"), int) and all(
-        isinstance(record.get(name), str) for name in ("time", "kind", "prev")
-    )
-    return record if is_whole else None
-
-
-def _lines_of(file: JournalFile) -> Iterator[Line]:
-    offset = 0
-    with file.path.open("rb") as stream:
-        for data in stream:
-            is_torn = not data.endswith(b"\n")
-            yield Line(file=file, offset=offset, data=data.removesuffix(b"\n"), is_torn=is_torn)
-            offset += len(data)
-
-
-def read_lines(run_dir: Path) -> Iterator[Line]:
-    """Every line of a run's journal in the order of writing, damaged and torn ones included."""
-    for file in journal_files(run_dir):
-        yield from _lines_of(file)
-
-
-def read_journal(run_dir: Path) -> Iterator[Record]:
-    """Every whole record of a run's journal, over files and attempts, in order; damaged lines are left out."""
-    for line in read_lines(run_dir):
-        record = line.record()
-        if record is not None:
-            yield record
-
-
-def steps(run_dir: Path) -> dict[int, Record]:
-    """The step records of a run by step, ascending; for a repeated step the highest attempt holds."""
-    found: dict[int, Record] = {}
-    for record in read_journal(run_dir):
-        if record["kind"] == "step" and isinstance(record.get("step"), int):
-            found[record["step"]] = record
-    return dict(sorted(found.items()))
-
-
-def tail(run_dir: Path, max_bytes: int) -> list[Line]:
-    """The last lines of a journal, oldest first, reading no more than `max_bytes` from the ends of its files.
-
-    At least the last line is whole, whatever its length: where the budget cuts a file's only line, that file is
-    read from its beginning.
-    """
-    collected: list[Line] = []
-    budget = max_bytes
-    for file in reversed(journal_files(run_dir)):
-        size = file.path.stat().st_size
-        start = max(0, size - budget)
-        lines = _lines_from(file, start)
-        if not lines and size > 0:
-            lines = _lines_from(file, 0)
-        collected = lines + collected
-        budget -= size
-        if budget <= 0:
-            break
-    return collected
-
-
-def _lines_from(file: JournalFile, start: int) -> list[Line]:
-    """The lines of a file that begin at or after byte `start`; the one that `start` may cut is left out."""
-    with file.path.open("rb") as stream:
-        if start > 0:
-            stream.seek(start - 1)
-            stream.readline()  # to the end of the line that holds the byte before
-        offset = stream.tell()
-        data = stream.read()
-    lines = []
-    while data:
-        piece, newline, data = data.partition(b"\n")
-        lines.append(Line(file=file, offset=offset, data=piece, is_torn=not newline))
-        offset += len(piece) + 1
-    return lines
-
-
-def line_number(line: Line) -> int:
-    """The number of a line in its file, from 1; reads the file up to it."""
-    with line.file.path.open("rb") as stream:
-        return stream.read(line.offset).count(b"\n") + 1
 
 
 def chain_problem(record: Record | None, previous: bytes | None) -> str | None:
@@ -238,13 +107,13 @@ def forks(run_dir: Path) -> dict[int, Fork]:
     earlier: list[JournalFile] = []
     for attempt, group in groupby(journal_files(run_dir), key=lambda file: file.attempt):
         files = list(group)
-        opening = next((line for file in files for line in _lines_of(file)), None)
+        opening = next((line for file in files for line in lines_between(file)), None)
         if opening is None:
             continue
         before = next((line for file in reversed(earlier) if (line := _last_whole_line(file)) is not None), None)
         if before is not None and chain_problem(opening.record(), before.data) is not None:
             for file in reversed(earlier):
-                if (fork := find_fork(opening, list(_lines_of(file)))) is not None:
+                if (fork := find_fork(opening, list(lines_between(file)))) is not None:
                     found[attempt] = fork
                     break
         earlier += files
@@ -276,13 +145,13 @@ def _beside(file: JournalFile, num_kept: int, *, by: int) -> Overtaken:
 
 
 def _num_lines(file: JournalFile) -> int:
-    return sum(1 for _ in _lines_of(file))
+    return sum(1 for _ in lines_between(file))
 
 
 def _last_whole_line(file: JournalFile) -> Line | None:
     """The last line that has its end; reads the end of the file, and all of it where that is one long line."""
     for start in (max(0, file.path.stat().st_size - _LAST_LINES_BYTES), 0):
-        for line in reversed(_lines_from(file, start)):
+        for line in reversed(list(lines_between(file, start))):
             if not line.is_torn:
                 return line
     return None

@@ -14,13 +14,14 @@ import pytest
 from megamask.config.schema.tracking import MLflowConfig
 from megamask.errors import StorageError
 from megamask.runs.layout import mlflow_state_path
-from megamask.tracking import mlflow_sink, mlflow_sync
-from megamask.tracking.journal import Journal
-from megamask.tracking.mlflow_session import Session
-from megamask.tracking.mlflow_sink import MLflowSink
-from megamask.tracking.mlflow_state import load_state, sending
-from megamask.tracking.mlflow_store import environment
-from megamask.tracking.mlflow_sync import Completed, complete
+from megamask.tracking.journal.writer import Journal
+from megamask.tracking.mlflow import sink as mlflow_sink
+from megamask.tracking.mlflow import sync as mlflow_sync
+from megamask.tracking.mlflow.session import Session
+from megamask.tracking.mlflow.sink import MLflowSink
+from megamask.tracking.mlflow.state import load_state, sending
+from megamask.tracking.mlflow.store import environment
+from megamask.tracking.mlflow.sync import Completed, complete
 from support.mlflow_server import Proxy, Server, assert_whole, client, free_port, stored_models, stored_run, wait_until
 
 pytestmark = pytest.mark.multiprocess

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from megamask.config.schema.tracking import MLflowConfig
-from megamask.tracking.mlflow_entries import CHECKPOINT_TAG, NOTE_TAG, CheckpointEntry, DatasetEntry, Point
-from megamask.tracking.mlflow_points import RunStatus
-from megamask.tracking.mlflow_store import create_database, place_of, silence
+from megamask.tracking.mlflow.entries import CHECKPOINT_TAG, NOTE_TAG, CheckpointEntry, DatasetEntry, Point
+from megamask.tracking.mlflow.points import RunStatus
+from megamask.tracking.mlflow.store import create_database, place_of, silence
 
 _METRICS_PER_BATCH = 1000
 _PARAMS_OR_TAGS_PER_BATCH = 100

@@ -13,12 +13,12 @@ from typing import Any
 
 from megamask.config.schema.tracking import MLflowConfig
 from megamask.runs.configs import attempt_configs
-from megamask.tracking.journal_reader import read_journal
-from megamask.tracking.journal_tail import Position, read_new
-from megamask.tracking.mlflow_client import MLflowRun, open_run
-from megamask.tracking.mlflow_points import Memory, RunStatus, Update, milliseconds, update_of
-from megamask.tracking.mlflow_state import SinkState, load_state, save_state, sending
-from megamask.tracking.mlflow_store import place_of, shown_uri
+from megamask.tracking.journal.lines import read_journal
+from megamask.tracking.journal.tail import Position, read_new
+from megamask.tracking.mlflow.client import MLflowRun, open_run
+from megamask.tracking.mlflow.points import Memory, RunStatus, Update, milliseconds, update_of
+from megamask.tracking.mlflow.state import SinkState, load_state, save_state, sending
+from megamask.tracking.mlflow.store import place_of, shown_uri
 
 # One piece is a few requests, so that a server that answers only now and then still gets on.
 _PIECE_BYTES = 1 << 17
@@ -29,7 +29,7 @@ class Session:
 
     Args:
         keeps_state: the state is stored; a sync to another server than the run's own leaves the file alone.
-        kept_times: see `mlflow_points.update_of`.
+        kept_times: see `points.update_of`.
     """
 
     def __init__(

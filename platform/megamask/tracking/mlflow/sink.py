@@ -15,9 +15,9 @@ from pathlib import Path
 
 from megamask.config.schema.tracking import MLflowConfig
 from megamask.errors import UsageError
-from megamask.tracking.mlflow_session import Session
-from megamask.tracking.mlflow_state import BusyError
-from megamask.tracking.mlflow_store import place_of, prepare_environment, without_credentials
+from megamask.tracking.mlflow.session import Session
+from megamask.tracking.mlflow.state import BusyError
+from megamask.tracking.mlflow.store import place_of, prepare_environment, without_credentials
 
 _SEND_EVERY_S = 2.0
 _LONGEST_PAUSE_S = 30.0

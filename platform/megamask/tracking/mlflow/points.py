@@ -12,8 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from megamask.tracking.journal_reader import Record
-from megamask.tracking.mlflow_entries import (
+from megamask.tracking.journal.lines import Record
+from megamask.tracking.mlflow.entries import (
     CheckpointEntry,
     DatasetEntry,
     Point,

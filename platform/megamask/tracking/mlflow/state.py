@@ -13,8 +13,8 @@ from pathlib import Path
 
 from megamask.runs.layout import mlflow_state_path
 from megamask.storage.durable import storage_errors, write_atomic
-from megamask.tracking.journal_tail import Position
-from megamask.tracking.mlflow_points import Memory
+from megamask.tracking.journal.tail import Position
+from megamask.tracking.mlflow.points import Memory
 
 FORMAT = "megamask-mlflow"
 VERSION = 1

@@ -6,7 +6,7 @@ import pytest
 
 from megamask.config.schema.tracking import MLflowConfig
 from megamask.errors import UsageError
-from megamask.tracking.mlflow_store import check_uri, place_of, shown_uri, without_credentials
+from megamask.tracking.mlflow.store import check_uri, place_of, shown_uri, without_credentials
 
 
 @pytest.mark.parametrize(

@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megamask.tracking import journal_seek
-from megamask.tracking.journal import Journal
-from megamask.tracking.journal_reader import Record, journal_files, steps
-from megamask.tracking.journal_seek import find_step, last_step
+from megamask.tracking.journal import seek as journal_seek
+from megamask.tracking.journal.lines import Record, journal_files, steps
+from megamask.tracking.journal.seek import find_step, last_step
+from megamask.tracking.journal.writer import Journal
 
 
 @pytest.fixture

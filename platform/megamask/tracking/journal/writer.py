@@ -22,22 +22,8 @@ from megamask.errors import StorageError, SupersededError
 from megamask.runs.layout import journal_folder
 from megamask.storage.durable import fsync_directory, make_folders, storage_errors
 from megamask.storage.hashing import sha256_bytes
-from megamask.tracking.journal_reader import (
-    CHAIN_START,
-    DAMAGE_INCIDENT,
-    Line,
-    Record,
-    chain_problem,
-    find_fork,
-    journal_files,
-    line_number,
-    read_journal,
-    steps,
-    tail,
-    verify_chain,
-)
-
-__all__ = ["KINDS", "Journal", "read_journal", "steps", "verify_chain"]
+from megamask.tracking.journal.chain import CHAIN_START, DAMAGE_INCIDENT, chain_problem, find_fork
+from megamask.tracking.journal.lines import Line, Record, journal_files, line_number, tail
 
 FORMAT = "megamask-journal"
 VERSION = 1

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from megamask.tracking.journal import Journal
-from megamask.tracking.journal_tail import Position, read_new
+from megamask.tracking.journal.tail import Position, read_new
+from megamask.tracking.journal.writer import Journal
 
 
 def read_all(run_dir: Path, position: Position, *, max_bytes: int = 2**20) -> tuple[list[int], Position]:
