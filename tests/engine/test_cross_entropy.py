@@ -6,8 +6,6 @@ import pytest
 import torch
 import torch.distributed as dist
 
-pytestmark = pytest.mark.multiprocess
-
 EXCLUDED = [3, 8, 9]
 
 

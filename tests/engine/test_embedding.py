@@ -72,7 +72,6 @@ def test_gradient_that_is_not_finite_reaches_the_table():
     assert total[MASK].isnan().all() and not total[:MASK].isnan().any()
 
 
-@pytest.mark.multiprocess
 @pytest.mark.parametrize("has_buffer", [True, False])
 def test_lookup_gives_the_tables_rows_and_adds_to_the_buffer_beside_another_gradient(job, has_buffer):
     """A tied output layer's gradient comes by autograd, the lookup's goes to the buffer: both must arrive."""

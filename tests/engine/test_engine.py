@@ -8,8 +8,6 @@ from megamask.models.counts import parameter_count
 from support import engine_cases as cases
 from support.engine_cases import OPTIONS, PLAIN
 
-pytestmark = pytest.mark.multiprocess
-
 
 def test_layout_is_refused_when_other_processes_were_started(job):
     with pytest.raises(UsageError, match="= 2 processes, but 1 were started"):

@@ -9,7 +9,6 @@ from support import engine_cases as cases
 from support.engine_cases import OPTIONS
 
 
-@pytest.mark.multiprocess
 def test_masked_rows_score_bit_for_bit_as_in_the_whole_sequence(build):
     """Choosing positions changes what is computed, not how: each row of a matrix product stands for itself."""
     engine = build(OPTIONS)
@@ -25,7 +24,6 @@ def test_masked_rows_score_bit_for_bit_as_in_the_whole_sequence(build):
     assert part.isfinite().all()
 
 
-@pytest.mark.multiprocess
 def test_excluded_columns_get_no_gradient(build):
     """The mask token's row of the output layer, and the padding rows, stay out of the softmax."""
     engine = build(cases.PLAIN, clip_grad_norm=0.0)

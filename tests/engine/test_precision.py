@@ -10,8 +10,6 @@ from megamask.models.initial_weights import initial_tensor
 from support import engine_cases as cases
 from support.engine_cases import OPTIONS, PLAIN
 
-pytestmark = pytest.mark.multiprocess
-
 
 def steps(engine, count=6):
     return [cases.report_fields(cases.take_step(engine, step, learning_rate=3e-3)) for step in range(1, count + 1)]

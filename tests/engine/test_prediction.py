@@ -9,8 +9,6 @@ from support import engine_cases as cases
 from support import preview_worker as worker
 from support.engine_cases import OPTIONS, PLAIN
 
-pytestmark = pytest.mark.multiprocess
-
 
 @pytest.mark.promise("every layout's preview equals the reference network's text, greedy and with temperature")
 @pytest.mark.parametrize("spec", [PLAIN, OPTIONS], ids=["plain", "options"])

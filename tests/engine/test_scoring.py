@@ -6,8 +6,6 @@ import torch
 from support import engine_cases as cases
 from support.engine_cases import OPTIONS, PLAIN
 
-pytestmark = pytest.mark.multiprocess
-
 
 @pytest.mark.parametrize("spec", [PLAIN, OPTIONS], ids=["plain", "options"])
 @pytest.mark.parametrize("goal", [cases.objective(), cases.objective(complementary=False, mask_logit="included")])

@@ -20,8 +20,6 @@ from megamask.models.initial_weights import canonical_shapes, initial_tensor
 from support import engine_cases as cases
 from support.engine_cases import OPTIONS, PLAIN
 
-pytestmark = pytest.mark.multiprocess
-
 
 @pytest.fixture
 def saved(build, tmp_path):

@@ -10,8 +10,6 @@ from megamask.errors import UsageError
 from support import engine_cases as cases
 from support.engine_cases import OPTIONS, PLAIN
 
-pytestmark = pytest.mark.multiprocess
-
 
 @pytest.mark.promise("loss and gradients equal those of the reference network")
 @pytest.mark.promise("loss terms and gradients with the z-loss equal the reference network's")
