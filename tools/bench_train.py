@@ -34,12 +34,13 @@ from megamask.config.schema.layout import LayoutConfig
 from megamask.config.schema.optimizer import OptimizerConfig
 from megamask.config.schema.training import TrainingConfig
 from megamask.diffusion.corruption import corrupt
-from megamask.diffusion.objective import ObjectiveSpec, select_rows, weighted_cross_entropy_sum
 from megamask.diffusion.philox import run_key
 from megamask.diffusion.schedule import noise_schedule, stratified_times
+from megamask.engine.selection import select_rows
 from megamask.models.reference import ReferenceModel
 from megamask.models.spec import ModelSpec
 from megamask.models.vocabulary import Vocabulary
+from megamask.objectives.masked import MaskedObjective
 
 SEED = 1
 OPTIMIZER = OptimizerConfig(learning_rate=1e-3)
@@ -151,8 +152,7 @@ class EngineCase:
         self._step = 0
         self.engine = Engine(
             shape.spec(),
-            shape.vocabulary(),
-            objective(complementary=complementary),
+            objective(shape.vocabulary(), complementary=complementary),
             OPTIMIZER,
             LayoutConfig(),
             TrainingConfig(
@@ -179,7 +179,7 @@ class PlainCase:
         self._shape, self._step = shape, 0
         self._model = ReferenceModel(shape.spec())
         self._model.initialize(SEED)
-        self._objective = objective(complementary=True)
+        self._objective = objective(shape.vocabulary(), complementary=True)
         self._autocast = torch.autocast("cpu", torch.bfloat16, enabled=compute == "bf16")
         matrices = [weight for weight in self._model.parameters() if weight.dim() > 1]
         vectors = [weight for weight in self._model.parameters() if weight.dim() == 1]
@@ -214,10 +214,10 @@ class PlainCase:
             indices, is_used = select_rows(rows.is_masked[part], shape.micro_batch_size * spec.max_sequence_length)
             with self._autocast:
                 hidden = self._model(rows.x_t[part]).flatten(0, 1)[indices]
-                logits = self._model.logits(hidden, vocabulary=shape.vocabulary(), mask_logit="excluded")
+                logits = self._model.logits(hidden, excluded_ids=self._objective.excluded_ids)
             entropy = functional.cross_entropy(logits.float(), rows.x_0[part].flatten()[indices], reduction="none")
             weight = rows.weight[part][indices // spec.max_sequence_length]
-            loss = weighted_cross_entropy_sum(entropy, weight, is_used) / num_terms
+            loss = (torch.where(is_used, entropy, 0.0) * weight).sum() / num_terms
             loss.backward()
             total += loss.item()
         torch.nn.utils.clip_grad_norm_(self._model.parameters(), OPTIMIZER.clip_grad_norm)
@@ -237,9 +237,11 @@ def timed(case: Callable[[], None], clock: str) -> Callable[[], float]:
     return run
 
 
-def objective(*, complementary: bool) -> ObjectiveSpec:
+def objective(vocabulary: Vocabulary, *, complementary: bool) -> MaskedObjective:
     """Of every case."""
-    return ObjectiveSpec(noise_schedule="linear", complementary=complementary, mask_logit="excluded")
+    return MaskedObjective(
+        vocabulary=vocabulary, noise_schedule="linear", complementary=complementary, mask_logit="excluded"
+    )
 
 
 def compare_with_plain(report: Report, shape: Shape, arguments: argparse.Namespace) -> None:
@@ -293,7 +295,7 @@ def compare_views(report: Report, shape: Shape, arguments: argparse.Namespace) -
 
 def compare_heads(report: Report, shape: Shape, arguments: argparse.Namespace) -> None:
     """Section `head`: forward and backward pass of the head alone, on hidden states of one micro-batch of pairs."""
-    stage = EngineCase(shape, compute="fp32").engine._stage
+    stage = EngineCase(shape, compute="fp32").engine._rank_model
     num_rows, length = 2 * shape.micro_batch_size, shape.sequence_length
     hidden = torch.randn(length, num_rows, shape.hidden_size, requires_grad=True)
     x_0 = torch.randint(0, shape.vocab_size - 3, (num_rows, length))

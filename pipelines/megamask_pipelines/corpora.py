@@ -9,6 +9,7 @@ from megamask.data.loader import Loader
 from megamask.data.tokenizer import TOKENIZER_DIR, verify_files
 from megamask.models.spec import ModelSpec
 from megamask.models.vocabulary import Vocabulary
+from megamask.objectives.registry import build_objective
 from megamask.training.evaluating import open_validation
 from megamask.training.previewing import open_previews
 
@@ -35,6 +36,7 @@ class Corpora:
         self.tokenizer_digest = manifest.tokenizer_digest
         self.tokenizer_folder = self.train.folder / TOKENIZER_DIR
         verify_files(self.tokenizer_folder, manifest.tokenizer_digest)  # every checkpoint will hold a copy
-        self.previews = open_previews(config, self.train)
+        self.objective = build_objective(config.objective.settings(), self.vocabulary)
+        self.previews = open_previews(config, self.objective, self.train)
         split = manifest.split("train")
         self.bytes_per_token = split.text_bytes / split.num_tokens

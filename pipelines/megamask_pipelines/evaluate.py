@@ -18,7 +18,7 @@ from megamask.data.tokenizer import CorpusTokenizer
 from megamask.diffusion.philox import run_key
 from megamask.errors import DataIntegrityError, UsageError
 from megamask.evaluation.likelihood import evaluate_rows
-from megamask.evaluation.reference_network import ReferenceCrossEntropy
+from megamask.evaluation.reference_network import ReferenceScore
 from megamask_pipelines.checkpoint_loading import LoadedCheckpoint, load_checkpoint
 
 SPLIT_ROWS = 64
@@ -65,20 +65,19 @@ def evaluate(path: Path, request: EvaluationRequest) -> dict[str, Any]:
     tokens = text_rows(checkpoint, request) if request.texts else split_rows(checkpoint, request)
     is_eligible = tokens != checkpoint.model.vocabulary.pad_token_id
     network, device = checkpoint.network()
-    cost = ReferenceCrossEntropy(
-        network=network, vocabulary=checkpoint.model.vocabulary, mask_logit=checkpoint.model.objective.mask_logit
-    )
+    objective = checkpoint.model.objective
+    scored = objective.bound.scored(is_eligible)
     report = evaluate_rows(
-        cost,
+        ReferenceScore(network=network, excluded_ids=objective.excluded_ids),
+        objective.bound,
         tokens.to(device),
         is_eligible.to(device),
         torch.arange(len(tokens), device=device),
         draws=request.draws,
         replicates=request.replicates,
         key=run_key(seed),
-        mask_token_id=checkpoint.model.vocabulary.mask_token_id,
         batch_rows=max(1, _BATCH_TOKENS // tokens.shape[1]),
-        num_bytes=int(torch.tensor(checkpoint.tokenizer.token_bytes)[tokens[is_eligible]].sum()),
+        num_bytes=int(torch.tensor(checkpoint.tokenizer.token_bytes)[tokens[scored]].sum()),
     )
     return {
         "nelbo_nats_per_token": report.nelbo_nats_per_token,

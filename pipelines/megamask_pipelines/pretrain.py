@@ -11,7 +11,6 @@ from megamask.checkpoint.loader import Loaded, load
 from megamask.checkpoint.ownership import Owner
 from megamask.checkpoint.retention import sweep
 from megamask.config.schema.roots import TrainConfig
-from megamask.diffusion.objective import ObjectiveSpec
 from megamask.errors import ExitCode, MegamaskError
 from megamask.launch.local import is_launched
 from megamask.models.counts import flops_per_token
@@ -84,7 +83,8 @@ class Job:
         self._signals = signals
         self._rank = int(os.environ["RANK"]) if is_launched() else 0
         self._run_dir = run_path(config.run.output_dir, config.run.name)
-        self.progress = Progress(num_views=2 if config.objective.complementary else 1)
+        self._shape = corpora.objective.shape(config.training.sequence_length)
+        self.progress = Progress(num_views=self._shape.num_views)
         self._extended: dict[str, list[int]] | None = None
         self._attempt: Attempt | None = None
         self._view: AttemptView | None = None
@@ -121,30 +121,23 @@ class Job:
             from megamask.engine.engine import Engine
 
         config, corpora = self._config, self._corpora
-        objective = ObjectiveSpec(
-            noise_schedule=config.objective.noise_schedule,
-            complementary=config.objective.complementary,
-            mask_logit=config.objective.mask_logit,
-        )
         with self._startup.phase("engine"):
             backend = select_backend()
             init_process_group(backend)
             engine = Engine(
                 spec=corpora.spec,
-                vocabulary=corpora.vocabulary,
-                objective=objective,
+                objective=corpora.objective,
                 optimizer=config.optimizer,
                 layout=config.layout,
                 training=config.training,
                 seed=config.run.seed,
                 compute=config.precision.compute,
-                z_loss_weight=config.objective.z_loss_weight,
             )
         view = self._share(engine)
         model = ModelDocument(
             spec=corpora.spec,
             vocabulary=corpora.vocabulary,
-            objective=objective,
+            objective=corpora.objective,
             tokenizer_digest=corpora.tokenizer_digest,
         )
         loaded = self._restore(engine, view, model, device=backend.name)
@@ -161,6 +154,7 @@ class Job:
                 stop_after_step=config.training.stop_after_step,
             ),
             hooks=self._hooks(engine, view, model, loaded),
+            shape=self._shape,
             token_seconds_at_peak=self._token_seconds_at_peak(backend.device, engine.world_size),
         )
 
@@ -168,7 +162,10 @@ class Job:
         from megamask.engine.probes import device_name, peak_flops_per_second
 
         peak = peak_flops_per_second(device_name(device), self._config.precision.compute)
-        return None if peak is None else flops_per_token(self._corpora.spec).training / (peak * world_size)
+        if peak is None:
+            return None
+        flops = flops_per_token(self._corpora.spec, scored_fraction=self._shape.scored_fraction)
+        return flops.training / (peak * world_size)
 
     def _share(self, engine: Engine) -> AttemptView:
         shared = engine.broadcast_object(
@@ -210,8 +207,14 @@ class Job:
 
     def _hooks(self, engine: Engine, view: AttemptView, model: ModelDocument, loaded: Loaded) -> list[Hook]:
         config, corpora, attempt = self._config, self._corpora, self._attempt
-        measure = None if corpora.validation is None else validation_measure(config, engine, corpora.validation)
-        preview = None if corpora.previews is None else preview_on_engine(config, engine, corpora.previews)
+        measure = (
+            None
+            if corpora.validation is None
+            else validation_measure(config, engine, corpora.objective, corpora.validation)
+        )
+        preview = (
+            None if corpora.previews is None else preview_on_engine(config, engine, corpora.objective, corpora.previews)
+        )
         committer = CheckpointCommitter(
             engine,
             view,

@@ -46,6 +46,7 @@ def sample(path: Path, request: SampleRequest) -> dict[str, Any]:
     row = torch.tensor([sequence.tokens], device=device)
     [decoded] = decode(
         ReferencePredictor(network=network, vocabulary=checkpoint.model.vocabulary),
+        checkpoint.model.objective.decoder,
         row,
         is_wanted=row == checkpoint.model.vocabulary.mask_token_id,
         options=request.options,

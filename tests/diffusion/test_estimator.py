@@ -15,10 +15,11 @@ import pytest
 import torch
 
 from megamask.diffusion.corruption import CorruptedBatch, corrupt
-from megamask.diffusion.objective import normalizer, select_rows, weighted_cross_entropy_sum
 from megamask.diffusion.philox import run_key
 from megamask.diffusion.schedule import EPS, noise_schedule, stratified_times, threshold
+from megamask.engine.selection import select_rows
 from support.deviation import Floats, binomial, largest_deviation
+from support.terms import normalizer, weighted_cross_entropy_sum
 
 NAMES = ("linear", "cosine_md4", "cosine_bd3")
 LENGTH = 4

@@ -19,6 +19,7 @@ def answers(logits: torch.Tensor, cuts: list[int], excluded: set[int], draw: Dra
         score_slice(
             logits[:, first:stop],
             torch.arange(num_positions),
+            torch.zeros(num_positions, dtype=torch.int64),
             num_positions=num_positions,
             vocab_size=vocab_size,
             first_token=first,

@@ -21,7 +21,7 @@ every_context = pytest.mark.parametrize("name", worker.CONTEXTS)
 def test_hidden_states_and_gradients_are_the_reference_networks(build, spec, name):
     engine, model = build(spec), cases.reference(spec)
     context, inputs = worker.CONTEXTS[name], worker.inputs()
-    hidden, expected = engine._stage.network.encode(inputs, context).transpose(0, 1), model(inputs, context)
+    hidden, expected = engine._rank_model.network.encode(inputs, context).transpose(0, 1), model(inputs, context)
     torch.testing.assert_close(hidden, expected, rtol=1e-5, atol=1e-5)
 
     weight = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(1))

@@ -31,7 +31,7 @@ def test_parameter_digest_tells_one_changed_bit(build):
     engine = build()
     before = engine.parameter_digest()
     assert before == engine.parameter_digest()
-    parameter = next(engine._stage.network.parameters())
+    parameter = next(engine._rank_model.network.parameters())
     with torch.no_grad():
         parameter.view(-1)[3] = torch.nextafter(parameter.view(-1)[3], torch.tensor(1.0))
     assert engine.parameter_digest() != before
@@ -41,7 +41,7 @@ def test_parameter_digest_tells_one_changed_bit(build):
 def test_built_network_has_the_counted_parameters_and_initial_weights(build, spec):
     """Up to the padding of the vocabulary, which the count leaves out."""
     engine = build(spec)
-    network = engine._stage.network
+    network = engine._rank_model.network
     padding = (spec.padded_vocab_size - spec.vocab_size) * spec.hidden_size * (1 if spec.tie_embeddings else 2)
     assert sum(parameter.numel() for parameter in network.parameters()) == parameter_count(spec) + padding
     expected = dict(cases.reference(spec).named_parameters())

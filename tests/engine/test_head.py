@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megamask.engine.head import check_capacity
+from megamask.engine.selection import check_capacity
 from megamask.errors import UsageError
 from support import engine_cases as cases
 from support.engine_cases import OPTIONS
@@ -12,7 +12,7 @@ from support.engine_cases import OPTIONS
 def test_masked_rows_score_bit_for_bit_as_in_the_whole_sequence(build):
     """Choosing positions changes what is computed, not how: each row of a matrix product stands for itself."""
     engine = build(OPTIONS)
-    head, network = engine._stage.head, engine._stage.network
+    head, network = engine._rank_model.head, engine._rank_model.network
     x_t, x_0, is_masked = cases.probe_rows(4, OPTIONS)
     everything = torch.arange(x_0.numel())
     chosen = is_masked.flatten().nonzero().squeeze(1)
@@ -28,7 +28,7 @@ def test_excluded_columns_get_no_gradient(build):
     """The mask token's row of the output layer, and the padding rows, stay out of the softmax."""
     engine = build(cases.PLAIN, clip_grad_norm=0.0)
     cases.take_step(engine, 1, learning_rate=0.0)
-    gradient = dict(engine._stage.network.named_parameters())["output_layer.weight"].main_grad
+    gradient = dict(engine._rank_model.network.named_parameters())["output_layer.weight"].main_grad
     assert not gradient[60:].any()  # the mask id is 60, padding from 61 on
     assert gradient[:60].any(dim=1).all()
 

@@ -31,12 +31,12 @@ def test_bf16_losses_are_near_those_of_float32(build, spec):
 def test_bf16_network_has_float32_masters_gradients_and_moments(build):
     engine = build(OPTIONS, compute="bf16")
     cases.take_step(engine, 1)
-    assert {parameter.dtype for parameter in engine._stage.network.parameters()} == {torch.bfloat16}
-    assert {parameter.main_grad.dtype for parameter in engine._stage.network.parameters()} == {torch.float32}
+    assert {parameter.dtype for parameter in engine._rank_model.network.parameters()} == {torch.bfloat16}
+    assert {parameter.main_grad.dtype for parameter in engine._rank_model.network.parameters()} == {torch.float32}
     for shard in engine._optimizer.shards():
         assert {tensor.dtype for tensor in (shard.weight, *shard.moments.values())} == {torch.float32}
     x_t, _, _ = cases.probe_rows(2, OPTIONS)
-    assert engine._stage.network.encode(x_t).dtype == torch.bfloat16
+    assert engine._rank_model.network.encode(x_t).dtype == torch.bfloat16
 
 
 @pytest.mark.promise("bf16 steps are close to float32 steps; masters, gradients, moments and the loss are float32")
@@ -45,7 +45,7 @@ def test_bf16_parameters_are_their_masters_rounded(build):
     for count in range(3):
         if count:
             cases.take_step(engine, count)
-        parameters = dict(engine._stage.network.named_parameters())
+        parameters = dict(engine._rank_model.network.named_parameters())
         for shard in engine._optimizer.shards():
             rounded = shard.weight.bfloat16()
             assert torch.equal(parameters[shard.parameter].flatten()[shard.start : shard.stop], rounded)
@@ -101,6 +101,6 @@ def test_bf16_scores_are_near_the_reference_networks(build):
     x_t, x_0, is_masked = cases.probe_rows(5, OPTIONS)
     with torch.no_grad():
         expected = cases.reference_cross_entropy(cases.reference(OPTIONS), x_t, x_0, is_masked, goal)
-    sums = engine.masked_cross_entropy(x_t, x_0, is_masked)
+    sums = cases.masked_scores(engine, x_t, x_0, is_masked)
     assert sums.dtype == torch.float64
     torch.testing.assert_close(sums, expected.double(), rtol=5e-3, atol=1e-6)

@@ -17,9 +17,9 @@ def test_predictions_are_the_reference_networks_choice_at_every_open_position(bu
     """Five rows in passes of two or four: the last pass is filled up, and one row has nothing open."""
     x_t, _, is_masked = cases.probe_rows(5, spec)
     draw = Draw(step=3, sequences=(7, 0, 2**33, 5, 6), seed=2**40 + 1, temperature=temperature)
-    found = build(spec, micro_batch_size=2).predict(x_t, is_masked, draw)
+    found = build(spec, micro_batch_size=2).predict(cases.reading(x_t, is_masked), draw)
     expected = ReferencePredictor(network=cases.reference(spec), vocabulary=cases.vocabulary(spec))(
-        x_t, is_masked, draw
+        cases.reading(x_t, is_masked), draw
     )
     assert found.tokens.tolist() == expected.tokens.tolist()
     assert found.confidence.tolist() == pytest.approx(expected.confidence.tolist(), rel=1e-5)
@@ -32,12 +32,12 @@ def test_mask_and_padding_are_never_chosen_and_have_no_probability(build):
     engine, vocabulary = build(), cases.vocabulary(PLAIN)
     x_t, _, is_masked = cases.probe_rows(3, PLAIN)
     draw = Draw(step=1, sequences=(0, 1, 2))
-    before = engine.predict(x_t, is_masked, draw)
-    weight = engine._stage.network.output_layer.weight
+    before = engine.predict(cases.reading(x_t, is_masked), draw)
+    weight = engine._rank_model.network.output_layer.weight
     with torch.no_grad():
         for token in (vocabulary.mask_token_id, vocabulary.pad_token_id, vocabulary.padded_vocab_size - 1):
             weight[token] = 1000 * weight[:50].sum(dim=0)
-    after = engine.predict(x_t, is_masked, draw)
+    after = engine.predict(cases.reading(x_t, is_masked), draw)
     assert after.tokens.tolist() == before.tokens.tolist()
     assert after.confidence.tolist() == before.confidence.tolist()
     assert max(before.confidence) < 0.5
@@ -48,9 +48,9 @@ def test_bf16_predicts_as_the_reference_network_up_to_its_rounding(build):
     """A bf16 number has 8 bits: the logits of this network, below 1, are off by some thousandths."""
     x_t, _, is_masked = cases.probe_rows(5, PLAIN)
     draw = Draw(step=1, sequences=(0, 1, 2, 3, 4), temperature=1.0)
-    found = build(micro_batch_size=2, compute="bf16").predict(x_t, is_masked, draw)
+    found = build(micro_batch_size=2, compute="bf16").predict(cases.reading(x_t, is_masked), draw)
     reference = ReferencePredictor(network=cases.reference(PLAIN), vocabulary=cases.vocabulary(PLAIN))
-    expected = reference(x_t, is_masked, draw)
+    expected = reference(cases.reading(x_t, is_masked), draw)
     is_same = found.tokens == expected.tokens
     assert float(is_same.double().mean()) > 0.9
     assert found.confidence[is_same].tolist() == pytest.approx(expected.confidence[is_same].tolist(), rel=0.03)

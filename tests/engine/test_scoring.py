@@ -13,7 +13,7 @@ def test_row_sums_equal_the_reference_networks(build, spec, goal):
     """Five rows in passes of two or four: the last pass is filled up."""
     engine = build(spec, goal=goal, micro_batch_size=2, head_capacity=3)
     x_t, x_0, is_masked = cases.probe_rows(5, spec)
-    sums = engine.masked_cross_entropy(x_t, x_0, is_masked)
+    sums = cases.masked_scores(engine, x_t, x_0, is_masked)
     with torch.no_grad():
         expected = cases.reference_cross_entropy(cases.reference(spec), x_t, x_0, is_masked, goal)
     assert sums.dtype == torch.float64
@@ -23,7 +23,7 @@ def test_row_sums_equal_the_reference_networks(build, spec, goal):
 
 def test_no_rows_have_no_sums(build):
     empty = torch.zeros(0, cases.SEQUENCE_LENGTH, dtype=torch.int64)
-    assert build().masked_cross_entropy(empty, empty, empty.bool()).shape == (0,)
+    assert cases.masked_scores(build(), empty, empty, empty.bool()).shape == (0,)
 
 
 def test_scoring_between_steps_leaves_training_bit_identical(build):
@@ -32,7 +32,7 @@ def test_scoring_between_steps_leaves_training_bit_identical(build):
         fields = []
         for step in (1, 2, 3):
             if is_scoring:
-                engine.masked_cross_entropy(*cases.probe_rows(3, PLAIN))
+                cases.masked_scores(engine, *cases.probe_rows(3, PLAIN))
             fields.append(cases.report_fields(cases.take_step(engine, step)))
         return fields, engine.parameter_digest()
 
@@ -42,7 +42,7 @@ def test_scoring_between_steps_leaves_training_bit_identical(build):
 def test_every_position_sees_every_other(build):
     """Leak probe: the gradient of any position's hidden state reaches the embedding of every position."""
     engine = build()
-    network = engine._stage.network
+    network = engine._rank_model.network
     tokens = torch.arange(cases.SEQUENCE_LENGTH)[None] % 50 + 5
     for place in (0, cases.SEQUENCE_LENGTH - 1):
         with torch.no_grad():

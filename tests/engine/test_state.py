@@ -96,7 +96,7 @@ def test_second_copy_takes_no_new_memory_and_no_more_than_this_rank_s_share(buil
     engine = build(PLAIN)
     engine.state_share(copy=True)
     memory = engine._host_memory._buffer
-    assert memory.numel() == 3 * sum(weights.numel() for weights in engine._stage.network.parameters())
+    assert memory.numel() == 3 * sum(weights.numel() for weights in engine._rank_model.network.parameters())
     before = memory.clone()
     cases.take_step(engine, 1)
     assert torch.equal(memory, before)

@@ -101,7 +101,7 @@ def test_gradient_accumulation_changes_neither_loss_nor_weights(build):
         engine = build(micro_batch_size=cases.GLOBAL_BATCH_SIZE // num_micro_batches, eps=1e-3)
         losses[num_micro_batches] = [cases.take_step(engine, step).loss for step in (1, 2, 3, 4)]
         weights[num_micro_batches] = {
-            name: parameter.detach().clone() for name, parameter in engine._stage.network.named_parameters()
+            name: parameter.detach().clone() for name, parameter in engine._rank_model.network.named_parameters()
         }
     for num_micro_batches in (2, 4, 8):
         assert losses[num_micro_batches] == pytest.approx(losses[1], rel=1e-6)
@@ -126,7 +126,7 @@ def test_padding_rows_of_the_vocabulary_stay_zero(build):
     engine = build(OPTIONS)
     for step in (1, 2):
         cases.take_step(engine, step)
-    weights = dict(engine._stage.network.named_parameters())["embedding.word_embeddings.weight"]
+    weights = dict(engine._rank_model.network.named_parameters())["embedding.word_embeddings.weight"]
     assert not weights[OPTIONS.vocab_size :].any()
     assert weights[: OPTIONS.vocab_size].any(dim=1).all()
 
@@ -136,7 +136,7 @@ def test_padding_rows_of_the_vocabulary_stay_zero(build):
 def test_nothing_is_updated_when_the_loss_is_not_finite(build, poison):
     engine = build()
     cases.take_step(engine, 1)
-    parameter = dict(engine._stage.network.named_parameters())["decoder.layers.1.mlp.linear_fc2.weight"]
+    parameter = dict(engine._rank_model.network.named_parameters())["decoder.layers.1.mlp.linear_fc2.weight"]
     with torch.no_grad():
         parameter[0, 0] = poison
     before, updates = engine.parameter_digest(), engine._optimizer.num_updates
@@ -160,7 +160,7 @@ def test_head_capacity_changes_nothing_when_it_suffices(build):
 def test_head_capacity_is_refused_when_masks_do_not_fit_and_nothing_is_updated(build):
     engine = build(head_capacity=20)
     before = engine.parameter_digest()
-    with pytest.raises(UsageError, match=r"training\.head_capacity is 20 rows per sample.*32 masked.*at least 32"):
+    with pytest.raises(UsageError, match=r"training\.head_capacity is 20 rows per sample.*32 scored.*at least 32"):
         cases.take_step(engine, 1)
     assert engine.parameter_digest() == before
 
@@ -184,7 +184,7 @@ NORMS, BIASES, EMBEDDINGS = "weight_decay_on_norms", "weight_decay_on_biases", "
 def test_weight_decay_shrinks_the_chosen_tensors_and_matrices(build, spec, settings, decayed):
     """With zero gradients an update is the decay alone: w -> (1 - rate * decay) * w."""
     engine = build(spec, weight_decay=0.5, **settings)
-    weights = dict(engine._stage.network.named_parameters())
+    weights = dict(engine._rank_model.network.named_parameters())
     with torch.no_grad():
         for weight in weights.values():
             weight.fill_(2.0)

@@ -11,23 +11,26 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from megamask.diffusion import exact_counts as exact_counts_module
+from megamask.diffusion.exact_counts import exact_count_masks, exact_counts
 from megamask.diffusion.philox import run_key
 from megamask.errors import UsageError
 from megamask.evaluation import likelihood
 from megamask.evaluation.likelihood import (
     bits_per_byte,
     evaluate_rows,
-    exact_count_masks,
-    exact_counts,
     row_estimates,
     summarize,
 )
+from megamask.objectives.masked import MaskedBound
 from support.likelihood_oracle import counts as oracle_counts
 from support.likelihood_oracle import golden_cases
 from support.likelihood_oracle import masked_positions as oracle_masked
+from support.objectives import on_rows
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "likelihood_v1.json"
 MASK = 9
+BOUND = MaskedBound(mask_token_id=MASK)
 
 
 def _counts(row: int, n: int, *, draws: int, replicate: int, seed: int) -> list[int]:
@@ -83,7 +86,7 @@ def test_counts_and_masks_equal_the_slow_law(
 @pytest.mark.parametrize(("n", "draws"), [(3, 2), (64, 128), (7, 7), (1, 4), (10, 4), (256, 3)])
 def test_every_member_is_exactly_uniform_over_the_words(n: int, draws: int, monkeypatch: pytest.MonkeyPatch) -> None:
     words = torch.tensor([-(-first * 2**32 // n) for first in range(n)] + [0, 2**32 - 1])  # the least word of each k
-    monkeypatch.setattr(likelihood, "philox4x32", lambda counter, key: (words,))
+    monkeypatch.setattr(exact_counts_module, "philox4x32", lambda counter, key: (words,))
     rows = torch.zeros(n + 2, dtype=torch.int64)
     found = exact_counts(rows, torch.full_like(rows, n), draws=draws, replicate=0, key=(0, 0))
     for member in found:
@@ -102,7 +105,7 @@ def test_equal_words_mask_the_lower_position_first(monkeypatch: pytest.MonkeyPat
     def same_word(index: Tensor, num_positions: int, **_: object) -> Tensor:
         return torch.full((len(index), num_positions), 2**32 - 1)
 
-    monkeypatch.setattr(likelihood, "uniform_words", same_word)
+    monkeypatch.setattr(exact_counts_module, "uniform_words", same_word)
     assert _masked(0, [False, True, True, False, True], 2, draw=0, seed=1) == [1, 2]
 
 
@@ -136,14 +139,14 @@ def test_bound_is_unbiased_for_the_exact_likelihood_of_a_tiny_model() -> None:
     num_rows, replicates, draws = 1500, 2, 2
     tokens = torch.tensor([state] * num_rows)
     estimates = row_estimates(
-        joint.sum_cross_entropy,
+        on_rows(joint.sum_cross_entropy),
+        BOUND,
         tokens,
         torch.ones_like(tokens, dtype=torch.bool),
         torch.arange(num_rows),
         draws=draws,
         replicates=replicates,
         key=run_key(11),
-        mask_token_id=MASK,
         batch_rows=500,
     )
     by_row = estimates.mean(dim=0)  # rows are independent
@@ -165,14 +168,14 @@ def test_standard_error_matches_the_spread_of_independent_evaluations() -> None:
 def _evaluate(joint: TinyJoint, tokens: Tensor, **options: int) -> likelihood.LikelihoodReport:
     chosen = {"seed": 1, "draws": 3, "replicates": 4, "batch_rows": 2} | options
     return evaluate_rows(
-        joint.sum_cross_entropy,
+        on_rows(joint.sum_cross_entropy),
+        BOUND,
         tokens,
         torch.ones_like(tokens, dtype=torch.bool),
         torch.arange(len(tokens)),
         draws=chosen["draws"],
         replicates=chosen["replicates"],
         key=run_key(chosen["seed"]),
-        mask_token_id=MASK,
         batch_rows=chosen["batch_rows"],
         num_bytes=17,
     )
@@ -205,14 +208,14 @@ def test_padding_is_neither_masked_nor_scored() -> None:
     is_eligible = torch.ones(2, 8, dtype=torch.bool)
     is_eligible[1, 3:] = False
     report = evaluate_rows(
-        constant,
+        on_rows(constant),
+        BOUND,
         tokens,
         is_eligible,
         torch.arange(2),
         draws=4,
         replicates=3,
         key=run_key(1),
-        mask_token_id=MASK,
         batch_rows=2,
     )
     assert not (torch.cat(seen) & ~is_eligible.repeat(12, 1)).any()
@@ -258,15 +261,15 @@ def test_options_out_of_range_are_refused(options: dict[str, int], words: str) -
 
 
 def test_row_without_eligible_tokens_is_refused() -> None:
-    with pytest.raises(UsageError, match="no eligible token"):
+    with pytest.raises(UsageError, match="no token to score"):
         row_estimates(
-            TinyJoint().sum_cross_entropy,
+            on_rows(TinyJoint().sum_cross_entropy),
+            BOUND,
             torch.zeros(1, 3, dtype=torch.int64),
             torch.zeros(1, 3, dtype=torch.bool),
             torch.arange(1),
             draws=1,
             replicates=2,
             key=(0, 0),
-            mask_token_id=MASK,
             batch_rows=1,
         )

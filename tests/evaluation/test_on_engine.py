@@ -11,13 +11,17 @@ from megamask.diffusion.philox import run_key
 from megamask.errors import UsageError
 from megamask.evaluation.likelihood import LikelihoodReport, evaluate_rows
 from megamask.evaluation.on_engine import evaluate_on_engine
+from megamask.objectives.base import Rows
+from megamask.objectives.masked import MaskedBound
+from support.objectives import on_rows
 from support.thread_world import ThreadWorld
 
 MASK = 99
 TOKENS = torch.arange(7 * 16).reshape(7, 16) % 50
 IS_ELIGIBLE = torch.ones_like(TOKENS, dtype=torch.bool)
 IS_ELIGIBLE[6, 5:] = False
-OPTIONS = {"draws": 3, "replicates": 4, "key": run_key(3), "mask_token_id": MASK}
+OPTIONS = {"draws": 3, "replicates": 4, "key": run_key(3)}
+BOUND = MaskedBound(mask_token_id=MASK)
 
 
 def uneven_cost(x_t: Tensor, x_0: Tensor, is_masked: Tensor) -> Tensor:
@@ -34,9 +38,9 @@ class CountingEngine:
         self.topology = SimpleNamespace(data_parallel_rank=rank // tensor % data, data_parallel_size=data)
         self.shapes: list[tuple[int, ...]] = []
 
-    def masked_cross_entropy(self, x_t: Tensor, x_0: Tensor, is_masked: Tensor) -> Tensor:
-        self.shapes.append(tuple(x_t.shape))
-        return uneven_cost(x_t, x_0, is_masked)
+    def score(self, rows: Rows) -> Tensor:
+        self.shapes.append(tuple(rows.inputs.shape))
+        return on_rows(uneven_cost)(rows)
 
     def gather_objects(self, value: Any) -> Any:
         return self._rank.gather_objects(value)
@@ -50,7 +54,13 @@ def _evaluate(tensor: int, data: int, pipeline: int = 1, num_rows: int = 7) -> t
     engines = [CountingEngine(world, rank, tensor=tensor, data=data) for rank in range(world.size)]
     results = world.run(
         lambda engine: evaluate_on_engine(
-            engines[engine.rank], TOKENS[:num_rows], IS_ELIGIBLE[:num_rows], batch_rows=2, num_bytes=100, **OPTIONS
+            engines[engine.rank],
+            BOUND,
+            TOKENS[:num_rows],
+            IS_ELIGIBLE[:num_rows],
+            batch_rows=2,
+            num_bytes=100,
+            **OPTIONS,
         )
     )
     return results, engines
@@ -60,7 +70,9 @@ def _evaluate(tensor: int, data: int, pipeline: int = 1, num_rows: int = 7) -> t
     ("tensor", "data", "pipeline"), [(1, 1, 1), (2, 1, 1), (1, 2, 1), (2, 2, 1), (1, 3, 2), (1, 8, 1)]
 )
 def test_every_layout_reports_the_number_of_one_process(tensor: int, data: int, pipeline: int) -> None:
-    expected = evaluate_rows(uneven_cost, TOKENS, IS_ELIGIBLE, torch.arange(7), batch_rows=5, num_bytes=100, **OPTIONS)
+    expected = evaluate_rows(
+        on_rows(uneven_cost), BOUND, TOKENS, IS_ELIGIBLE, torch.arange(7), batch_rows=5, num_bytes=100, **OPTIONS
+    )
     results, _ = _evaluate(tensor, data, pipeline)
     assert results == [expected] * (tensor * data * pipeline)
     assert isinstance(results[0], LikelihoodReport)

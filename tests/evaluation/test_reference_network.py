@@ -5,8 +5,9 @@ import torch
 from torch import Tensor
 
 from megamask.evaluation import reference_network
-from megamask.evaluation.reference_network import ReferenceCrossEntropy
+from megamask.evaluation.reference_network import ReferenceScore
 from megamask.models.reference import ReferenceModel
+from megamask.objectives.masked import excluded_ids, scored_rows
 from support.model_documents import model_document
 
 SPEC, VOCABULARY = model_document().spec, model_document().vocabulary
@@ -29,10 +30,14 @@ def _rows(num_rows: int) -> tuple[Tensor, Tensor, Tensor]:
     return torch.where(is_masked, VOCABULARY.mask_token_id, x_0), x_0, is_masked
 
 
+def _score(network: ReferenceModel, mask_logit: str = "excluded") -> ReferenceScore:
+    return ReferenceScore(network=network, excluded_ids=excluded_ids(VOCABULARY, mask_logit))
+
+
 @pytest.mark.parametrize("mask_logit", ["excluded", "included"])
 def test_row_sums_are_the_log_probabilities_of_masked_tokens(network: ReferenceModel, mask_logit: str) -> None:
     x_t, x_0, is_masked = _rows(3)
-    found = ReferenceCrossEntropy(network=network, vocabulary=VOCABULARY, mask_logit=mask_logit)(x_t, x_0, is_masked)
+    found = _score(network, mask_logit)(scored_rows(x_t, x_0, is_masked))
     with torch.no_grad():
         logits = network(x_t) @ network.lm_head.weight.T
     if mask_logit == "excluded":
@@ -44,14 +49,14 @@ def test_row_sums_are_the_log_probabilities_of_masked_tokens(network: ReferenceM
 
 
 def test_pieces_of_the_head_change_nothing(network: ReferenceModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    cost = ReferenceCrossEntropy(network=network, vocabulary=VOCABULARY, mask_logit="excluded")
-    whole = cost(*_rows(4))
+    cost = _score(network)
+    whole = cost(scored_rows(*_rows(4)))
     monkeypatch.setattr(reference_network, "_LOGIT_ROWS", 3)
-    assert torch.allclose(cost(*_rows(4)), whole, rtol=1e-6)
+    assert torch.allclose(cost(scored_rows(*_rows(4))), whole, rtol=1e-6)
 
 
 def test_row_without_masks_costs_nothing(network: ReferenceModel) -> None:
     x_t, x_0, is_masked = _rows(3)
     is_masked[1] = False
-    sums = ReferenceCrossEntropy(network=network, vocabulary=VOCABULARY, mask_logit="excluded")(x_t, x_0, is_masked)
+    sums = _score(network)(scored_rows(x_t, x_0, is_masked))
     assert float(sums[1]) == 0.0 and float(sums[0]) > 0 and float(sums[2]) > 0

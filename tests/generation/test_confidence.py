@@ -11,7 +11,10 @@ from torch import Tensor
 from megamask.diffusion.sampling import Draw, Prediction, choose, score_slice
 from megamask.errors import UsageError
 from megamask.generation.confidence import Decoded, DecodingOptions, decode, quotas, steps_of_blocks
+from megamask.objectives.base import Reading
+from megamask.objectives.masked import MaskedDecoder
 
+DECODER = MaskedDecoder()
 VOCAB, PAD, MASK = 11, 9, 10
 ANSWER = torch.tensor([3, 1, 4, 1, 5, 2, 6, 5, 3, 5, 8, 7])
 
@@ -19,14 +22,15 @@ ANSWER = torch.tensor([3, 1, 4, 1, 5, 2, 6, 5, 3, 5, 8, 7])
 def predictor(logits_of: Any) -> Any:
     """A network that answers with logits [s, v] for each row."""
 
-    def predict(x_t: Tensor, is_open: Tensor, draw: Draw) -> Prediction:
-        logits = torch.cat([logits_of(row) for row in x_t])
-        indices = is_open.flatten().nonzero()[:, 0]
+    def predict(reading: Reading, draw: Draw) -> Prediction:
+        logits = torch.stack([logits_of(row) for row in reading.inputs])
+        rows, places = reading.is_read.nonzero(as_tuple=True)
         is_excluded = torch.arange(VOCAB) >= PAD
         scores = score_slice(
-            logits[indices],
-            indices,
-            num_positions=x_t.size(1),
+            logits[rows, places],
+            places,
+            rows,
+            num_positions=reading.num_positions,
             vocab_size=VOCAB,
             first_token=0,
             is_excluded=is_excluded,
@@ -55,6 +59,7 @@ def _masked(positions: list[int]) -> Tensor:
 def _decode_one(tokens: Tensor, logits_of: Any = knows_the_answer, sequence: int = 0, **options: Any) -> Decoded:
     [found] = decode(
         predictor(logits_of),
+        DECODER,
         tokens[None],
         is_wanted=tokens[None] == MASK,
         options=DecodingOptions(**options),
@@ -130,7 +135,7 @@ def test_masks_that_are_not_wanted_stay_and_the_network_sees_them() -> None:
 
     tokens = torch.tensor([[3, MASK, MASK, MASK, MASK]])
     is_wanted = torch.tensor([[False, True, True, False, False]])
-    [found] = decode(predictor(watch), tokens, is_wanted=is_wanted, options=DecodingOptions())
+    [found] = decode(predictor(watch), DECODER, tokens, is_wanted=is_wanted, options=DecodingOptions())
     assert found.tokens.tolist() == [3, 1, 4, MASK, MASK]
     assert [row[3:] for row in seen] == [[MASK, MASK]] * 2
 
@@ -149,6 +154,7 @@ def test_rows_side_by_side_are_those_decoded_alone(temperature: float, block_len
     options = {"temperature": temperature, "block_length": block_length, "seed": 3}
     together = decode(
         predictor(depends_on_the_row),
+        DECODER,
         torch.stack(rows),
         is_wanted=torch.stack(rows) == MASK,
         options=DecodingOptions(**options),

@@ -108,24 +108,22 @@ def test_building_a_network_leaves_the_global_generator_alone() -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_logits_exclude_the_mask_id_unless_included() -> None:
+def test_logits_exclude_the_ids_that_are_named() -> None:
     network = random_network(small_spec())
     vocabulary = vocabulary_of(network.spec)
     hidden = network(torch.arange(10)[None])
-    excluded = network.logits(hidden, vocabulary=vocabulary, mask_logit="excluded")
-    included = network.logits(hidden, vocabulary=vocabulary, mask_logit="included")
+    excluded = network.logits(hidden, excluded_ids=frozenset((vocabulary.mask_token_id,)))
+    included = network.logits(hidden)
     assert excluded.shape == (1, 10, 101)
     assert bool(torch.isneginf(excluded[..., vocabulary.mask_token_id]).all())
     others = torch.arange(101) != vocabulary.mask_token_id
     assert torch.equal(excluded[..., others], included[..., others])
     assert bool(torch.isfinite(included).all())
     torch.testing.assert_close(included, hidden @ network.lm_head.weight.T)
-    with pytest.raises(ValueError, match="mask_logit is 'no'"):
-        network.logits(hidden, vocabulary=vocabulary, mask_logit="no")
 
 
 def test_tied_head_scores_with_the_embedding() -> None:
     network = random_network(small_spec(tie_embeddings=True))
     hidden: Tensor = network(torch.arange(4)[None])
-    logits = network.logits(hidden[0, :2], vocabulary=vocabulary_of(network.spec), mask_logit="included")
+    logits = network.logits(hidden[0, :2])
     torch.testing.assert_close(logits, hidden[0, :2] @ network.model.embed_tokens.weight.T)

@@ -127,8 +127,8 @@ def test_page_reads_rows_in_the_program_s_order(page: ModuleType, tmp_path: Path
 
 @pytest.mark.promise("the formats page reproduces the program's initial weights and likelihood masks")
 def test_page_makes_the_program_s_likelihood_masks(page: ModuleType) -> None:
+    from megamask.diffusion.exact_counts import exact_count_masks, exact_counts
     from megamask.diffusion.philox import run_key
-    from megamask.evaluation.likelihood import exact_count_masks, exact_counts
 
     eligible = np.ones(32, dtype=bool)
     eligible[27:] = False

@@ -51,7 +51,7 @@ def hidden_states(engine: Any, context: Context) -> torch.Tensor | None:
     outputs: list[torch.Tensor] = []
 
     def forward_step(data: Any, model: Any) -> Any:
-        return engine._stage.network.encode(next(data), context), keep
+        return engine._rank_model.network.encode(next(data), context), keep
 
     def keep(hidden: torch.Tensor) -> Any:
         outputs.append(hidden)
@@ -60,7 +60,7 @@ def hidden_states(engine: Any, context: Context) -> torch.Tensor | None:
     get_forward_backward_func()(
         forward_step_func=forward_step,
         data_iterator=iter([inputs()]),
-        model=[engine._stage.model],
+        model=[engine._rank_model.model],
         num_microbatches=1,
         seq_length=LENGTH,
         micro_batch_size=NUM_ROWS,

@@ -15,12 +15,13 @@ from megamask.config.schema.layout import LayoutConfig
 from megamask.config.schema.optimizer import OptimizerConfig
 from megamask.config.schema.training import TrainingConfig
 from megamask.diffusion.corruption import CorruptedBatch, corrupt
-from megamask.diffusion.objective import ObjectiveSpec
 from megamask.diffusion.philox import run_key
 from megamask.diffusion.schedule import noise_schedule, stratified_times
 from megamask.models.reference import ReferenceModel
 from megamask.models.spec import ModelSpec
 from megamask.models.vocabulary import Vocabulary
+from megamask.objectives.base import Objective, Reading
+from megamask.objectives.masked import MaskedObjective, scored_rows
 
 SEED = 11
 GLOBAL_BATCH_SIZE = 8
@@ -69,8 +70,39 @@ def vocabulary(spec: ModelSpec) -> Vocabulary:
     )
 
 
-def objective(*, complementary: bool = True, mask_logit: str = "excluded") -> ObjectiveSpec:
-    return ObjectiveSpec(noise_schedule="linear", complementary=complementary, mask_logit=mask_logit)
+def objective(
+    *,
+    complementary: bool = True,
+    mask_logit: str = "excluded",
+    z_loss_weight: float = 0.0,
+    spec: ModelSpec = PLAIN,
+) -> MaskedObjective:
+    return MaskedObjective(
+        vocabulary=vocabulary(spec),
+        noise_schedule="linear",
+        complementary=complementary,
+        mask_logit=mask_logit,
+        z_loss_weight=z_loss_weight,
+    )
+
+
+def masked_scores(engine: Any, x_t: torch.Tensor, x_0: torch.Tensor, is_masked: torch.Tensor) -> torch.Tensor:
+    """Row sums of the cross entropy of masked positions, by the engine."""
+    scores: torch.Tensor = engine.score(scored_rows(x_t, x_0, is_masked))
+    return scores
+
+
+def reading(x_t: torch.Tensor, is_open: torch.Tensor) -> Reading:
+    """The forward pass of the masked decoder."""
+    return objective().decoder.reading(x_t, is_open)
+
+
+def excluded(goal: MaskedObjective, spec: ModelSpec) -> frozenset[int]:
+    return dataclasses.replace(goal, vocabulary=vocabulary(spec)).excluded_ids
+
+
+def num_views(goal: Objective) -> int:
+    return goal.shape(SEQUENCE_LENGTH).num_views
 
 
 def save_state(engine: Any, folder: Path, *, copy: bool = False) -> list[str]:
@@ -94,7 +126,7 @@ def make_engine(
     *,
     micro_batch_size: int = 1,
     head_capacity: int | None = None,
-    goal: ObjectiveSpec | None = None,
+    goal: Any = None,
     compute: str = "fp32",
     z_loss_weight: float = 0.0,
     **optimizer: float,
@@ -103,8 +135,7 @@ def make_engine(
 
     return Engine(
         spec,
-        vocabulary(spec),
-        goal or objective(),
+        dataclasses.replace(goal or objective(), vocabulary=vocabulary(spec), z_loss_weight=z_loss_weight),
         OptimizerConfig(**({"learning_rate": LEARNING_RATE} | optimizer)),
         LayoutConfig(**(layout or {})),
         TrainingConfig(
@@ -116,7 +147,6 @@ def make_engine(
         ),
         SEED,
         compute=compute,
-        z_loss_weight=z_loss_weight,
     )
 
 
@@ -143,7 +173,7 @@ def take_step(engine: Any, step: int, learning_rate: float = LEARNING_RATE) -> A
     return engine.step(batch(engine.members(GLOBAL_BATCH_SIZE), step), step=step, learning_rate=learning_rate)
 
 
-def noised(share: SyntheticBatch, step: int, spec: ModelSpec, goal: ObjectiveSpec) -> CorruptedBatch:
+def noised(share: SyntheticBatch, step: int, spec: ModelSpec, goal: MaskedObjective) -> CorruptedBatch:
     """The noise of a whole global batch, made without the engine."""
     key = run_key(SEED)
     return corrupt(
@@ -165,33 +195,32 @@ def reference(spec: ModelSpec) -> ReferenceModel:
 
 
 def reference_cross_entropy(
-    model: ReferenceModel, x_t: torch.Tensor, x_0: torch.Tensor, is_masked: torch.Tensor, goal: ObjectiveSpec
+    model: ReferenceModel, x_t: torch.Tensor, x_0: torch.Tensor, is_masked: torch.Tensor, goal: MaskedObjective
 ) -> torch.Tensor:
     """Row sums from full logits: no row is left out, no position chosen."""
-    spec = model.spec
-    logits = model.logits(model(x_t), vocabulary=vocabulary(spec), mask_logit=goal.mask_logit)
+    logits = model.logits(model(x_t), excluded_ids=excluded(goal, model.spec))
     cross_entropy = torch.nn.functional.cross_entropy(logits.flatten(0, 1), x_0.flatten(), reduction="none")
     return (cross_entropy.view_as(x_0) * is_masked).sum(dim=1)
 
 
-def reference_loss(model: ReferenceModel, step: int, goal: ObjectiveSpec) -> torch.Tensor:
+def reference_loss(model: ReferenceModel, step: int, goal: MaskedObjective) -> torch.Tensor:
     share = batch(list(range(GLOBAL_BATCH_SIZE)), step)
     rows = noised(share, step, model.spec, goal)
     sums = reference_cross_entropy(model, rows.x_t, rows.x_0, rows.is_masked, goal)
-    return (sums * rows.weight).sum() / (int(share.is_eligible.sum()) * goal.num_views)
+    return (sums * rows.weight).sum() / (int(share.is_eligible.sum()) * num_views(goal))
 
 
-def reference_z_loss(model: ReferenceModel, step: int, goal: ObjectiveSpec) -> torch.Tensor:
+def reference_z_loss(model: ReferenceModel, step: int, goal: MaskedObjective) -> torch.Tensor:
     """Mean of (log Z)^2 over eligible tokens and views, from full logits."""
     share = batch(list(range(GLOBAL_BATCH_SIZE)), step)
     rows = noised(share, step, model.spec, goal)
-    logits = model.logits(model(rows.x_t), vocabulary=vocabulary(model.spec), mask_logit=goal.mask_logit)
+    logits = model.logits(model(rows.x_t), excluded_ids=excluded(goal, model.spec))
     squares = logits.logsumexp(dim=-1).square()
-    return (squares * rows.is_masked).sum() / (int(share.is_eligible.sum()) * goal.num_views)
+    return (squares * rows.is_masked).sum() / (int(share.is_eligible.sum()) * num_views(goal))
 
 
 def reference_noise_levels(
-    model: ReferenceModel, step: int, goal: ObjectiveSpec
+    model: ReferenceModel, step: int, goal: MaskedObjective
 ) -> tuple[list[float | None], list[int]]:
     """Mean cross entropy and number of the masked positions, by tenths of the mask probability as a float."""
     rows = noised(batch(list(range(GLOBAL_BATCH_SIZE)), step), step, model.spec, goal)
@@ -200,8 +229,8 @@ def reference_noise_levels(
     schedule, totals, counts = noise_schedule(goal.noise_schedule), [0.0] * 10, [0] * 10
     for place, t in enumerate(stratified_times(step, GLOBAL_BATCH_SIZE, run_key(SEED))):
         p = schedule.mask_probability(t)
-        for view, probability in enumerate((p, 1 - p)[: goal.num_views]):
-            row = place * goal.num_views + view
+        for view, probability in enumerate((p, 1 - p)[: num_views(goal)]):
+            row = place * num_views(goal) + view
             totals[int(10 * probability)] += sums[row]
             counts[int(10 * probability)] += int(rows.is_masked[row].sum())
     return [total / count if count else None for total, count in zip(totals, counts, strict=True)], counts
@@ -221,7 +250,7 @@ def _canonical(engine: Any, of: Callable[[Any], torch.Tensor]) -> dict[str, torc
     from megamask.models.initial_weights import canonical_shapes
 
     tensors = {name: torch.full(shape, float("nan")) for name, shape in canonical_shapes(engine._spec).items()}
-    for name, parameter in engine._stage.network.named_parameters():
+    for name, parameter in engine._rank_model.network.named_parameters():
         for block in engine._canonical.blocks(name):
             rows = slice(block.first_row, block.first_row + block.sizes[0])
             tensors[block.name][block.index] = of(parameter)[rows]

@@ -46,7 +46,7 @@ def _global_gradients(engine: Any) -> dict[str, torch.Tensor]:
     from megamask.models.initial_weights import canonical_shapes
 
     tensors = {name: torch.zeros(shape) for name, shape in canonical_shapes(engine._spec).items()}
-    parameters = dict(engine._stage.network.named_parameters())
+    parameters = dict(engine._rank_model.network.named_parameters())
     for shard in engine._optimizer.shards():
         if not engine._canonical.is_owner(shard.parameter):
             continue

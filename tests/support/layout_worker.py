@@ -56,7 +56,7 @@ def run_layout(root: str, spec: str, layout: dict[str, Any]) -> dict[str, Any]:
     for step in STEPS[spec]:
         reports.append(take(engine, spec, step))
         if step == SAVED_STEP:
-            answer["scores"] = engine.masked_cross_entropy(*cases.probe_rows(NUM_PROBE_ROWS, SPECS[spec])).tolist()
+            answer["scores"] = cases.masked_scores(engine, *cases.probe_rows(NUM_PROBE_ROWS, SPECS[spec])).tolist()
             if engine.is_main:
                 folder.mkdir()
             engine.barrier()
@@ -84,7 +84,7 @@ def _poison(engine: Any, step: int) -> dict[str, Any]:
     """One nan in one weight of the last rank alone."""
     if engine.rank == engine.world_size - 1:
         with torch.no_grad():
-            next(iter(engine._stage.network.decoder.layers[0].parameters())).view(-1)[0] = float("nan")
+            next(iter(engine._rank_model.network.decoder.layers[0].parameters())).view(-1)[0] = float("nan")
     before, updates = engine.parameter_digest(), engine._optimizer.num_updates
     report = cases.take_step(engine, step)
     return {

@@ -6,13 +6,14 @@ from dataclasses import replace
 from typing import Any
 
 from megamask.checkpoint.contents import ModelDocument
-from megamask.diffusion.objective import ObjectiveSpec
 from megamask.models.spec import ModelSpec
 from megamask.models.vocabulary import Vocabulary
+from support.objectives import masked_objective
 
 
 def model_document(**changes: Any) -> ModelDocument:
     """Two layers, 26 tokens, of which 23, 24 and 25 are end-of-document, padding and mask."""
+    vocabulary = Vocabulary(vocab_size=26, padded_vocab_size=128, eod_token_id=23, pad_token_id=24, mask_token_id=25)
     document = ModelDocument(
         spec=ModelSpec(
             num_layers=2,
@@ -31,8 +32,8 @@ def model_document(**changes: Any) -> ModelDocument:
             padded_vocab_size=128,
             max_sequence_length=32,
         ),
-        vocabulary=Vocabulary(vocab_size=26, padded_vocab_size=128, eod_token_id=23, pad_token_id=24, mask_token_id=25),
-        objective=ObjectiveSpec(noise_schedule="linear", complementary=True, mask_logit="excluded"),
+        vocabulary=vocabulary,
+        objective=masked_objective(vocabulary),
         tokenizer_digest="d" * 64,
     )
     return replace(document, **changes)

@@ -37,6 +37,7 @@ def decoded(predict: Predictor, spec: ModelSpec, temperature: float, places: lis
     places = [0, 1, 2] if places is None else places
     found = decode(
         predict,
+        cases.objective().decoder,
         tokens[places],
         is_wanted=is_wanted[places],
         options=DecodingOptions(temperature=temperature, num_denoising_steps=STEPS, seed=SEED),

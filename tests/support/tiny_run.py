@@ -14,7 +14,6 @@ from megamask.config.schema.corpus import CorpusConfig, TokenizerConfig
 from megamask.config.schema.roots import TrainConfig
 from megamask.data.corpus.prepare import build
 from megamask.data.manifest import Manifest
-from megamask.diffusion.objective import ObjectiveSpec
 from megamask.engine.state import Share
 from megamask.engine.torch_dist import Piece
 from megamask.models.initial_weights import canonical_shapes, initial_tensor
@@ -22,6 +21,7 @@ from megamask.models.spec import ModelSpec
 from megamask.models.vocabulary import Vocabulary
 from megamask.runs.configs import store_attempt_config
 from megamask.runs.record import open_run
+from support.objectives import masked_objective
 from support.thread_world import ThreadEngine, ThreadWorld
 
 SEQUENCE_LENGTH = 32
@@ -102,7 +102,7 @@ def _commit(run_dir: Path, config: TrainConfig, manifest: Manifest, corpus: Path
         model=ModelDocument(
             spec=spec,
             vocabulary=vocabulary,
-            objective=ObjectiveSpec(noise_schedule="linear", complementary=True, mask_logit="excluded"),
+            objective=masked_objective(vocabulary),
             tokenizer_digest=manifest.tokenizer_digest,
         ),
         tokenizer_folder=corpus / "tokenizer",

@@ -14,7 +14,6 @@ from megamask.config.load import load_train_config
 from megamask.config.schema.roots import TrainConfig
 from megamask.data.content import batch_digest
 from megamask.data.manifest import Manifest
-from megamask.diffusion.objective import ObjectiveSpec
 from megamask.models.spec import ModelSpec
 from megamask.models.vocabulary import Vocabulary
 from megamask.runs.claims import claim
@@ -24,6 +23,7 @@ from megamask.runs.status import Status, write_status
 from megamask.tracking.journal.writer import Journal
 from megamask.training.batch_size import batch_size_at, consumed_before
 from megamask.training.checkpointing import commit_record
+from support.objectives import masked_objective
 from support.thread_world import ThreadWorld
 from support.tiny_run import CONFIG, SEED, InitialWeights
 
@@ -109,6 +109,13 @@ class ToldRun:
         engine = InitialWeights(ThreadWorld(1), 0)
         engine.spec = spec
         manifest, samples = self.manifest, consumed_before(step + 1, self.config.training)
+        vocabulary = Vocabulary(
+            vocab_size=manifest.vocab_size,
+            padded_vocab_size=spec.padded_vocab_size,
+            mask_token_id=manifest.mask_token_id,
+            eod_token_id=manifest.eod_token_id,
+            pad_token_id=manifest.pad_token_id,
+        )
         commit = save(
             engine,
             self.run_dir,
@@ -122,14 +129,8 @@ class ToldRun:
             ),
             model=ModelDocument(
                 spec=spec,
-                vocabulary=Vocabulary(
-                    vocab_size=manifest.vocab_size,
-                    padded_vocab_size=spec.padded_vocab_size,
-                    mask_token_id=manifest.mask_token_id,
-                    eod_token_id=manifest.eod_token_id,
-                    pad_token_id=manifest.pad_token_id,
-                ),
-                objective=ObjectiveSpec(noise_schedule="linear", complementary=True, mask_logit="excluded"),
+                vocabulary=vocabulary,
+                objective=masked_objective(vocabulary),
                 tokenizer_digest=manifest.tokenizer_digest,
             ),
             tokenizer_folder=self.corpus / "tokenizer",

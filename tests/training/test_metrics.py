@@ -3,23 +3,16 @@
 from __future__ import annotations
 
 import time
-from pathlib import Path
 
 import pytest
 
-from megamask.config.load import load_train_config
-from megamask.config.schema.roots import TrainConfig
 from megamask.data.content import batch_digest
 from megamask.engine.step import StepReport
+from megamask.objectives.shapes import shape_of
 from megamask.training.metrics import PHASES, PhaseClock, step_record
 from megamask.training.progress import Progress
 
-TINY = Path(__file__).parents[2] / "configs" / "run" / "tiny.yaml"
-
-
-@pytest.fixture
-def config() -> TrainConfig:
-    return load_train_config(str(TINY), []).config
+PAIR = shape_of({"name": "masked", "complementary": True}, 128)
 
 
 def report(**changes: object) -> StepReport:
@@ -29,6 +22,8 @@ def report(**changes: object) -> StepReport:
         "grad_norm": 1.25,
         "is_finite": True,
         "num_eligible": 1000,
+        "nelbo_nats_per_token": 5.25,
+        "scored_tokens": 960,
         "masked_tokens": 480,
         "masked_tokens_by_noise_level": [960, *(0 for _ in range(9))],
         "loss_by_noise_level": [6.0, *(None for _ in range(9))],
@@ -46,9 +41,9 @@ def progress() -> Progress:
     return made
 
 
-def test_record_has_the_fields_of_the_format(config: TrainConfig) -> None:
+def test_record_has_the_fields_of_the_format() -> None:
     fields = step_record(
-        config, progress(), report(), learning_rate=1e-3, clock=PhaseClock(), global_batch_size=8
+        progress(), report(), learning_rate=1e-3, clock=PhaseClock(), shape=PAIR, global_batch_size=8
     ).fields
     assert set(fields) == {
         *("step", "loss", "loss_terms", "nelbo_nats_per_token", "grad_norm", "learning_rate"),
@@ -66,21 +61,21 @@ def test_record_has_the_fields_of_the_format(config: TrainConfig) -> None:
     assert sum(fields["masked_tokens_by_noise_level"]) == 960
 
 
-def test_utilisation_is_unknown_where_the_peak_is_unknown(config: TrainConfig) -> None:
-    record = step_record(config, progress(), report(), learning_rate=1e-3, clock=PhaseClock(), global_batch_size=8)
+def test_utilisation_is_unknown_where_the_peak_is_unknown() -> None:
+    record = step_record(progress(), report(), learning_rate=1e-3, clock=PhaseClock(), shape=PAIR, global_batch_size=8)
     assert record.fields["mfu"] is None
 
 
-def test_record_of_a_smaller_batch_counts_its_own_samples(config: TrainConfig) -> None:
+def test_record_of_a_smaller_batch_counts_its_own_samples() -> None:
     """Within a batch-size ramp; the settings know only the last level."""
     clock = PhaseClock()
     clock.lap_step(report())
     fields = step_record(
-        config,
         progress(),
         report(),
         learning_rate=1e-3,
         clock=clock,
+        shape=PAIR,
         global_batch_size=4,
         token_seconds_at_peak=1e-5,
     ).fields
@@ -89,12 +84,18 @@ def test_record_of_a_smaller_batch_counts_its_own_samples(config: TrainConfig) -
     assert fields["mfu"] == pytest.approx(2 * 4 * 128 * 1e-5 / sum(fields["seconds"].values()), rel=1e-3)
 
 
-def test_utilisation_counts_every_processed_token(config: TrainConfig) -> None:
+def test_utilisation_counts_every_processed_token() -> None:
     clock = PhaseClock()
     clock.lap("data")
     clock.lap_step(report())
     fields = step_record(
-        config, progress(), report(), learning_rate=1e-3, clock=clock, global_batch_size=8, token_seconds_at_peak=1e-5
+        progress(),
+        report(),
+        learning_rate=1e-3,
+        clock=clock,
+        shape=PAIR,
+        global_batch_size=8,
+        token_seconds_at_peak=1e-5,
     ).fields
     total = sum(fields["seconds"].values())
     assert fields["mfu"] == pytest.approx(2 * 8 * 128 * 1e-5 / total, rel=1e-3)

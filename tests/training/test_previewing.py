@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from megamask.config.load import load_train_config
 from megamask.config.schema.roots import TrainConfig
 from megamask.data.loader import Loader
 from megamask.diffusion.sampling import Draw, Prediction
 from megamask.errors import UsageError
+from megamask.objectives.base import Reading
 from megamask.training.metrics import StepRecord
 from megamask.training.previewing import (
     PeriodicPreview,
@@ -26,8 +26,11 @@ from megamask.training.previewing import (
 from megamask.training.progress import Progress
 from megamask.training.stopping import StopReason
 from support.command import TINY
+from support.model_documents import model_document
 from support.thread_world import ThreadWorld
 from support.tiny_run import SEQUENCE_LENGTH, write_corpus
+
+OBJECTIVE = model_document().objective
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +47,7 @@ def configured(*overrides: str) -> TrainConfig:
 
 def opened(corpus: Loader, *overrides: str) -> tuple[TrainConfig, PreviewRows]:
     config = configured("preview.prompts=['alpha beta', '', 'gamma', 'h\u00e9']", *overrides)
-    rows = open_previews(config, corpus)
+    rows = open_previews(config, OBJECTIVE, corpus)
     assert rows is not None
     return config, rows
 
@@ -60,23 +63,26 @@ def test_row_is_the_prompt_then_masks_of_which_some_are_filled(corpus: Loader) -
 
 def test_previews_that_are_not_asked_for_read_no_prompt(corpus: Loader) -> None:
     assert (
-        open_previews(configured("preview.every_steps=null", "preview.prompts=['" + "x" * 999 + "']"), corpus) is None
+        open_previews(
+            configured("preview.every_steps=null", "preview.prompts=['" + "x" * 999 + "']"), OBJECTIVE, corpus
+        )
+        is None
     )
 
 
 def test_prompt_that_does_not_fit_is_refused_with_the_number_that_does(corpus: Loader) -> None:
     prompt = "zq" * 13 + "z"  # 27 tokens: 26 would fit
     with pytest.raises(UsageError) as caught:
-        open_previews(configured(f"preview.prompts=['', '{prompt}']"), corpus)
+        open_previews(configured(f"preview.prompts=['', '{prompt}']"), OBJECTIVE, corpus)
     assert f"preview.prompts: '{prompt}' has 27 tokens" in caught.value.message
     assert "allowed: prompts of at most 26 tokens. Nothing was started." in caught.value.message
-    assert open_previews(configured(f"preview.prompts=['{prompt[:-1]}']"), corpus) is not None
+    assert open_previews(configured(f"preview.prompts=['{prompt[:-1]}']"), OBJECTIVE, corpus) is not None
 
 
 def test_temperature_is_refused_where_the_noise_law_has_no_numbers(corpus: Loader) -> None:
     huge = SimpleNamespace(manifest=SimpleNamespace(vocab_size=2**29, mask_token_id=3), tokenizer=corpus.tokenizer)
     with pytest.raises(UsageError, match=r"preview\.temperature is 1\.0.*allowed: 0"):
-        open_previews(configured("preview.temperature=1"), huge)  # type: ignore[arg-type]
+        open_previews(configured("preview.temperature=1"), OBJECTIVE, huge)  # type: ignore[arg-type]
 
 
 @pytest.mark.promise("a preview's record is sufficient to reproduce it")
@@ -94,10 +100,10 @@ class FakeEngine:
         self.topology = SimpleNamespace(data_parallel_rank=rank % data, data_parallel_size=data)
         self.num_calls = 0
 
-    def predict(self, x_t: Tensor, is_open: Tensor, draw: Draw) -> Prediction:
+    def predict(self, reading: Reading, draw: Draw) -> Prediction:
         self.num_calls += 1
-        row, place = is_open.nonzero().T
-        value = x_t.sum(dim=1)[row] * 31 + place * 7 + draw.step + 5 * torch.tensor(draw.sequences)[row]
+        row, place = reading.is_read.nonzero().T
+        value = reading.inputs.sum(dim=1)[row] * 31 + place * 7 + draw.step + 5 * torch.tensor(draw.sequences)[row]
         return Prediction(tokens=value % 250, confidence=1.0 / (1 + value % 97).double())
 
     def gather_objects(self, value: Any) -> list[Any]:
@@ -107,7 +113,7 @@ class FakeEngine:
 def previews(config: TrainConfig, rows: PreviewRows, *, data: int, ranks: int) -> tuple[list[Any], list[FakeEngine]]:
     world = ThreadWorld(ranks)
     engines = [FakeEngine(world, rank, data) for rank in range(ranks)]
-    results = world.run(lambda rank: preview_on_engine(config, engines[rank.rank], rows)())  # type: ignore[arg-type]
+    results = world.run(lambda rank: preview_on_engine(config, engines[rank.rank], OBJECTIVE, rows)())  # type: ignore[arg-type]
     return results, engines
 
 

@@ -7,7 +7,7 @@ every number that both need.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +15,18 @@ import torch
 
 from megamask.config.load import load_train_config
 from megamask.config.schema.data import DataConfig
+from megamask.config.schema.objective import ObjectiveConfig
 from megamask.config.schema.roots import TrainConfig
 from megamask.config.schema.training import TrainingConfig
 from megamask.data.content import add_content, batch_digest, content_digest, content_hash
 from megamask.data.loader import Loader
 from megamask.data.order import ORDER_LAW_VERSION
 from megamask.data.reader import Row
-from megamask.diffusion.philox import NOISE_LAW_VERSION, Purpose, run_key, uniform_words
-from megamask.diffusion.schedule import noise_schedule, stratified_times, threshold
+from megamask.diffusion.philox import NOISE_LAW_VERSION, run_key
 from megamask.errors import CheckpointIntegrityError, DataIntegrityError, UsageError
+from megamask.models.vocabulary import Vocabulary
+from megamask.objectives.base import Objective, Samples
+from megamask.objectives.registry import build_objective
 from megamask.runs.configs import attempt_configs
 from megamask.runs.layout import configs_folder
 from megamask.runs.record import read_run
@@ -166,15 +169,14 @@ def inspect_step(run: RecordedRun, loader: Loader, step: int) -> dict[str, Any]:
     seed, training = int(run.value("run.seed")), _batches(run)
     first_index = consumed_before(step, training)
     batch_size = batch_size_at(first_index, training)
-    times = stratified_times(step, batch_size, run_key(seed))
+    objective = _objective(run, loader)
     samples: list[dict[str, Any]] = []
     hashes: list[int] = []
     for index, (source, row) in enumerate(loader.rows(first_index, batch_size), start=first_index):
         content = loader.read(source, row)
-        t = times[index - first_index]
-        samples.append(
-            {"sample_index": index, "source": source, "row": row, "t": t} | _view(run, loader, content, index, t)
-        )
+        drawn = _sample(loader, content, index, first_index=first_index, global_batch_size=batch_size)
+        [details] = objective.details(drawn, step, run_key(seed))
+        samples.append({"sample_index": index, "source": source, "row": row} | _described(content, drawn) | details)
         hashes.append(content_hash(index, loader.source_digest, row, content.tokens_crc32c, content.documents_crc32c))
     report = {
         "step": step,
@@ -182,7 +184,7 @@ def inspect_step(run: RecordedRun, loader: Loader, step: int) -> dict[str, Any]:
         "samples": samples,
         "batch_digest": batch_digest(first_index, batch_size),
         "content_digest": content_digest(add_content(*hashes)),
-        "masked_tokens": sum(len(sample["masked"]) for sample in samples),
+        "masked_tokens": sum(len(sample.get("masked", ())) for sample in samples),
     }
     return report | {"matches_journal": _compare_with_journal(run.folder, report)}
 
@@ -199,19 +201,40 @@ def _batches(run: RecordedRun) -> TrainingConfig:
     )
 
 
-def _view(run: RecordedRun, loader: Loader, content: Row, index: int, t: float) -> dict[str, Any]:
-    """What a sample holds and which of its tokens the first view masks, by the noise law."""
-    tokens = torch.from_numpy(content.tokens.astype("int64"))
-    is_eligible = tokens != loader.manifest.pad_token_id
-    limit = threshold(noise_schedule(str(run.value("objective.noise_schedule"))).mask_probability(t))
-    words = uniform_words(
-        torch.tensor([index]), len(tokens), purpose=Purpose.MASK, key=run_key(int(run.value("run.seed")))
+def _objective(run: RecordedRun, loader: Loader) -> Objective:
+    """The objective that the run was started with; a key that an older version did not record has its default."""
+    manifest, section = loader.manifest, "objective."
+    known = {field.name for field in fields(ObjectiveConfig)}
+    recorded = {
+        name.removeprefix(section): value
+        for name, value in run.identity.items()
+        if name.startswith(section) and name.removeprefix(section) in known
+    }
+    vocabulary = Vocabulary(
+        vocab_size=manifest.vocab_size,
+        padded_vocab_size=manifest.vocab_size,
+        mask_token_id=manifest.mask_token_id,
+        eod_token_id=manifest.eod_token_id,
+        pad_token_id=manifest.pad_token_id,
     )
-    is_masked = is_eligible & (words[0] < limit)
+    return build_objective(ObjectiveConfig(**recorded).settings(), vocabulary)
+
+
+def _sample(loader: Loader, content: Row, index: int, *, first_index: int, global_batch_size: int) -> Samples:
+    tokens = torch.from_numpy(content.tokens.astype("int64"))[None]
+    return Samples(
+        tokens=tokens,
+        is_eligible=tokens != loader.manifest.pad_token_id,
+        sample_index=torch.tensor([index]),
+        batch_position=[index - first_index],
+        global_batch_size=global_batch_size,
+    )
+
+
+def _described(content: Row, drawn: Samples) -> dict[str, Any]:
     return {
-        "tokens": tokens.tolist(),
-        "num_padding": int((~is_eligible).sum()),
-        "masked": is_masked.nonzero().flatten().tolist(),
+        "tokens": drawn.tokens[0].tolist(),
+        "num_padding": int((~drawn.is_eligible).sum()),
         "documents": [{"start": int(start), "number": int(number)} for start, number in content.documents],
     }
 

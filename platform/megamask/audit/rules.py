@@ -11,11 +11,13 @@ from megamask.config.schema.roots import TrainConfig
 from megamask.config.schema.training import TrainingConfig
 from megamask.config.secrets import shown
 from megamask.errors import UsageError
+from megamask.objectives.shapes import shape_of
 from megamask.runs.record import RunRecord
 from megamask.training.batch_size import consumed_before
 
 _SECTION = "training."
-_TYPES = {"int": int, "bool": bool}
+_OBJECTIVE = "objective."
+_TYPES: dict[str, tuple[type, ...]] = {"int": (int,), "bool": (bool,), "float": (int, float), "str": (str,)}
 
 
 def rules_of(record: RunRecord) -> Rules:
@@ -31,11 +33,16 @@ def rules_of(record: RunRecord) -> Rules:
         steps=_recorded(record, content["extendable"], keys["training.steps"]),
         **{name.removeprefix(_SECTION): _recorded(record, identity, keys[name]) for name in names},
     )
+    settings = {
+        name.removeprefix(_OBJECTIVE): _recorded(record, identity, key)
+        for name, key in keys.items()
+        if name.startswith(_OBJECTIVE)
+    }
     return Rules(
         run_id=record.run_id,
         corpora=content["corpora"],
         consumed_before=lambda step: consumed_before(step, training),
-        num_views=2 if _recorded(record, identity, keys["objective.complementary"]) else 1,
+        shape=shape_of(settings, training.sequence_length),
         sequence_length=training.sequence_length,
     )
 
@@ -44,14 +51,10 @@ def _recorded(record: RunRecord, values: Mapping[str, Any], key: Key) -> Any:
     value = values.get(key.name, key.default)
     if key.is_optional and value is None:
         return None
-    if type(value) is _TYPES[key.base] and _is_at_least(value, key.setting.minimum):
+    if type(value) in _TYPES[key.base] and key.setting.accepts(value):
         return value
     found = f"has {key.name} = {shown(value)}" if key.name in values else f"does not say {key.name}"
     raise UsageError(
         f"{record.path} {found}; to check the journal's steps it must be {key.allowed}. Nothing was checked.",
         hint="use the version of megamask that started the run",
     )
-
-
-def _is_at_least(value: Any, lowest: float | None) -> bool:
-    return lowest is None or value >= lowest

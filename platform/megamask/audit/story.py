@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from megamask.checkpoint.names import folder_name
 from megamask.data.content import batch_digest
+from megamask.objectives.shapes import ObjectiveShape
 
 # Of a repeated step these say whether it was the same step; numbers of the computer's arithmetic may differ.
 _SAME_WHEN_REPEATED = ("batch_digest", "content_digest", "masked_tokens", "consumed_samples", "consumed_tokens")
@@ -39,14 +40,14 @@ class Rules:
     Args:
         run_id, corpora: as in run.json.
         consumed_before: samples of all steps before a step, by the order law.
-        num_views: corrupted copies of each sample.
+        shape: what the objective makes of a sample.
         sequence_length: tokens of a row.
     """
 
     run_id: str
     corpora: Mapping[str, str]
     consumed_before: Callable[[int], int]
-    num_views: int
+    shape: ObjectiveShape
     sequence_length: int
 
 
@@ -168,7 +169,7 @@ class JournalAudit:
 
     def _tokens(self, story: AttemptStory, record: Mapping[str, Any], step: int, size: int) -> None:
         tokens, masked = _count(record["consumed_tokens"]), _count(record["masked_tokens"])
-        self._expect("processed_tokens", record["processed_tokens"], tokens * self.rules.num_views)
+        self._expect("processed_tokens", record["processed_tokens"], tokens * self.rules.shape.num_views)
         most = size * self.rules.sequence_length
         before = 0 if step == 1 else story.consumed_tokens
         eligible = None if before is None else tokens - before
@@ -178,7 +179,7 @@ class JournalAudit:
             self._find(f"masked_tokens is {masked}, more than the step has")
         levels = record.get("masked_tokens_by_noise_level")
         if levels is not None and eligible is not None:
-            expected = eligible if self.rules.num_views == 2 else masked
+            expected = eligible if self.rules.shape.corrupts == "all" else masked
             self._expect("the sum of masked_tokens_by_noise_level", sum(map(_count, levels)), expected)
 
     def _loss(self, record: Mapping[str, Any]) -> None:

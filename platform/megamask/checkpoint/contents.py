@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from megamask.checkpoint.commit import Commit
 from megamask.checkpoint.names import MODEL_NAME, STATE_NAME
-from megamask.diffusion.objective import ObjectiveSpec
 from megamask.errors import CheckpointIntegrityError, UsageError
 from megamask.models.counts import parameter_count
 from megamask.models.spec import ModelSpec
 from megamask.models.vocabulary import Vocabulary
+from megamask.objectives.base import Objective
+from megamask.objectives.registry import build_objective
 from megamask.runs.laws import LAWS
 from megamask.storage.durable import read_errors
 from megamask.storage.hashing import canonical_json
@@ -67,7 +68,7 @@ class ModelDocument:
 
     spec: ModelSpec
     vocabulary: Vocabulary
-    objective: ObjectiveSpec
+    objective: Objective
     tokenizer_digest: str
 
     def to_json(self) -> dict[str, Any]:
@@ -76,7 +77,7 @@ class ModelDocument:
             "format": MODEL_FORMAT,
             "version": MODEL_VERSION,
             "model": self.spec.to_json(),
-            "objective": asdict(self.objective),
+            "objective": self.objective.record(),
             "shift": False,
             "vocabulary_size": self.vocabulary.vocab_size,
             "padded_vocabulary_size": self.vocabulary.padded_vocab_size,
@@ -135,10 +136,11 @@ def _model_of(document: dict[str, Any]) -> ModelDocument:
     if not all(type(size) is int for size in sizes.values()):
         raise ValueError(f"vocabulary {sizes}")
     try:
+        vocabulary = Vocabulary(**sizes)
         model = ModelDocument(
             spec=ModelSpec.from_json(document["model"]),
-            vocabulary=Vocabulary(**sizes),
-            objective=ObjectiveSpec(**document["objective"]),
+            vocabulary=vocabulary,
+            objective=build_objective(document["objective"], vocabulary),
             tokenizer_digest=document["tokenizer_digest"],
         )
     except UsageError as error:

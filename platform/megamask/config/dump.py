@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import operator
 import re
 from collections.abc import Callable
+from functools import reduce
 from typing import Any
 
 import yaml
+
+from megamask.config.variants import meaningless_keys
 
 # What every YAML version, 1.1 included, reads as this very string when it is not quoted.
 _UNMISTAKABLE = re.compile(r"[A-Za-z_./][A-Za-z0-9_./-]*")
@@ -31,8 +35,15 @@ _Dumper.add_representer(str, _represent_string)
 
 
 def to_plain(config: Any) -> dict[str, Any]:
-    """A config as nested dicts, lists, numbers and strings, in the schema's order; shares nothing with the config."""
-    return dataclasses.asdict(config)
+    """A config as nested dicts, lists, numbers and strings, in the schema's order; shares nothing with the config.
+
+    Keys without a meaning for the objective that is chosen are left out.
+    """
+    plain = dataclasses.asdict(config)
+    for name in meaningless_keys(config):
+        *sections, last = name.split(".")
+        del reduce(operator.getitem, sections, plain)[last]
+    return plain
 
 
 def to_yaml(config: Any, *, hide: Callable[[Any], Any] | None = None) -> str:

@@ -86,6 +86,8 @@ def _describe(key: Key, shown_as: str, root: type, loaded: Loaded[Any] | None) -
         "kind": setting.kind,
         "kind_meaning": _KINDS[setting.kind],
     }
+    if setting.variants is not None:
+        description["only_with"] = f"{key.name.rpartition('.')[0]}.name={'|'.join(setting.variants)}"
     if loaded is not None:
         value = value_of(loaded.config, key.name)
         description["value"] = value.get(entry) if entry else value

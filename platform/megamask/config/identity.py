@@ -14,6 +14,7 @@ from megamask.config.keys import all_keys
 from megamask.config.schema.field import Kind
 from megamask.config.schema.roots import TrainConfig
 from megamask.config.secrets import shown
+from megamask.config.variants import meaningless_keys
 from megamask.errors import UsageError
 
 CORPORA_KEY = "data.corpora"
@@ -35,7 +36,12 @@ def extendable_fields(config: TrainConfig) -> dict[str, Any]:
 
 
 def _fields_of_kind(config: TrainConfig, kind: Kind) -> dict[str, Any]:
-    return {name: value_of(config, name) for name, key in all_keys(TrainConfig).items() if key.setting.kind == kind}
+    outside = meaningless_keys(config)
+    return {
+        name: value_of(config, name)
+        for name, key in all_keys(TrainConfig).items()
+        if key.setting.kind == kind and name not in outside
+    }
 
 
 def compare_identity(stored: Mapping[str, Any], config: TrainConfig, *, where: str = "run.json") -> None:
@@ -60,7 +66,7 @@ def compare_identity(stored: Mapping[str, Any], config: TrainConfig, *, where: s
     differences += [
         f"{key} is recorded as {shown(value)}, but this version has no such key"
         for key, value in stored.items()
-        if key not in given
+        if key not in given and key not in meaningless_keys(config)  # there the name of the variant differs
     ]
     if differences:
         raise UsageError(

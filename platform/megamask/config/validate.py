@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping
 
 from megamask.config.identity import value_of
@@ -9,6 +10,7 @@ from megamask.config.keys import all_sections
 from megamask.config.load import DEFAULT_ORIGIN, OVERRIDE_ORIGIN
 from megamask.config.rules.problem import Problem
 from megamask.config.schema.roots import PrepareConfig, TrainConfig
+from megamask.config.variants import variant_problems
 from megamask.errors import UsageError
 
 
@@ -37,7 +39,8 @@ def all_problems(config: TrainConfig | PrepareConfig) -> Iterator[Problem]:
 
 
 def _refuse_first(config: TrainConfig | PrepareConfig, origins: Mapping[str, str] | None) -> None:
-    for problem in all_problems(config):
+    problems = itertools.chain(variant_problems(config, origins, default_origin=DEFAULT_ORIGIN), all_problems(config))
+    for problem in problems:
         raise UsageError(
             f"{problem.sentence(value_of(config, problem.key))}. Nothing was started.",
             hint=_where_to_change(problem.key, origins),

@@ -93,7 +93,8 @@ def gumbel_noise(
 
 def score_slice(
     logits: Tensor,
-    indices: Tensor,
+    positions: Tensor,
+    rows: Tensor,
     *,
     num_positions: int,
     vocab_size: int,
@@ -105,7 +106,8 @@ def score_slice(
 
     Args:
         logits: [m, v] of the slice.
-        indices: [m] int64 places in the flattened r * s positions. num_positions: s.
+        positions: [m] int64 position of each chosen token in its sample. num_positions: s.
+        rows: [m] int64 place of each position's row among `draw.sequences`.
         vocab_size: of the whole vocabulary, padding not counted, which the noise law asks for.
         first_token: id of the slice's first column.
         is_excluded: bool [v], columns that are never chosen and take no part in the softmax.
@@ -116,14 +118,13 @@ def score_slice(
     values = logits.to(torch.float64).masked_fill(is_excluded, float("-inf"))
     scores = values
     if draw.temperature != 0:
-        rows = torch.div(indices, num_positions, rounding_mode="floor")
         noise = gumbel_noise(
-            indices % num_positions,
+            positions,
             num_positions,
             vocab_size,
             step=draw.step,
             seed=draw.seed,
-            sequences=torch.tensor(draw.sequences, device=indices.device)[rows],
+            sequences=torch.tensor(draw.sequences, device=rows.device)[rows],
             first_token=first_token,
             num_tokens=logits.size(1),
         )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import math
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,21 +15,21 @@ from megamask.config.schema.layout import LayoutConfig
 from megamask.config.schema.optimizer import OptimizerConfig
 from megamask.config.schema.training import TrainingConfig
 from megamask.data.loader import Batch
-from megamask.diffusion.objective import ObjectiveSpec
 from megamask.diffusion.sampling import Draw, Prediction
-from megamask.engine import prediction, scoring, state
+from megamask.engine import scoring, state
 from megamask.engine.backend import Backend, select_backend
 from megamask.engine.canonical import CanonicalMap
 from megamask.engine.collectives import Collectives
-from megamask.engine.head import MaskedRowHead
+from megamask.engine.head import ScoredRowHead
 from megamask.engine.host_memory import HostMemory
 from megamask.engine.initialization import set_initial_weights
 from megamask.engine.network import build_network, wrap_data_parallel
 from megamask.engine.optimizer import ShardedAdamW
-from megamask.engine.step import Stage, StepReport, TrainingStep
+from megamask.engine.passes import RankModel
+from megamask.engine.step import StepReport, StepSettings, StepShare
 from megamask.engine.topology import Topology
 from megamask.models.spec import ModelSpec
-from megamask.models.vocabulary import Vocabulary
+from megamask.objectives.base import Objective, Reading, Rows
 from megamask.storage.hashing import hash_of
 
 _FORMATS = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -43,7 +45,6 @@ class Engine:
         seed: run.seed, the key of initial weights and of the noise.
         compute: precision.compute. In bf16 Adam updates float32 master weights, gradients are summed in float32, and
             the state on disk is the masters'.
-        z_loss_weight: objective.z_loss_weight; it shapes training alone, so it is no part of the objective's record.
 
     Raises:
         UsageError: the layout's sizes do not multiply to the number of processes.
@@ -52,15 +53,13 @@ class Engine:
     def __init__(
         self,
         spec: ModelSpec,
-        vocabulary: Vocabulary,
-        objective: ObjectiveSpec,
+        objective: Objective,
         optimizer: OptimizerConfig,
         layout: LayoutConfig,
         training: TrainingConfig,
         seed: int,
         *,
         compute: str = "fp32",
-        z_loss_weight: float = 0.0,
     ) -> None:
         backend = select_backend()
         self._collectives = Collectives(backend.device)
@@ -68,39 +67,35 @@ class Engine:
         _create_groups(topology)
         self._spec = spec
         self._host_memory = HostMemory(backend)
-        self._micro_batch_size = training.micro_batch_size
-        network = build_network(spec, topology, _FORMATS[compute], mask_token_id=vocabulary.mask_token_id)
+        network = build_network(spec, topology, _FORMATS[compute], mask_token_id=objective.vocabulary.mask_token_id)
         model = wrap_data_parallel(network)
         self._optimizer = ShardedAdamW(model, optimizer)
         set_initial_weights(self._optimizer, CanonicalMap(spec=spec, topology=topology), seed=seed)
-        self._stage = Stage(
+        self._rank_model = RankModel(
             topology=topology,
             backend=backend,
             collectives=self._collectives,
             network=network,
             model=model,
-            head=MaskedRowHead(vocabulary, objective, topology, backend.device),
-            vocabulary=vocabulary,
+            head=ScoredRowHead(objective.vocabulary, objective.excluded_ids, topology, backend.device),
+            vocabulary=objective.vocabulary,
             objective=objective,
-            z_loss_weight=z_loss_weight,
         )
-        self._step = TrainingStep(
-            self._stage,
-            self._optimizer,
-            micro_batch_size=training.micro_batch_size,
-            head_capacity=training.head_capacity,
-            seed=seed,
+        self._settings = StepSettings(
+            micro_batch_size=training.micro_batch_size, head_capacity=training.head_capacity, seed=seed
         )
+        # forward-only passes have the shape of training's, so that a layout that can train can score
+        self._rows_per_pass = training.micro_batch_size * objective.shape(training.sequence_length).num_views
 
     @property
     def backend(self) -> Backend:
         """The machine under this engine."""
-        return self._stage.backend
+        return self._rank_model.backend
 
     @property
     def topology(self) -> Topology:
         """Where this rank stands."""
-        return self._stage.topology
+        return self._rank_model.topology
 
     @property
     def rank(self) -> int:
@@ -119,38 +114,62 @@ class Engine:
 
     def members(self, global_batch_size: int) -> list[int]:
         """Places of the global batch that this rank computes, in the order that `step` expects its samples."""
-        return self.topology.members(global_batch_size, self._micro_batch_size)
+        return self.topology.members(global_batch_size, self._settings.micro_batch_size)
 
     def step(self, batch: Batch, *, step: int, learning_rate: float) -> StepReport:
-        """Takes one training step on this rank's share of a global batch.
+        """Take one training step on this rank's share of a global batch: count, forward and backward, guard, update.
 
         Args:
             step: 1-based number of the step, which the noise law asks for.
             learning_rate: of this step.
 
         Raises:
-            UsageError: a micro-batch masks more positions than training.head_capacity, on every rank alike.
+            UsageError: a micro-batch scores more positions than training.head_capacity, on every rank alike.
         """
-        return self._step.run(batch, step=step, learning_rate=learning_rate)
+        rank_model, optimizer = self._rank_model, self._optimizer
+        began = time.perf_counter()
+        share = StepShare(rank_model, self._settings, batch, step=step)
+        counts = share.agree_on_counts()
+        optimizer.zero_gradients()
+        losses = share.forward_backward(counts)
+        rank_model.backend.synchronize()
+        middle = time.perf_counter()
+        grad_norm = optimizer.gradient_norm()
+        has_nonfinite = not (math.isfinite(losses.total) and math.isfinite(grad_norm))
+        is_finite = not rank_model.collectives.max_integer(has_nonfinite)
+        if is_finite:
+            optimizer.update(learning_rate=learning_rate, gradient_norm=grad_norm)
+        rank_model.backend.synchronize()
+        return StepReport(
+            loss=losses.total,
+            loss_terms=losses.terms,
+            nelbo_nats_per_token=losses.nelbo,
+            grad_norm=grad_norm,
+            is_finite=is_finite,
+            num_eligible=counts.num_eligible,
+            scored_tokens=sum(counts.num_scored),
+            masked_tokens=counts.masked_tokens,
+            masked_tokens_by_noise_level=counts.masked_tokens_by_noise_level,
+            loss_by_noise_level=losses.by_noise_level,
+            content_sum=counts.content_sum,
+            forward_backward_s=middle - began,
+            optimizer_s=time.perf_counter() - middle,
+        )
 
-    def masked_cross_entropy(self, x_t: torch.Tensor, x_0: torch.Tensor, is_masked: torch.Tensor) -> torch.Tensor:
-        """Each row's sum of cross entropy over its masked positions; forward only, training is not touched.
+    def score(self, rows: Rows) -> torch.Tensor:
+        """Each row's sum of weight * cross entropy over its scored positions; forward only, training is not touched.
 
-        Shapes: x_t, x_0 int64 [r, s]; is_masked bool [r, s]; returns float64 [r] on the CPU, nats, the same on all
-        ranks of this data-parallel coordinate.
+        Returns: float64 [r] on the CPU, nats, the same on all ranks of this data-parallel coordinate.
         """
-        rows_per_pass = self._micro_batch_size * self._stage.objective.num_views
-        return scoring.masked_cross_entropy(self._stage, x_t, x_0, is_masked, rows_per_pass=rows_per_pass)
+        return scoring.score(self._rank_model, rows, rows_per_pass=self._rows_per_pass)
 
-    def predict(self, x_t: torch.Tensor, is_open: torch.Tensor, draw: Draw) -> Prediction:
-        """What the network would write at each open position, row by row; forward only, training is not touched.
+    def predict(self, reading: Reading, draw: Draw) -> Prediction:
+        """A token for each position read, row by row; forward only, training is not touched.
 
-        Every rank of a data-parallel coordinate calls this with the same rows; no coordinate waits for another.
-
-        Shapes: x_t int64 [r, s]; is_open bool [r, s]; the answer lies on the CPU, the same on all those ranks.
+        Every rank of a data-parallel coordinate calls this with the same rows; no coordinate waits for another. The
+        answer is on the CPU, the same on all those ranks.
         """
-        rows_per_pass = self._micro_batch_size * self._stage.objective.num_views
-        return prediction.predict(self._stage, x_t, is_open, draw, rows_per_pass=rows_per_pass)
+        return scoring.predict(self._rank_model, reading, draw, rows_per_pass=self._rows_per_pass)
 
     def max_over_ranks(self, value: int) -> int:
         """The largest value of any rank."""
@@ -189,7 +208,7 @@ class Engine:
     def parameter_digest(self) -> str:
         """sha256 over weights and their masters; equal for two runs of one layout exactly if those are, bit for bit."""
         digest = hashlib.sha256()
-        for name, parameter in sorted(self._stage.network.named_parameters()):
+        for name, parameter in sorted(self._rank_model.network.named_parameters()):
             digest.update(name.encode())
             digest.update(_bytes_of(parameter))
         if self._optimizer.has_masters:

@@ -1,6 +1,6 @@
-"""The masked-row head: logits only where the loss is.
+"""The head: logits only at the positions that are scored.
 
-Shapes: r rows (views of samples), s sequence, h hidden, m scored positions (fixed), v padded vocabulary, tp ranks.
+Shapes: r rows, i input positions, h hidden, m scored positions (fixed), v padded vocabulary, tp ranks.
 """
 
 from __future__ import annotations
@@ -8,72 +8,56 @@ from __future__ import annotations
 import torch
 from megatron.core import parallel_state
 
-from megamask.diffusion.objective import ObjectiveSpec
 from megamask.engine.cross_entropy import sharded_cross_entropy
 from megamask.engine.network import DiffusionNetwork
 from megamask.engine.topology import Topology
-from megamask.errors import UsageError
 from megamask.models.vocabulary import Vocabulary
+from megamask.objectives.base import is_excluded
 
 
-class MaskedRowHead:
+class ScoredRowHead:
     """Scores positions of the last stage's hidden states over the real vocabulary.
 
-    Padding columns never enter the softmax, on any layout; the mask token's logit does not either, unless the
-    objective includes it.
+    Args:
+        excluded_ids: ids that never enter the softmax (`Objective.excluded_ids`); columns that pad the vocabulary do
+            not either, on any layout.
     """
 
     def __init__(
-        self, vocabulary: Vocabulary, objective: ObjectiveSpec, topology: Topology, device: torch.device
+        self, vocabulary: Vocabulary, excluded_ids: frozenset[int], topology: Topology, device: torch.device
     ) -> None:
         shard = vocabulary.padded_vocab_size // topology.tensor_parallel_size
-        self._first_id = topology.tensor_parallel_rank * shard
-        ids = torch.arange(self._first_id, self._first_id + shard, device=device)
-        self._is_excluded = ids >= vocabulary.vocab_size
-        if objective.mask_logit == "excluded":
-            self._is_excluded |= ids == vocabulary.mask_token_id
+        self.first_id = topology.tensor_parallel_rank * shard
+        self._ids = torch.arange(self.first_id, self.first_id + shard, device=device)
+        self._vocabulary = vocabulary
+        self._is_excluded = self.columns_without(excluded_ids)
+
+    def columns_without(self, excluded_ids: frozenset[int]) -> torch.Tensor:
+        """Bool [v/tp]: columns of this rank that take no part in a softmax without these ids."""
+        return is_excluded(self._ids, self._vocabulary, excluded_ids)
 
     def score(
-        self, network: DiffusionNetwork, hidden: torch.Tensor, x_0: torch.Tensor, indices: torch.Tensor
+        self, network: DiffusionNetwork, hidden: torch.Tensor, targets: torch.Tensor, indices: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cross entropy of the clean tokens at the chosen positions, and log Z of the softmax there, in nats.
+        """Cross entropy of the targets at the chosen positions, and log Z of the softmax there, in nats.
 
-        Shapes: hidden [s, r, h]; x_0 [r, s]; indices [m] into the flattened r*s positions; returns float32 [m] twice.
+        Shapes: hidden [i, r, h]; targets [r, i]; indices [m] into the flattened r*i positions; returns float32 [m]
+        twice.
         """
         return sharded_cross_entropy(
             self.logits(network, hidden, indices),
-            x_0.reshape(-1).index_select(0, indices),
+            targets.reshape(-1).index_select(0, indices),
             self._is_excluded,
-            self._first_id,
+            self.first_id,
             parallel_state.get_tensor_model_parallel_group(),
         )
 
     def logits(self, network: DiffusionNetwork, hidden: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
         """Logits of this rank's slice of the vocabulary at the chosen positions, its padding columns included.
 
-        Shapes: hidden [s, r, h]; indices [m] into the flattened r*s positions; returns [m, v/tp].
+        Shapes: hidden [i, r, h]; indices [m] into the flattened r*i positions; returns [m, v/tp].
         """
         sequence_length, num_rows = hidden.shape[:2]
+        # the network keeps the sequence first: place (row, position) of [r, i] is place (position, row) of [i, r]
         in_sequence_order = indices % sequence_length * num_rows + indices // sequence_length
         return network.project(hidden.reshape(-1, hidden.size(-1)).index_select(0, in_sequence_order))
-
-
-def check_capacity(largest_count: int, capacity: int, *, micro_batch_size: int) -> None:
-    """Refuses a micro-batch with more masked positions than the head computes; none may be dropped.
-
-    Args:
-        largest_count: masked positions of the fullest micro-batch, over all ranks.
-        capacity: positions that the head computes for a micro-batch.
-
-    Raises:
-        UsageError: naming training.head_capacity and a value that would have been enough.
-    """
-    if largest_count <= capacity:
-        return
-    enough = -(-largest_count // micro_batch_size)
-    raise UsageError(
-        f"training.head_capacity is {capacity // micro_batch_size} rows per sample, but a micro-batch of "
-        f"{micro_batch_size} samples has {largest_count} masked positions; this step needs at least {enough}. "
-        "The step was not taken.",
-        hint="raise training.head_capacity, or set it to null: training.sequence_length rows always suffice",
-    )

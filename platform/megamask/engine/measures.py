@@ -1,6 +1,7 @@
 """What a step reports: exact counts, known before the forward pass, and float64 sums of what the head scored.
 
-Both are vectors of a fixed length, so that one reduction each makes them global. Shapes: r rows, m scored positions.
+Both are vectors of a fixed length, so that one reduction each makes them global. Shapes: r rows, i positions, m scored
+positions.
 """
 
 from __future__ import annotations
@@ -11,10 +12,9 @@ from dataclasses import dataclass
 import torch
 
 from megamask.data.loader import Batch
-from megamask.diffusion.corruption import NUM_NOISE_LEVELS, CorruptedBatch
-
-NUM_COUNTS = 4 + NUM_NOISE_LEVELS
-NUM_SUMS = 2 + NUM_NOISE_LEVELS
+from megamask.diffusion.corruption import NUM_NOISE_LEVELS
+from megamask.objectives.base import Objective, Rows
+from megamask.objectives.terms import Counts, Scores
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,56 +23,69 @@ class BatchCounts:
 
     Args:
         num_eligible: clean eligible tokens, once.
-        masked_tokens: masked positions of the first view.
-        masked_tokens_by_noise_level: masked positions of all views, by the band of the row's mask probability.
+        masked_tokens: scored positions of the first view that have a noise level.
+        masked_tokens_by_noise_level: scored positions of all views, by noise level.
+        num_scored: scored positions of all views, by part of the loss.
         content_sum: sum mod 2^64 of the content hashes.
     """
 
     num_eligible: int
     masked_tokens: int
     masked_tokens_by_noise_level: list[int]
+    num_scored: list[int]
     content_sum: int
 
     @classmethod
     def from_sums(cls, sums: Sequence[int]) -> BatchCounts:
         """Reads a vector of `count_share`, summed over the ranks."""
-        num_eligible, masked_tokens, low, high, *by_level = sums
+        num_eligible, masked_tokens, low, high, *others = sums
         return cls(
             num_eligible=num_eligible,
             masked_tokens=masked_tokens,
-            masked_tokens_by_noise_level=by_level,
+            masked_tokens_by_noise_level=others[:NUM_NOISE_LEVELS],
+            num_scored=others[NUM_NOISE_LEVELS:],
             content_sum=(low + (high << 32)) % 2**64,
         )
 
+    @property
+    def of_terms(self) -> Counts:
+        """What the normalisers of the loss are made of."""
+        return Counts(num_eligible=self.num_eligible, num_scored=self.num_scored)
 
-def count_share(batch: Batch, noised: CorruptedBatch, *, num_views: int) -> list[int]:
-    """One rank's share of the counts, NUM_COUNTS integers; the content sum travels in two halves of 32 bits."""
-    masked = noised.is_masked.sum(dim=1).tolist()
-    by_level = [0] * NUM_NOISE_LEVELS
-    for level, count in zip(noised.noise_level.tolist(), masked, strict=True):
-        by_level[level] += count
+
+def num_counts(objective: Objective) -> int:
+    """Length of a vector of `count_share`."""
+    return 4 + NUM_NOISE_LEVELS + objective.num_parts
+
+
+def count_share(batch: Batch, rows: Rows, objective: Objective) -> list[int]:
+    """One rank's share of the counts; the content sum travels in two halves of 32 bits."""
+    num_views = objective.shape(batch.tokens.size(1)).num_views
+    is_grouped = rows.is_scored & (rows.group >= 0)
+    by_level = torch.bincount(rows.group[is_grouped], minlength=NUM_NOISE_LEVELS).tolist()
+    part = torch.zeros((), dtype=torch.int64, device=rows.group.device) if rows.part is None else rows.part
+    scored_parts = part.expand_as(rows.is_scored)[rows.is_scored]
+    by_part = torch.bincount(scored_parts, minlength=objective.num_parts).tolist()
     low, high = batch.content_sum & 0xFFFFFFFF, batch.content_sum >> 32
-    return [int(batch.is_eligible.sum()), sum(masked[::num_views]), low, high, *by_level]
+    first_view = int(is_grouped[::num_views].sum())
+    return [int(batch.is_eligible.sum()), first_view, low, high, *by_level, *by_part]
 
 
-def sum_scores(
-    cross_entropy: torch.Tensor,
-    log_normalizer: torch.Tensor,
-    weight: torch.Tensor,
-    noise_level: torch.Tensor,
-    is_used: torch.Tensor,
-) -> torch.Tensor:
-    """One micro-batch's share of the sums: weight * cross entropy, log Z squared, cross entropy of each noise level.
+def sum_scores(objective: Objective, scores: Scores, group: torch.Tensor) -> torch.Tensor:
+    """One micro-batch's share of the sums: each term's, then the cross entropy of each noise level.
 
-    Shapes: all [m], weight and noise level those of the position's row; returns float64 [NUM_SUMS], detached.
+    Shapes: group int64 [m]; returns float64 [number of terms + NUM_NOISE_LEVELS], detached.
     """
-    entropy = torch.where(is_used, cross_entropy.detach(), 0.0).double()
-    squares = torch.where(is_used, log_normalizer.detach(), 0.0).double().square()
+    entropy = torch.where(scores.is_used, scores.cross_entropy.detach(), 0.0).double()
     # index_add_ would add in an order of its own on a GPU; a sum over a dimension has one order without any flag
-    is_of_level = noise_level.unsqueeze(1) == torch.arange(NUM_NOISE_LEVELS, device=noise_level.device)
+    is_of_level = group.unsqueeze(1) == torch.arange(NUM_NOISE_LEVELS, device=group.device)
     by_level = torch.where(is_of_level, entropy.unsqueeze(1), 0.0).sum(dim=0)
-    terms = torch.stack(((entropy * weight.double()).sum(), squares.sum()))
-    return torch.cat((terms, by_level))
+    return torch.cat((torch.stack([term.measure(scores) for term in objective.terms]), by_level))
+
+
+def num_sums(objective: Objective) -> int:
+    """Length of a vector of `sum_scores`."""
+    return len(objective.terms) + NUM_NOISE_LEVELS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,11 +93,13 @@ class Losses:
     """The loss of a global batch and its parts.
 
     Args:
-        terms: by name, in nats per eligible token and view; the loss is their sum.
-        by_noise_level: mean unweighted cross entropy in nats of the level's masked positions; None where none are.
+        terms: by name, in nats per token; the loss is their sum.
+        nelbo: the term that bounds the negative log-likelihood; None where no term does.
+        by_noise_level: mean unweighted cross entropy in nats of the level's positions; None where there are none.
     """
 
     terms: dict[str, float]
+    nelbo: float | None
     by_noise_level: list[float | None]
 
     @property
@@ -93,19 +108,16 @@ class Losses:
         return sum(self.terms.values())
 
     @classmethod
-    def from_sums(cls, sums: Sequence[float], counts: BatchCounts, *, num_terms: int, z_loss_weight: float) -> Losses:
-        """Reads a vector of `sum_scores`, summed over micro-batches and ranks.
-
-        Args:
-            num_terms: N of the loss law.
-            z_loss_weight: objective.z_loss_weight; at 0 there is no such term.
-        """
-        nelbo, squares, *by_level = sums
-        terms = {"nelbo": nelbo / num_terms}
-        if z_loss_weight > 0:
-            terms["z_loss"] = z_loss_weight * squares / num_terms
+    def from_sums(cls, sums: Sequence[float], counts: BatchCounts, objective: Objective) -> Losses:
+        """Reads a vector of `sum_scores`, summed over micro-batches and ranks."""
+        num_terms = len(objective.terms)
+        terms = {
+            term.name: term.factor * total / term.normalizer(counts.of_terms)
+            for term, total in zip(objective.terms, sums[:num_terms], strict=True)
+        }
         means = [
             total / count if count else None
-            for total, count in zip(by_level, counts.masked_tokens_by_noise_level, strict=True)
+            for total, count in zip(sums[num_terms:], counts.masked_tokens_by_noise_level, strict=True)
         ]
-        return cls(terms=terms, by_noise_level=means)
+        bounds = [terms[term.name] for term in objective.terms if term.is_bound]
+        return cls(terms=terms, nelbo=bounds[0] if bounds else None, by_noise_level=means)

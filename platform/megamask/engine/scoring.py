@@ -1,72 +1,133 @@
-"""Forward-only scoring under the run's layout: what evaluation during training asks of the engine."""
+"""Forward-only passes under the run's layout: what evaluation and previews during training ask of the engine.
+
+Neither the model nor logits are gathered: to choose a token, each tensor-parallel rank scores its own slice of the
+vocabulary, four numbers a position travel between them, two a position to the other pipeline stages.
+
+Shapes: r rows, i input positions of a row, h hidden channels, m chosen positions of all rows.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from megatron.core.pipeline_parallel import get_forward_backward_func
 
-from megamask.diffusion.objective import select_rows
-from megamask.engine.step import Stage
+from megamask.diffusion.sampling import Draw, Prediction, choose, score_slice
+from megamask.engine import passes
+from megamask.engine.network import DiffusionNetwork
+from megamask.engine.passes import PassInput, RankModel
+from megamask.engine.selection import select_rows
+from megamask.objectives.base import Reading, Rows, filled_up, never_written
+
+_LOGIT_ROWS = 128  # rows of [.., v] float64 logits and noise at a time
 
 
 @torch.no_grad()
-def masked_cross_entropy(
-    stage: Stage, x_t: torch.Tensor, x_0: torch.Tensor, is_masked: torch.Tensor, *, rows_per_pass: int
-) -> torch.Tensor:
-    """Sum of the cross entropy over each row's masked positions; leaves weights, gradients and Adam's state alone.
+def score(rank_model: RankModel, rows: Rows, *, rows_per_pass: int) -> torch.Tensor:
+    """Sum of weight * cross entropy over each row's scored positions; training's state is unchanged.
 
     All ranks of a data-parallel coordinate call this with the same rows; coordinates may have different ones.
 
-    Shapes: x_t, x_0 int64 [r, s]; is_masked bool [r, s]; returns float64 [r] on the CPU, in nats, the same on all
-    those ranks.
+    Returns: float64 [r] on the CPU, in nats, the same on all those ranks.
     """
-    num_rows, sequence_length = x_0.shape
+    num_rows, num_positions = rows.inputs.shape
     if num_rows == 0:
         return torch.zeros(0, dtype=torch.float64)
-    padding = -num_rows % rows_per_pass  # every pass has the same shape; rows that fill it up mask nothing
-    x_t, x_0, is_masked = (_fill_up(tensor.to(stage.backend.device), padding) for tensor in (x_t, x_0, is_masked))
-    sums: list[torch.Tensor] = []
+    # every pass has the same shape; nothing is scored in rows that fill it up
+    rows = filled_up(rows.to(rank_model.backend.device), -num_rows % rows_per_pass)
+    slices = _passes(len(rows.inputs), rows_per_pass)
 
-    def forward_step(passes: Iterator[slice], model: Any) -> tuple[torch.Tensor, Callable[..., Any]]:
-        rows = next(passes)
-        output = stage.network.encode(x_t[rows])
-        if not stage.topology.is_last_stage:
-            return output, lambda output: None
-        indices, is_used = select_rows(is_masked[rows], rows_per_pass * sequence_length)
-        cross_entropy, _ = stage.head.score(stage.network, output, x_0[rows], indices)
+    def row_sums(network: DiffusionNetwork, hidden: torch.Tensor, number: int) -> torch.Tensor:
+        part = rows.rows(slices[number])
+        indices, is_used = select_rows(part.is_scored, part.is_scored.numel())
+        cross_entropy, _ = rank_model.head.score(network, hidden, part.targets, indices)
+        flat = torch.zeros(part.is_scored.numel(), dtype=torch.float64, device=hidden.device)
+        flat[indices] = torch.where(is_used, cross_entropy, 0.0).double()
+        weighted = flat.reshape(part.is_scored.shape) * part.weight.to(torch.float64)
+        return weighted.sum(dim=1)
 
-        def keep_sums(cross_entropy: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
-            flat = torch.zeros(rows_per_pass * sequence_length, dtype=torch.float64, device=cross_entropy.device)
-            flat[indices] = torch.where(is_used, cross_entropy, 0.0).double()
-            sums.append(flat.reshape(rows_per_pass, sequence_length).sum(dim=1))
-            return cross_entropy.sum(), torch.tensor(1, dtype=torch.int, device=cross_entropy.device), {}
-
-        return cross_entropy, keep_sums
-
-    num_passes = (num_rows + padding) // rows_per_pass
-    get_forward_backward_func()(
-        forward_step_func=forward_step,
-        data_iterator=iter([slice(n * rows_per_pass, (n + 1) * rows_per_pass) for n in range(num_passes)]),
-        model=[stage.model],
-        num_microbatches=num_passes,
-        seq_length=sequence_length,
-        micro_batch_size=rows_per_pass,
-        forward_only=True,
+    found = passes.forward_only(
+        rank_model,
+        [PassInput(inputs=rows.inputs[part], context=rows.context.rows(part)) for part in slices],
+        row_sums,
+        shape=(rows_per_pass, num_positions),
     )
-    if stage.topology.is_last_stage:
-        result = torch.cat(sums)
-    else:
-        result = torch.zeros(num_rows + padding, dtype=torch.float64, device=stage.backend.device)
-    if stage.topology.pipeline_parallel_size > 1:
-        last = parallel_state.get_pipeline_model_parallel_last_rank()
-        dist.broadcast(result, src=last, group=parallel_state.get_pipeline_model_parallel_group())
-    return result[:num_rows].cpu()
+    empty = torch.zeros(len(rows.inputs), dtype=torch.float64, device=rank_model.backend.device)
+    return passes.share_with_stages(rank_model, torch.cat(found) if found else empty)[:num_rows].cpu()
 
 
-def _fill_up(tensor: torch.Tensor, num_rows: int) -> torch.Tensor:
-    return torch.cat((tensor, tensor.new_zeros(num_rows, tensor.size(1)))) if num_rows else tensor
+@torch.no_grad()
+def predict(rank_model: RankModel, reading: Reading, draw: Draw, *, rows_per_pass: int) -> Prediction:
+    """Chooses a token for every position read; training's state is unchanged.
+
+    All ranks of a data-parallel coordinate call this with the same rows; coordinates may have different ones, or call
+    it more or less often. Neither the mask token nor padding is ever chosen or takes part in the probabilities.
+
+    Returns: of the positions read, row by row, on the CPU, the same on all those ranks.
+    """
+    num_rows, num_positions = reading.inputs.shape
+    rows_per_pass = min(rows_per_pass, num_rows)
+    reading = reading.to(rank_model.backend.device)
+    is_read = reading.is_read
+    # every pass has the same shape; nothing is read in rows that fill it up
+    order = torch.arange(num_rows + -num_rows % rows_per_pass, device=is_read.device) % num_rows
+    inputs, context = reading.inputs[order], reading.context.rows(order)
+    slices = _passes(len(order), rows_per_pass)
+
+    def scores(network: DiffusionNetwork, hidden: torch.Tensor, number: int) -> torch.Tensor:
+        rows = slice(slices[number].start, min(slices[number].stop, num_rows))
+        part = replace(draw, sequences=draw.sequences[rows])
+        return _scores(rank_model, network, hidden, is_read[rows], reading, part)
+
+    found = passes.forward_only(
+        rank_model,
+        [PassInput(inputs=inputs[part], context=context.rows(part)) for part in slices],
+        scores,
+        shape=(rows_per_pass, num_positions),
+    )
+    return _choose_together(rank_model, torch.cat(found, dim=1) if found else None, num_read=int(is_read.sum()))
+
+
+def _scores(
+    rank_model: RankModel,
+    network: DiffusionNetwork,
+    hidden: torch.Tensor,
+    is_read: torch.Tensor,
+    reading: Reading,
+    draw: Draw,
+) -> torch.Tensor:
+    """[4, m] answers of this rank's slice of the vocabulary, for the rows of one pass; hidden [i, r, h]."""
+    vocabulary, head, num_positions = rank_model.vocabulary, rank_model.head, is_read.size(1)
+    never = head.columns_without(never_written(vocabulary))
+    parts = [
+        score_slice(
+            head.logits(network, hidden, indices),
+            indices % num_positions + reading.shift,
+            indices // num_positions,
+            num_positions=reading.num_positions,
+            vocab_size=vocabulary.vocab_size,
+            first_token=head.first_id,
+            is_excluded=never,
+            draw=draw,
+        )
+        for indices in torch.split(is_read.flatten().nonzero()[:, 0], _LOGIT_ROWS)
+    ]
+    return torch.cat(parts, dim=1)
+
+
+def _choose_together(rank_model: RankModel, scores: torch.Tensor | None, *, num_read: int) -> Prediction:
+    """The choice over all of the vocabulary, from the tensor-parallel ranks of the last stage to every stage."""
+    answer = torch.zeros(2, num_read, dtype=torch.float64, device=rank_model.backend.device)
+    if scores is not None:
+        slices = scores.new_empty(rank_model.topology.tensor_parallel_size, *scores.shape)
+        dist.all_gather(list(slices), scores, group=parallel_state.get_tensor_model_parallel_group())
+        chosen = choose(slices)
+        answer = torch.stack((chosen.tokens.to(torch.float64), chosen.confidence))
+    tokens, confidence = passes.share_with_stages(rank_model, answer).cpu()
+    return Prediction(tokens=tokens.to(torch.int64), confidence=confidence)
+
+
+def _passes(num_rows: int, rows_per_pass: int) -> list[slice]:
+    return [slice(first, first + rows_per_pass) for first in range(0, num_rows, rows_per_pass)]

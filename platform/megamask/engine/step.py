@@ -1,39 +1,24 @@
-"""One training step: noise, forward and backward under the layout, one sum, a guard, an update.
+"""One rank's share of a training step: rows, exact counts, forward and backward, and the loss as a sum.
 
-Shapes: b samples of this rank, r = b*views rows, s sequence, m positions that the head scores.
+Shapes: b samples of this rank, r = b*views rows, i input positions of a row, m positions that the head scores.
 """
 
 from __future__ import annotations
 
-import math
-import time
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from megatron.core.distributed import DistributedDataParallel
-from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megamask.data.loader import Batch
-from megamask.diffusion.corruption import CorruptedBatch, corrupt
-from megamask.diffusion.objective import (
-    ObjectiveSpec,
-    normalizer,
-    select_rows,
-    squared_sum,
-    weighted_cross_entropy_sum,
-)
 from megamask.diffusion.philox import run_key
-from megamask.diffusion.schedule import noise_schedule, stratified_times
-from megamask.engine.backend import Backend
-from megamask.engine.collectives import Collectives
-from megamask.engine.head import MaskedRowHead, check_capacity
-from megamask.engine.measures import NUM_COUNTS, NUM_SUMS, BatchCounts, Losses, count_share, sum_scores
+from megamask.engine import passes
+from megamask.engine.measures import BatchCounts, Losses, count_share, num_counts, num_sums, sum_scores
 from megamask.engine.network import DiffusionNetwork
-from megamask.engine.optimizer import ShardedAdamW
-from megamask.engine.topology import Topology
-from megamask.models.vocabulary import Vocabulary
+from megamask.engine.passes import PassInput, RankModel
+from megamask.engine.selection import check_capacity, select_rows
+from megamask.objectives.base import Rows, Samples
+from megamask.objectives.shapes import ObjectiveShape
+from megamask.objectives.terms import Scores
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,12 +27,14 @@ class StepReport:
 
     Args:
         loss: what was minimised, the sum of `loss_terms`, before the update.
-        loss_terms: by name; `nelbo` is the NELBO in nats per eligible token (law 3).
+        loss_terms: by name, each in nats per token of its own count (law 3).
+        nelbo_nats_per_token: the term that bounds the negative log-likelihood; None where no term does.
         grad_norm: global norm before clipping.
         is_finite: whether loss and norm were; if not, nothing was updated.
         num_eligible: clean eligible tokens of the global batch, once.
-        masked_tokens: masked positions of the first view, global batch.
-        masked_tokens_by_noise_level: masked positions of all views, by the band of the row's mask probability.
+        scored_tokens: scored positions of all views, global batch.
+        masked_tokens: those of the first view that have a noise level.
+        masked_tokens_by_noise_level: those of all views, by noise level.
         loss_by_noise_level: mean cross entropy of those positions in nats, unweighted; None where there are none.
         content_sum: sum mod 2^64 of the content hashes, global batch.
         forward_backward_s, optimizer_s: seconds on this rank.
@@ -55,9 +42,11 @@ class StepReport:
 
     loss: float
     loss_terms: dict[str, float]
+    nelbo_nats_per_token: float | None
     grad_norm: float
     is_finite: bool
     num_eligible: int
+    scored_tokens: int
     masked_tokens: int
     masked_tokens_by_noise_level: list[int]
     loss_by_noise_level: list[float | None]
@@ -67,180 +56,126 @@ class StepReport:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Stage:
-    """What this rank holds of the network, where it stands, and what is minimised.
-
-    Args:
-        z_loss_weight: what log Z squared of each scored position adds to the loss; 0 for nothing.
-    """
-
-    topology: Topology
-    backend: Backend
-    collectives: Collectives
-    network: DiffusionNetwork
-    model: DistributedDataParallel
-    head: MaskedRowHead
-    vocabulary: Vocabulary
-    objective: ObjectiveSpec
-    z_loss_weight: float
-
-
-class TrainingStep:
-    """Takes steps on one rank; every rank of the job must take the same ones.
+class StepSettings:
+    """What the steps of a run have in common.
 
     Args:
         micro_batch_size: samples of one forward pass.
-        head_capacity: positions per sample that the head computes; None means the whole sequence.
+        head_capacity: positions per sample that the head computes; None means as many as the objective may score.
         seed: run.seed, the key of the noise.
     """
 
-    def __init__(
-        self, stage: Stage, optimizer: ShardedAdamW, *, micro_batch_size: int, head_capacity: int | None, seed: int
-    ) -> None:
-        self._stage = stage
-        self._optimizer = optimizer
-        self._micro_batch_size = micro_batch_size
-        self._head_capacity = head_capacity
-        self._key = run_key(seed)
-        self._schedule = noise_schedule(stage.objective.noise_schedule)
+    micro_batch_size: int
+    head_capacity: int | None
+    seed: int
 
-    def run(self, batch: Batch, *, step: int, learning_rate: float) -> StepReport:
-        """Takes one step.
 
-        Args:
-            step: 1-based.
-            learning_rate: of this step.
+class StepShare:
+    """This rank's share of one step: its rows, their counts, and their passes through the network."""
 
-        Raises:
-            UsageError: a micro-batch masks more positions than training.head_capacity, on every rank alike.
-        """
-        began = time.perf_counter()
-        noised = self._corrupt(batch, step)
-        counts = self._agree_on_counts(batch, noised)
-        num_terms = normalizer(counts.num_eligible, self._stage.objective.num_views)
-        self._optimizer.zero_gradients()
-        sums = self._forward_backward(batch, noised, num_terms)
-        losses = Losses.from_sums(sums, counts, num_terms=num_terms, z_loss_weight=self._stage.z_loss_weight)
-        self._stage.backend.synchronize()
-        middle = time.perf_counter()
-        grad_norm = self._optimizer.gradient_norm()
-        is_doubtful = not (math.isfinite(losses.total) and math.isfinite(grad_norm))
-        is_finite = not self._stage.collectives.max_integer(is_doubtful)
-        if is_finite:
-            self._optimizer.update(learning_rate=learning_rate, gradient_norm=grad_norm)
-        self._stage.backend.synchronize()
-        return StepReport(
-            loss=losses.total,
-            loss_terms=losses.terms,
-            grad_norm=grad_norm,
-            is_finite=is_finite,
-            num_eligible=counts.num_eligible,
-            masked_tokens=counts.masked_tokens,
-            masked_tokens_by_noise_level=counts.masked_tokens_by_noise_level,
-            loss_by_noise_level=losses.by_noise_level,
-            content_sum=counts.content_sum,
-            forward_backward_s=middle - began,
-            optimizer_s=time.perf_counter() - middle,
+    def __init__(self, rank_model: RankModel, settings: StepSettings, batch: Batch, *, step: int) -> None:
+        self._rank_model = rank_model
+        self._settings = settings
+        self._batch = batch
+        topology, objective, device = rank_model.topology, rank_model.objective, rank_model.backend.device
+        samples = Samples(
+            tokens=batch.tokens.to(device),
+            is_eligible=batch.is_eligible.to(device),
+            sample_index=batch.sample_index.to(device),
+            batch_position=batch.place.tolist(),
+            global_batch_size=len(batch.place) * topology.data_parallel_size,
         )
+        key = run_key(settings.seed)
+        # The first stage reads the inputs and the last one the targets; both make them alike, and no rank sends any.
+        self._rows: Rows | None = None
+        if topology.is_first_stage or topology.is_last_stage:
+            self._rows = objective.rows(samples, step, key)
+        self._context = self._rows.context if self._rows is not None else objective.context(samples, step, key)
+        self._shape: ObjectiveShape = objective.shape(batch.tokens.size(1))
 
-    def _corrupt(self, batch: Batch, step: int) -> CorruptedBatch | None:
-        """The noise of this rank's samples. The first and the last stage make it alike; nobody else needs it."""
-        stage = self._stage
-        if not (stage.topology.is_first_stage or stage.topology.is_last_stage):
-            return None
-        global_batch_size = len(batch.place) * stage.topology.data_parallel_size
-        times = stratified_times(step, global_batch_size, self._key)
-        return corrupt(
-            batch.tokens.to(stage.backend.device),
-            batch.is_eligible.to(stage.backend.device),
-            batch.sample_index.to(stage.backend.device),
-            [times[place] for place in batch.place.tolist()],
-            schedule=self._schedule,
-            complementary=stage.objective.complementary,
-            mask_token_id=stage.vocabulary.mask_token_id,
-            key=self._key,
-        )
-
-    def _agree_on_counts(self, batch: Batch, noised: CorruptedBatch | None) -> BatchCounts:
+    def agree_on_counts(self) -> BatchCounts:
         """Exact sums over the global batch, known before any forward pass."""
-        stage, counts = self._stage, [0] * NUM_COUNTS
-        if stage.topology.counts and noised is not None:
-            counts = count_share(batch, noised, num_views=stage.objective.num_views)
-        summed = stage.collectives.sum_integers(counts)
-        if self._head_capacity is not None:
-            self._agree_on_capacity(batch, noised, self._head_capacity)
+        rank_model, counts = self._rank_model, [0] * num_counts(self._rank_model.objective)
+        if rank_model.topology.counts and self._rows is not None:
+            counts = count_share(self._batch, self._rows, rank_model.objective)
+        summed = rank_model.collectives.sum_integers(counts)
+        if self._settings.head_capacity is not None:
+            self._agree_on_capacity(self._settings.head_capacity)
         return BatchCounts.from_sums(summed)
 
-    def _agree_on_capacity(self, batch: Batch, noised: CorruptedBatch | None, head_capacity: int) -> None:
-        largest = 0
-        if noised is not None:
-            num_micro_batches = len(batch.place) // self._micro_batch_size
-            largest = int(noised.is_masked.reshape(num_micro_batches, -1).sum(dim=1).max())
+    def _agree_on_capacity(self, head_capacity: int) -> None:
+        micro_batch_size, largest = self._settings.micro_batch_size, 0
+        if self._rows is not None:
+            largest = int(self._rows.is_scored.reshape(self._num_micro_batches, -1).sum(dim=1).max())
         check_capacity(
-            self._stage.collectives.max_integer(largest),
-            head_capacity * self._micro_batch_size,
-            micro_batch_size=self._micro_batch_size,
+            self._rank_model.collectives.max_integer(largest),
+            head_capacity * micro_batch_size,
+            micro_batch_size=micro_batch_size,
         )
 
-    def _micro_batches(self, noised: CorruptedBatch | None, count: int) -> Iterator[CorruptedBatch | None]:
-        num_rows = self._micro_batch_size * self._stage.objective.num_views
-        for number in range(count):
-            yield None if noised is None else _take(noised, slice(number * num_rows, (number + 1) * num_rows))
+    @property
+    def _num_micro_batches(self) -> int:
+        return len(self._batch.place) // self._settings.micro_batch_size
 
-    def _forward_backward(self, batch: Batch, noised: CorruptedBatch | None, num_terms: int) -> list[float]:
-        """Runs the pipeline schedule; returns the global sums of `measures.sum_scores`.
+    @property
+    def _rows_per_pass(self) -> int:
+        return self._settings.micro_batch_size * self._shape.num_views
 
-        Gradients in the buffers are of the loss: each micro-batch's share was divided by the global number of terms.
+    def _micro_batches(self) -> list[slice]:
+        size = self._rows_per_pass
+        return [slice(number * size, (number + 1) * size) for number in range(self._num_micro_batches)]
+
+    def _inputs(self, rows: slice) -> torch.Tensor | None:
+        return None if self._rows is None else self._rows.inputs[rows]
+
+    def forward_backward(self, counts: BatchCounts) -> Losses:
+        """Run the pipeline schedule; return the loss of the global batch.
+
+        Gradients in the buffers are of the loss: each micro-batch's share of a term was divided by that term's N.
         """
-        stage, sums = self._stage, list[torch.Tensor]()
-        num_micro_batches, sequence_length = len(batch.place) // self._micro_batch_size, batch.tokens.size(1)
-        capacity = min(self._head_capacity or sequence_length, sequence_length) * self._micro_batch_size
-        no_count = torch.zeros((), dtype=torch.int, device=stage.backend.device)  # of megatron-core's division
+        rank_model, objective = self._rank_model, self._rank_model.objective
+        most = self._shape.scored_positions
+        capacity = min(self._settings.head_capacity or most, most) * self._settings.micro_batch_size
+        normalizers = [term.normalizer(counts.of_terms) for term in objective.terms]
+        slices, sums = self._micro_batches(), list[torch.Tensor]()
 
-        def forward_step(
-            micro_batches: Iterator[CorruptedBatch | None], model: Any
-        ) -> tuple[torch.Tensor, Callable[..., Any]]:
-            noised = next(micro_batches)
-            output = stage.network.encode(noised.x_t if noised is not None else None)
-            if noised is None or not stage.topology.is_last_stage:
-                return output, _no_loss
-            indices, is_used = select_rows(noised.is_masked, capacity)
-            row = indices // sequence_length
-            weight, level = noised.weight.index_select(0, row), noised.noise_level.index_select(0, row)
-            cross_entropy, log_normalizer = stage.head.score(stage.network, output, noised.x_0, indices)
+        def loss_share(network: DiffusionNetwork, hidden: torch.Tensor, number: int) -> torch.Tensor:
+            assert self._rows is not None  # the last stage made them
+            scores, group = _score(rank_model, network, hidden, self._rows.rows(slices[number]), capacity)
+            sums.append(sum_scores(objective, scores, group))
+            shares = [
+                term.factor * term.share(scores) / count
+                for term, count in zip(objective.terms, normalizers, strict=True)
+            ]
+            return sum(shares[1:], start=shares[0])
 
-            def loss_function(cross_entropy: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
-                sums.append(sum_scores(cross_entropy, log_normalizer, weight, level, is_used))
-                share = weighted_cross_entropy_sum(cross_entropy, weight, is_used)
-                if stage.z_loss_weight > 0:
-                    share = share + stage.z_loss_weight * squared_sum(log_normalizer, is_used)
-                return share / num_terms, no_count, {}
-
-            return cross_entropy, loss_function
-
-        get_forward_backward_func()(
-            forward_step_func=forward_step,
-            data_iterator=self._micro_batches(noised, num_micro_batches),
-            model=[stage.model],
-            num_microbatches=num_micro_batches,
-            seq_length=sequence_length,
-            micro_batch_size=self._micro_batch_size * stage.objective.num_views,
-            forward_only=False,
+        passes.train(
+            rank_model,
+            [PassInput(inputs=self._inputs(rows), context=self._context.rows(rows)) for rows in slices],
+            loss_share,
+            shape=(self._rows_per_pass, self._shape.input_length),
         )
-        if stage.topology.counts:
-            return stage.collectives.sum_doubles(torch.stack(sums).sum(dim=0))
-        return stage.collectives.sum_doubles(torch.zeros(NUM_SUMS, dtype=torch.float64))
+        of_rank = torch.zeros(num_sums(objective), dtype=torch.float64)
+        if rank_model.topology.counts:
+            of_rank = torch.stack(sums).sum(dim=0)
+        return Losses.from_sums(rank_model.collectives.sum_doubles(of_rank), counts, objective)
 
 
-def _take(noised: CorruptedBatch, rows: slice) -> CorruptedBatch:
-    return CorruptedBatch(
-        x_t=noised.x_t[rows],
-        x_0=noised.x_0[rows],
-        is_masked=noised.is_masked[rows],
-        weight=noised.weight[rows],
-        noise_level=noised.noise_level[rows],
+def _score(
+    rank_model: RankModel, network: DiffusionNetwork, hidden: torch.Tensor, rows: Rows, capacity: int
+) -> tuple[Scores, torch.Tensor]:
+    """Scores and noise levels [m] of a micro-batch; hidden [i, r, h]."""
+    indices, is_used = select_rows(rows.is_scored, capacity)
+    cross_entropy, log_normalizer = rank_model.head.score(network, hidden, rows.targets, indices)
+
+    def chosen(values: torch.Tensor) -> torch.Tensor:
+        return values.reshape(-1).index_select(0, indices)
+
+    scores = Scores(
+        cross_entropy=cross_entropy,
+        log_normalizer=log_normalizer,
+        weight=chosen(rows.weight),
+        part=None if rows.part is None else chosen(rows.part),
+        is_used=is_used,
     )
-
-
-def _no_loss(output: torch.Tensor) -> Any:
-    raise AssertionError("only the last pipeline stage has a loss")
+    return scores, chosen(rows.group)

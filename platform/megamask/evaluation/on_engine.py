@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from megamask.evaluation.likelihood import LikelihoodReport, row_estimates, summarize
+from megamask.objectives.base import Bound, Rows
 
 
 class Coordinates(Protocol):
@@ -29,7 +30,7 @@ class EvaluationEngine(Protocol):
     def topology(self) -> Coordinates:
         """Where this rank stands."""
 
-    def masked_cross_entropy(self, x_t: Tensor, x_0: Tensor, is_masked: Tensor) -> Tensor:
+    def score(self, rows: Rows) -> Tensor:
         """Row sums in float64 [r], forward only; the same answer on all ranks of this data-parallel coordinate."""
 
     def gather_objects(self, value: Any) -> list[Any]:
@@ -41,13 +42,13 @@ class EvaluationEngine(Protocol):
 
 def evaluate_on_engine(
     engine: EvaluationEngine,
+    bound: Bound,
     tokens: Tensor,
     is_eligible: Tensor,
     *,
     draws: int,
     replicates: int,
     key: tuple[int, int],
-    mask_token_id: int,
     batch_rows: int,
     num_bytes: int | None = None,
 ) -> LikelihoodReport:
@@ -59,25 +60,27 @@ def evaluate_on_engine(
     Args:
         tokens: [n, s] int64, all rows on every rank. is_eligible: [n, s] bool.
     """
+    if bound.is_exact:
+        draws = replicates = 1
     size, num_rows = engine.topology.data_parallel_size, len(tokens)
     per_coordinate = -(-num_rows // size)
     places = torch.arange(per_coordinate, device=tokens.device) * size + engine.topology.data_parallel_rank
     mine = places.clamp(max=max(0, num_rows - 1))
     estimates = row_estimates(
-        engine.masked_cross_entropy,
+        engine.score,
+        bound,
         tokens[mine],
         is_eligible[mine],
         mine,
         draws=draws,
         replicates=replicates,
         key=key,
-        mask_token_id=mask_token_id,
         batch_rows=batch_rows,
     )
     gathered = engine.gather_objects((engine.topology.data_parallel_rank, estimates.tolist()))
     combined = engine.broadcast_object(_combine(gathered, num_rows, size) if gathered else None)
-    whole = torch.tensor(combined, dtype=torch.float64).reshape(replicates, num_rows)
-    return summarize(whole, is_eligible.sum(dim=1), draws=draws, num_bytes=num_bytes)
+    everything = torch.tensor(combined, dtype=torch.float64).reshape(replicates, num_rows)
+    return summarize(everything, bound.scored(is_eligible).sum(dim=1), draws=draws, num_bytes=num_bytes)
 
 
 def _combine(gathered: list[tuple[int, list[list[float]]]], num_rows: int, size: int) -> list[list[float]]:

@@ -20,6 +20,7 @@ from torch import Tensor
 from megamask.diffusion.sampling import Draw
 from megamask.errors import UsageError
 from megamask.generation.predictor import Predictor
+from megamask.objectives.base import Decoder
 
 _STEPS_OF_CONFIDENCE = 2**14  # confidences are told apart in steps of one part in 16384
 
@@ -96,6 +97,7 @@ class _Step:
 @torch.no_grad()
 def decode(
     predict: Predictor,
+    decoder: Decoder,
     tokens: Tensor,
     *,
     is_wanted: Tensor,
@@ -105,6 +107,7 @@ def decode(
     """Fills masks of some rows; all other tokens stay as they are. Rows take their steps side by side.
 
     Args:
+        decoder: the objective's: which positions are filled together, and where they are read.
         tokens: [r, s] int64, with mask tokens where is_wanted.
         is_wanted: bool [r, s], the positions to fill; other masks stay, and the network sees them.
         sequences: [r] numbers of the rows under the seed; a row's noise depends on its own number only.
@@ -114,7 +117,7 @@ def decode(
         UsageError: a row has nothing to fill, or steps, block length or temperature are out of range.
     """
     x_t, is_masked = tokens.clone(), is_wanted.clone()
-    plans = [_plan(row.nonzero()[:, 0], options) for row in is_wanted]
+    plans = [_plan(row.nonzero()[:, 0], decoder, options, num_positions=len(row)) for row in is_wanted]
     committed: list[list[list[int]]] = [[] for _ in plans]
     for number in range(max(map(len, plans))):
         is_open = torch.zeros_like(is_masked)
@@ -122,7 +125,7 @@ def decode(
             if number < len(plan):
                 is_open[row, plan[number].block] = is_masked[row, plan[number].block]
         draw = Draw(step=number + 1, sequences=tuple(sequences), seed=options.seed, temperature=options.temperature)
-        prediction = predict(x_t, is_open, draw)
+        prediction = predict(decoder.reading(x_t, is_open), draw)
         first = 0
         for row, plan in enumerate(plans):
             positions = is_open[row].nonzero()[:, 0]
@@ -148,8 +151,9 @@ def _most_confident(confidence: Tensor, quota: int) -> Tensor:
     return (confidence.log() * _STEPS_OF_CONFIDENCE).round().argsort(descending=True, stable=True)[:quota]
 
 
-def _plan(masked: Tensor, options: DecodingOptions) -> list[_Step]:
-    blocks = _blocks(masked, options)
+def _plan(masked: Tensor, decoder: Decoder, options: DecodingOptions, *, num_positions: int) -> list[_Step]:
+    _check(masked, options)
+    blocks = decoder.blocks(masked, num_positions, options.block_length)
     steps = steps_of_blocks([len(block) for block in blocks], options.num_denoising_steps or len(masked))
     return [
         _Step(block=block, quota=quota)
@@ -158,14 +162,12 @@ def _plan(masked: Tensor, options: DecodingOptions) -> list[_Step]:
     ]
 
 
-def _blocks(masked: Tensor, options: DecodingOptions) -> list[Tensor]:
+def _check(masked: Tensor, options: DecodingOptions) -> None:
     if len(masked) == 0:
         raise UsageError("there is no masked token to fill. Nothing was decoded.")
     if options.num_denoising_steps is not None and options.num_denoising_steps < 1:
         raise UsageError(f"--steps is {options.num_denoising_steps}; allowed: >= 1. Nothing was decoded.")
-    length = len(masked) if options.block_length is None else options.block_length
-    if length < 1:
-        raise UsageError(f"--block-length is {length}; allowed: >= 1. Nothing was decoded.")
+    if options.block_length is not None and options.block_length < 1:
+        raise UsageError(f"--block-length is {options.block_length}; allowed: >= 1. Nothing was decoded.")
     if not 0 <= options.temperature < float("inf"):
         raise UsageError(f"--temperature is {options.temperature}; allowed: a number >= 0. Nothing was decoded.")
-    return [masked[start : start + length] for start in range(0, len(masked), length)]

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-from torch import Tensor
 
 from megamask.diffusion.sampling import Draw, Prediction, choose, score_slice
 from megamask.models.reference import ReferenceModel
 from megamask.models.vocabulary import Vocabulary
+from megamask.objectives.base import Reading, is_excluded, never_written
 
 _LOGIT_ROWS = 128  # rows of [.., vocabulary] float64 logits and noise at a time
 
@@ -18,38 +18,38 @@ _LOGIT_ROWS = 128  # rows of [.., vocabulary] float64 logits and noise at a time
 class Predictor(Protocol):
     """A network that chooses tokens: the reference network here, the engine's under any layout."""
 
-    def __call__(self, x_t: Tensor, is_open: Tensor, draw: Draw) -> Prediction:
-        """One forward pass over all rows.
+    def __call__(self, reading: Reading, draw: Draw) -> Prediction:
+        """One forward pass over all rows; the answer is of the positions read, row by row.
 
         Neither the mask token nor padding is ever chosen, and neither takes part in the probabilities.
-
-        Shapes: x_t int64 [r, s]; is_open bool [r, s]; the answer is of the open positions, row by row.
         """
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReferencePredictor:
-    """Chooses with the reference network, from whole logits on one device."""
+    """Chooses with the reference network, from the logits of all tokens on one device."""
 
     network: ReferenceModel
     vocabulary: Vocabulary
 
     @torch.no_grad()
-    def __call__(self, x_t: Tensor, is_open: Tensor, draw: Draw) -> Prediction:
+    def __call__(self, reading: Reading, draw: Draw) -> Prediction:
         """See Predictor."""
-        hidden = self.network(x_t).flatten(0, 1)
-        ids = torch.arange(self.vocabulary.vocab_size, device=x_t.device)
-        is_excluded = (ids == self.vocabulary.mask_token_id) | (ids == self.vocabulary.pad_token_id)
+        hidden = self.network(reading.inputs, reading.context)
+        ids = torch.arange(self.vocabulary.vocab_size, device=hidden.device)
+        never = is_excluded(ids, self.vocabulary, never_written(self.vocabulary))
+        rows, places = reading.is_read.nonzero(as_tuple=True)
         parts = [
             score_slice(
-                self.network.logits(hidden[indices], vocabulary=self.vocabulary, mask_logit="excluded"),
-                indices,
-                num_positions=x_t.size(1),
+                self.network.logits(hidden[row, place], excluded_ids=frozenset()),
+                place + reading.shift,
+                row,
+                num_positions=reading.num_positions,
                 vocab_size=self.vocabulary.vocab_size,
                 first_token=0,
-                is_excluded=is_excluded,
+                is_excluded=never,
                 draw=draw,
             )
-            for indices in torch.split(is_open.flatten().nonzero()[:, 0], _LOGIT_ROWS)
+            for row, place in zip(torch.split(rows, _LOGIT_ROWS), torch.split(places, _LOGIT_ROWS), strict=True)
         ]
         return choose(torch.cat(parts, dim=1)[None])

@@ -64,12 +64,20 @@ class Context:
     positions: Tensor | None = None
     documents: Tensor | None = None
 
-    def rows(self, rows: slice) -> Context:
-        """The context of some of the rows."""
+    def rows(self, rows: slice | Tensor) -> Context:
+        """The context of some of the rows, by their place."""
         return Context(
             pattern=self.pattern,
             positions=None if self.positions is None else self.positions[rows],
             documents=None if self.documents is None else self.documents[rows],
+        )
+
+    def to(self, device: torch.device) -> Context:
+        """The context on a device."""
+        return Context(
+            pattern=self.pattern,
+            positions=None if self.positions is None else self.positions.to(device),
+            documents=None if self.documents is None else self.documents.to(device),
         )
 
     @property

@@ -14,7 +14,6 @@ from torch.nn import functional
 from megamask.models.context import Context, visible_mask
 from megamask.models.initial_weights import initial_tensor
 from megamask.models.spec import ModelSpec
-from megamask.models.vocabulary import Vocabulary
 
 
 class RMSNorm(nn.Module):
@@ -156,28 +155,23 @@ class ReferenceModel(nn.Module):
         output: Tensor = self.model.norm(hidden)
         return output
 
-    def logits(self, hidden: Tensor, *, vocabulary: Vocabulary, mask_logit: str) -> Tensor:
+    def logits(self, hidden: Tensor, *, excluded_ids: frozenset[int] = frozenset()) -> Tensor:
         """Scores over the real vocabulary.
 
         Args:
             hidden: [..., d] final hidden states, of any selection of positions.
-            vocabulary: names the mask id.
-            mask_logit: "excluded" sets the mask id's logit to -inf, "included" leaves it.
+            excluded_ids: ids whose logits are -inf.
 
         Returns:
             [..., vocab_size].
-
-        Raises:
-            ValueError: for any other mask_logit.
         """
-        if mask_logit not in ("excluded", "included"):
-            raise ValueError(f"mask_logit is {mask_logit!r}; allowed: excluded, included")
         head = self.model.embed_tokens if self.spec.tie_embeddings else self.lm_head
         logits = functional.linear(hidden, head.weight)
-        if mask_logit == "included":
+        if not excluded_ids:
             return logits
-        is_mask = torch.arange(logits.shape[-1], device=logits.device) == vocabulary.mask_token_id
-        return logits.masked_fill(is_mask, float("-inf"))
+        outside = torch.zeros(logits.shape[-1], dtype=torch.bool, device=logits.device)
+        outside[sorted(excluded_ids)] = True
+        return logits.masked_fill(outside, float("-inf"))
 
     @torch.no_grad()
     def initialize(self, seed: int) -> None:

@@ -13,6 +13,7 @@ from megamask.config.schema.roots import TrainConfig
 from megamask.data.loader import Loader
 from megamask.diffusion.philox import run_key
 from megamask.evaluation.on_engine import evaluate_on_engine
+from megamask.objectives.base import Objective
 
 if TYPE_CHECKING:
     from megamask.engine.engine import Engine
@@ -31,7 +32,7 @@ def open_validation(config: TrainConfig) -> Loader | None:
     return Loader(config.data.corpora, config.data, config.training.sequence_length, split="validation")
 
 
-def validation_measure(config: TrainConfig, engine: Engine, loader: Loader) -> Measure:
+def validation_measure(config: TrainConfig, engine: Engine, objective: Objective, loader: Loader) -> Measure:
     """A function that scores the first evaluation.rows validation rows; collective, the same answer on every rank."""
     evaluation = config.evaluation
     num_rows = min(evaluation.rows, loader.num_rows)
@@ -39,7 +40,8 @@ def validation_measure(config: TrainConfig, engine: Engine, loader: Loader) -> M
     tokens = torch.from_numpy(values.astype(np.int64))
     is_eligible = tokens != loader.manifest.pad_token_id
     token_bytes = torch.tensor(loader.tokenizer.token_bytes)
-    num_bytes = int(token_bytes[tokens[is_eligible]].sum())
+    num_bytes = int(token_bytes[tokens[objective.bound.scored(is_eligible)]].sum())
+    num_views = objective.shape(config.training.sequence_length).num_views
     seed = config.run.seed if evaluation.seed is None else evaluation.seed
 
     def measure() -> dict[str, Any]:
@@ -47,13 +49,13 @@ def validation_measure(config: TrainConfig, engine: Engine, loader: Loader) -> M
         started = time.monotonic()
         report = evaluate_on_engine(
             engine,
+            objective.bound,
             tokens,
             is_eligible,
             draws=evaluation.draws,
             replicates=evaluation.replicates,
             key=run_key(seed),
-            mask_token_id=loader.manifest.mask_token_id,
-            batch_rows=config.training.micro_batch_size * (2 if config.objective.complementary else 1),
+            batch_rows=config.training.micro_batch_size * num_views,
             num_bytes=num_bytes,
         )
         return {

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from megamask.config.schema.roots import TrainConfig
 from megamask.data.loader import Batch, Loader
+from megamask.objectives.shapes import ObjectiveShape
 from megamask.resilience.numerics import numerics_error
 from megamask.training.batch_size import batch_size_at
 from megamask.training.metrics import PhaseClock, StepRecord, step_record
@@ -39,6 +40,7 @@ class TrainingRun:
     progress: Progress
     stop: StopFlag
     hooks: Sequence[Hook]
+    shape: ObjectiveShape
     token_seconds_at_peak: float | None
 
     def next_batch(self) -> Batch:
@@ -76,12 +78,12 @@ def train(run: TrainingRun) -> StopReason:
             )
         progress.advance(global_batch_size=size, num_eligible=report.num_eligible, loss=report.loss)
         record = step_record(
-            run.config,
             progress,
             report,
             global_batch_size=size,
             learning_rate=rate,
             clock=clock,
+            shape=run.shape,
             token_seconds_at_peak=run.token_seconds_at_peak,
         )
         for hook in run.hooks:

@@ -6,8 +6,8 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from megamask.config.schema.roots import TrainConfig
 from megamask.data.content import batch_digest, content_digest
+from megamask.objectives.shapes import ObjectiveShape
 from megamask.training.progress import Progress
 
 if TYPE_CHECKING:
@@ -52,25 +52,26 @@ class StepRecord:
 
 
 def step_record(
-    config: TrainConfig,
     progress: Progress,
     report: StepReport,
     *,
     global_batch_size: int,
     learning_rate: float,
     clock: PhaseClock,
+    shape: ObjectiveShape,
     token_seconds_at_peak: float | None = None,
 ) -> StepRecord:
     """The record of the step that progress has just counted.
 
     Args:
         global_batch_size: samples of this step.
+        shape: of the objective.
         token_seconds_at_peak: what one processed position would take if all ranks' devices ran at their named peak,
             bidirectional attention counted in full; None where the peak is not known, and mfu is null.
     """
     seconds = clock.take()
     total = sum(seconds.values())
-    processed = global_batch_size * config.training.sequence_length * (2 if config.objective.complementary else 1)
+    processed = global_batch_size * shape.num_views * shape.input_length
     mfu = None
     if token_seconds_at_peak is not None and total > 0:
         mfu = processed * token_seconds_at_peak / total
@@ -78,7 +79,7 @@ def step_record(
         "step": progress.step,
         "loss": report.loss,
         "loss_terms": dict(report.loss_terms),
-        "nelbo_nats_per_token": report.loss_terms["nelbo"],
+        "nelbo_nats_per_token": report.nelbo_nats_per_token,
         "loss_by_noise_level": report.loss_by_noise_level,
         "grad_norm": report.grad_norm,
         "learning_rate": learning_rate,
@@ -94,4 +95,6 @@ def step_record(
         "tokens_per_second": report.num_eligible / total if total > 0 else None,
         "mfu": mfu,
     }
+    if shape.corrupts == "none":  # elsewhere masked_tokens_by_noise_level counts what is scored
+        fields["scored_tokens"] = report.scored_tokens
     return StepRecord(report=report, fields=fields)

@@ -22,6 +22,7 @@ from megamask.diffusion.sampling import MOST_ELEMENTS
 from megamask.errors import UsageError
 from megamask.generation.confidence import DecodingOptions, decode
 from megamask.generation.prompt import TextTokenizer, until_end
+from megamask.objectives.base import Objective
 from megamask.storage.hashing import hash_of, key_of
 from megamask.training.hooks import Recorder
 from megamask.training.metrics import StepRecord
@@ -69,7 +70,7 @@ def preview_seed(seed: int) -> int:
     return low + (high << 32)
 
 
-def open_previews(config: TrainConfig, corpus: Loader) -> PreviewRows | None:
+def open_previews(config: TrainConfig, objective: Objective, corpus: Loader) -> PreviewRows | None:
     """The rows to decode, when previews are asked for.
 
     Raises:
@@ -85,7 +86,7 @@ def open_previews(config: TrainConfig, corpus: Loader) -> PreviewRows | None:
         )
     rows, starts = torch.full((len(preview.prompts), length), manifest.mask_token_id), []
     for number, prompt in enumerate(preview.prompts):
-        ids = corpus.tokenizer.encode(prompt)
+        ids = corpus.tokenizer.encode(prompt) or list(objective.decoder.opening)
         if len(ids) + preview.num_tokens > length:
             raise UsageError(
                 f"preview.prompts: {_shown(prompt)} has {len(ids)} tokens, and preview.num_tokens = "
@@ -106,7 +107,9 @@ def open_previews(config: TrainConfig, corpus: Loader) -> PreviewRows | None:
     )
 
 
-def preview_on_engine(config: TrainConfig, engine: Engine, rows: PreviewRows) -> Callable[[], Mapping[str, Any]]:
+def preview_on_engine(
+    config: TrainConfig, engine: Engine, objective: Objective, rows: PreviewRows
+) -> Callable[[], Mapping[str, Any]]:
     """A function that lets the network write; collective, the same answer on every rank.
 
     Prompt i is decoded by data-parallel coordinate i mod their number; the coordinates meet only at the end.
@@ -124,7 +127,12 @@ def preview_on_engine(config: TrainConfig, engine: Engine, rows: PreviewRows) ->
         decoded: dict[int, tuple[list[int], int]] = {}
         if mine:
             found = decode(
-                engine.predict, rows.tokens[mine], is_wanted=is_wanted[mine], options=options, sequences=mine
+                engine.predict,
+                objective.decoder,
+                rows.tokens[mine],
+                is_wanted=is_wanted[mine],
+                options=options,
+                sequences=mine,
             )
             decoded = {row: (one.tokens.tolist(), one.nfe) for row, one in zip(mine, found, strict=True)}
         for told in engine.gather_objects(decoded):

@@ -24,6 +24,8 @@ class Setting:
         choices: the allowed values of a string.
         pattern: what a string must match as a whole.
         pattern_words: the pattern in words.
+        variants: values of the section's `name` for which this key has a meaning; None for all. Given for another one,
+            the key is refused; it is part neither of the run's identity nor of a stored config there.
     """
 
     kind: Kind
@@ -36,6 +38,7 @@ class Setting:
     choices: tuple[str, ...] | None = None
     pattern: str | None = None
     pattern_words: str | None = None
+    variants: tuple[str, ...] | None = None
 
     def allowed(self) -> str | None:
         """The allowed values in words, or None where any value of the type will do."""

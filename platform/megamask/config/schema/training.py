@@ -90,14 +90,18 @@ class TrainingConfig(Section):
                 because=f"but training.steps is {self.steps}",
                 allowed=f"1 to {self.steps}, or null",
             )
-        capacity, length = self.head_capacity, self.sequence_length
-        if capacity is not None and capacity > length:
+        if self.head_capacity is not None:
+            yield from self._capacity_problems(self.head_capacity, config)
+
+    def _capacity_problems(self, capacity: int, config: TrainConfig) -> Iterator[Problem]:
+        length, objective = self.sequence_length, config.objective
+        if capacity > length:
             yield Problem(
                 key="training.head_capacity",
                 because=f"but a sample has training.sequence_length = {length} tokens to score",
                 allowed=f"1 to {length}, or null",
             )
-        if capacity is not None and capacity < length and config.objective.complementary:
+        if capacity < length and objective.has_meaning("complementary") and objective.complementary:
             yield Problem(
                 key="training.head_capacity",
                 because=f"but objective.complementary scores every token of a full row, {length} of them, exactly once",

@@ -8,10 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megamask.diffusion.corruption import corrupt
-from megamask.diffusion.objective import ObjectiveSpec, normalizer, select_rows, weighted_cross_entropy_sum
 from megamask.diffusion.philox import run_key
 from megamask.diffusion.schedule import noise_schedule
-from megamask.errors import UsageError
+from megamask.engine.selection import select_rows
+from support.terms import normalizer, weighted_cross_entropy_sum
 
 
 @given(bits=st.lists(st.booleans(), min_size=12, max_size=12), capacity=st.integers(0, 12))
@@ -84,21 +84,3 @@ def test_normalizer_is_tokens_times_views_and_never_zero() -> None:
     for arguments in ((0, 2), (3, 0)):
         with pytest.raises(ValueError, match="eligible"):
             normalizer(*arguments)
-
-
-def test_objective_counts_its_views() -> None:
-    specs = [ObjectiveSpec(noise_schedule="linear", complementary=c, mask_logit="excluded") for c in (False, True)]
-    assert [spec.num_views for spec in specs] == [1, 2]
-
-
-@pytest.mark.parametrize(
-    ("changed", "message"),
-    [
-        ({"noise_schedule": "square"}, "objective.noise_schedule is 'square'; allowed: linear"),
-        ({"mask_logit": "some"}, "objective.mask_logit is 'some'; allowed: excluded, included"),
-    ],
-)
-def test_objective_refuses_what_does_not_exist(changed: dict[str, str], message: str) -> None:
-    arguments = {"noise_schedule": "linear", "complementary": True, "mask_logit": "excluded"} | changed
-    with pytest.raises(UsageError, match=message):
-        ObjectiveSpec(**arguments)  # type: ignore[arg-type]

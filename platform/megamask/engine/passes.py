@@ -1,0 +1,141 @@
+"""The two passes through megatron-core's pipeline schedule: one that trains, one that only looks.
+
+Every pipeline stage takes each micro-batch in turn; the schedule hands `forward_step` the model chunk to run, which is
+one of several where a rank holds more than one (virtual pipeline stages).
+
+Shapes: r rows of a micro-batch, i input positions, h hidden channels, m scored positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.pipeline_parallel import get_forward_backward_func
+
+from megamask.engine.backend import Backend
+from megamask.engine.collectives import Collectives
+from megamask.engine.head import ScoredRowHead
+from megamask.engine.network import DiffusionNetwork
+from megamask.engine.topology import Topology
+from megamask.models.context import Context
+from megamask.models.vocabulary import Vocabulary
+from megamask.objectives.base import Objective
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankModel:
+    """What one rank holds of the network, where it is on the mesh, and what is minimised.
+
+    Args:
+        network: this rank's pipeline stage.
+        model: the same, with gradient buffers.
+    """
+
+    topology: Topology
+    backend: Backend
+    collectives: Collectives
+    network: DiffusionNetwork
+    model: DistributedDataParallel
+    head: ScoredRowHead
+    vocabulary: Vocabulary
+    objective: Objective
+
+
+@dataclass(frozen=True, kw_only=True)
+class PassInput:
+    """What a stage reads of a micro-batch.
+
+    Args:
+        inputs: int64 [r, i] token ids; None on stages that have no embedding.
+        context: positions, documents and attention, on every stage.
+    """
+
+    inputs: torch.Tensor | None
+    context: Context
+
+
+LastStage = Callable[[DiffusionNetwork, torch.Tensor, int], torch.Tensor]
+"""(network, hidden [i, r, h], number of the micro-batch) -> what the last stage makes of it."""
+
+
+def train(
+    rank_model: RankModel, micro_batches: Sequence[PassInput], loss_share: LastStage, *, shape: tuple[int, int]
+) -> None:
+    """Forward and backward over all micro-batches; gradients are added up in the buffers.
+
+    Args:
+        loss_share: on the last stage: a micro-batch's share of the loss, a scalar with a gradient. Nothing divides it
+            afterwards.
+        shape: (r, i), the same for every micro-batch.
+    """
+    no_count = torch.zeros((), dtype=torch.int, device=rank_model.backend.device)  # of megatron-core's own division
+
+    def last_stage(network: DiffusionNetwork, hidden: torch.Tensor, number: int) -> tuple[torch.Tensor, Any]:
+        share = loss_share(network, hidden, number)
+        return share, lambda share: (share, no_count, {})
+
+    _run(rank_model, micro_batches, last_stage, shape=shape, forward_only=False)
+
+
+@torch.no_grad()
+def forward_only(
+    rank_model: RankModel, micro_batches: Sequence[PassInput], look: LastStage, *, shape: tuple[int, int]
+) -> list[torch.Tensor]:
+    """What `look` makes of each micro-batch on the last stage, nothing on the others; training's state is unchanged.
+
+    Arguments as for `train`.
+    """
+    found: list[torch.Tensor] = []
+
+    def last_stage(network: DiffusionNetwork, hidden: torch.Tensor, number: int) -> tuple[torch.Tensor, Any]:
+        found.append(look(network, hidden, number))
+        one = torch.ones((), dtype=torch.int, device=hidden.device)
+        return hidden, lambda hidden: (hidden.new_zeros(()), one, {})
+
+    _run(rank_model, micro_batches, last_stage, shape=shape, forward_only=True)
+    return found
+
+
+def share_with_stages(rank_model: RankModel, answer: torch.Tensor) -> torch.Tensor:
+    """The last stage's answer, on every pipeline stage; others give a tensor of the same shape to receive it in."""
+    if rank_model.topology.pipeline_parallel_size > 1:
+        last = parallel_state.get_pipeline_model_parallel_last_rank()
+        dist.broadcast(answer, src=last, group=parallel_state.get_pipeline_model_parallel_group())
+    return answer
+
+
+def _run(
+    rank_model: RankModel,
+    micro_batches: Sequence[PassInput],
+    last_stage: Callable[[DiffusionNetwork, torch.Tensor, int], tuple[torch.Tensor, Any]],
+    *,
+    shape: tuple[int, int],
+    forward_only: bool,
+) -> None:
+    def forward_step(
+        numbered: Iterator[tuple[int, PassInput]], chunk: DistributedDataParallel
+    ) -> tuple[torch.Tensor, Callable[..., Any]]:
+        number, micro_batch = next(numbered)
+        network: DiffusionNetwork = chunk.module
+        output = network.encode(micro_batch.inputs if network.pre_process else None, micro_batch.context)
+        return last_stage(network, output, number) if network.post_process else (output, _no_loss)
+
+    get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=iter(list(enumerate(micro_batches))),
+        model=[rank_model.model],
+        num_microbatches=len(micro_batches),
+        seq_length=shape[1],
+        micro_batch_size=shape[0],
+        forward_only=forward_only,
+    )
+
+
+def _no_loss(output: torch.Tensor) -> Any:
+    raise AssertionError("only the last pipeline stage has a loss")
