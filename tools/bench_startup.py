@@ -45,7 +45,7 @@ loaded = load_train_config(sys.argv[2], sys.argv[3:])
 validate_train(loaded.config, loaded.origins)
 mark("config")
 from megamask.resilience.signals import StopRequest
-from megamask_pipelines import pretrain as job
+from megamask.training import attempt_scope, build, loop, run_data, startup
 mark("import torch and our modules")
 from megamask.engine import backend, engine
 mark("import megatron-core and the engine")
@@ -65,22 +65,21 @@ class FirstStep:
     def on_stop(self, progress, reason):
         pass
 with StopRequest() as signals, contextlib.ExitStack() as stack:
-    corpora = job.Corpora(loaded.config, stack)
+    data = run_data.RunData(loaded.config, stack)
     mark("open the corpus")
-    it = job.Job(loaded.config, corpora, signals)
-    it.open()
+    scope = stack.enter_context(attempt_scope.attempt_scope(loaded.config, data, 0))
+    scope.claim(loaded.config, data)
     mark("claim the run, open the journal")
-    group, load = Timed(backend, "init_process_group"), Timed(job, "load")
-    run = it.prepare()
+    group, load = Timed(backend, "init_process_group"), Timed(build, "load")
+    run = build.build_run(loaded.config, data, scope, signals, startup.StartupClock())
     mark("build the engine")
     taken["build the engine"] -= group.seconds + load.seconds
     taken |= {"form the process group": group.seconds, "find and restore the checkpoint": load.seconds}
     first = FirstStep()
     run.hooks = [first, *run.hooks]
-    reason = job.train(run)
+    scope.reason = loop.train(run)
     mark("first step", first.at)
     mark("commit and leave the loop")
-    it.close(reason)
 print(json.dumps(taken))
 """
 

@@ -9,7 +9,7 @@ from typing import Any
 from megamask.config.schema.tracking import MLflowConfig
 from megamask.config.secrets import check_no_secret, check_reference, resolve_secret
 from megamask.errors import UsageError
-from megamask.provenance.redaction import tell_references
+from megamask.provenance.redaction import register_references
 from megamask.runs.claims import claimed_attempts, has_died
 from megamask.runs.configs import newest_config
 from megamask.runs.record import read_run
@@ -59,11 +59,11 @@ def _target(run_dir: Path, uri: str | None) -> MLflowConfig:
     stored = newest_config(run_dir)
     config = None if stored is None else stored.tracking.mlflow
     if config is not None:
-        tell_references(config)
+        register_references(config)
     if uri is not None:
         check_no_secret("--uri", uri, "given on the command line")
         check_reference("--uri", uri, "given on the command line")
-        tell_references(MLflowConfig(uri=uri))
+        register_references(MLflowConfig(uri=uri))
         check_uri("--uri", resolve_secret("--uri", uri), after=_NOTHING_SENT)
         return replace(config or MLflowConfig(), uri=uri)
     if config is None or (config.uri is None and not config.enabled):

@@ -389,7 +389,7 @@ def test_damage_of_the_run_weighs_more_than_another_corpus(run_dir: Path, verify
 def test_damaged_run_record_ends_with_65(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     flip_bit(run_dir / "run.json", 100)
     assert main(["verify", "run", str(run_dir), "--json"]) == 65
-    assert "run.json is damaged" in capsys.readouterr().err
+    assert "run.json does not have the sha256 that it states" in capsys.readouterr().err
 
 
 def test_folder_that_is_no_run_is_a_usage_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,7 +13,7 @@ import pytest
 from megamask.checkpoint import background
 from megamask.checkpoint.background import Work, WorkState, all_done
 from megamask.launch.local import FAILURE_GRACE_S
-from megamask.resilience import left_behind
+from megamask.resilience import daemon_threads
 from support.command import environment
 from support.thread_world import ThreadEngine, ThreadWorld
 
@@ -71,7 +71,7 @@ def test_work_that_hangs_is_waited_for_once_however_often_it_is_stopped(monkeypa
     work: Work[bool] = Work(lambda gate: may_end.wait(60), in_thread=True)
     monkeypatch.setattr(background.time, "monotonic", lambda: now[0])
     monkeypatch.setattr(work._is_over, "wait", lambda seconds: bool(waited.append(seconds)))
-    work.call_off()
+    work.cancel()
     now[0] += 2
     assert not work.stop()
     now[0] += 20
@@ -85,8 +85,8 @@ def test_work_that_hangs_is_waited_for_once_however_often_it_is_stopped(monkeypa
 def test_thread_of_work_is_known_as_left_behind_as_long_as_it_runs() -> None:
     may_end = threading.Event()
     work: Work[bool] = Work(lambda gate: may_end.wait(60), in_thread=True)
-    assert left_behind.has_left_any()
+    assert daemon_threads.has_left_any()
     may_end.set()
     work.wait()
-    [thread.join() for thread in left_behind._watched]
-    assert not left_behind.has_left_any()
+    [thread.join() for thread in daemon_threads._watched]
+    assert not daemon_threads.has_left_any()

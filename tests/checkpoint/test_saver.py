@@ -349,7 +349,7 @@ def test_abandoned_save_writes_no_more_and_leaves_no_folder(
 
     def job(engine: ThreadEngine) -> Any:
         running = Save(engine, run_dir, request_for(20), in_background=True)
-        running.abandon(together=together)
+        running.abort(together=together)
         return running._writing.state
 
     assert world.run(job) == [WorkState.FAILED] * 2

@@ -157,7 +157,7 @@ def test_documents_name_no_place_of_one_machine(path: Path) -> None:
     assert not found
 
 
-MAX_READING_PATH = 6
+MAX_READING_PATH = 5
 FIRST_STOPS = ["pipelines/megamask_pipelines/cli/train.py"]
 
 

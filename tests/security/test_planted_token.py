@@ -20,7 +20,14 @@ from megamask.config.load import load_train_config
 from megamask.errors import UsageError
 from megamask.launch.local import leave_report
 from megamask.provenance import redaction
-from megamask.provenance.redaction import forget_secrets, redact, redact_values, redacted, tell_references, tell_secret
+from megamask.provenance.redaction import (
+    forget_secrets,
+    redact,
+    redact_values,
+    redacted,
+    register_references,
+    register_secret,
+)
 from megamask.runs.configs import store_attempt_config
 from megamask_pipelines.cli import main as cli
 from support.command import environment, tiny
@@ -143,7 +150,7 @@ def test_stored_config_is_the_config_with_told_values_masked(tmp_path: Path, mon
     monkeypatch.setenv("PLACE_OF_MLFLOW", URI)
     overrides = ["tracking.mlflow.uri=env:PLACE_OF_MLFLOW", f"run.output_dir=/data/{TOKEN}/runs"]
     config = load_train_config(write_configs(tmp_path), overrides).config
-    tell_references(config)
+    register_references(config)
     path = store_attempt_config(tmp_path, 1, config)
     assert_nowhere(path.read_text())
     read_back = load_train_config(path).config
@@ -153,7 +160,7 @@ def test_stored_config_is_the_config_with_told_values_masked(tmp_path: Path, mon
 
 
 def test_error_that_a_rank_leaves_for_its_launcher_is_redacted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tell_secret(WORD)
+    register_secret(WORD)
     monkeypatch.setenv("MEGAMASK_RANK_REPORT", str(tmp_path / "report.json"))
     error = UsageError(f"{WORD} is not allowed", hint=f"not {WORD}")
     error.details = {"reason": f"so {WORD}"}
@@ -162,7 +169,7 @@ def test_error_that_a_rank_leaves_for_its_launcher_is_redacted(tmp_path: Path, m
 
 
 def test_values_are_masked_and_names_stay() -> None:
-    tell_secret(WORD)
+    register_secret(WORD)
     given = {"problem": f"at {WORD}", WORD: [1, None, {"deep": (f"{WORD}!", 2.5)}]}
     assert redact_values(given) == {"problem": "at ***", WORD: [1, None, {"deep": ["***!", 2.5]}]}
 
@@ -181,47 +188,47 @@ def test_values_are_masked_and_names_stay() -> None:
     ],
 )
 def test_told_uri_is_masked_with_all_its_parts_and_spellings(text: str) -> None:
-    tell_secret(URI)
+    register_secret(URI)
     assert_nowhere(redact(f"x {text} y"))
     assert redact(redact(text)) == redact(text)
 
 
 def test_harmless_parts_of_a_told_uri_stay_readable() -> None:
-    tell_secret(f"https://robot:{WORD}@mlflow.example.org/path?verbose=true&token=abcd1234")
+    register_secret(f"https://robot:{WORD}@mlflow.example.org/path?verbose=true&token=abcd1234")
     kept = "robot at mlflow.example.org is verbose: true"
     assert redact(kept) == kept
     assert redact("abcd1234") == "***"
 
 
 def test_secret_that_begins_with_another_is_masked_whole() -> None:
-    tell_secret("abcd")
-    tell_secret("abcd1234")
+    register_secret("abcd")
+    register_secret("abcd1234")
     assert redact("abcd1234 abcd") == "*** ***"
 
 
 def test_words_of_fewer_than_four_characters_are_not_masked() -> None:
-    tell_secret("abc")
+    register_secret("abc")
     assert redact("abcdef abc") == "abcdef abc"
 
 
 @pytest.mark.parametrize("name", ["HF_TOKEN", "MLFLOW_TRACKING_PASSWORD", "AWS_SECRET_ACCESS_KEY", "my_api_key"])
 def test_variable_whose_name_says_secret_is_masked(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(name, WORD)
-    redaction.tell_environment()
+    redaction.register_environment()
     assert redact(f"so {WORD}.") == "so ***."
 
 
 @pytest.mark.parametrize("name", ["TOKENIZERS_PARALLELISM", "SSH_AUTH_SOCK", "KEYBOARD", "HOME"])
 def test_variable_whose_name_does_not_say_secret_is_not_masked(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(name, WORD)
-    redaction.tell_environment()
+    redaction.register_environment()
     assert redact(f"so {WORD}.") == f"so {WORD}."
 
 
 @pytest.fixture
 def installed(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The process's own output as the command line redacts it, put back afterwards."""
-    from megamask_pipelines import redacted_output
+    from megamask.provenance import redacted_output
 
     factory, hooks = logging.getLogRecordFactory(), (threading.excepthook, sys.unraisablehook)
     format_warning = warnings.formatwarning
@@ -239,7 +246,7 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.mark.promise("log records, traces of threads and warnings are redacted for every handler")
 @pytest.mark.usefixtures("installed")
 def test_log_record_is_redacted_for_every_handler(caplog: pytest.LogCaptureFixture) -> None:
-    tell_secret(WORD)
+    register_secret(WORD)
     log = logging.getLogger("some.library")
     log.warning("login %s failed %d times", WORD, 3)
     log.warning(*("too few arguments: %s %s", WORD))
@@ -259,7 +266,7 @@ def test_log_record_is_redacted_for_every_handler(caplog: pytest.LogCaptureFixtu
 def test_log_call_with_an_object_whose_text_raises_ends_nobody(
     error: type[Exception], has_repr: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
-    tell_secret(WORD)
+    register_secret(WORD)
 
     class Textless:
         def __str__(self) -> str:
@@ -282,7 +289,7 @@ def test_log_call_with_an_object_whose_text_raises_ends_nobody(
 @pytest.mark.promise("no log call raises what an object's text raises; a log record's stack is redacted")
 @pytest.mark.usefixtures("installed")
 def test_stack_of_a_log_record_is_redacted(caplog: pytest.LogCaptureFixture) -> None:
-    tell_secret("shown_by_its_source")
+    register_secret("shown_by_its_source")
     logging.getLogger("some.library").warning("here", stack_info=bool("shown_by_its_source"))
     assert "Stack (most recent call last)" in caplog.text
     assert 'stack_info=bool("***")' in caplog.text
@@ -291,7 +298,7 @@ def test_stack_of_a_log_record_is_redacted(caplog: pytest.LogCaptureFixture) -> 
 @pytest.mark.promise("log records, traces of threads and warnings are redacted for every handler")
 @pytest.mark.usefixtures("installed")
 def test_traces_of_threads_and_finalizers_and_warnings_are_redacted(capsys: pytest.CaptureFixture[str]) -> None:
-    tell_secret(WORD)
+    register_secret(WORD)
 
     class Fails:
         def __del__(self) -> None:

@@ -19,7 +19,7 @@ from typing import Any
 
 from megamask.launch.local import run_local_ranks
 from megamask.storage import fault_points
-from megamask_pipelines import training_job
+from megamask_pipelines import local_ranks
 from megamask_pipelines.cli.main import main
 from support.command import environment, step_lines
 
@@ -58,5 +58,5 @@ if __name__ == "__main__":
     told = json.loads(os.environ["FAULT"])
     if told["rank"] is None or os.environ.get("RANK") == str(told["rank"]):
         _arm(told)
-    training_job.run_local_ranks = functools.partial(run_local_ranks, module="support.faulty_main")
+    local_ranks.run_local_ranks = functools.partial(run_local_ranks, module="support.faulty_main")
     sys.exit(main(sys.argv[1:]))

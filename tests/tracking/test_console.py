@@ -194,7 +194,7 @@ def test_terminal_draws_a_display_and_keeps_events() -> None:
     shown.close()
     shown.close()
     drawn = stream.getvalue()
-    assert "step 3/3" in drawn
+    assert "3/3" in drawn
     assert "data wait 10.0 %" in drawn
     assert "incident: x: [bold]kept[/bold]" in drawn
     assert "\x1b[" in drawn
@@ -215,12 +215,34 @@ def test_console_that_fails_goes_silent_and_never_raises(is_terminal: bool, capl
     assert caplog.text.count("the console stopped showing progress") >= 1
 
 
-def test_record_without_its_fields_never_raises() -> None:
+def test_line_without_its_fields_is_skipped() -> None:
     stream = io.StringIO()
     shown = console(stream, every=1)
     shown.on_record({"kind": "step"})
+    shown.on_record({"kind": "unknown"})
     shown.on_record(step_record(2))
-    assert stream.getvalue() == ""
+    assert [line.split(" · ")[0] for line in stream.getvalue().splitlines()] == ["step 2/100"]
+
+
+def test_attempt_names_what_differs_from_the_attempt_before() -> None:
+    line = {
+        "kind": "attempt_started",
+        "attempt": 2,
+        "resumed_from": {"step": 7},
+        "extended": {"training.steps": [80, 100]},
+        "changed": {"layout.tensor_parallel_size": [1, 2]},
+    }
+    assert event_line(line) == (
+        "attempt 2 started, resumed from step 7; training.steps 80 -> 100; layout.tensor_parallel_size 1 -> 2"
+    )
+
+
+def test_resumed_attempt_names_the_checkpoint_that_it_has() -> None:
+    stream = io.StringIO()
+    shown = console(stream, every=1)
+    shown.on_record({"kind": "attempt_started", "attempt": 2, "resumed_from": {"step": 7}})
+    shown.on_record(step_record(8))
+    assert stream.getvalue().rstrip().endswith("checkpoint 7")
 
 
 def test_bits_per_byte_needs_both_numbers() -> None:

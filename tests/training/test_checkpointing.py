@@ -13,14 +13,14 @@ import pytest
 from megamask.checkpoint.reader import candidates
 from megamask.config.schema.checkpoint import CheckpointConfig
 from megamask.errors import SupersededError
-from megamask.training.attempt import AttemptView
-from megamask.training.checkpointing import CheckpointCommitter, _Flight
+from megamask.training.attempt import FollowerAttempt
+from megamask.training.checkpointing import CheckpointCommitter, _PendingSave
 from megamask.training.progress import Progress
 from support.model_documents import model_document
 from support.thread_world import ThreadEngine, ThreadWorld
 
 
-class ToldView(AttemptView):
+class ToldView(FollowerAttempt):
     """Rank 0's view, with the journal as a list."""
 
     def __init__(self, run_dir: Path) -> None:
@@ -137,8 +137,8 @@ def test_everything_is_called_off_before_anything_is_waited_for(committer: Check
     told: list[str] = []
     pruning: Any = SimpleNamespace(stop=lambda: told.append("pruning waited for"))
     save: Any = SimpleNamespace(
-        call_off=lambda: told.append("save called off"), abandon=lambda together: told.append("save waited for")
+        cancel=lambda: told.append("save called off"), abort=lambda together: told.append("save waited for")
     )
-    committer._pruning, committer._flight = (10, pruning), _Flight(save=save)
-    committer.abandon(together=False)
+    committer._pruning, committer._pending = (10, pruning), _PendingSave(save=save)
+    committer.abort(together=False)
     assert told == ["save called off", "pruning waited for", "save waited for"]

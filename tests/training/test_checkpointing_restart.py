@@ -11,14 +11,14 @@ from megamask.checkpoint.reader import candidates
 from megamask.checkpoint.retention import mark_damaged
 from megamask.config.schema.checkpoint import CheckpointConfig
 from megamask.errors import SupersededError
-from megamask.training.attempt import AttemptView
+from megamask.training.attempt import FollowerAttempt
 from megamask.training.checkpointing import CheckpointCommitter
 from support.model_documents import model_document
 from support.saving import save_once
 from support.thread_world import ThreadEngine, ThreadWorld
 
 
-class Told(AttemptView):
+class Told(FollowerAttempt):
     """An attempt that remembers what it was to journal; a newer one may come before the n-th look at the claims."""
 
     def __init__(self, run_dir: Path, *, superseded_at: int | None = None) -> None:
@@ -43,7 +43,7 @@ def commits(tmp_path: Path) -> list[Commit]:
     return [save_once(tmp_path / "run", step=step, attempt=1) for step in (10, 20, 30, 40)]
 
 
-def prune(attempt: AttemptView, resumed: Commit, *, keep_last: int = 1, rank: int = 0) -> None:
+def prune(attempt: FollowerAttempt, resumed: Commit, *, keep_last: int = 1, rank: int = 0) -> None:
     CheckpointCommitter(
         ThreadEngine(ThreadWorld(2), rank),  # type: ignore[arg-type]
         attempt,

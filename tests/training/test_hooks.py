@@ -68,8 +68,8 @@ class Calls:
     def commit(self, progress: Progress, evaluation: Any) -> None:
         self.calls.append(f"commit {progress.step} {evaluation}")
 
-    def abandon(self, *, together: bool) -> None:
-        self.calls.append(f"abandon {together}")
+    def abort(self, *, together: bool) -> None:
+        self.calls.append(f"abort {together}")
 
 
 def calls(checkpoint: CheckpointConfig, last: int, reason: StopReason, resumed: int = 0) -> list[str]:
@@ -105,7 +105,7 @@ def test_nothing_is_committed_when_nothing_was_done_since_the_last_commit() -> N
 
 @pytest.mark.promise("a newer attempt's claim stops a pending save; a superseded attempt cancels its pending saves")
 def test_superseded_attempt_commits_nothing_and_gives_up_what_is_on_its_way() -> None:
-    assert calls(CheckpointConfig(every_steps=None), 5, StopReason.SUPERSEDED)[5:] == ["abandon True"]
+    assert calls(CheckpointConfig(every_steps=None), 5, StopReason.SUPERSEDED)[5:] == ["abort True"]
 
 
 @pytest.mark.promise("a signal during a save completes it and commits the last step")

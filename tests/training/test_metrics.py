@@ -77,7 +77,7 @@ def test_record_of_a_smaller_batch_counts_its_own_samples() -> None:
         clock=clock,
         shape=PAIR,
         global_batch_size=4,
-        token_seconds_at_peak=1e-5,
+        peak_seconds_per_token=1e-5,
     ).fields
     assert fields["global_batch_size"] == 4
     assert fields["batch_digest"] == batch_digest(20, 4)
@@ -95,7 +95,7 @@ def test_utilisation_counts_every_processed_token() -> None:
         clock=clock,
         shape=PAIR,
         global_batch_size=8,
-        token_seconds_at_peak=1e-5,
+        peak_seconds_per_token=1e-5,
     ).fields
     total = sum(fields["seconds"].values())
     assert fields["mfu"] == pytest.approx(2 * 8 * 128 * 1e-5 / total, rel=1e-3)

@@ -76,4 +76,4 @@ def test_a_newer_attempt_wins_over_everything() -> None:
 )
 def test_reason_maps_to_the_contract(reason: StopReason, code: ExitCode, phase: str) -> None:
     assert (reason.exit_code, reason.phase) == (code, phase)
-    assert reason.sentence
+    assert reason.description

@@ -17,9 +17,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import IO, Any, NoReturn, Protocol
 
 from megamask.errors import ExitCode, MegamaskError, UsageError
+from megamask.provenance import redacted_output
 from megamask.provenance.redaction import redact, redacted
-from megamask.resilience import left_behind
-from megamask_pipelines import redacted_output
+from megamask.resilience import daemon_threads
 
 VERBS: Mapping[str, str] = {
     "prepare": "make a corpus of text",
@@ -87,7 +87,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     redacted_output.install()
     with _stdout_kept_for_the_answer(wants_json, owns_process=arguments is None) as answer:
         code = _guarded(lambda: _run_verb(given[0], given[1:], answer), given[0], answer if wants_json else None)
-    if arguments is None and left_behind.has_left_any():
+    if arguments is None and daemon_threads.has_left_any():
         _leave_at_once(code)
     return code
 

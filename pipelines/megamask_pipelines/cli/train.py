@@ -33,13 +33,13 @@ def _train(arguments: argparse.Namespace, signals: StopRequest) -> dict[str, Any
     from megamask.config.secrets import resolve_secret
     from megamask.config.validate import validate_train
     from megamask.launch.local import is_launched, leave_report
-    from megamask.provenance.redaction import redacted, tell_references
+    from megamask.provenance.redaction import redacted, register_references
     from megamask.tracking.mlflow.store import URI_KEY, check_uri
-    from megamask_pipelines.training_job import run_training
+    from megamask_pipelines.pretrain import run_training
 
     try:
         loaded = load_train_config(arguments.config, arguments.overrides)
-        tell_references(loaded.config)
+        register_references(loaded.config)
         validate_train(loaded.config, loaded.origins)
         mlflow = loaded.config.tracking.mlflow
         if mlflow.enabled and mlflow.uri is not None:

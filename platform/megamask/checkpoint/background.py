@@ -9,7 +9,7 @@ from enum import IntEnum
 from typing import Generic, TypeVar
 
 from megamask.checkpoint.agreement import CheckpointEngine, agree
-from megamask.resilience import left_behind
+from megamask.resilience import daemon_threads
 
 Result = TypeVar("Result")
 Gate = Callable[[], None]
@@ -51,7 +51,7 @@ class Work(Generic[Result]):
         if in_thread:
             # a daemon: a write that hangs must not keep the process from ending
             thread = threading.Thread(target=self._run, name="megamask-checkpoint", daemon=True)
-            left_behind.watch(thread)
+            daemon_threads.watch(thread)
             thread.start()
         else:
             self._run()
@@ -91,7 +91,7 @@ class Work(Generic[Result]):
         """Waits for the end, whichever it is."""
         self._is_over.wait()
 
-    def call_off(self) -> None:
+    def cancel(self) -> None:
         """Asks the work to end at its next gate, and waits for nothing."""
         self._is_stopped.set()
         if self._deadline is None:
@@ -99,7 +99,7 @@ class Work(Generic[Result]):
 
     def stop(self) -> bool:
         """Calls the work off and waits a few seconds, in all calls together; returns whether it has ended."""
-        self.call_off()
+        self.cancel()
         deadline = self._deadline or 0.0
         return self._is_over.wait(max(0.0, deadline - time.monotonic()))
 

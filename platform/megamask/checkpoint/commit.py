@@ -62,6 +62,7 @@ class Commit:
         corpora: corpus name -> corpus id.
         journal: sequence number and sha256 of the last journal line before the commit.
         evaluation: the bound measured at this very step, numbers as text, or None.
+        run_sha256: of the bytes of run.json; None in commits of a version that did not record it.
     """
 
     folder: Path
@@ -76,6 +77,7 @@ class Commit:
     laws: Mapping[str, int]
     journal: Mapping[str, Any]
     evaluation: Mapping[str, str] | None = None
+    run_sha256: str | None = None
 
     @property
     def num_bytes(self) -> int:
@@ -99,6 +101,7 @@ class CommitFields:
     corpora: Mapping[str, str] = field(default_factory=dict)
     journal: Mapping[str, Any] = field(default_factory=dict)
     evaluation: Mapping[str, str] | None = None
+    run_sha256: str | None = None
 
 
 def begin(run_dir: Path, step: int, attempt: int) -> Path:
@@ -148,6 +151,8 @@ def publish(folder: Path, files: Mapping[str, FileDigest], fields: CommitFields)
     }
     if fields.evaluation is not None:
         document["evaluation"] = dict(fields.evaluation)
+    if fields.run_sha256 is not None:
+        document["run_sha256"] = fields.run_sha256
     document["self_sha256"] = hash_of(document)
     data = canonical_json(document)
     commit = parse_commit(data, folder)  # what is written is what a reader accepts
@@ -234,7 +239,10 @@ def _from_document(document: dict[str, Any], folder: Path, digest: str) -> Commi
     carried = {
         key: document[key] for key in ("step", "attempt", "run_id", "parent", "state", "corpora", "laws", "journal")
     }
-    carried["evaluation"] = evaluation
+    run_sha256 = document.get("run_sha256")
+    if run_sha256 is not None and not _is_digest(run_sha256):
+        raise ValueError("run_sha256")
+    carried |= {"evaluation": evaluation, "run_sha256": run_sha256}
     return Commit(folder=folder, digest=digest, files=files, **carried)
 
 

@@ -31,6 +31,7 @@ class SaveRequest:
         journal_head: sequence number and sha256 of the journal's last line, which is flushed.
         parent: digest of the commit this state descends from, None before the first.
         evaluation: the bound measured at this very step, numbers as text, or None.
+        run_sha256: of the run's run.json.
         check_claim: called on rank 0 right before the commit; raises SupersededError if a newer attempt owns the run.
     """
 
@@ -44,6 +45,7 @@ class SaveRequest:
     parent: str | None
     check_claim: Callable[[], None]
     evaluation: Mapping[str, str] | None = None
+    run_sha256: str | None = None
 
     def fields(self) -> CommitFields:
         """What COMMIT.json carries of it."""
@@ -54,6 +56,7 @@ class SaveRequest:
             corpora=dict(self.corpora),
             journal={"seq": self.journal_head[0], "sha256": self.journal_head[1]},
             evaluation=self.evaluation,
+            run_sha256=self.run_sha256,
         )
 
 
@@ -119,11 +122,11 @@ class Save:
             pass
         return commit
 
-    def call_off(self) -> None:
-        """Asks what is on its way on this rank to end, and waits for nothing; `abandon` follows."""
-        (self._publishing or self._writing).call_off()
+    def cancel(self) -> None:
+        """Asks what is on its way on this rank to end, and waits for nothing; `abort` follows."""
+        (self._publishing or self._writing).cancel()
 
-    def abandon(self, *, together: bool) -> None:
+    def abort(self, *, together: bool) -> None:
         """Gives the save up: nothing of it becomes visible unless it is already.
 
         Args:

@@ -44,7 +44,7 @@ _told: set[str] = set()
 _longest_first: tuple[str, ...] = ()
 
 
-def tell_secret(value: str) -> None:
+def register_secret(value: str) -> None:
     """Masks a value, and the parts of it that are secret where it is a URI, in every text from now on.
 
     Words of fewer than 4 characters are not taken.
@@ -55,7 +55,7 @@ def tell_secret(value: str) -> None:
     _longest_first = tuple(sorted(_told, key=lambda form: (-len(form), form)))
 
 
-def tell_references(config: Any) -> None:
+def register_references(config: Any) -> None:
     """Tells the redactor what the `env:NAME` settings of a config stand for; variables that are not set are left out.
 
     Args:
@@ -63,14 +63,14 @@ def tell_references(config: Any) -> None:
     """
     for text in _strings(dataclasses.asdict(config)):
         if is_reference(text) and (content := os.environ.get(text.partition(":")[2])):
-            tell_secret(content)
+            register_secret(content)
 
 
-def tell_environment() -> None:
+def register_environment() -> None:
     """Tells the redactor the values of environment variables whose names say that they are secrets."""
     for name, value in os.environ.items():
         if _SECRET_VARIABLE.search(name.upper()) and len(value) >= _SHORTEST_VARIABLE:
-            tell_secret(value)
+            register_secret(value)
 
 
 def forget_secrets() -> None:

@@ -6,7 +6,6 @@ every older one that is not known to be alive; a superseded attempt stops with 9
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from collections.abc import Callable
@@ -15,13 +14,15 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from megamask.errors import SupersededError, UsageError
+from megamask.errors import CheckpointIntegrityError, SupersededError, UsageError
 from megamask.resilience.process_facts import ProcessFacts, own_facts
 from megamask.runs.layout import attempts_folder, claim_path
+from megamask.storage.documents import DocumentKind, encode_document, read_document
 from megamask.storage.durable import create_exclusive, make_folders, storage_errors
 
-FORMAT = "megamask-claim"
-VERSION = 1
+_KIND = DocumentKind(
+    format="megamask-claim", version=1, is_canonical=False, damage=CheckpointIntegrityError, most_bytes=1 << 20
+)
 # A killed process may need this long to vanish, with its memory or while a device holds it; then its run is free.
 _VANISH_S = 5.0
 _POLL_S = 0.1
@@ -60,8 +61,6 @@ def claim(run_dir: Path, *, known_attempt: int = 0, redact: Callable[[str], str]
         number = max(newest, known_attempt) + 1
         path = claim_path(run_dir, number)
         content = {
-            "format": FORMAT,
-            "version": VERSION,
             "attempt": number,
             **asdict(own),
             "scheduler_id": redact(scheduler) if (scheduler := _scheduler_id()) else None,
@@ -71,7 +70,7 @@ def claim(run_dir: Path, *, known_attempt: int = 0, redact: Callable[[str], str]
         with storage_errors(f"claiming {run_dir}"):
             make_folders(path.parent)
         try:
-            create_exclusive(path, json.dumps(content, indent=1).encode() + b"\n")
+            create_exclusive(path, encode_document(_KIND, content))
         except FileExistsError:
             continue  # another process was faster: check whether it is alive
         return number
@@ -80,10 +79,9 @@ def claim(run_dir: Path, *, known_attempt: int = 0, redact: Callable[[str], str]
 def read_claim(run_dir: Path, attempt: int) -> dict[str, Any] | None:
     """Return the content of a claim, or None if it is missing or damaged."""
     try:
-        content = json.loads(claim_path(run_dir, attempt).read_bytes())
-    except (FileNotFoundError, ValueError):
+        return read_document(_KIND, claim_path(run_dir, attempt))
+    except (CheckpointIntegrityError, UsageError):
         return None
-    return content if isinstance(content, dict) and content.get("format") == FORMAT else None
 
 
 def is_live(run_dir: Path, attempt: int) -> bool:

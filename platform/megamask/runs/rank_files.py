@@ -5,20 +5,21 @@ The rank that fails first is not ended by a signal, so the code that it records 
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from megamask.errors import StorageError
+from megamask.errors import CheckpointIntegrityError, MegamaskError, StorageError
 from megamask.resilience.process_facts import node_name
 from megamask.runs.layout import attempt_folder, rank_path
+from megamask.storage.documents import DocumentKind, encode_document, read_document
 from megamask.storage.durable import create_exclusive
 
-FORMAT = "megamask-rank"
-VERSION = 1
+_KIND = DocumentKind(
+    format="megamask-rank", version=1, is_canonical=False, damage=CheckpointIntegrityError, most_bytes=1 << 20
+)
 _FILE_NAME = re.compile(r"rank-(\d{5,})\.json")
 _log = logging.getLogger(__name__)
 
@@ -45,11 +46,10 @@ def write_rank_failure(
     """
     failure = RankFailure(rank=rank, exit_code=int(exit_code), reason=reason, node=node or node_name())
     time = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
-    content = {"format": FORMAT, "version": VERSION, **asdict(failure), "time": time}
     path = rank_path(run_dir, attempt, rank)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        create_exclusive(path, json.dumps(content, indent=1, ensure_ascii=False).encode() + b"\n")
+        create_exclusive(path, encode_document(_KIND, {**asdict(failure), "time": time}))
     except FileExistsError:
         return False
     except (StorageError, OSError) as error:
@@ -74,13 +74,13 @@ def read_rank_failures(run_dir: Path, attempt: int) -> dict[int, RankFailure]:
 
 def _parse(path: Path) -> RankFailure | None:
     try:
-        content = json.loads(path.read_bytes())
+        content = read_document(_KIND, path)
         return RankFailure(
             rank=int(content["rank"]),
             exit_code=int(content["exit_code"]),
             reason=str(content["reason"]),
             node=str(content["node"]),
         )
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (MegamaskError, OSError, ValueError, KeyError, TypeError) as error:
         _log.warning("%s is not a rank's failure record: %r", path, error)
         return None

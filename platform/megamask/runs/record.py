@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,22 +15,29 @@ from megamask.config.schema.roots import TrainConfig
 from megamask.errors import CheckpointIntegrityError, StorageError, UsageError
 from megamask.runs.laws import LAWS
 from megamask.runs.layout import FOLDERS_OF_A_RUN, RUN_RECORD, record_path
+from megamask.storage.documents import DocumentKind, OwnDigest, decode_document, encode_document
 from megamask.storage.durable import create_exclusive, make_folders, storage_errors
 from megamask.storage.hashing import sha256_bytes
 
-FORMAT = "megamask-run"
-VERSION = 1
-_OWN_DIGEST = "self_sha256"
+_KIND = DocumentKind(
+    format="megamask-run",
+    version=1,
+    is_canonical=False,
+    own_digest=OwnDigest.OPTIONAL,  # runs begun before there was one have none; the journal names the file's sha256
+    damage=CheckpointIntegrityError,
+    damage_hint="restore the file from a backup, or choose another run.name",
+)
 _OBJECTS = ("identity", "extendable", "corpora", "laws")
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunRecord:
-    """The content of run.json and its path."""
+    """The content of run.json, its path and the sha256 of its bytes."""
 
     path: Path
     run_id: str
     content: Mapping[str, Any]
+    sha256: str
     is_new: bool
 
     @property
@@ -61,8 +67,8 @@ def open_run(
     path = record_path(run_dir)
     if not path.exists():
         _create(path, config, corpora, tokenizer_digest, code_version)
-        return RunRecord(path=path, is_new=True, **_read(path))
-    record = RunRecord(path=path, is_new=False, **_read(path))
+        return _read(path, is_new=True)
+    record = _read(path, is_new=False)
     check_same_run(record, config, corpora=corpora, tokenizer_digest=tokenizer_digest)
     return record
 
@@ -73,8 +79,6 @@ def _create(
     run_dir = path.parent
     created = _make_folder(run_dir)
     content = {
-        "format": FORMAT,
-        "version": VERSION,
         "run_id": secrets.token_hex(16),
         "created": datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z"),
         "identity": identity_fields(config),
@@ -86,7 +90,7 @@ def _create(
         "parent_checkpoint": None,
     }
     try:
-        create_exclusive(path, _to_bytes({**content, _OWN_DIGEST: _digest(content)}))
+        create_exclusive(path, encode_document(_KIND, content))
     except FileExistsError:
         return  # another attempt was first; the claim decides between the two
     except StorageError:
@@ -141,7 +145,7 @@ def read_run(run_dir: Path) -> RunRecord:
             f"{run_dir} is not a run directory: it {what}. Nothing was read.",
             hint="a run directory is <run.output_dir>/<run.name>",
         )
-    return RunRecord(path=path, is_new=False, **_read(path))
+    return _read(path, is_new=False)
 
 
 def _refuse_lost_record(run_dir: Path) -> None:
@@ -155,45 +159,18 @@ def _refuse_lost_record(run_dir: Path) -> None:
     )
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Path, *, is_new: bool) -> RunRecord:
     with storage_errors(f"reading {path}"):
         data = path.read_bytes()
+    content = decode_document(_KIND, data, path)
     try:
-        content = json.loads(data)
-        run_id, version = str(content["run_id"]), int(content["version"])
-        if content["format"] != FORMAT:
-            raise ValueError(f"format {content['format']!r}")
-        _check_bytes(content, data)
+        run_id = str(content["run_id"])
         for name in _OBJECTS:
             if not isinstance(content[name], dict):
                 raise ValueError(f"{name} is not an object")
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise CheckpointIntegrityError(
-            f"{path} is damaged and cannot be read as a run's record ({error}). Nothing was started.",
-            hint="restore the file from a backup, or choose another run.name",
-        ) from error
-    if version > VERSION:
-        raise UsageError(
-            f"{path} has version {version}; this megamask reads up to {VERSION}.", hint="use a newer megamask"
-        )
-    return {"run_id": run_id, "content": content}
-
-
-def _check_bytes(content: Mapping[str, Any], data: bytes) -> None:
-    """Refuse bytes that were not written as they are; a run of a version without the digest is accepted as it is."""
-    if _OWN_DIGEST not in content:
-        return
-    rest = {name: value for name, value in content.items() if name != _OWN_DIGEST}
-    if content[_OWN_DIGEST] != _digest(rest) or _to_bytes(content) != data:
-        raise ValueError(f"its sha256 is not the one under {_OWN_DIGEST}")
-
-
-def _to_bytes(content: Mapping[str, Any]) -> bytes:
-    return json.dumps(content, indent=2, sort_keys=True).encode() + b"\n"
-
-
-def _digest(content: Mapping[str, Any]) -> str:
-    return sha256_bytes(_to_bytes(content))
+    except (ValueError, KeyError) as error:
+        raise _KIND.damaged(path, f"lacks or misstates a field ({error})") from error
+    return RunRecord(path=path, run_id=run_id, content=content, sha256=sha256_bytes(data), is_new=is_new)
 
 
 def check_same_run(

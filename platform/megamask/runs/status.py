@@ -5,18 +5,19 @@ Rank 0 and the launcher write it; wrappers and people read it. A status of anoth
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
-from megamask.errors import UsageError
+from megamask.errors import CheckpointIntegrityError
 from megamask.runs.layout import status_path
+from megamask.storage.documents import DocumentKind, encode_document, read_document
 from megamask.storage.durable import write_atomic
 
-FORMAT = "megamask-status"
-VERSION = 1
+_KIND = DocumentKind(
+    format="megamask-status", version=1, is_canonical=False, damage=CheckpointIntegrityError, most_bytes=1 << 20
+)
 
 Phase = Literal["starting", "running", "done", "stopped", "preempted", "failed"]
 
@@ -54,8 +55,7 @@ def write_status(run_dir: Path, status: Status) -> None:
     if status.phase not in get_args(Phase):
         raise ValueError(f"unknown phase {status.phase!r}; allowed: {', '.join(get_args(Phase))}")
     time = status.time or datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
-    content = {"format": FORMAT, "version": VERSION, **asdict(status), "time": time}
-    write_atomic(status_path(run_dir), json.dumps(content, indent=1, ensure_ascii=False).encode() + b"\n")
+    write_atomic(status_path(run_dir), encode_document(_KIND, {**asdict(status), "time": time}))
 
 
 def read_status(run_dir: Path) -> Status | None:
@@ -64,18 +64,10 @@ def read_status(run_dir: Path) -> Status | None:
     Raises:
         UsageError: a newer megamask wrote it.
     """
-    path = status_path(run_dir)
     try:
-        content: Any = json.loads(path.read_bytes())
-    except (FileNotFoundError, NotADirectoryError, ValueError):
+        content = read_document(_KIND, status_path(run_dir))
+    except CheckpointIntegrityError:
         return None
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        return None
-    if content.get("version") != VERSION:
-        raise UsageError(
-            f"{path} has version {content.get('version')}; this megamask reads version {VERSION}",
-            hint="use the megamask that wrote it, or a newer one",
-        )
     known = {field.name: content[field.name] for field in fields(Status) if field.name in content}
-    is_whole = isinstance(known.get("attempt"), int) and known.get("phase") in get_args(Phase)
-    return Status(**known) if is_whole else None
+    is_complete = isinstance(known.get("attempt"), int) and known.get("phase") in get_args(Phase)
+    return Status(**known) if is_complete else None

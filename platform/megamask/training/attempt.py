@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import getpass
 import logging
 import platform as host_platform
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from megamask.checkpoint.loader import Loaded
 from megamask.config.schema.roots import TrainConfig
 from megamask.errors import ExitCode, MegamaskError, SupersededError
+from megamask.models.counts import parameter_count
 from megamask.provenance.record import code_version, library_versions
 from megamask.provenance.redaction import reason_of, redact, redact_values
 from megamask.resilience.numerics import NotFiniteError
@@ -20,11 +24,16 @@ from megamask.runs.rank_files import write_rank_failure
 from megamask.runs.record import RunRecord
 from megamask.runs.status import Phase, Status, write_status
 from megamask.tracking.console import Console
+from megamask.tracking.journal.seek import newest_start
 from megamask.tracking.journal.writer import Journal
 from megamask.tracking.mlflow.sink import MLflowSink
+from megamask.tracking.records import AttemptStarted, JournalRecord, RunStarted
+from megamask.training.announcing import commit_record, is_announced
 from megamask.training.batch_size import consumed_before
+from megamask.training.datasets import described_datasets
 from megamask.training.progress import Progress
 from megamask.training.resuming import last_attempt_of
+from megamask.training.run_data import RunData
 from megamask.training.stopping import StopReason
 
 # Claims are looked at between steps, at most this often; a commit looks at them again.
@@ -36,13 +45,14 @@ _IN_WORDS = frozenset({"incident", "attempt_ended"})
 _log = logging.getLogger(__name__)
 
 
-class AttemptView:
+class FollowerAttempt:
     """What every rank knows of the attempt; rank 0's Attempt also writes."""
 
-    def __init__(self, run_dir: Path, run_id: str, number: int) -> None:
+    def __init__(self, run_dir: Path, run_id: str, number: int, run_sha256: str | None = None) -> None:
         self.run_dir = run_dir
         self.run_id = run_id
         self.number = number
+        self.run_sha256 = run_sha256
 
     def append(self, kind: str, **fields: Any) -> None:
         """Journals a record; on every rank but 0 nothing happens, rank 0 writes it."""
@@ -59,6 +69,13 @@ class AttemptView:
         """Raises SupersededError when a newer attempt has claimed the run; only rank 0 looks."""
 
 
+def _user() -> str | None:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # a container's user without a name
+        return None
+
+
 def claim_run(run_dir: Path) -> int:
     """Claims a run for this process; returns the number of the new attempt.
 
@@ -69,7 +86,7 @@ def claim_run(run_dir: Path) -> int:
     return claim(run_dir, known_attempt=last_attempt_of(run_dir), redact=redact)
 
 
-def tell_failure(view: AttemptView, error: BaseException, exit_code: int) -> None:
+def record_failure(view: FollowerAttempt, error: BaseException, exit_code: int) -> None:
     """Puts the end of an attempt whose journal could not even be opened into status.json, where it is still its own."""
     try:
         if not is_superseded(view.run_dir, view.number):
@@ -83,14 +100,14 @@ def tell_failure(view: AttemptView, error: BaseException, exit_code: int) -> Non
         _log.warning("the end of attempt %d could not be written: %r", view.number, refusal)
 
 
-class Attempt(AttemptView):
+class Attempt(FollowerAttempt):
     """Rank 0's attempt, after the claim; exactly one of `close` and `fail` ends it.
 
     Args:
         number: what `claim_run` returned.
 
     Raises:
-        StorageError: the run directory refuses; `tell_failure` tells it.
+        StorageError: the run directory refuses; `record_failure` tells it.
     """
 
     def __init__(
@@ -100,11 +117,13 @@ class Attempt(AttemptView):
         number: int,
         config: TrainConfig,
         *,
+        recorded_steps: int,
         bytes_per_token: float | None,
     ) -> None:
-        super().__init__(run_dir, record.run_id, number)
+        super().__init__(run_dir, record.run_id, number, record.sha256)
         self.record = record
         self._config = config
+        self._recorded_steps = recorded_steps
         self._last_check = time.monotonic()
         self._node = host_platform.node()
         self.config_path = store_attempt_config(run_dir, self.number, config)
@@ -124,6 +143,10 @@ class Attempt(AttemptView):
     def append(self, kind: str, **fields: Any) -> None:
         """Journals a record; the console and MLflow read it from there. What others said in words is redacted."""
         self.journal.append(kind, **(redact_values(fields) if kind in _IN_WORDS else fields))
+
+    def write(self, record: JournalRecord) -> None:
+        """Journal a typed record."""
+        self.append(record.kind, **record.to_json())
 
     def _incident(self, incident: str, problem: str) -> None:
         self.append("incident", incident=incident, problem=problem)
@@ -145,43 +168,59 @@ class Attempt(AttemptView):
         refuse_if_superseded(self.run_dir, self.number)
 
     def started(
-        self,
-        *,
-        world_size: int,
-        device: str,
-        datasets: Sequence[Mapping[str, Any]],
-        resumed: Mapping[str, Any] | None,
-        extended: Any,
-        startup_s: Mapping[str, float],
+        self, data: RunData, loaded: Loaded, *, world_size: int, device: str, startup_s: Mapping[str, float]
     ) -> None:
-        """Journals who trains, where, on what and from what; the readers begin."""
+        """Journal who trains, where, on what and from what; the readers of the journal begin."""
         if self._is_first:
-            self.append("run_started", run_id=self.run_id, corpora=self.record.content["corpora"])
-        self.append(
-            "attempt_started",
-            attempt=self.number,
-            run_id=self.run_id,
-            host=self._node,
-            world_size=world_size,
-            device=device,
-            layout={
-                "tensor_parallel_size": self._config.layout.tensor_parallel_size,
-                "pipeline_parallel_size": self._config.layout.pipeline_parallel_size,
-                "data_parallel_size": self._config.layout.data_parallel_size,
-                "sequence_parallel": self._config.layout.sequence_parallel,
-            },
-            num_micro_batches=self._num_micro_batches(),
-            datasets=[dict(dataset) for dataset in datasets],
-            code_version=code_version(),
-            libraries=library_versions(),
-            resumed_from=resumed,
-            extended=extended,
-            restore_s=None if resumed is None else startup_s["restore"],
-            startup_s=dict(startup_s),
+            corpora = dict(self.record.content["corpora"])
+            self.write(RunStarted(run_id=self.run_id, corpora=corpora, run_sha256=self.run_sha256))
+        steps, layout = self._config.training.steps, asdict(self._config.layout)
+        commit = loaded.commit
+        self.write(
+            AttemptStarted(
+                attempt=self.number,
+                run_id=self.run_id,
+                run_sha256=self.run_sha256,
+                host=self._node,
+                user=_user(),
+                world_size=world_size,
+                device=device,
+                layout=layout,
+                num_micro_batches=self._num_micro_batches(),
+                num_parameters=parameter_count(data.spec),
+                datasets=described_datasets({"train": data.train, "validation": data.validation}),
+                code_version=code_version(),
+                libraries=dict(library_versions()),
+                resumed_from=None
+                if commit is None
+                else {"step": commit.step, "checkpoint": commit.folder.name, "digest": commit.digest},
+                extended=None if steps == self._recorded_steps else {"training.steps": [self._recorded_steps, steps]},
+                changed=self._changed(layout, world_size, device),
+                restore_s=None if commit is None else startup_s["restore"],
+                startup_s=dict(startup_s),
+            )
         )
+        if commit is not None and not is_announced(self.run_dir, commit):
+            self.append("checkpoint_committed", **commit_record(commit, stall_s=None, save_s=None))
+        for incident in loaded.incidents:
+            self.append("incident", **incident)
         if self.sink is not None:
             self.sink.start()
             self._is_tracked = True
+
+    def _changed(self, layout: Mapping[str, Any], world_size: int, device: str) -> dict[str, Any] | None:
+        """Return what the attempt before had otherwise, as [old, new] by name; None for the first attempt."""
+        before = newest_start(self.run_dir, before=self.number)
+        if before is None:
+            return None
+        new = {
+            **{f"layout.{name}": value for name, value in layout.items()},
+            "world_size": world_size,
+            "device": device,
+        }
+        old = {f"layout.{name}": value for name, value in (before.layout or {}).items()}
+        old |= {"world_size": before.world_size, "device": before.device}
+        return {name: [old[name], value] for name, value in new.items() if name in old and old[name] != value}
 
     def _num_micro_batches(self) -> int:
         """Passes whose gradients a data-parallel rank accumulates in a step of training.global_batch_size samples."""
@@ -206,10 +245,10 @@ class Attempt(AttemptView):
         """The attempt ends as all ranks agreed; a superseded one leaves its last words in its own folder only."""
         if reason is StopReason.SUPERSEDED:
             newest = max(claimed_attempts(self.run_dir, after=self.number), default=None)
-            told = reason.sentence if newest is None else f"superseded by attempt {newest}"
+            told = reason.description if newest is None else f"superseded by attempt {newest}"
             write_rank_failure(self.run_dir, self.number, rank=0, exit_code=int(reason.exit_code), reason=told)
         else:
-            self._end(reason.phase, int(reason.exit_code), progress.step, reason.sentence)
+            self._end(reason.phase, int(reason.exit_code), progress.step, reason.description)
             if reason is StopReason.FINISHED:
                 self.append("run_completed", step=progress.step, consumed_tokens=progress.consumed_tokens)
         self._shut(is_hasty=reason.exit_code != ExitCode.DONE)

@@ -8,7 +8,7 @@ import time
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from megamask.checkpoint.background import Gate, Work, all_done
 from megamask.checkpoint.commit import Commit
@@ -19,15 +19,13 @@ from megamask.checkpoint.saver import Save, SaveRequest
 from megamask.config.schema.checkpoint import CheckpointConfig
 from megamask.errors import MegamaskError, SupersededError
 from megamask.provenance.redaction import reason_of
-from megamask.runs.layout import CHECKPOINTS
-from megamask.tracking.journal.lines import tail
-from megamask.training.attempt import AttemptView
+from megamask.training.announcing import commit_record
+from megamask.training.attempt import FollowerAttempt
 from megamask.training.progress import Progress
 
 if TYPE_CHECKING:
     from megamask.engine.engine import Engine
 
-_TAIL_BYTES = 1 << 20
 _log = logging.getLogger(__name__)
 
 
@@ -48,7 +46,7 @@ class Stall:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Flight:
+class _PendingSave:
     """A save on its way."""
 
     save: Save
@@ -63,38 +61,10 @@ class _Pruned:
     refused: list[tuple[str | None, str]] = field(default_factory=list)
 
 
-def commit_record(commit: Commit, *, stall_s: float | None, save_s: float | None) -> dict[str, Any]:
-    """The fields of a `checkpoint_committed` line; seconds are None where nobody knows them any more."""
-    return {
-        "step": commit.step,
-        "checkpoint": commit.folder.name,
-        "location": f"{CHECKPOINTS}/{commit.folder.name}",
-        "digest": commit.digest,
-        "parent": commit.parent,
-        "bytes": commit.num_bytes,
-        "stall_s": stall_s,
-        "save_s": save_s,
-        "evaluation": None
-        if commit.evaluation is None
-        else {name: float(value) for name, value in commit.evaluation.items()},
-    }
-
-
-def is_announced(run_dir: Path, commit: Commit) -> bool:
-    """Whether the journal tells of a commit, as far as its last MiB reaches back to where the save began.
-
-    A process that is killed between COMMIT.json and its next step leaves a checkpoint that no line tells of.
-    """
-    records = [record for line in tail(run_dir, _TAIL_BYTES) if (record := line.record()) is not None]
-    if not records or records[0]["seq"] > int(commit.journal.get("seq", 0)):
-        return True
-    return any(record.get("digest") == commit.digest and record["kind"] == "checkpoint_committed" for record in records)
-
-
 class CheckpointCommitter:
     """Saves the run's state on all ranks together and prunes what is too old.
 
-    Every method but `abandon` is called by all ranks together, from the thread that trains; only that thread makes
+    Every method but `abort` is called by all ranks together, from the thread that trains; only that thread makes
     collective calls and journals.
 
     Args:
@@ -106,7 +76,7 @@ class CheckpointCommitter:
     def __init__(
         self,
         engine: Engine,
-        attempt: AttemptView,
+        attempt: FollowerAttempt,
         checkpoint: CheckpointConfig,
         *,
         model: ModelDocument,
@@ -125,7 +95,7 @@ class CheckpointCommitter:
         self._seed = seed
         self._num_steps = num_steps
         self._parent = parent
-        self._flight: _Flight | None = None
+        self._pending: _PendingSave | None = None
         self._pruning: tuple[int, Work[_Pruned]] | None = None
 
     def prune_before_training(self, resumed: Commit) -> None:
@@ -160,15 +130,15 @@ class CheckpointCommitter:
 
     def poll(self) -> None:
         """Once a step: announces what has become visible; raises what failed since the last step."""
-        if self._flight is not None:
-            self._announce_if_committed(self._flight, wait=False)
+        if self._pending is not None:
+            self._announce_if_committed(self._pending, wait=False)
         elif self._pruning is not None:
             self._journal_if_pruned(self._pruning, wait=False)
 
     def finish(self) -> None:
         """Waits for everything that is on its way."""
-        if self._flight is not None:
-            self._announce_if_committed(self._flight, wait=True)
+        if self._pending is not None:
+            self._announce_if_committed(self._pending, wait=True)
         if self._pruning is not None:
             self._journal_if_pruned(self._pruning, wait=True)
 
@@ -177,19 +147,19 @@ class CheckpointCommitter:
         self._begin(progress, evaluation, in_background=False)
         self.finish()
 
-    def abandon(self, *, together: bool) -> None:
+    def abort(self, *, together: bool) -> None:
         """Gives up a save that is on its way: nothing of it becomes visible unless it is already.
 
         Args:
             together: all ranks call this.
         """
-        if self._flight is not None:
-            self._flight.save.call_off()
+        if self._pending is not None:
+            self._pending.save.cancel()
         if self._pruning is not None:
             self._pruning[1].stop()
-        if self._flight is not None:
-            flight, self._flight = self._flight, None
-            flight.save.abandon(together=together)
+        if self._pending is not None:
+            pending, self._pending = self._pending, None
+            pending.save.abort(together=together)
 
     def _begin(self, progress: Progress, evaluation: Mapping[str, float] | None, *, in_background: bool) -> None:
         self.finish()
@@ -204,21 +174,22 @@ class CheckpointCommitter:
                 corpora=self._corpora,
                 journal_head=attempt.durable_journal_head(),
                 run_id=attempt.run_id,
+                run_sha256=attempt.run_sha256,
                 parent=self._parent,
                 check_claim=attempt.check_claim,
                 evaluation=None if evaluation is None else {name: repr(value) for name, value in evaluation.items()},
             )
             save = Save(self._engine, attempt.run_dir, request, in_background=in_background)
-        self._flight = _Flight(save=save, stall=stall)
+        self._pending = _PendingSave(save=save, stall=stall)
 
-    def _announce_if_committed(self, flight: _Flight, *, wait: bool) -> None:
-        self._flight = None  # a failing save has cleaned up after itself
-        with flight.stall.counted():
-            commit = flight.save.wait() if wait else flight.save.poll()
+    def _announce_if_committed(self, pending: _PendingSave, *, wait: bool) -> None:
+        self._pending = None  # a failing save has cleaned up after itself
+        with pending.stall.counted():
+            commit = pending.save.wait() if wait else pending.save.poll()
         if commit is None:
-            self._flight = flight
+            self._pending = pending
             return
-        self._announce(commit, flight)
+        self._announce(commit, pending)
         self._parent = commit.digest
         is_main = self._engine.is_main
         self._pruning = (
@@ -256,8 +227,8 @@ class CheckpointCommitter:
         )
         pruned.removed.extend(removed)
 
-    def _announce(self, commit: Commit, flight: _Flight) -> None:
-        record = commit_record(commit, stall_s=round(flight.stall.seconds, 6), save_s=round(flight.save.seconds, 6))
+    def _announce(self, commit: Commit, pending: _PendingSave) -> None:
+        record = commit_record(commit, stall_s=round(pending.stall.seconds, 6), save_s=round(pending.save.seconds, 6))
         self._attempt.append("checkpoint_committed", **record)
 
     def _journal_if_pruned(self, pruning: tuple[int, Work[_Pruned]], *, wait: bool) -> None:

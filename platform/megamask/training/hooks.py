@@ -81,7 +81,7 @@ class Committer(Protocol):
     def commit(self, progress: Progress, evaluation: Mapping[str, float] | None) -> None:
         """Saves and returns when the checkpoint is visible."""
 
-    def abandon(self, *, together: bool) -> None:
+    def abort(self, *, together: bool) -> None:
         """Gives up what is on its way."""
 
 
@@ -116,7 +116,7 @@ class PeriodicCheckpoint:
     def on_stop(self, progress: Progress, reason: StopReason) -> None:
         """What is on its way is finished and the last step commits, unless a newer attempt owns the run."""
         if reason is StopReason.SUPERSEDED:
-            self._committer.abandon(together=True)
+            self._committer.abort(together=True)
             return
         self._committer.finish()
         if progress.step > self._saved_step:

@@ -41,7 +41,7 @@ class TrainingRun:
     stop: StopFlag
     hooks: Sequence[Hook]
     shape: ObjectiveShape
-    token_seconds_at_peak: float | None
+    peak_seconds_per_token: float | None
 
     def next_batch(self) -> Batch:
         """This rank's share of the next global batch, arithmetic on consumed_samples; the one after is read ahead."""
@@ -84,7 +84,7 @@ def train(run: TrainingRun) -> StopReason:
             learning_rate=rate,
             clock=clock,
             shape=run.shape,
-            token_seconds_at_peak=run.token_seconds_at_peak,
+            peak_seconds_per_token=run.peak_seconds_per_token,
         )
         for hook in run.hooks:
             hook.after_step(progress, record)

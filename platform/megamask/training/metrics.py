@@ -59,22 +59,22 @@ def step_record(
     learning_rate: float,
     clock: PhaseClock,
     shape: ObjectiveShape,
-    token_seconds_at_peak: float | None = None,
+    peak_seconds_per_token: float | None = None,
 ) -> StepRecord:
     """The record of the step that progress has just counted.
 
     Args:
         global_batch_size: samples of this step.
         shape: of the objective.
-        token_seconds_at_peak: what one processed position would take if all ranks' devices ran at their named peak,
+        peak_seconds_per_token: what one processed position would take if all ranks' devices ran at their named peak,
             bidirectional attention counted in full; None where the peak is not known, and mfu is null.
     """
     seconds = clock.take()
     total = sum(seconds.values())
     processed = global_batch_size * shape.num_views * shape.input_length
     mfu = None
-    if token_seconds_at_peak is not None and total > 0:
-        mfu = processed * token_seconds_at_peak / total
+    if peak_seconds_per_token is not None and total > 0:
+        mfu = processed * peak_seconds_per_token / total
     fields = {
         "step": progress.step,
         "loss": report.loss,

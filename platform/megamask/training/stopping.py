@@ -36,7 +36,7 @@ class StopReason(IntEnum):
         return "preempted" if self is StopReason.PREEMPTED else "stopped"
 
     @property
-    def sentence(self) -> str:
+    def description(self) -> str:
         """The reason in words, for status.json and the journal."""
         return {
             StopReason.FINISHED: "all steps are done",

@@ -20,7 +20,8 @@ from megamask.errors import StorageError, SupersededError
 from megamask.tracking.journal import writer as journal_module
 from megamask.tracking.journal.chain import verify_chain
 from megamask.tracking.journal.lines import read_journal
-from megamask.tracking.journal.writer import KINDS, Journal, plain
+from megamask.tracking.journal.writer import Journal, plain
+from megamask.tracking.records import RECORDS
 
 
 def file_of(run_dir: Path, attempt: int = 1, rotation: int = 0) -> Path:
@@ -72,7 +73,7 @@ def test_journal_refuses_unknown_kinds_and_reserved_fields(tmp_path: Path) -> No
         with pytest.raises(TypeError, match="cannot hold a PosixPath"):
             journal.append("step", path=tmp_path)
     assert list(read_journal(tmp_path)) == []
-    assert len(KINDS) == 11
+    assert len(RECORDS) == 11
 
 
 def test_journal_chain_runs_across_rotation_and_attempts(tmp_path: Path) -> None:

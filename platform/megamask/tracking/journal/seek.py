@@ -12,7 +12,8 @@ from itertools import groupby
 from pathlib import Path
 
 from megamask.storage.hashing import sha256_bytes
-from megamask.tracking.journal.lines import Line, Record, Span, journal_files, parse, tail
+from megamask.tracking.journal.lines import Line, Record, Span, journal_files, lines_between, parse, tail
+from megamask.tracking.records import AttemptStarted, read_record
 
 _SCAN_BYTES = 2**13  # a range this small is read line by line
 _BUFFER_BYTES = 2**12
@@ -43,6 +44,17 @@ def last_step(run_dir: Path) -> Record | None:
         if budget >= size:
             return None
         budget *= 8
+
+
+def newest_start(run_dir: Path, *, before: int) -> AttemptStarted | None:
+    """Return the `attempt_started` record of the newest attempt below a number that has one."""
+    attempts = groupby(journal_files(run_dir), key=lambda file: file.attempt)
+    for files in reversed([list(files) for number, files in attempts if number < before]):
+        for line in lines_between(files[0], 0, _FIRST_TAIL_BYTES):
+            record = line.record()
+            if record is not None and isinstance(started := read_record(record), AttemptStarted):
+                return started
+    return None
 
 
 def _find_in_attempt(span: Span, step: int) -> Record | None:

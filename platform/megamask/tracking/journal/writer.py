@@ -24,27 +24,13 @@ from megamask.storage.durable import fsync_directory, make_folders, storage_erro
 from megamask.storage.hashing import sha256_bytes
 from megamask.tracking.journal.chain import CHAIN_START, DAMAGE_INCIDENT, chain_problem, find_fork
 from megamask.tracking.journal.lines import Line, Record, journal_files, line_number, tail
+from megamask.tracking.records import ENVELOPE, RECORDS
 
 FORMAT = "megamask-journal"
 VERSION = 1
-KINDS = frozenset(
-    {
-        "run_started",
-        "attempt_started",
-        "step",
-        "evaluation",
-        "checkpoint_started",
-        "checkpoint_committed",
-        "checkpoint_pruned",
-        "incident",
-        "sample_preview",
-        "attempt_ended",
-        "run_completed",
-    }
-)
 ROTATE_BYTES = 64 * 2**20
 _TAIL_BYTES = 2**20  # how much of an old journal is checked before training goes on; verify_chain checks all of it
-_RESERVED = frozenset({"seq", "time", "kind", "prev"})
+_RESERVED = frozenset(ENVELOPE)
 _NAMED_DAMAGES = 16
 
 _log = logging.getLogger(__name__)
@@ -100,7 +86,7 @@ class Journal:
         """Writes one record with a single write and hands it to the subscribers.
 
         Args:
-            kind: one of KINDS.
+            kind: one of records.RECORDS.
             fields: JSON values; tuples become lists.
 
         Returns:
@@ -110,8 +96,8 @@ class Journal:
             ValueError: an unknown kind, a reserved field name, or a closed journal; nothing was written.
             StorageError: the storage refused; no torn line is left where the file could be cut back.
         """
-        if kind not in KINDS:
-            raise ValueError(f"unknown kind of journal record {kind!r}; allowed: {', '.join(sorted(KINDS))}")
+        if kind not in RECORDS:
+            raise ValueError(f"unknown kind of journal record {kind!r}; allowed: {', '.join(sorted(RECORDS))}")
         if taken := _RESERVED & fields.keys():
             raise ValueError(f"the journal writes {', '.join(sorted(taken))} itself; give the field another name")
         if kind in ("run_started", "attempt_started"):

@@ -8,7 +8,7 @@ import pytest
 
 from megamask.errors import StorageError, SupersededError
 from megamask.runs.rank_files import write_rank_failure
-from megamask_pipelines.job_failure import LOST_PEER, has_lost_peer, peer_failure
+from megamask.training.failure import LOST_PEER, has_lost_peer, peer_failure
 
 KILLED = "killed by SIGKILL (9)"
 

@@ -1,15 +1,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from megamask.errors import StorageError
+from megamask.objectives.shapes import ObjectiveShape
 from megamask.runs.rank_files import read_rank_failures
-from megamask.training.attempt import AttemptView
-from megamask_pipelines import pretrain
+from megamask.training import attempt_scope
+from megamask.training.attempt import FollowerAttempt
+from megamask.training.progress import Progress
 
 
 @pytest.mark.promise("a failing rank publishes its reason before it aborts a save")
@@ -21,10 +22,16 @@ def test_failing_rank_tells_its_reason_before_it_gives_up_a_save(
     def give_up(committer: Any, error: BaseException) -> None:
         told_by_then.extend(failure.exit_code for failure in read_rank_failures(tmp_path, 1).values())
 
-    monkeypatch.setattr(pretrain, "end_saving", give_up)
-    job: Any = SimpleNamespace(
-        _committer=object(), _view=AttemptView(tmp_path, "r", 1), _run_dir=tmp_path, _rank=1, _attempt=None
+    monkeypatch.setattr(attempt_scope, "end_saving", give_up)
+    committer: Any = object()
+    scope = attempt_scope.AttemptScope(
+        run_dir=tmp_path,
+        rank=1,
+        progress=Progress(num_views=1),
+        shape=ObjectiveShape(num_views=1, input_length=8, scored_positions=8, scored_fraction=0.5, corrupts="some"),
+        known=FollowerAttempt(tmp_path, "r", 1),
+        committer=committer,
     )
     error = StorageError("the disk is full")
-    assert pretrain.Job.failed(job, error) is error
+    assert scope.failed(error) is error
     assert told_by_then == [74]

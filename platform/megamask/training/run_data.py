@@ -14,7 +14,7 @@ from megamask.training.evaluating import open_validation
 from megamask.training.previewing import open_previews
 
 
-class Corpora:
+class RunData:
     """The open corpora of a run, and what the model must know of them."""
 
     def __init__(self, config: TrainConfig, stack: contextlib.ExitStack) -> None:

@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
-from megamask.provenance.redaction import redact, tell_environment
+from megamask.provenance.redaction import redact, register_environment
 
 
 def install() -> None:
@@ -21,7 +21,7 @@ def install() -> None:
 
     Log records are redacted when they are made, so that every handler, a library's own included, gets them so.
     """
-    tell_environment()
+    register_environment()
     factory = logging.getLogRecordFactory()
     if not isinstance(factory, _RedactingFactory):
         logging.setLogRecordFactory(_RedactingFactory(factory))

@@ -35,7 +35,7 @@ def end_saving(committer: CheckpointCommitter, error: BaseException) -> None:
         if has_all_ranks:
             committer.finish()
         else:
-            committer.abandon(together=False)
+            committer.abort(together=False)
     except Exception as refusal:  # noqa: BLE001  the attempt's own error is told, whatever else fails now
         _log.warning("the checkpoint that was being saved is lost: %r", refusal)
 

@@ -1,0 +1,150 @@
+"""Compose a training run: engine, restored state, and the hooks around the loop."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from megamask.checkpoint.contents import ModelDocument
+from megamask.checkpoint.loader import Loaded, load
+from megamask.checkpoint.ownership import Owner
+from megamask.checkpoint.retention import sweep
+from megamask.config.schema.roots import TrainConfig
+from megamask.models.counts import flops_per_token
+from megamask.objectives.shapes import ObjectiveShape
+from megamask.resilience.signals import StopRequest
+from megamask.training.attempt_scope import AttemptScope
+from megamask.training.checkpointing import CheckpointCommitter
+from megamask.training.evaluating import validation_measure
+from megamask.training.hooks import PeriodicCheckpoint, PeriodicEvaluation, StatusFile, StepJournal
+from megamask.training.loop import Hook, TrainingRun
+from megamask.training.previewing import PeriodicPreview, preview_on_engine
+from megamask.training.progress import Progress
+from megamask.training.run_data import RunData
+from megamask.training.startup import StartupClock
+from megamask.training.stopping import StopFlag
+
+if TYPE_CHECKING:
+    import torch
+
+    from megamask.engine.engine import Engine
+
+
+def build_run(
+    config: TrainConfig, data: RunData, scope: AttemptScope, signals: StopRequest, startup: StartupClock
+) -> TrainingRun:
+    """Build the engine, restore the newest checkpoint that verifies, and put the loop's parts together; collective.
+
+    Args:
+        data: open corpora, checked before the run was claimed.
+        scope: of this attempt; rank 0 has claimed the run in it.
+
+    Raises:
+        MegamaskError: a checkpoint, the layout or the journal refuses.
+    """
+    # megatron-core takes seconds to import: a refusal before this line need not wait for it
+    with startup.phase("imports"):
+        from megamask.engine.backend import init_process_group, select_backend
+    with startup.phase("engine"):
+        backend = select_backend()
+        init_process_group(backend)
+    engine = _engine(config, data, startup)
+    attempt = scope.share(engine)
+    model = ModelDocument(
+        spec=data.spec, vocabulary=data.vocabulary, objective=data.objective, tokenizer_digest=data.tokenizer_digest
+    )
+    with startup.phase("restore"):
+        if scope.leader is not None:
+            sweep(scope.run_dir, attempt.number)
+        owner = Owner(run_id=attempt.run_id, seed=config.run.seed, corpora=data.train.corpus_ids)
+        loaded = load(engine, scope.run_dir, model=model, owner=owner)
+    _restore(scope.progress, loaded)
+    if scope.leader is not None:
+        scope.leader.started(
+            data, loaded, world_size=engine.world_size, device=backend.name, startup_s=startup.seconds()
+        )
+        scope.leader.running(scope.progress.step)
+    return TrainingRun(
+        config=config,
+        engine=engine,
+        loader=data.train,
+        progress=scope.progress,
+        stop=StopFlag(
+            engine,
+            signals=signals,
+            is_superseded=attempt.is_superseded,
+            num_steps=config.training.steps,
+            stop_after_step=config.training.stop_after_step,
+        ),
+        hooks=_hooks(config, data, engine, scope, model, loaded),
+        shape=scope.shape,
+        peak_seconds_per_token=_peak_seconds_per_token(config, data, scope.shape, backend.device, engine.world_size),
+    )
+
+
+def _engine(config: TrainConfig, data: RunData, startup: StartupClock) -> Engine:
+    with startup.phase("imports"):
+        from megamask.engine.engine import Engine
+
+    with startup.phase("engine"):
+        return Engine(
+            spec=data.spec,
+            objective=data.objective,
+            optimizer=config.optimizer,
+            layout=config.layout,
+            training=config.training,
+            seed=config.run.seed,
+            compute=config.precision.compute,
+        )
+
+
+def _restore(progress: Progress, loaded: Loaded) -> None:
+    if loaded.state is not None:
+        progress.step = loaded.state.step
+        progress.consumed_samples = loaded.state.consumed_samples
+        progress.consumed_tokens = loaded.state.consumed_tokens
+
+
+def _hooks(
+    config: TrainConfig, data: RunData, engine: Engine, scope: AttemptScope, model: ModelDocument, loaded: Loaded
+) -> list[Hook]:
+    """The journal first, checkpoints after everything whose result a checkpoint records, status last."""
+    attempt = scope.attempt
+    measure = None if data.validation is None else validation_measure(config, engine, data.objective, data.validation)
+    preview = None if data.previews is None else preview_on_engine(config, engine, data.objective, data.previews)
+    scope.committer = committer = CheckpointCommitter(
+        engine,
+        attempt,
+        config.checkpoint,
+        model=model,
+        tokenizer_folder=data.tokenizer_folder,
+        corpora=data.train.corpus_ids,
+        seed=config.run.seed,
+        num_steps=config.training.steps,
+        parent=loaded.commit.digest if loaded.commit is not None else None,
+    )
+    if loaded.commit is not None:
+        committer.prune_before_training(loaded.commit)
+    evaluation = PeriodicEvaluation(attempt, config.evaluation, measure)
+    hooks: list[Hook] = [
+        StepJournal(attempt),
+        evaluation,
+        PeriodicPreview(attempt, config.preview.every_steps, preview),
+        PeriodicCheckpoint(
+            config.checkpoint, committer, bound_at=evaluation.bound_at, committed_step=scope.progress.step
+        ),
+    ]
+    if scope.leader is not None:
+        hooks.append(StatusFile(scope.leader.running))
+    return hooks
+
+
+def _peak_seconds_per_token(
+    config: TrainConfig, data: RunData, shape: ObjectiveShape, device: torch.device, world_size: int
+) -> float | None:
+    """Seconds of one processed position if every device ran at its named peak; None where that is not known."""
+    from megamask.engine.probes import device_name, peak_flops_per_second
+
+    peak = peak_flops_per_second(device_name(device), config.precision.compute)
+    if peak is None:
+        return None
+    return flops_per_token(data.spec, scored_fraction=shape.scored_fraction).training / (peak * world_size)
