@@ -286,10 +286,10 @@ def test_dependencies_in_the_architecture_are_those_of_the_package() -> None:
 
 
 def test_journal_kinds_in_the_formats_are_those_of_the_program() -> None:
-    from megamask.tracking.journal.writer import KINDS
+    from megamask.tracking.records import RECORDS
 
     written = re.findall(r"^\| `(\w+)` \|", section(ROOT / "docs" / "formats.md", "Journal"), flags=re.M)
-    assert set(written[written.index("run_started") : written.index("run_completed") + 1]) == KINDS
+    assert set(written[written.index("run_started") : written.index("run_completed") + 1]) == set(RECORDS)
 
 
 def test_layouts_of_the_index_have_no_gaps() -> None:
