@@ -16,7 +16,7 @@ from megamask.runs.record import read_run
 from megamask.runs.status import read_status
 from megamask.tracking.mlflow.points import RunStatus, status_after_exit
 from megamask.tracking.mlflow.store import URI_KEY, check_uri, place_of, shown_uri
-from megamask.tracking.mlflow.sync import complete
+from megamask.tracking.mlflow.sync import compare, complete
 
 _NOTHING_SENT = "Nothing was sent."
 
@@ -53,6 +53,12 @@ def sync_run(run_dir: Path, *, uri: str | None = None) -> dict[str, Any]:
         "checkpoints": done.num_checkpoints,
         "status": done.status,
     }
+
+
+def compare_with_mlflow(run_dir: Path, *, uri: str | None = None) -> list[str]:
+    """Return every difference between a run's records and MLflow; raises as `sync_run`, and writes nothing."""
+    folder = run_dir.resolve()
+    return compare(folder, _target(folder, uri))
 
 
 def _target(run_dir: Path, uri: str | None) -> MLflowConfig:

@@ -7,22 +7,18 @@ attempt with training.stop_after_step=3), on a network of one layer.
 from __future__ import annotations
 
 import json
-import tarfile
 from pathlib import Path
 
 import pytest
 
 from megamask_pipelines.cli.main import main
-
-STORED = Path(__file__).parents[1] / "golden" / "run_of_0.1.0.tgz"
-RUN_ID = "3e7cddb9b9dece314e9d89c051820b7e"
+from support.stored_run import RUN_ID, unpack
 
 
 @pytest.fixture
 def stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The folder that `run` and `corpus` were unpacked to; the working folder, as the config's paths are relative."""
-    with tarfile.open(STORED) as archive:
-        archive.extractall(tmp_path, filter="data")
+    unpack(tmp_path)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -54,7 +50,7 @@ def test_stored_run_is_read_by_inspect(stored: Path, capsys: pytest.CaptureFixtu
 
 
 def test_stored_run_is_read_by_verify_run(stored: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    found = answer(capsys, "verify", "run", "run")
+    found = answer(capsys, "verify", "run", "run", "--corpus", "main=corpus", "--data")
     assert found["checked"] == {
         "journal_lines": 19,
         "steps": 6,

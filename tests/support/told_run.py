@@ -23,6 +23,7 @@ from megamask.runs.status import Status, write_status
 from megamask.tracking.journal.writer import Journal
 from megamask.training.batch_size import batch_size_at, consumed_before
 from megamask.training.checkpointing import commit_record
+from megamask.training.schedules import learning_rate
 from support.objectives import masked_objective
 from support.thread_world import ThreadWorld
 from support.tiny_run import CONFIG, SEED, InitialWeights
@@ -65,7 +66,12 @@ class ToldRun:
         self.journal = Journal.open(self.run_dir, self.number, rotate_bytes=self._rotate_bytes)
         self.parent = resumed
         if self.journal.head[0] == 0:
-            self.journal.append("run_started", run_id=self.record.run_id, corpora=dict(self.record.content["corpora"]))
+            self.journal.append(
+                "run_started",
+                run_id=self.record.run_id,
+                corpora=dict(self.record.content["corpora"]),
+                run_sha256=self.record.sha256,
+            )
         told = None
         if resumed is not None:
             told = {"step": resumed.step, "checkpoint": resumed.folder.name, "digest": resumed.digest}
@@ -75,6 +81,8 @@ class ToldRun:
             run_id=self.record.run_id,
             host="here",
             world_size=1,
+            code_version="test",
+            run_sha256=self.record.sha256,
             device="cpu",
             resumed_from=told,
             extended=None,
@@ -91,6 +99,7 @@ class ToldRun:
             "loss": 5.0 - step / 10,
             "loss_terms": {"nelbo": 5.0 - step / 10},
             "nelbo_nats_per_token": 5.0 - step / 10,
+            "learning_rate": learning_rate(step, self.config.optimizer, self.config.training),
             "global_batch_size": size,
             "consumed_samples": begin + size,
             "consumed_tokens": tokens,
@@ -102,7 +111,7 @@ class ToldRun:
         }
         self.journal.append("step", **{**fields, **changes})
 
-    def commit(self, step: int, *, is_told: bool = True) -> Commit:
+    def commit(self, step: int, *, is_told: bool = True, evaluation: dict[str, str] | None = None) -> Commit:
         """A checkpoint with its two lines; without the second one if the process dies first."""
         self.journal.append("checkpoint_started", step=step)
         spec = ModelSpec.from_config(self.config.model, self.manifest.vocab_size, self.manifest.sequence_length)
@@ -139,6 +148,8 @@ class ToldRun:
             run_id=self.record.run_id,
             parent=self.parent.digest if self.parent else None,
             check_claim=lambda: None,
+            evaluation=evaluation,
+            run_sha256=self.record.sha256,
         )
         if is_told:
             self.tell(commit)
@@ -186,7 +197,7 @@ def write_told_run(folder: Path, corpus: Path, *, rotate_bytes: int = 2**20) -> 
     run.step(5)
     run.step(6)
     run.journal.append("evaluation", step=6, nelbo_nats_per_token=4.4, standard_error=0.1)
-    run.commit(6)
+    run.commit(6, evaluation={"nelbo_nats_per_token": "4.4", "standard_error": "0.1"})
     run.prune(first, 6)
     run.complete(6)
     run.journal.close()

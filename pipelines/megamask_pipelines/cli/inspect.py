@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-from megamask.errors import UsageError
 
 if TYPE_CHECKING:
     from megamask.data.loader import Loader
@@ -36,24 +34,15 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         has its text and the names of its inputs too.
     """
     from megamask.audit.recompute import check_step, inspect_step, open_loader, recorded_run
+    from megamask_pipelines.corpus_arguments import corpora_of
 
-    recorded = recorded_run(Path(arguments.run), _corpora(arguments.corpus))
+    recorded = recorded_run(Path(arguments.run), corpora_of(arguments.corpus, outcome="Nothing was recomputed."))
     check_step(recorded, arguments.step)
     with open_loader(recorded) as loader:
         report = inspect_step(recorded, loader, arguments.step)
         if not getattr(arguments, "json", False):
             _explain(report["samples"], loader)
     return report
-
-
-def _corpora(given: Sequence[str]) -> dict[str, str]:
-    corpora = {}
-    for pair in given:
-        name, sign, folder = pair.partition("=")
-        if not (name and sign and folder):
-            raise UsageError(f"--corpus is {pair!r}; allowed: NAME=FOLDER. Nothing was recomputed.")
-        corpora[name] = folder
-    return corpora
 
 
 def _explain(samples: list[dict[str, Any]], loader: Loader) -> None:

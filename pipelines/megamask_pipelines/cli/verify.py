@@ -11,6 +11,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The verb's arguments."""
     parser.add_argument("what", choices=("corpus", "checkpoint", "run"), help="what the folder holds")
     parser.add_argument("folder", help="a prepared corpus; a checkpoint folder or a run directory; a run directory")
+    run = parser.add_argument_group("of a run")
+    run.add_argument("--data", action="store_true", help="read its corpora and recompute the content of every step")
+    run.add_argument("--evaluate", action="store_true", help="measure the bound of the newest checkpoint again")
+    run.add_argument("--expect-head", metavar="N:SHA", help="line N of the journal must have this sha256")
+    run.add_argument("--against-mlflow", action="store_true", help="compare with the run in MLflow; writes nothing")
+    run.add_argument("--uri", help="tracking server for --against-mlflow, instead of the newest attempt's")
+    run.add_argument(
+        "--corpus",
+        action="append",
+        default=[],
+        metavar="NAME=FOLDER",
+        help="folder of a corpus, if it is not where the journal recorded it",
+    )
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -20,15 +33,15 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 
     Returns:
         for a corpus: corpus_id, rows, documents, tokens, shards, ok; for a checkpoint: what `verify_checkpoint` says;
-        for a run: what `verify_run` says.
+        for a run: as `megamask.audit.run.verify_run`.
     """
     folder = Path(arguments.folder)
     if arguments.what == "corpus":
         return _verify_corpus(folder, show_progress=not getattr(arguments, "json", False))
     if arguments.what == "run":
-        from megamask.audit.run import verify_run
+        from megamask_pipelines.verify_run import RunChecks, verify
 
-        return verify_run(folder)
+        return verify(folder, RunChecks.of(arguments))
     from megamask.checkpoint.reader import verify_checkpoint
 
     return verify_checkpoint(folder)
@@ -70,5 +83,9 @@ def _render_run(result: dict[str, Any]) -> str:
     more = result["num_findings"] - len(result["findings"])
     if more > 0:
         lines.append(f"found: {more} more")
-    lines.append("whole: everything agrees" if result["ok"] else f"damaged: {result['num_findings']} finding(s)")
+    if result["head"] is not None:
+        lines.append(f"journal head: {result['head']['seq']}:{result['head']['sha256']}")
+    state = "everything agrees" if result["ok"] else f"damaged: {result['num_findings']} finding(s)"
+    missing = "; ".join(result["not_covered"]) or "nothing"
+    lines.append(f"{state}. Checked: {', '.join(result['covered'])}. Not checked: {missing}.")
     return "\n".join(lines)

@@ -189,6 +189,21 @@ def inspect_step(run: RecordedRun, loader: Loader, step: int) -> dict[str, Any]:
     return report | {"matches_journal": _compare_with_journal(run.folder, report)}
 
 
+def content_digest_of(run: RecordedRun, loader: Loader, step: int) -> str:
+    """Return the content digest of a step, from the corpus alone.
+
+    Raises:
+        DataIntegrityError: a row is damaged.
+    """
+    training = _batches(run)
+    first = consumed_before(step, training)
+    hashes = []
+    for index, (source, row) in enumerate(loader.rows(first, batch_size_at(first, training)), start=first):
+        content = loader.read(source, row)
+        hashes.append(content_hash(index, loader.source_digest, row, content.tokens_crc32c, content.documents_crc32c))
+    return content_digest(add_content(*hashes))
+
+
 def _batches(run: RecordedRun) -> TrainingConfig:
     """The settings that the size of a batch depends on; runs of older versions know no ramp."""
     return TrainingConfig(

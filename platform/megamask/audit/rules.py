@@ -1,4 +1,4 @@
-"""What run.json says that every line of a journal must fit; another version of megamask may have written it."""
+"""Facts of run.json that every line of a journal must fit; another version of megamask may have written it."""
 
 from __future__ import annotations
 
@@ -14,14 +14,18 @@ from megamask.errors import UsageError
 from megamask.objectives.shapes import shape_of
 from megamask.runs.record import RunRecord
 from megamask.training.batch_size import consumed_before
+from megamask.training.schedules import learning_rate
 
 _SECTION = "training."
 _OBJECTIVE = "objective."
 _TYPES: dict[str, tuple[type, ...]] = {"int": (int,), "bool": (bool,), "float": (int, float), "str": (str,)}
 
 
-def rules_of(record: RunRecord) -> Rules:
-    """The rules of a run; a key that the record does not have stands at its default, one that nobody knows is let be.
+def rules_of(record: RunRecord, configs: Mapping[int, TrainConfig]) -> Rules:
+    """Return the rules of a run; a key that the record lacks has its default, unknown keys are ignored.
+
+    Args:
+        configs: of the attempts, each of this run's identity.
 
     Raises:
         UsageError: a key is missing that has no default, or its value is not of its kind.
@@ -44,7 +48,16 @@ def rules_of(record: RunRecord) -> Rules:
         consumed_before=lambda step: consumed_before(step, training),
         shape=shape_of(settings, training.sequence_length),
         sequence_length=training.sequence_length,
+        run_sha256=record.sha256,
+        code_version=str(content["code_version"]) if "code_version" in content else None,
+        learning_rate=lambda attempt, step: _rate(configs.get(attempt), step),
     )
+
+
+def _rate(config: TrainConfig | None, step: int) -> float | None:
+    if config is None or step > config.training.steps:
+        return None
+    return learning_rate(step, config.optimizer, config.training)
 
 
 def _recorded(record: RunRecord, values: Mapping[str, Any], key: Key) -> Any:

@@ -1,4 +1,4 @@
-"""`megamask verify run`: everything that a run directory says, read again and held against everything else it says."""
+"""Every record of a run directory, read again and compared with the others."""
 
 from __future__ import annotations
 
@@ -7,22 +7,25 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from megamask.audit.checkpoints import (
+    check_checkpoints,
+    check_commits_against,
+    check_what_is_gone,
+    compare_state,
+    names_line,
+)
+from megamask.audit.corpora import check_corpora, check_data, corpus_folders
+from megamask.audit.report import Report
 from megamask.audit.rules import rules_of
-from megamask.audit.story import Finding, JournalAudit, newest_commit_missing
+from megamask.audit.story import AttemptStory, JournalAudit
 from megamask.checkpoint.commit import Commit
-from megamask.checkpoint.contents import check_state, read_model, read_state
-from megamask.checkpoint.integrity import verify_folder
-from megamask.checkpoint.names import PIN_SUFFIX
-from megamask.checkpoint.reader import candidates, has_commit
 from megamask.config.identity import compare_identity
 from megamask.config.load import load_train_config
 from megamask.config.schema.roots import TrainConfig
-from megamask.data.manifest import MANIFEST_NAME, Manifest
-from megamask.errors import CheckpointIntegrityError, DataIntegrityError, ExitCode, UsageError
+from megamask.errors import ExitCode, UsageError
 from megamask.runs.claims import claimed_attempts, is_live, read_claim
 from megamask.runs.configs import attempt_configs
-from megamask.runs.laws import LAWS
-from megamask.runs.layout import CHECKPOINTS, checkpoints_folder, claim_path, config_path
+from megamask.runs.layout import claim_path, config_path
 from megamask.runs.rank_files import read_rank_failures
 from megamask.runs.record import RunRecord, read_run
 from megamask.runs.status import read_status
@@ -31,46 +34,65 @@ from megamask.tracking.journal.chain import overtaken, verify_chain
 from megamask.tracking.journal.lines import journal_files, read_lines
 
 _SHOWN_FINDINGS = 200
+_STATUS = "status.json"
+# Ends that the attempt itself writes, the journal first.
+_JOURNALLED_ENDS = frozenset({ExitCode.DONE, ExitCode.PREEMPTED, ExitCode.DO_NOT_REQUEUE})
 
 
-@dataclass
-class _Report:
-    """What was found so far; findings of a corpus have an exit code of their own."""
+@dataclass(frozen=True, kw_only=True)
+class AuditRequest:
+    """Checks beyond the run directory itself.
 
-    findings: list[Finding] = field(default_factory=list)
-    corpus_findings: list[Finding] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
+    Args:
+        corpora: folder by name, for corpora that are not where the journal says.
+        head: (seq, sha256) of a line that was written down earlier, or None.
+        checks_data: read the corpora and recompute every content digest.
+    """
 
-    def find(self, file: str, problem: str, line: int = 0) -> None:
-        self.findings.append(Finding(file=file, line=line, problem=problem))
+    corpora: Mapping[str, str] = field(default_factory=dict)
+    head: tuple[int, str] | None = None
+    checks_data: bool = False
 
 
-def verify_run(run_dir: Path) -> dict[str, Any]:
-    """Checks a run directory against itself, and its corpora where they are reachable.
+def verify_run(run_dir: Path, request: AuditRequest | None = None, report: Report | None = None) -> dict[str, Any]:
+    """Compare the records of a run directory with each other, and its corpora where they are reachable.
 
     A run that is alive may be checked: a line that is being written is not damage.
 
+    Args:
+        report: with the findings of further checks; they are part of the answer.
+
     Returns:
-        run_id, run_dir, is_live, checked (counts of what was read), notes, findings (file, line, problem),
-        num_findings, ok and exit_code: 0; 65; or 64 when only a corpus does not match.
+        run_id, run_dir, is_live, checked (counts of what was read), head (seq and sha256 of the journal's last line),
+        notes, covered, not_covered, findings (file, line, problem), num_findings, ok and exit_code: 0; 65; or 64 when
+        only a corpus does not match.
 
     Raises:
-        UsageError: not a run directory, or one whose run.json lacks what a run is.
+        UsageError: not a run directory, or one whose run.json lacks what identifies a run.
         CheckpointIntegrityError: run.json itself is damaged.
         StorageError: the storage does not answer.
     """
+    request, report = request or AuditRequest(), report or Report()
     record = read_run(run_dir)
-    report = _Report()
     attempts = _attempts(run_dir)
     alive = bool(attempts) and is_live(run_dir, attempts[-1])
     configs = _check_attempts(run_dir, record, attempts, report)
     # the commits first: a journal that is read later has the lines that they name
-    commits = _check_checkpoints(run_dir, record, report)
-    audit = _check_journal(run_dir, record, commits, report, is_alive=alive)
-    _check_commits_against(audit, commits, report, is_alive=alive)
-    _check_what_is_gone(run_dir, audit, report)
-    _check_end(run_dir, audit, report, is_alive=alive)
-    num_corpora = _check_corpora(record, configs, report)
+    commits = check_checkpoints(run_dir, record, report)
+    audit = _check_journal(run_dir, record, configs, commits, report, is_alive=alive)
+    check_commits_against(audit, commits, report, is_alive=alive)
+    check_what_is_gone(run_dir, audit, report)
+    _check_end(run_dir, audit, configs, report, is_alive=alive)
+    head = _check_head(run_dir, request, report)
+    newest = configs[max(configs)] if configs else None
+    corpora = check_corpora(record, corpus_folders(run_dir, newest, request.corpora), report)
+    report.covered += ["run.json", "attempts", "journal", "checkpoints", "status.json", "corpus ids"]
+    num_recomputed = 0
+    if request.checks_data:
+        num_recomputed = check_data(run_dir, corpora, report)
+        report.covered.append(f"every byte of the corpora and the content of {num_recomputed} steps")
+    else:
+        report.not_covered.append("the corpora's shards (--data)")
     findings = sorted([*report.findings, *report.corpus_findings])
     code = ExitCode.DONE
     if findings:
@@ -86,14 +108,33 @@ def verify_run(run_dir: Path) -> dict[str, Any]:
             "attempts": len(attempts),
             "checkpoints": len(commits),
             "checkpoint_bytes": sum(commit.num_bytes for commit in commits),
-            "corpora": num_corpora,
+            "corpora": len(corpora),
         },
+        "head": None if head is None else {"seq": head[0], "sha256": head[1]},
         "notes": report.notes,
+        "covered": report.covered,
+        "not_covered": report.not_covered,
         "findings": [vars(finding) for finding in findings[:_SHOWN_FINDINGS]],
         "num_findings": len(findings),
         "ok": not findings,
         "exit_code": int(code),
     }
+
+
+def _check_head(run_dir: Path, request: AuditRequest, report: Report) -> tuple[int, str] | None:
+    """Return (seq, sha256) of the last line; find an expected line that the journal does not have."""
+    head, is_found = None, request.head is None
+    for line in read_lines(run_dir):
+        record = line.record()
+        if record is not None:
+            head = int(record["seq"]), sha256_bytes(line.data)
+            is_found |= head == request.head
+    if not is_found and request.head is not None:
+        seq, digest = request.head
+        report.find("journal", f"no line {seq} has the sha256 {digest} that was expected (--expect-head)")
+    if request.head is None:
+        report.not_covered.append("a rewrite of everything at once (--expect-head N:SHA, --against-mlflow)")
+    return head
 
 
 def _attempts(run_dir: Path) -> list[int]:
@@ -105,7 +146,7 @@ def _attempts(run_dir: Path) -> list[int]:
     )
 
 
-def _check_attempts(run_dir: Path, record: RunRecord, attempts: list[int], report: _Report) -> dict[int, TrainConfig]:
+def _check_attempts(run_dir: Path, record: RunRecord, attempts: list[int], report: Report) -> dict[int, TrainConfig]:
     """Each attempt's claim and config: there, readable, and of this very run."""
     journalled = {file.attempt for file in journal_files(run_dir)}
     configs: dict[int, TrainConfig] = {}
@@ -133,38 +174,17 @@ def _check_attempts(run_dir: Path, record: RunRecord, attempts: list[int], repor
     return configs
 
 
-def _check_checkpoints(run_dir: Path, record: RunRecord, report: _Report) -> list[Commit]:
-    """Every visible checkpoint, byte for byte, oldest first; those that are whole."""
-    whole = []
-    for folder in reversed(candidates(run_dir)):
-        name = f"checkpoints/{folder.name}"
-        try:
-            commit = verify_folder(folder)
-            check_state(commit, read_state(folder))
-            model = read_model(folder)
-        except (CheckpointIntegrityError, UsageError) as error:
-            if has_commit(folder):
-                report.find(name, error.message)
-            else:
-                report.notes.append(f"{folder.name} was pruned meanwhile")
-            continue
-        for what, found, expected in (
-            ("run_id", commit.run_id, record.run_id),
-            ("corpora", dict(commit.corpora), dict(record.content["corpora"])),
-            ("laws", dict(commit.laws), dict(LAWS)),
-            ("the tokenizer's digest", model.tokenizer_digest, record.content["tokenizer_digest"]),
-        ):
-            if found != expected:
-                report.find(f"{name}/COMMIT.json", f"{what} is {found!r}; run.json says {expected!r}")
-        whole.append(commit)
-    return whole
-
-
 def _check_journal(
-    run_dir: Path, record: RunRecord, commits: list[Commit], report: _Report, *, is_alive: bool
+    run_dir: Path,
+    record: RunRecord,
+    configs: Mapping[int, TrainConfig],
+    commits: list[Commit],
+    report: Report,
+    *,
+    is_alive: bool,
 ) -> JournalAudit:
     """The chain of hashes, then every line; and of each commit the line that it names."""
-    audit = JournalAudit(rules_of(record))
+    audit = JournalAudit(rules_of(record, configs))
     named: dict[Any, list[Commit]] = {}
     for commit in commits:
         named.setdefault(str(commit.journal.get("seq")), []).append(commit)
@@ -172,13 +192,13 @@ def _check_journal(
         if line is None:
             continue
         story = audit.see(file, number, attempt, line)
-        for commit in [found for found in named.get(str(line["seq"]), []) if _names(found, data)]:
+        for commit in [found for found in named.get(str(line["seq"]), []) if names_line(found, data)]:
             stands = {
                 "step": story.last_step,
                 "consumed_samples": story.consumed_samples,
                 "consumed_tokens": story.consumed_tokens,
             }
-            _compare_state(commit, stands, attempt, f"{file}, line {number}", report)
+            compare_state(commit, stands, attempt, f"{file}, line {number}", report)
             named[str(line["seq"])].remove(commit)
     for commit in (commit for unseen in named.values() for commit in unseen):
         where, seq = f"checkpoints/{commit.folder.name}/COMMIT.json", commit.journal.get("seq")
@@ -191,10 +211,6 @@ def _check_journal(
     report.notes += [f"journal/{beside}" for beside in overtaken(run_dir)]
     report.findings += audit.findings
     return audit
-
-
-def _names(commit: Commit, data: bytes) -> bool:
-    return bool(commit.journal.get("sha256") == sha256_bytes(data))
 
 
 def _lines(run_dir: Path) -> Iterator[tuple[str, int, int, bytes, Mapping[str, Any] | None]]:
@@ -210,97 +226,51 @@ def _is_last(run_dir: Path, name: str) -> bool:
     return journal_files(run_dir)[-1].path.name == name
 
 
-def _compare_state(commit: Commit, stands: Mapping[str, int | None], attempt: int, where: str, report: _Report) -> None:
-    """A commit's own scalars against where its attempt stood at the line that it names."""
-    name = f"checkpoints/{commit.folder.name}/COMMIT.json"
-    if attempt != commit.attempt:
-        report.find(name, f"it names a line of attempt {attempt} ({where})")
-    for key, value in stands.items():
-        if value is not None and commit.state.get(key) != value:
-            report.find(name, f"{key} is {commit.state.get(key)!r}; the journal stands at {value} there ({where})")
-
-
-def _check_commits_against(audit: JournalAudit, commits: list[Commit], report: _Report, *, is_alive: bool) -> None:
-    """Each commit on the disk against the line that announced it, and its parent against all commits known."""
-    steps = {told.record["digest"]: told.record["step"] for told in audit.commits.values()}
-    steps |= {commit.digest: commit.step for commit in commits}
-    for commit in commits:
-        name = f"checkpoints/{commit.folder.name}/COMMIT.json"
-        told = audit.commits.get(commit.folder.name)
-        if told is None:
-            may_come = is_alive and commit.attempt == max(audit.attempts, default=commit.attempt)
-            why = "is not announced yet" if may_come else "was not announced: its attempt ended before that"
-            report.notes.append(f"{commit.folder.name} is whole and {why}")
-        else:
-            found = {"digest": commit.digest, "parent": commit.parent, "bytes": commit.num_bytes, "step": commit.step}
-            for key, value in found.items():
-                if told.record.get(key) != value:
-                    problem = f"{key} is {told.record.get(key)!r}; {commit.folder.name} has {value!r}"
-                    report.find(told.file, problem, told.line)
-        if commit.parent is not None and not steps.get(commit.parent, commit.step) < commit.step:
-            report.find(name, "its parent, or a commit that is nowhere announced, is not of an earlier step")
-
-
-def _check_what_is_gone(run_dir: Path, audit: JournalAudit, report: _Report) -> None:
-    """A pin keeps its checkpoint for ever, and the newest one stays; a kill may lose the line of another's removal."""
-    visible = {folder.name for folder in candidates(run_dir)}
-    pins = checkpoints_folder(run_dir).glob(f"*{PIN_SUFFIX}")
-    pinned = {path.name.removesuffix(PIN_SUFFIX) for path in pins}
-    for name in sorted(pinned - visible):
-        report.find(f"{CHECKPOINTS}/{name}{PIN_SUFFIX}", f"{name} is pinned, but there is no such checkpoint")
-    if missing := newest_commit_missing(audit, visible):
-        report.findings.append(missing)
-    for name in sorted(audit.commits.keys() - visible - audit.pruned - pinned):
-        if missing is None or not missing.problem.startswith(name):
-            report.notes.append(f"{name} was committed and is gone, and no line tells that it was pruned")
-
-
-def _check_end(run_dir: Path, audit: JournalAudit, report: _Report, *, is_alive: bool) -> None:
-    """status.json, the last words of each attempt, and what nobody has ended."""
+def _check_end(
+    run_dir: Path, audit: JournalAudit, configs: Mapping[int, TrainConfig], report: Report, *, is_alive: bool
+) -> None:
+    """Compare status.json and the configs with the end of each attempt; note attempts without an end."""
     for story in audit.attempts.values():
         if story.ended is None and not (is_alive and story.number == max(audit.attempts)):
             codes = [failure.exit_code for failure in read_rank_failures(run_dir, story.number).values()]
-            how = "was superseded" if ExitCode.DO_NOT_REQUEUE in codes else "ended without a word"
+            how = "was superseded" if ExitCode.DO_NOT_REQUEUE in codes else "ended without a last line"
             report.notes.append(f"attempt {story.number} {how} after step {story.last_step or 0}")
+        _check_steps(story, configs.get(story.number), report)
     try:
         status = read_status(run_dir)
     except UsageError as error:
-        report.find("status.json", error.message)
+        report.find(_STATUS, error.message)
         return
     if status is None:
         report.notes.append("status.json is missing or damaged; it is only a hint")
         return
-    told = audit.attempts.get(status.attempt)
-    if status.exit_code is None or told is None or told.ended is None:
+    named = audit.attempts.get(status.attempt)
+    if named is None:
+        if status.step is not None or status.exit_code in _JOURNALLED_ENDS:
+            report.find(_STATUS, f"it names attempt {status.attempt}, which the journal does not have")
+        return
+    if status.exit_code is None or is_alive:
+        return
+    if named.ended is None:
+        if status.exit_code in _JOURNALLED_ENDS:  # a crash is written by the launcher, and has no line
+            problem = f"attempt {status.attempt} ended with {status.exit_code}, but the journal has no line of its end"
+            report.find(_STATUS, problem)
         return
     for key, value in (("phase", status.phase), ("exit_code", status.exit_code), ("step", status.step)):
-        if told.ended.get(key) != value:
-            report.find("status.json", f"{key} is {value!r}; attempt {status.attempt} ended as {told.ended.get(key)!r}")
+        if named.ended.get(key) != value:
+            problem = f"{key} is {value!r}; attempt {status.attempt} ended as {named.ended.get(key)!r}"
+            report.find(_STATUS, problem)
+    if status.phase == "done" and not named.is_completed:
+        report.find(_STATUS, "the run is done, but the journal has no run_completed line")
 
 
-def _check_corpora(record: RunRecord, configs: Mapping[int, TrainConfig], report: _Report) -> int:
-    """The corpora of the newest config that are reachable, by id; returns how many were."""
-    if not configs:
-        return 0
-    reached = 0
-    for name, folder in configs[max(configs)].data.corpora.items():
-        where, expected = f"data.corpora.{name}", record.content["corpora"].get(name)
-        if not (Path(folder) / MANIFEST_NAME).exists():
-            report.notes.append(f"corpus {name} is not reachable at {folder}")
-            continue
-        reached += 1
-        try:
-            manifest = Manifest.load(folder)
-        except (DataIntegrityError, UsageError) as error:
-            report.corpus_findings.append(Finding(file=where, line=0, problem=error.message))
-            continue
-        if manifest.corpus_id != expected:
-            problem = f"{folder} is corpus {manifest.corpus_id}; the run was started with {expected}"
-            report.corpus_findings.append(Finding(file=where, line=0, problem=problem))
-        elif manifest.tokenizer_digest != record.content["tokenizer_digest"]:
-            problem = f"its tokenizer is {manifest.tokenizer_digest}; the run was started with another"
-            report.corpus_findings.append(Finding(file=where, line=0, problem=problem))
-    return reached
+def _check_steps(story: AttemptStory, config: TrainConfig | None, report: Report) -> None:
+    """Compare the last step of an attempt with training.steps of its config."""
+    if config is None or story.last_step is None:
+        return
+    steps, name = config.training.steps, f"config/{config_path(Path(), story.number).name}"
+    if story.last_step > steps or (story.is_completed and story.last_step != steps):
+        report.find(name, f"training.steps is {steps}; attempt {story.number} ended at step {story.last_step}")
 
 
 def _shown(numbers: list[int]) -> str:

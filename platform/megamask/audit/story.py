@@ -1,4 +1,4 @@
-"""Does a journal tell one consistent story? Pure: it is fed lines and knows no files.
+"""Consistency of a journal, line by line. Pure: it is fed lines and knows no files.
 
 The order law makes a step's first sample and its size arithmetic, so every step line can be checked alone; repeated
 steps must be the same steps; commits must descend from one another and name the line before which they were made.
@@ -11,37 +11,30 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from megamask.audit.report import Finding
 from megamask.checkpoint.names import folder_name
 from megamask.data.content import batch_digest
 from megamask.objectives.shapes import ObjectiveShape
 
 # Of a repeated step these say whether it was the same step; numbers of the computer's arithmetic may differ.
 _SAME_WHEN_REPEATED = ("batch_digest", "content_digest", "masked_tokens", "consumed_samples", "consumed_tokens")
+EVALUATED = ("nelbo_nats_per_token", "standard_error")
 _AFTER_THE_END = frozenset({"run_completed", "incident"})
 _ROUNDING = 1e-5  # of float32 sums in another order
-
-
-@dataclass(frozen=True, kw_only=True, order=True)
-class Finding:
-    """Something that does not agree: where it stands (line 0 is the file as a whole) and what it is."""
-
-    file: str
-    line: int
-    problem: str
-
-    def __str__(self) -> str:
-        return f"{self.file}, line {self.line}: {self.problem}" if self.line else f"{self.file}: {self.problem}"
+_SAME_RATE = 1e-9  # of float64 arithmetic under another mathematical library
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rules:
-    """What run.json says that every line must fit.
+    """Facts of run.json that every line must fit.
 
     Args:
         run_id, corpora: as in run.json.
         consumed_before: samples of all steps before a step, by the order law.
         shape: what the objective makes of a sample.
         sequence_length: tokens of a row.
+        run_sha256, code_version: of the bytes of run.json, and in it.
+        learning_rate: of a step under an attempt's config; None where that config is not known.
     """
 
     run_id: str
@@ -49,11 +42,14 @@ class Rules:
     consumed_before: Callable[[int], int]
     shape: ObjectiveShape
     sequence_length: int
+    run_sha256: str | None = None
+    code_version: str | None = None
+    learning_rate: Callable[[int, int], float | None] = lambda attempt, step: None
 
 
 @dataclass(kw_only=True)
 class AttemptStory:
-    """What the lines of one attempt have said so far."""
+    """State of one attempt after the lines so far."""
 
     number: int
     started: dict[str, Any] | None = None
@@ -64,11 +60,12 @@ class AttemptStory:
     last_digest: str | None = None
     ended: dict[str, Any] | None = None
     is_completed: bool = False
+    evaluations: dict[int, dict[str, Any]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Told:
-    """A `checkpoint_committed` line: where it stands, and what it says."""
+class CommitLine:
+    """A `checkpoint_committed` line and its place in the journal."""
 
     file: str
     line: int
@@ -90,7 +87,7 @@ class JournalAudit:
     rules: Rules
     findings: list[Finding] = field(default_factory=list)
     attempts: dict[int, AttemptStory] = field(default_factory=dict)
-    commits: dict[str, Told] = field(default_factory=dict)
+    commits: dict[str, CommitLine] = field(default_factory=dict)
     pruned: set[str] = field(default_factory=set)
     num_lines: int = 0
     num_steps: int = 0
@@ -103,7 +100,7 @@ class JournalAudit:
         """Checks the next line.
 
         Args:
-            file, line: where it stands; attempt: whose file it is.
+            file, line: of it; attempt: whose file it is.
 
         Returns: the story of its attempt, this line included.
         """
@@ -112,7 +109,7 @@ class JournalAudit:
         story = self.attempts.setdefault(attempt, AttemptStory(number=attempt))
         check = getattr(self, f"_{record['kind']}", None)
         if story.ended is not None and record["kind"] not in _AFTER_THE_END:
-            self._find(f"a {record['kind']} line stands after the end of attempt {attempt}")
+            self._find(f"a {record['kind']} line follows the end of attempt {attempt}")
         if check is not None:
             try:
                 check(story, record)
@@ -130,12 +127,16 @@ class JournalAudit:
     def _run_started(self, story: AttemptStory, record: Mapping[str, Any]) -> None:
         self._expect("run_id", record["run_id"], self.rules.run_id)
         self._expect("corpora", record["corpora"], dict(self.rules.corpora))
+        self._names_record(record)
 
     def _attempt_started(self, story: AttemptStory, record: Mapping[str, Any]) -> None:
         if story.started is not None:
             self._find(f"attempt {story.number} starts a second time")
         self._expect("attempt", record["attempt"], story.number)
         self._expect("run_id", record["run_id"], self.rules.run_id)
+        self._names_record(record)
+        if story.number == 1 and "code_version" in record:
+            self._expect("code_version", record["code_version"], self.rules.code_version)
         story.started = dict(record)
         resumed = record["resumed_from"]
         if resumed is None:
@@ -148,11 +149,16 @@ class JournalAudit:
             self._expect("the digest resumed from", resumed["digest"], told.record["digest"])
             self._expect("the step resumed from", resumed["step"], told.record["step"])
 
+    def _names_record(self, record: Mapping[str, Any]) -> None:
+        """The journal names the bytes of run.json: a record that was rewritten together with its own digest differs."""
+        if (recorded := record.get("run_sha256")) is not None and recorded != self.rules.run_sha256:
+            self._find(f"run.json has sha256 {self.rules.run_sha256}; when this line was written it had {recorded}")
+
     def _step(self, story: AttemptStory, record: Mapping[str, Any]) -> None:
         step = _count(record["step"])
         self.num_steps += 1
         if story.started is None:
-            self._find(f"a step stands before the start of attempt {story.number}")
+            self._find(f"a step precedes the start of attempt {story.number}")
         elif step != (story.last_step or 0) + 1:
             self._find(f"step {step} follows step {story.last_step or 0}")
         begin, end = self.rules.consumed_before(step), self.rules.consumed_before(step + 1)
@@ -162,6 +168,7 @@ class JournalAudit:
         self._expect("batch_digest", record["batch_digest"], batch_digest(begin, end - begin))
         self._tokens(story, record, step, end - begin)
         self._loss(record)
+        self._learning_rate(story, record, step)
         self._repeated(story, record, step)
         story.first_step = step if story.first_step is None else story.first_step
         story.last_step, story.consumed_samples = step, record["consumed_samples"]
@@ -189,6 +196,13 @@ class JournalAudit:
             if not math.isclose(total, values[0], rel_tol=_ROUNDING, abs_tol=_ROUNDING):
                 self._find(f"loss is {values[0]}, its terms add up to {total}")
 
+    def _learning_rate(self, story: AttemptStory, record: Mapping[str, Any], step: int) -> None:
+        expected = self.rules.learning_rate(story.number, step)
+        if expected is None or "learning_rate" not in record:
+            return
+        if not math.isclose(float(record["learning_rate"]), expected, rel_tol=_SAME_RATE):
+            self._find(f"learning_rate is {record['learning_rate']}; the schedule has {expected} at step {step}")
+
     def _repeated(self, story: AttemptStory, record: Mapping[str, Any], step: int) -> None:
         """A step that an earlier attempt took too must be the same step: the noise law knows no other."""
         said = hash(tuple(str(record[name]) for name in _SAME_WHEN_REPEATED))
@@ -201,6 +215,7 @@ class JournalAudit:
 
     def _evaluation(self, story: AttemptStory, record: Mapping[str, Any]) -> None:
         self._is_reached(story, record)
+        story.evaluations[_count(record["step"])] = {name: record.get(name) for name in EVALUATED}
 
     def _checkpoint_started(self, story: AttemptStory, record: Mapping[str, Any]) -> None:
         self._is_reached(story, record)
@@ -209,7 +224,7 @@ class JournalAudit:
         self._is_reached(story, record)
         if "location" in record:
             self._expect("location", record["location"], f"checkpoints/{record['checkpoint']}")
-        if (resumed := self._untold(story, record)) is not None:
+        if (resumed := self._unannounced(story, record)) is not None:
             # an earlier attempt's, so its parent is that attempt's; the commit itself is held against this line
             self._expect("checkpoint", record["checkpoint"], resumed["checkpoint"])
             self._expect("step", record["step"], resumed["step"])
@@ -217,10 +232,17 @@ class JournalAudit:
             self._expect("checkpoint", record["checkpoint"], folder_name(record["step"], story.number))
             self._expect("parent", record["parent"], story.last_digest)
             story.last_digest = record["digest"]
-        self.commits[record["checkpoint"]] = Told(file=self._file, line=self._line, record=dict(record))
+        self._evaluated(story, record)
+        self.commits[record["checkpoint"]] = CommitLine(file=self._file, line=self._line, record=dict(record))
 
-    def _untold(self, story: AttemptStory, record: Mapping[str, Any]) -> Mapping[str, Any] | None:
-        """What an attempt resumed from, if this line tells of that very commit because its own attempt could not.
+    def _evaluated(self, story: AttemptStory, record: Mapping[str, Any]) -> None:
+        """The bound that a commit names is that of the evaluation at its step."""
+        measured = story.evaluations.get(record["step"])
+        if measured is not None and "evaluation" in record:
+            self._expect("evaluation", record["evaluation"], measured)
+
+    def _unannounced(self, story: AttemptStory, record: Mapping[str, Any]) -> Mapping[str, Any] | None:
+        """Return what an attempt resumed from, if this line announces that commit because its own attempt could not.
 
         A process that is killed between COMMIT.json and its next step leaves that to the attempt that resumes.
         """
@@ -266,5 +288,5 @@ def newest_commit_missing(audit: JournalAudit, visible: Iterable[str]) -> Findin
 
 def _count(value: Any) -> int:
     if type(value) is not int or not 0 <= value < 1 << 63:
-        raise ValueError(f"{value!r} is no count")
+        raise ValueError(f"{value!r} is not a count")
     return value

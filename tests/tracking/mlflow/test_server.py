@@ -60,7 +60,14 @@ class Life:
     def __init__(self, folder: Path, name: str, uri: str, attempt: int = 1) -> None:
         self.run_dir = folder / name
         self.run_dir.mkdir(exist_ok=True)
-        record = {"run_id": f"{folder.name}/{name}", "identity": {"run.seed": 1}, "extendable": {}, "corpora": {}}
+        empty: dict[str, object] = {"extendable": {}, "corpora": {}, "laws": {}}
+        record = {
+            "format": "megamask-run",
+            "version": 1,
+            "run_id": f"{folder.name}/{name}",
+            "identity": {"run.seed": 1},
+            **empty,
+        }
         (self.run_dir / "run.json").write_text(json.dumps(record))
         self.config = MLflowConfig(uri=uri)
         self.journal = Journal.open(self.run_dir, attempt)

@@ -38,7 +38,8 @@ class MLflowRun:
 
     def __init__(self, client: Any, run: Any) -> None:
         self._client = client
-        self._known_params = set(run.data.params)
+        self.params: Mapping[str, str] = dict(run.data.params)
+        self._known_params = set(self.params)
         self._models: dict[str, Any] | None = None
         self.run_id = str(run.info.run_id)
         self.experiment_id = str(run.info.experiment_id)
@@ -141,6 +142,32 @@ class MLflowRun:
             for point in self._client.get_metric_history(self.run_id, key)
         ]
 
+    def checkpoints(self) -> dict[str, Mapping[str, str]]:
+        """Return the parameters of every entered commit, by the name of its folder; nothing is removed."""
+        models = sorted(self._list_models(), key=lambda found: (found.creation_timestamp, found.model_id))
+        tagged = ((model, (model.tags or {}).get(CHECKPOINT_TAG)) for model in models)
+        self._models = {name: model for model, name in reversed([*tagged]) if name is not None}
+        return {name: dict(model.params or {}) for name, model in self._models.items()}
+
+    def commit_artifact(self, checkpoint: str) -> bytes | None:
+        """Return the bytes of the COMMIT.json of an entered commit, or None if it has none."""
+        import tempfile
+
+        from mlflow.artifacts import download_artifacts
+        from mlflow.exceptions import MlflowException
+
+        model = self._known_models()[checkpoint]
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                path = download_artifacts(
+                    artifact_uri=f"{model.artifact_location}/COMMIT.json",
+                    dst_path=folder,
+                    tracking_uri=self._client.tracking_uri,
+                )
+            except (MlflowException, OSError):
+                return None
+            return Path(path).read_bytes()
+
     def num_checkpoints(self) -> int:
         """How many commits are entered, looked up anew; doubles are removed on the way."""
         self._models = None
@@ -224,6 +251,26 @@ def open_run(
     return MLflowRun(client, run), False
 
 
+def find_run(run_dir: Path, config: MLflowConfig, *, run_id: str) -> MLflowRun | None:
+    """Return a run that MLflow has, found by its tag; creates nothing.
+
+    Raises:
+        UsageError: the uri's environment variable is not set.
+    """
+    silence()
+    from mlflow import MlflowClient
+
+    place = place_of(run_dir, config)
+    if place.database is not None and not place.database.exists():
+        return None
+    client = MlflowClient(tracking_uri=place.uri)
+    experiment = client.get_experiment_by_name(config.experiment)
+    if experiment is None:
+        return None
+    runs = _find_runs(client, str(experiment.experiment_id), run_id)
+    return MLflowRun(client, runs[0]) if runs else None
+
+
 def is_refusal(error: BaseException) -> bool:
     """Whether an error came from MLflow, its database or the network, and not from a fault of this program."""
     return isinstance(error, OSError) or type(error).__module__.partition(".")[0] in _FOREIGN
@@ -259,8 +306,7 @@ def _runs_of(client: Any, experiment_id: str, run_id: str) -> list[Any]:
     """The living runs with this id, the fullest first. A server that answered too late may have made an empty double,
     which is removed.
     """
-    found = client.search_runs([experiment_id], filter_string=f"tags.`megamask.run_id` = '{run_id}'")
-    runs = sorted(found, key=lambda run: (-len(run.data.params) - len(run.data.metrics), run.info.run_id))
+    runs = _find_runs(client, experiment_id, run_id)
     kept = runs[:1]
     for run in runs[1:]:
         if run.data.params or run.data.metrics:
@@ -268,6 +314,11 @@ def _runs_of(client: Any, experiment_id: str, run_id: str) -> list[Any]:
         else:
             client.delete_run(run.info.run_id)
     return kept
+
+
+def _find_runs(client: Any, experiment_id: str, run_id: str) -> list[Any]:
+    found = client.search_runs([experiment_id], filter_string=f"tags.`megamask.run_id` = '{run_id}'")
+    return sorted(found, key=lambda run: (-len(run.data.params) - len(run.data.metrics), run.info.run_id))
 
 
 def _pieces(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:

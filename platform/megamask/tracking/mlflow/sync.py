@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import TypeVar
 
 from megamask.config.schema.tracking import MLflowConfig
-from megamask.errors import StorageError
+from megamask.errors import CheckpointIntegrityError, MegamaskError, StorageError
+from megamask.runs.record import read_run
 from megamask.tracking.journal.lines import read_journal
-from megamask.tracking.mlflow.client import is_refusal
+from megamask.tracking.mlflow.client import find_run, is_refusal
+from megamask.tracking.mlflow.compare import contradictions, missing_and_foreign
 from megamask.tracking.mlflow.points import RunStatus, milliseconds
 from megamask.tracking.mlflow.session import Session
 from megamask.tracking.mlflow.sink import outage_text
@@ -24,6 +26,7 @@ _REQUEST_TIMEOUT_S = 30
 _REQUEST_RETRIES = 2
 _TURN_TIMEOUT_S = 120.0
 _TURN_PAUSE_S = 0.2
+_SHOWN = 5
 
 _Answer = TypeVar("_Answer")
 
@@ -68,11 +71,13 @@ def complete(
         ended: the status of an attempt that left no last line, or None while it may be alive.
 
     Raises:
-        StorageError: the server does not take it, or somebody else sends this run and does not get on.
+        CheckpointIntegrityError: MLflow has a value that contradicts the journal; nothing was sent.
+        StorageError: the server does not take it, or another process sends this run and does not get on.
     """
     prepare_environment(timeout_s=_REQUEST_TIMEOUT_S, retries=_REQUEST_RETRIES)
     journalled = _read(run_dir)
     try:
+        _refuse_contradictions(run_dir, config)
         session = _in_turn(lambda: Session.open(run_dir, config, keeps_foreign_state=keeps_foreign_state), run_dir)
         _in_turn(session.send_new, run_dir)
         stored = _stored_steps(session)
@@ -94,7 +99,7 @@ def complete(
             status=session.run.status(),
         )
     except Exception as error:
-        if isinstance(error, StorageError) or not is_refusal(error):
+        if isinstance(error, MegamaskError) or not is_refusal(error):
             raise
         raise _refused(error, run_dir, config) from error
     if missing := journalled.steps - stored.keys():
@@ -104,6 +109,43 @@ def complete(
             hint="look at the server's log and its disk, then run `megamask sync` again",
         )
     return answer
+
+
+def compare(run_dir: Path, config: MLflowConfig) -> list[str]:
+    """Return every difference between a run's records and MLflow; reads only.
+
+    Raises:
+        StorageError: the server does not answer.
+    """
+    prepare_environment(timeout_s=_REQUEST_TIMEOUT_S, retries=_REQUEST_RETRIES)
+    record = read_run(run_dir)
+    try:
+        run = find_run(run_dir, config, run_id=record.run_id)
+        if run is None:
+            return [f"{_shown(run_dir, config)} has no run with the tag megamask.run_id = {record.run_id}"]
+        return [*contradictions(run, run_dir, record.content["identity"]), *missing_and_foreign(run, run_dir)]
+    except Exception as error:
+        if isinstance(error, MegamaskError) or not is_refusal(error):
+            raise
+        raise _refused(error, run_dir, config) from error
+
+
+def _refuse_contradictions(run_dir: Path, config: MLflowConfig) -> None:
+    """Compare what MLflow has of the run with the journal, before anything is written.
+
+    Raises:
+        CheckpointIntegrityError: a parameter or a point contradicts; nothing was sent.
+    """
+    record = read_run(run_dir)
+    run = find_run(run_dir, config, run_id=record.run_id)
+    found = [] if run is None else list(contradictions(run, run_dir, record.content["identity"]))
+    if found:
+        more = f" and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
+        raise CheckpointIntegrityError(
+            f"MLflow at {_shown(run_dir, config)} contradicts {run_dir}: {'; '.join(found[:_SHOWN])}{more}. "
+            "Nothing was sent.",
+            hint="`megamask verify run RUN --against-mlflow` lists every difference; one of the two was changed",
+        )
 
 
 def _read(run_dir: Path) -> _Journalled:

@@ -1,0 +1,78 @@
+"""Corpora of a run: found through its journal, compared by id, and on request read and recomputed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from megamask.audit.recompute import content_digest_of, open_loader, recorded_run
+from megamask.audit.report import Report
+from megamask.config.schema.roots import TrainConfig
+from megamask.data.manifest import MANIFEST_NAME, Manifest
+from megamask.data.verify import verify_corpus
+from megamask.errors import DataIntegrityError, UsageError
+from megamask.runs.record import RunRecord
+from megamask.tracking.journal.lines import steps
+from megamask.tracking.journal.seek import newest_start
+
+
+def corpus_folders(run_dir: Path, config: TrainConfig | None, given: Mapping[str, str]) -> dict[str, Path]:
+    """Return the folder of each corpus: as given, else as the newest attempt journalled it, else of its config.
+
+    The journal has absolute folders; a relative one of a config depends on the working folder and is not used.
+    """
+    started = newest_start(run_dir, before=1 << 62)
+    datasets = (started.datasets if started is not None else None) or []
+    folders = {str(each.get("name")): Path(str(each.get("source"))) for each in datasets}
+    configured = {} if config is None else {name: Path(folder) for name, folder in config.data.corpora.items()}
+    absolute = {name: folder for name, folder in configured.items() if folder.is_absolute()}
+    return {**absolute, **folders, **{name: Path(folder) for name, folder in given.items()}}
+
+
+def check_corpora(record: RunRecord, folders: Mapping[str, Path], report: Report) -> dict[str, Path]:
+    """Compare the id of each corpus that is reachable; return the folders of those that agree."""
+    agreeing = {}
+    for name, expected in record.content["corpora"].items():
+        folder = folders.get(name)
+        if folder is None or not (folder / MANIFEST_NAME).exists():
+            where = "its folder is not recorded" if folder is None else f"it is not at {folder}"
+            report.notes.append(f"corpus {name} is not reachable: {where}")
+            report.not_covered.append(f"corpus {name} (not reachable; --corpus {name}=FOLDER)")
+            continue
+        try:
+            manifest = Manifest.load(folder)
+        except (DataIntegrityError, UsageError) as error:
+            report.find_corpus(name, error.message)
+            continue
+        if manifest.corpus_id != expected:
+            report.find_corpus(name, f"{folder} is corpus {manifest.corpus_id}; the run was started with {expected}")
+        elif manifest.tokenizer_digest != record.content["tokenizer_digest"]:
+            report.find_corpus(name, f"its tokenizer is {manifest.tokenizer_digest}; the run was started with another")
+        else:
+            agreeing[name] = folder
+    return agreeing
+
+
+def check_data(run_dir: Path, folders: Mapping[str, Path], report: Report) -> int:
+    """Read every byte of the corpora, and recompute the content digest of every journalled step.
+
+    Returns: steps that were recomputed.
+    """
+    for name, folder in folders.items():
+        try:
+            verify_corpus(folder)
+        except DataIntegrityError as error:
+            report.find_corpus(name, error.message)
+            return 0
+    run = recorded_run(run_dir, {name: str(folder) for name, folder in folders.items()})
+    if set(run.corpora) - set(folders):
+        report.not_covered.append("content digests (a corpus is not reachable)")
+        return 0
+    num_steps = 0
+    with open_loader(run) as loader:
+        for step, line in steps(run_dir).items():
+            num_steps += 1
+            if (recomputed := content_digest_of(run, loader, step)) != line.get("content_digest"):
+                problem = f"the journal has {line.get('content_digest')}; the corpus gives {recomputed}"
+                report.find("journal", f"content_digest of step {step}: {problem}")
+    return num_steps

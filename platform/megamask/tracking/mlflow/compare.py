@@ -1,0 +1,83 @@
+"""Contradictions between a run's journal and its run in MLflow; nothing is written.
+
+A value that MLflow does not have yet is not a contradiction: `megamask sync` sends it. A repeated step may have the
+value of any attempt.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from megamask.tracking.journal.lines import Record, read_journal
+from megamask.tracking.mlflow.client import MLflowRun, text_of
+from megamask.tracking.mlflow.entries import CheckpointEntry, Point
+from megamask.tracking.mlflow.points import Memory, update_of
+
+_LARGEST = 1.7976931348623157e308  # MLflow's databases store infinity as the largest float
+
+
+def contradictions(run: MLflowRun, run_dir: Path, identity: Mapping[str, Any]) -> Iterator[str]:
+    """Yield a sentence for each parameter and point in MLflow that is not what the journal and run.json have."""
+    for key, value in identity.items():
+        stored = run.params.get(key)
+        if stored is not None and stored != text_of(value):
+            yield f"parameter {key} is {stored!r}; run.json has {text_of(value)!r}"
+    journalled = _journalled(read_journal(run_dir))
+    for key, values in journalled.items():
+        for point in run.history(key):
+            known = values.get(point.step)
+            if known is not None and not any(_are_equal(point.value, value) for value in known):
+                journal = ", ".join(map(str, sorted(known)))
+                yield f"{key} at step {point.step} is {point.value}; the journal has {journal}"
+
+
+def missing_and_foreign(run: MLflowRun, run_dir: Path) -> Iterator[str]:
+    """Yield a sentence for each journalled point and commit that MLflow lacks, and each that the journal lacks."""
+    records = list(read_journal(run_dir))
+    for key, values in _journalled(records).items():
+        stored = {point.step for point in run.history(key)}
+        if missing := values.keys() - stored:
+            yield f"{key} lacks {len(missing)} of {len(values)} steps, the first of them step {min(missing)}"
+        if foreign := stored - values.keys():
+            yield f"{key} has {len(foreign)} steps that the journal lacks, the first of them step {min(foreign)}"
+    entered = run.checkpoints()
+    entries = {entry.checkpoint: entry for record in records for entry in update_of([record], Memory()).checkpoints}
+    for name in sorted(entered.keys() - entries.keys()):
+        yield f"checkpoint {name} is not in the journal"
+    for name, entry in entries.items():
+        yield from _commit_problems(run, entry, entered.get(name))
+
+
+def _commit_problems(run: MLflowRun, entry: CheckpointEntry, params: Mapping[str, str] | None) -> Iterator[str]:
+    if params is None:
+        yield f"checkpoint {entry.checkpoint} is missing"
+        return
+    for key in ("digest", "parent", "step", "bytes"):
+        if params.get(key) != entry.params[key]:
+            yield f"checkpoint {entry.checkpoint}: {key} is {params.get(key)!r}; the journal has {entry.params[key]!r}"
+    data = run.commit_artifact(entry.checkpoint)
+    if data is not None and hashlib.sha256(data).hexdigest() != entry.params["digest"]:
+        yield f"checkpoint {entry.checkpoint}: the artifact COMMIT.json does not have the digest of the journal"
+
+
+def _journalled(records: Iterable[Record]) -> dict[str, dict[int, set[float]]]:
+    """The values of each metric by step, of every attempt that took the step."""
+    found: dict[str, dict[int, set[float]]] = {}
+    for record in records:
+        for point in _points_of(record):
+            found.setdefault(point.key, {}).setdefault(point.step, set()).add(point.value)
+    return found
+
+
+def _points_of(record: Record) -> list[Point]:
+    return update_of([record], Memory()).points
+
+
+def _are_equal(stored: float, journalled: float) -> bool:
+    if math.isinf(journalled):
+        return abs(stored) >= _LARGEST and (stored > 0) == (journalled > 0)
+    return stored == journalled or (math.isnan(stored) and math.isnan(journalled))
