@@ -93,10 +93,6 @@ def verify_run(run_dir: Path, request: AuditRequest | None = None, report: Repor
         report.covered.append(f"every byte of the corpora and the content of {num_recomputed} steps")
     else:
         report.not_covered.append("the corpora's shards (--data)")
-    findings = sorted([*report.findings, *report.corpus_findings])
-    code = ExitCode.DONE
-    if findings:
-        code = ExitCode.CHECKPOINT_INTEGRITY if report.findings else ExitCode.DATA_INTEGRITY
     return {
         "run_id": record.run_id,
         "run_dir": str(run_dir),
@@ -111,6 +107,16 @@ def verify_run(run_dir: Path, request: AuditRequest | None = None, report: Repor
             "corpora": len(corpora),
         },
         "head": None if head is None else {"seq": head[0], "sha256": head[1]},
+        **_verdict(report),
+    }
+
+
+def _verdict(report: Report) -> dict[str, Any]:
+    findings = sorted([*report.findings, *report.corpus_findings])
+    code = ExitCode.DONE
+    if findings:
+        code = ExitCode.CHECKPOINT_INTEGRITY if report.findings else ExitCode.DATA_INTEGRITY
+    return {
         "notes": report.notes,
         "covered": report.covered,
         "not_covered": report.not_covered,
