@@ -9,6 +9,9 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 
+from collections.abc import Iterator
+from typing import Any
+
 import pytest
 from hypothesis import HealthCheck, settings
 
@@ -57,3 +60,21 @@ def small_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     assert done.code == 0, done.stderr
     return folder / "corpus"
+
+
+@pytest.fixture(scope="session")
+def job() -> Iterator[None]:
+    """A job of one process. Engines of one layout share its groups: gloo never frees the threads of a group."""
+    from megamask.engine.backend import destroy_process_group, init_process_group, select_backend
+
+    init_process_group(select_backend())
+    yield
+    destroy_process_group()
+
+
+@pytest.fixture
+def build(job: None) -> Any:
+    """Makes engines on one process."""
+    from support.engine_cases import make_engine
+
+    return make_engine

@@ -19,6 +19,8 @@ from megamask.diffusion.philox import run_key
 from megamask.errors import DataIntegrityError, UsageError
 from megamask.evaluation.likelihood import evaluate_rows
 from megamask.evaluation.reference_network import ReferenceScore
+from megamask.objectives.base import GivenFirst, Objective
+from megamask.objectives.registry import build_objective
 from megamask_pipelines.checkpoint_loading import LoadedCheckpoint, load_checkpoint
 
 SPLIT_ROWS = 64
@@ -36,6 +38,9 @@ class EvaluationRequest:
         rows: rows to score, from the first on; None means all of a text and the first 64 of a split.
         draws: masks per row in one replicate. replicates: independent replicates.
         seed: of the masks; None means run.seed.
+        token_ids: a .npy file, int64 [n, L], in place of texts and splits: for checkpoints without a tokenizer.
+        objective: score as this objective; None means the one that the model was trained for.
+        given_first: leave out the first token of each row, as an autoregressive model must.
     """
 
     texts: Sequence[Path] = ()
@@ -45,13 +50,17 @@ class EvaluationRequest:
     draws: int = 4
     replicates: int = 4
     seed: int | None = None
+    token_ids: Path | None = None
+    objective: str | None = None
+    given_first: bool = False
 
 
 def evaluate(path: Path, request: EvaluationRequest) -> dict[str, Any]:
     """Scores a run's newest checkpoint, or the checkpoint folder that is named.
 
-    Returns: nelbo_nats_per_token, standard_error, bits_per_byte, num_tokens, num_bytes, num_samples, and what was
-        scored with what: checkpoint, digest, step, draws, replicates, seed.
+    Returns: nelbo_nats_per_token, exact (whether that is the likelihood itself), objective, standard_error,
+        bits_per_byte, num_tokens, num_bytes, num_samples, and what was scored with what: checkpoint, digest, step,
+        draws, replicates, seed.
     Raises:
         UsageError: path, files, corpus or numbers are not usable. DataIntegrityError: a text is not UTF-8, a corpus is
         damaged. CheckpointIntegrityError: the checkpoint does not verify.
@@ -62,14 +71,14 @@ def evaluate(path: Path, request: EvaluationRequest) -> dict[str, Any]:
     seed = checkpoint.state.seed if request.seed is None else request.seed
     if not 0 <= seed < 1 << 64:
         raise UsageError(f"--seed is {seed}; allowed: 0 to 2^64 - 1. {_NOTHING}")
-    tokens = text_rows(checkpoint, request) if request.texts else split_rows(checkpoint, request)
-    is_eligible = tokens != checkpoint.model.vocabulary.pad_token_id
+    tokens, is_eligible = _rows(checkpoint, request)
+    objective = _objective(checkpoint, request)
+    bound = GivenFirst(bound=objective.bound) if request.given_first else objective.bound
+    scored = tokens[bound.scored(is_eligible)]
     network, device = checkpoint.network()
-    objective = checkpoint.model.objective
-    scored = objective.bound.scored(is_eligible)
     report = evaluate_rows(
         ReferenceScore(network=network, excluded_ids=objective.excluded_ids),
-        objective.bound,
+        bound,
         tokens.to(device),
         is_eligible.to(device),
         torch.arange(len(tokens), device=device),
@@ -77,10 +86,13 @@ def evaluate(path: Path, request: EvaluationRequest) -> dict[str, Any]:
         replicates=request.replicates,
         key=run_key(seed),
         batch_rows=max(1, _BATCH_TOKENS // tokens.shape[1]),
-        num_bytes=int(torch.tensor(checkpoint.tokenizer.token_bytes)[tokens[scored]].sum()),
+        num_bytes=None
+        if request.token_ids is not None
+        else int(torch.tensor(checkpoint.tokenizer.token_bytes)[scored].sum()),
     )
     return {
         "nelbo_nats_per_token": report.nelbo_nats_per_token,
+        "exact": bound.is_exact,
         "standard_error": report.standard_error,
         "bits_per_byte": report.bits_per_byte,
         "num_tokens": report.num_tokens,
@@ -89,10 +101,55 @@ def evaluate(path: Path, request: EvaluationRequest) -> dict[str, Any]:
         "checkpoint": str(checkpoint.commit.folder),
         "digest": checkpoint.commit.digest,
         "step": checkpoint.commit.step,
-        "draws": request.draws,
-        "replicates": request.replicates,
+        "objective": objective.name,
+        "draws": report.num_draws,
+        "replicates": report.num_replicates,
         "seed": seed,
     }
+
+
+def _rows(checkpoint: LoadedCheckpoint, request: EvaluationRequest) -> tuple[Tensor, Tensor]:
+    """(tokens int64 [n, s], is_eligible bool [n, s]) of what is to be scored."""
+    pad = checkpoint.model.vocabulary.pad_token_id
+    if request.token_ids is not None:
+        tokens = token_id_rows(request.token_ids, checkpoint.model.vocabulary.vocab_size)[: request.rows]
+        return tokens, tokens != pad
+    tokens = text_rows(checkpoint, request) if request.texts else split_rows(checkpoint, request)
+    return tokens, tokens != pad
+
+
+def _objective(checkpoint: LoadedCheckpoint, request: EvaluationRequest) -> Objective:
+    trained = checkpoint.model.objective
+    if request.objective is None or request.objective == trained.name:
+        return trained
+    settings = {"name": request.objective, "mask_logit": trained.record()["mask_logit"]}
+    try:
+        return build_objective(settings, checkpoint.model.vocabulary)
+    except TypeError as error:
+        raise UsageError(
+            f"--objective is {request.objective}, but the model was trained as {trained.name} and does not record the "
+            f"settings of {request.objective}; allowed: {trained.name}, autoregressive. {_NOTHING}"
+        ) from error
+
+
+def token_id_rows(path: Path, vocab_size: int) -> Tensor:
+    """Rows of token ids [n, L] int64 from a .npy file.
+
+    Raises:
+        UsageError: it cannot be read, has another shape or type, or an id outside the vocabulary.
+    """
+    try:
+        ids = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise UsageError(f"--token-ids {path} cannot be read as a .npy file: {error}. {_NOTHING}") from error
+    if not isinstance(ids, np.ndarray) or ids.ndim != 2 or ids.dtype != np.int64 or ids.size == 0:
+        found = f"{ids.dtype} {list(ids.shape)}" if isinstance(ids, np.ndarray) else "an archive"
+        raise UsageError(f"--token-ids {path} holds {found}; allowed: int64 [n, L], n and L at least 1. {_NOTHING}")
+    if ids.min() < 0 or ids.max() >= vocab_size:
+        raise UsageError(
+            f"--token-ids {path} holds ids from {ids.min()} to {ids.max()}; allowed: 0 to {vocab_size - 1}. {_NOTHING}"
+        )
+    return torch.from_numpy(ids)
 
 
 def text_rows(checkpoint: LoadedCheckpoint, request: EvaluationRequest) -> Tensor:

@@ -67,7 +67,10 @@ def _sequence(checkpoint: LoadedCheckpoint, request: SampleRequest) -> MaskedSeq
     longest = checkpoint.model.spec.max_sequence_length
     if request.text_with_spans is None:
         prompt = request.prompt or ""
-        return continuation(tokenizer, prompt, length=request.length, mask_token_id=mask, max_length=longest)
+        opening = checkpoint.model.objective.decoder.opening
+        return continuation(
+            tokenizer, prompt, length=request.length, mask_token_id=mask, max_length=longest, opening=opening
+        )
     if request.prompt is not None or request.length is not None:
         raise UsageError(
             "--infill was given with --prompt or --length; allowed: --infill alone. Nothing was decoded.",
@@ -84,7 +87,7 @@ def _texts(
     spans = [tokens[start:stop] for start, stop in sequence.spans]
     if is_continuation:
         [response] = spans
-        prompt = tokens[: sequence.spans[0][0]]
+        prompt = [token for token in tokens[: sequence.spans[0][0]] if token != eod]  # without an opening
         return {
             "text": tokenizer.decode(prompt + until_end(response, eod)),
             "infilled": [tokenizer.decode(until_end(response, eod))],

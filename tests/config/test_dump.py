@@ -14,6 +14,7 @@ from megamask.config.keys import Key, all_keys, all_sections
 from megamask.config.load import load_config
 from megamask.config.schema.corpus import CorpusConfig, TokenizerConfig
 from megamask.config.schema.roots import PrepareConfig, TrainConfig
+from megamask.config.variants import meaningless_keys
 
 TRICKY = ["1e3", "null", "yes", "No", "~", "", " ", "1", "0x10", "a: b", "#x", "- a", "'", '"', "a\nb\n", "é", "\u2028"]
 # Refused on purpose in any value: NUL, interpolation and what looks like a credential or a reference.
@@ -52,7 +53,17 @@ def configs(root: type, prefix: str = "", top: type | None = None) -> st.SearchS
         name = prefix + field.name
         section = all_sections(top).get(name)
         parts[field.name] = values(all_keys(top)[name]) if section is None else configs(section, f"{name}.", top)
-    return st.builds(root, **parts)
+    built = st.builds(root, **parts)
+    return built.map(at_their_defaults) if prefix == "" else built
+
+
+def at_their_defaults(config):
+    """The config with the default of every key that has no meaning for the variants that it chooses."""
+    for name in meaningless_keys(config):
+        section, _, key = name.partition(".")
+        part = dataclasses.replace(getattr(config, section), **{key: all_keys(type(config))[name].default})
+        config = dataclasses.replace(config, **{section: part})
+    return config
 
 
 def read_back(text: str, root: type) -> object:

@@ -261,7 +261,7 @@ def test_options_out_of_range_are_refused(options: dict[str, int], words: str) -
 
 
 def test_row_without_eligible_tokens_is_refused() -> None:
-    with pytest.raises(UsageError, match="no token to score"):
+    with pytest.raises(UsageError, match="no row has a token to score"):
         row_estimates(
             on_rows(TinyJoint().sum_cross_entropy),
             BOUND,

@@ -7,7 +7,7 @@ from torch import Tensor
 from megamask.evaluation import reference_network
 from megamask.evaluation.reference_network import ReferenceScore
 from megamask.models.reference import ReferenceModel
-from megamask.objectives.masked import excluded_ids, scored_rows
+from megamask.objectives.base import scored_rows, softmax_without
 from support.model_documents import model_document
 
 SPEC, VOCABULARY = model_document().spec, model_document().vocabulary
@@ -31,7 +31,7 @@ def _rows(num_rows: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _score(network: ReferenceModel, mask_logit: str = "excluded") -> ReferenceScore:
-    return ReferenceScore(network=network, excluded_ids=excluded_ids(VOCABULARY, mask_logit))
+    return ReferenceScore(network=network, excluded_ids=softmax_without(VOCABULARY, mask_logit))
 
 
 @pytest.mark.parametrize("mask_logit", ["excluded", "included"])

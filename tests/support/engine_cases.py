@@ -20,8 +20,8 @@ from megamask.diffusion.schedule import noise_schedule, stratified_times
 from megamask.models.reference import ReferenceModel
 from megamask.models.spec import ModelSpec
 from megamask.models.vocabulary import Vocabulary
-from megamask.objectives.base import Objective, Reading
-from megamask.objectives.masked import MaskedObjective, scored_rows
+from megamask.objectives.base import Objective, Reading, scored_rows
+from megamask.objectives.masked import MaskedObjective
 
 SEED = 11
 GLOBAL_BATCH_SIZE = 8

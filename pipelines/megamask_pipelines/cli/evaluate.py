@@ -16,24 +16,34 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument(
         "--split", choices=("train", "validation"), default="validation", help="split of the corpus (validation)"
     )
+    what.add_argument("--token-ids", metavar="FILE.npy", help="rows of token ids to score, int64 [n, L]")
     parser.add_argument("--corpus", metavar="FOLDER", help="corpus of --split; by default the run's own")
     parser.add_argument("--rows", type=int, help="rows to score; by default all of --text, the first 64 of a split")
     parser.add_argument("--draws", type=int, default=4, help="masks per row in one replicate (4)")
     parser.add_argument("--replicates", type=int, default=4, help="independent replicates, for the standard error (4)")
+    parser.add_argument(
+        "--objective", choices=("masked", "autoregressive"), help="score as this objective; by default the model's own"
+    )
+    parser.add_argument(
+        "--given-first",
+        action="store_true",
+        help="do not score the first token of each row: the same tokens as an autoregressive model",
+    )
     parser.add_argument("--seed", type=int, help="seed of the masks; by default run.seed")
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Scores a checkpoint.
 
-    Returns: nelbo_nats_per_token, standard_error, bits_per_byte, num_tokens, num_bytes, num_samples, checkpoint,
-        digest, step, draws, replicates, seed.
+    Returns: nelbo_nats_per_token, exact, objective, standard_error, bits_per_byte, num_tokens, num_bytes, num_samples,
+        checkpoint, digest, step, draws, replicates, seed.
     """
     from megamask.errors import UsageError
     from megamask_pipelines.evaluate import EvaluationRequest, evaluate
 
-    if arguments.text and arguments.corpus is not None:
-        raise UsageError("--corpus was given with --text; allowed: one of them. Nothing was scored.")
+    if (arguments.text or arguments.token_ids) and arguments.corpus is not None:
+        other = "--text" if arguments.text else "--token-ids"
+        raise UsageError(f"--corpus was given with {other}; allowed: one of them. Nothing was scored.")
     request = EvaluationRequest(
         texts=[Path(name) for name in arguments.text],
         split=arguments.split,
@@ -42,6 +52,9 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         draws=arguments.draws,
         replicates=arguments.replicates,
         seed=arguments.seed,
+        token_ids=None if arguments.token_ids is None else Path(arguments.token_ids),
+        objective=arguments.objective,
+        given_first=arguments.given_first,
     )
     return evaluate(Path(arguments.checkpoint), request)
 
@@ -49,9 +62,10 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 def render(result: Mapping[str, Any]) -> str:
     """Two lines for a person."""
     bits = "unknown" if result["bits_per_byte"] is None else f"{result['bits_per_byte']:.4f}"
+    nats = f"{result['nelbo_nats_per_token']:.4f} nats per token"
+    cost = f"exactly {nats}" if result["exact"] else f"at most {nats} (standard error {result['standard_error']:.4f})"
+    how = "" if result["exact"] else f"; {result['draws']} masks a row, {result['replicates']} replicates"
     return (
-        f"{result['checkpoint']}: at most {result['nelbo_nats_per_token']:.4f} nats per token "
-        f"(standard error {result['standard_error']:.4f}), {bits} bits per byte\n"
-        f"{result['num_tokens']} tokens, {result['num_bytes']} bytes in {result['num_samples']} rows; "
-        f"{result['draws']} masks a row, {result['replicates']} replicates"
+        f"{result['checkpoint']}: {cost}, {bits} bits per byte\n"
+        f"{result['num_tokens']} tokens, {result['num_bytes']} bytes in {result['num_samples']} rows{how}"
     )

@@ -74,7 +74,7 @@ def _input_names(loader: Loader, numbers: set[int]) -> dict[int, str]:
 def _text(sample: Mapping[str, Any], loader: Loader) -> str:
     """The row's text; a masked token is as many blocks as it has bytes, and never shows."""
     tokenizer = loader.tokenizer
-    masked = set(sample["masked"])
+    masked = set(sample.get("masked", ()))
     parts: list[str] = []
     visible: list[int] = []
     for position, token in enumerate(sample["tokens"]):
@@ -90,6 +90,16 @@ def _text(sample: Mapping[str, Any], loader: Loader) -> str:
     return "".join(parts)
 
 
+def _noise(sample: Mapping[str, Any]) -> str:
+    if "masked" in sample:
+        return f"t {sample['t']:.4f}, {len(sample['masked'])}"
+    return f"{len(sample['scored'])}"
+
+
+def _kind(sample: Mapping[str, Any]) -> str:
+    return " masked" if "masked" in sample else " scored"
+
+
 def render(result: Mapping[str, Any]) -> str:
     """A few lines a sample for a person."""
     journal = {True: "as the journal says", None: "the journal has no line of this step"}[result["matches_journal"]]
@@ -101,8 +111,8 @@ def render(result: Mapping[str, Any]) -> str:
         num_eligible = len(sample["tokens"]) - sample["num_padding"]
         lines += [
             "",
-            f"sample {sample['sample_index']}: {sample['source']} row {sample['row']}, t {sample['t']:.4f}, "
-            f"{len(sample['masked'])} of {num_eligible} tokens masked, {sample['num_padding']} padding",
+            f"sample {sample['sample_index']}: {sample['source']} row {sample['row']}, "
+            f"{_noise(sample)} of {num_eligible} tokens{_kind(sample)}, {sample['num_padding']} padding",
             *(
                 f"  from position {document['start']}: document {document['number']} ({document.get('input', '?')})"
                 for document in sample["documents"]

@@ -33,7 +33,7 @@ from megamask.runs.record import read_run
 from megamask.tracking.journal.seek import find_step
 from megamask.training.batch_size import batch_size_at, consumed_before
 
-_COMPARED = ("batch_digest", "content_digest", "masked_tokens")
+_COMPARED = ("batch_digest", "content_digest", "masked_tokens", "scored_tokens")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,6 +186,8 @@ def inspect_step(run: RecordedRun, loader: Loader, step: int) -> dict[str, Any]:
         "content_digest": content_digest(add_content(*hashes)),
         "masked_tokens": sum(len(sample.get("masked", ())) for sample in samples),
     }
+    if objective.shape(len(samples[0]["tokens"])).corrupts == "none":
+        report["scored_tokens"] = sum(len(sample["scored"]) for sample in samples)
     return report | {"matches_journal": _compare_with_journal(run.folder, report)}
 
 
@@ -264,7 +266,7 @@ def _compare_with_journal(folder: Path, report: Mapping[str, Any]) -> bool | Non
     if recorded is None:
         return None
     for name in _COMPARED:
-        if name in recorded and recorded[name] != report[name]:
+        if name in recorded and recorded[name] != report.get(name):
             raise DataIntegrityError(
                 f"step {report['step']}: recomputed {name} is {report[name]}, the journal of {folder} says "
                 f"{recorded[name]}. The samples or masks are not those that the run was trained on.",

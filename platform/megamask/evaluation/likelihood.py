@@ -84,7 +84,7 @@ def row_estimates(
             same shape.
 
     Returns: [replicates, n] float64 on the host; the mean of `draws` unbiased estimates each.
-    Raises: UsageError: draws, replicates or batch_rows out of range, or a row without scored tokens.
+    Raises: UsageError: draws, replicates or batch_rows out of range, or no token to score.
     """
     is_scored = bound.scored(is_eligible)
     _check(is_scored, draws=draws, replicates=replicates, batch_rows=batch_rows, is_exact=bound.is_exact)
@@ -126,8 +126,8 @@ def _check(is_scored: Tensor, *, draws: int, replicates: int, batch_rows: int, i
         raise UsageError(
             f"draws * replicates is {draws * replicates}; allowed: <= {_MAXIMUM_DRAWS}. Nothing was scored."
         )
-    if not bool(is_scored.any(dim=1).all()):
-        raise UsageError("a row has no token to score, so it has no bound. Nothing was scored.")
+    if len(is_scored) and not bool(is_scored.any()):
+        raise UsageError("no row has a token to score, so there is no bound. Nothing was scored.")
 
 
 def summarize(estimates: Tensor, num_scored: Tensor, *, draws: int, num_bytes: int | None) -> LikelihoodReport:

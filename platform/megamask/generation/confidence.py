@@ -117,7 +117,7 @@ def decode(
         UsageError: a row has nothing to fill, or steps, block length or temperature are out of range.
     """
     x_t, is_masked = tokens.clone(), is_wanted.clone()
-    plans = [_plan(row.nonzero()[:, 0], decoder, options, num_positions=len(row)) for row in is_wanted]
+    plans = _plans(decoder, tokens, is_wanted, options)
     committed: list[list[list[int]]] = [[] for _ in plans]
     for number in range(max(map(len, plans))):
         is_open = torch.zeros_like(is_masked)
@@ -142,6 +142,15 @@ def decode(
     ]
 
 
+def check_decoding(decoder: Decoder, tokens: Tensor, is_wanted: Tensor, options: DecodingOptions) -> None:
+    """Refuse what `decode` would refuse, without a network; arguments and errors as there."""
+    _plans(decoder, tokens, is_wanted, options)
+
+
+def _plans(decoder: Decoder, tokens: Tensor, is_wanted: Tensor, options: DecodingOptions) -> list[list[_Step]]:
+    return [_plan(row, wanted.nonzero()[:, 0], decoder, options) for row, wanted in zip(tokens, is_wanted, strict=True)]
+
+
 def _most_confident(confidence: Tensor, quota: int) -> Tensor:
     """Places of the highest confidences; of those that rounding cannot tell apart, the leftmost.
 
@@ -151,9 +160,9 @@ def _most_confident(confidence: Tensor, quota: int) -> Tensor:
     return (confidence.log() * _STEPS_OF_CONFIDENCE).round().argsort(descending=True, stable=True)[:quota]
 
 
-def _plan(masked: Tensor, decoder: Decoder, options: DecodingOptions, *, num_positions: int) -> list[_Step]:
+def _plan(tokens: Tensor, masked: Tensor, decoder: Decoder, options: DecodingOptions) -> list[_Step]:
     _check(masked, options)
-    blocks = decoder.blocks(masked, num_positions, options.block_length)
+    blocks = decoder.blocks(tokens, masked, options.block_length)
     steps = steps_of_blocks([len(block) for block in blocks], options.num_denoising_steps or len(masked))
     return [
         _Step(block=block, quota=quota)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -35,14 +36,23 @@ class MaskedSequence:
 
 
 def continuation(
-    tokenizer: TextTokenizer, prompt: str, *, length: int | None, mask_token_id: int, max_length: int
+    tokenizer: TextTokenizer,
+    prompt: str,
+    *,
+    length: int | None,
+    mask_token_id: int,
+    max_length: int,
+    opening: Sequence[int] = (),
 ) -> MaskedSequence:
     """A prompt followed by `length` masks; None means 64, or what still fits.
+
+    Args:
+        opening: tokens that an empty prompt is replaced by.
 
     Raises:
         UsageError: length is below 1, or prompt and response do not fit in max_length tokens.
     """
-    ids = tokenizer.encode(prompt)
+    ids = tokenizer.encode(prompt) or list(opening)
     room = max_length - len(ids)
     wanted = min(64, room) if length is None else length
     if room < 1:

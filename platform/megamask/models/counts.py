@@ -33,7 +33,7 @@ def _numbers(spec: ModelSpec) -> int:
     return sum(math.prod(shape) for shape in canonical_shapes(spec).values())
 
 
-def flops_per_token(spec: ModelSpec, *, scored_fraction: float = 0.5) -> FlopsPerToken:
+def flops_per_token(spec: ModelSpec, *, scored_fraction: float = 0.5, attended_fraction: float = 1.0) -> FlopsPerToken:
     """Matrix products per processed position, for MFU.
 
     Attention is bidirectional, so every position attends to all `max_sequence_length` positions: twice what is usual
@@ -43,13 +43,16 @@ def flops_per_token(spec: ModelSpec, *, scored_fraction: float = 0.5) -> FlopsPe
         spec: the network.
         scored_fraction: part of the positions that the head scores. A complementary pair scores each token in exactly
             one of its two rows, and a single view masks one half on average: 0.5.
+        attended_fraction: part of the positions that a position sees; half of them under causal attention.
     """
     matrices = sum(
         math.prod(shape)
         for name, shape in canonical_shapes(spec).items()
         if name.startswith("model.layers.") and len(shape) == 2
     )
-    scores_and_mixture = 2 * spec.max_sequence_length * spec.num_attention_heads * spec.head_dim * spec.num_layers
+    scores_and_mixture = (
+        attended_fraction * 2 * spec.max_sequence_length * spec.num_attention_heads * spec.head_dim * spec.num_layers
+    )
     head = scored_fraction * spec.vocab_size * spec.hidden_size
     forward = 2.0 * (matrices + scores_and_mixture + head)
     return FlopsPerToken(forward=forward, training=3 * forward)

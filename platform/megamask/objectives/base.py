@@ -16,10 +16,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from megamask.errors import UsageError
 from megamask.models.context import Context
 from megamask.models.vocabulary import Vocabulary
 from megamask.objectives.shapes import ObjectiveShape
 from megamask.objectives.terms import Term
+
+MASK_LOGITS = ("excluded", "included")
 
 UNGROUPED = -1
 """The group of a position that no noise level is reported for."""
@@ -154,6 +157,30 @@ class Bound(Protocol):
         """
 
 
+@dataclass(frozen=True, kw_only=True)
+class GivenFirst:
+    """A bound in which the first token of each row is given: what an autoregressive model scores too."""
+
+    bound: Bound
+
+    @property
+    def is_exact(self) -> bool:
+        """As of the bound."""
+        return self.bound.is_exact
+
+    def scored(self, is_eligible: Tensor) -> Tensor:
+        """The tokens that the bound scores, but for the first of a row."""
+        is_scored = self.bound.scored(is_eligible).clone()
+        is_scored[:, 0] = False
+        return is_scored
+
+    def draw(
+        self, tokens: Tensor, is_scored: Tensor, row_index: Tensor, *, replicate: int, member: int, draws: int, key: Key
+    ) -> BoundRows:
+        """The bound's draw, of the tokens that are left."""
+        return self.bound.draw(tokens, is_scored, row_index, replicate=replicate, member=member, draws=draws, key=key)
+
+
 class Decoder(Protocol):
     """How sampling sees an objective."""
 
@@ -161,8 +188,8 @@ class Decoder(Protocol):
     def opening(self) -> tuple[int, ...]:
         """What an empty prompt is replaced by."""
 
-    def blocks(self, wanted: Tensor, num_positions: int, block_length: int | None) -> list[Tensor]:
-        """The wanted positions (int64 [w], ascending) in groups that are finished one after another.
+    def blocks(self, tokens: Tensor, wanted: Tensor, block_length: int | None) -> list[Tensor]:
+        """The wanted positions (int64 [w], ascending) of a row [s] in groups that are finished one after another.
 
         Raises:
             UsageError: this objective cannot fill these positions, or not in blocks of that length.
@@ -241,3 +268,31 @@ def filled_up(rows: Rows, num_rows: int) -> Rows:
     filled = rows.rows(order % num_given)  # an index makes copies, so the given rows keep theirs
     filled.is_scored[num_given:] = False
     return filled
+
+
+def scored_rows(inputs: Tensor, targets: Tensor, is_scored: Tensor, context: Context | None = None) -> Rows:
+    """Rows of weight 1 outside any noise level. Shapes: all [r, i]."""
+    return Rows(
+        inputs=inputs,
+        targets=targets,
+        is_scored=is_scored,
+        weight=torch.ones((), device=inputs.device).expand_as(inputs),
+        group=torch.full((), UNGROUPED, device=inputs.device).expand_as(inputs),
+        context=context or Context(),
+    )
+
+
+def softmax_without(vocabulary: Vocabulary, mask_logit: str) -> frozenset[int]:
+    """Ids outside the softmax: the mask token, unless its logit is included.
+
+    Args:
+        mask_logit: "excluded" or "included".
+
+    Raises:
+        UsageError: any other choice.
+    """
+    if mask_logit not in MASK_LOGITS:
+        raise UsageError(
+            f"objective.mask_logit is {mask_logit!r}; allowed: {', '.join(MASK_LOGITS)}. Nothing was started."
+        )
+    return frozenset((vocabulary.mask_token_id,)) if mask_logit == "excluded" else frozenset()

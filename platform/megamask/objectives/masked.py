@@ -18,14 +18,11 @@ from torch import Tensor
 from megamask.diffusion.corruption import CorruptedBatch, corrupt
 from megamask.diffusion.exact_counts import exact_count_masks, exact_counts
 from megamask.diffusion.schedule import noise_schedule, stratified_times
-from megamask.errors import UsageError
 from megamask.models.context import Context
 from megamask.models.vocabulary import Vocabulary
-from megamask.objectives.base import UNGROUPED, BoundRows, Key, Reading, Rows, Samples
+from megamask.objectives.base import BoundRows, Key, Reading, Rows, Samples, scored_rows, softmax_without
 from megamask.objectives.shapes import ObjectiveShape, shape_of
-from megamask.objectives.terms import PerEligibleToken, Term, nelbo_and_z_loss
-
-MASK_LOGITS = ("excluded", "included")
+from megamask.objectives.terms import PerEligibleToken, Term, cross_entropy_and_z_loss
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +47,7 @@ class MaskedObjective:
 
     def __post_init__(self) -> None:
         noise_schedule(self.noise_schedule)
-        check_mask_logit(self.mask_logit)
+        softmax_without(self.vocabulary, self.mask_logit)
 
     @property
     def name(self) -> str:
@@ -66,12 +63,12 @@ class MaskedObjective:
     def terms(self) -> tuple[Term, ...]:
         """The NELBO per eligible token and view, and the z-loss if it has a weight."""
         num_views = self.shape(1).num_views
-        return nelbo_and_z_loss(PerEligibleToken(num_views=num_views), self.z_loss_weight)
+        return cross_entropy_and_z_loss("nelbo", PerEligibleToken(num_views=num_views), self.z_loss_weight)
 
     @property
     def excluded_ids(self) -> frozenset[int]:
         """The mask token, unless its logit is included."""
-        return excluded_ids(self.vocabulary, self.mask_logit)
+        return softmax_without(self.vocabulary, self.mask_logit)
 
     @property
     def bound(self) -> MaskedBound:
@@ -157,7 +154,7 @@ class MaskedBound:
         self, tokens: Tensor, is_scored: Tensor, row_index: Tensor, *, replicate: int, member: int, draws: int, key: Key
     ) -> BoundRows:
         """Rows with k scored tokens masked; scale n / k."""
-        num_scored = is_scored.sum(dim=1)
+        num_scored = is_scored.sum(dim=1).clamp(min=1)  # a row without scored tokens masks none and costs nothing
         counts = exact_counts(row_index, num_scored, draws=draws, replicate=replicate, key=key)[member]
         is_masked = exact_count_masks(row_index, is_scored, counts, draw=replicate * draws + member, key=key)
         x_t = torch.where(is_masked, self.mask_token_id, tokens)
@@ -172,7 +169,7 @@ class MaskedDecoder:
 
     opening: tuple[int, ...] = ()
 
-    def blocks(self, wanted: Tensor, num_positions: int, block_length: int | None) -> list[Tensor]:
+    def blocks(self, tokens: Tensor, wanted: Tensor, block_length: int | None) -> list[Tensor]:
         """Groups of `block_length` wanted positions from left to right; all in one by default."""
         length = len(wanted) if block_length is None else block_length
         return [wanted[start : start + length] for start in range(0, len(wanted), length)]
@@ -180,32 +177,3 @@ class MaskedDecoder:
     def reading(self, tokens: Tensor, is_open: Tensor) -> Reading:
         """Every open position is read where it is."""
         return Reading(inputs=tokens, context=Context(), is_read=is_open, num_positions=tokens.size(1))
-
-
-def scored_rows(inputs: Tensor, targets: Tensor, is_scored: Tensor, context: Context | None = None) -> Rows:
-    """Rows of weight 1 outside any noise level, for forward-only scoring. Shapes: all [r, i]."""
-    return Rows(
-        inputs=inputs,
-        targets=targets,
-        is_scored=is_scored,
-        weight=torch.ones((), device=inputs.device).expand_as(inputs),
-        group=torch.full((), UNGROUPED, device=inputs.device).expand_as(inputs),
-        context=context or Context(),
-    )
-
-
-def excluded_ids(vocabulary: Vocabulary, mask_logit: str) -> frozenset[int]:
-    """Ids outside the softmax: the mask token, unless its logit is included."""
-    return frozenset((vocabulary.mask_token_id,)) if mask_logit == "excluded" else frozenset()
-
-
-def check_mask_logit(mask_logit: str) -> None:
-    """Refuses a choice that does not exist.
-
-    Raises:
-        UsageError: names the choices.
-    """
-    if mask_logit not in MASK_LOGITS:
-        raise UsageError(
-            f"objective.mask_logit is {mask_logit!r}; allowed: {', '.join(MASK_LOGITS)}. Nothing was started."
-        )

@@ -7,6 +7,7 @@ from typing import Any
 
 from megamask.errors import UsageError
 from megamask.models.vocabulary import Vocabulary
+from megamask.objectives.autoregressive import AutoregressiveObjective
 from megamask.objectives.base import Objective
 from megamask.objectives.masked import MaskedObjective
 from megamask.objectives.shapes import name_of
@@ -16,7 +17,14 @@ def _masked(vocabulary: Vocabulary, settings: Mapping[str, Any]) -> Objective:
     return MaskedObjective(vocabulary=vocabulary, **settings)
 
 
-_OBJECTIVES: Mapping[str, Callable[[Vocabulary, Mapping[str, Any]], Objective]] = {"masked": _masked}
+def _autoregressive(vocabulary: Vocabulary, settings: Mapping[str, Any]) -> Objective:
+    return AutoregressiveObjective(vocabulary=vocabulary, **settings)
+
+
+_OBJECTIVES: Mapping[str, Callable[[Vocabulary, Mapping[str, Any]], Objective]] = {
+    "masked": _masked,
+    "autoregressive": _autoregressive,
+}
 
 
 def build_objective(settings: Mapping[str, Any], vocabulary: Vocabulary) -> Objective:

@@ -19,6 +19,7 @@ class ObjectiveShape:
         input_length: positions of each of those rows.
         scored_positions: most positions of all views of a sample that are scored, so the rows of the head.
         scored_fraction: part of the network's positions that is scored, on average.
+        attended_fraction: part of a row's positions that a position sees, on average.
         corrupts: tokens that some view corrupts: "all" eligible ones of a sample, each in exactly one view, "some" of
             them, or "none".
     """
@@ -27,6 +28,7 @@ class ObjectiveShape:
     input_length: int
     scored_positions: int
     scored_fraction: float
+    attended_fraction: float
     corrupts: Literal["all", "some", "none"]
 
 
@@ -51,8 +53,23 @@ def _masked(settings: Mapping[str, Any], sequence_length: int) -> ObjectiveShape
         input_length=sequence_length,
         scored_positions=sequence_length,  # of a pair too: what one view masks, the other leaves
         scored_fraction=0.5,
+        attended_fraction=1.0,
         corrupts="all" if is_pair else "some",
     )
 
 
-_SHAPES: dict[str, Callable[[Mapping[str, Any], int], ObjectiveShape]] = {"masked": _masked}
+def _autoregressive(settings: Mapping[str, Any], sequence_length: int) -> ObjectiveShape:
+    return ObjectiveShape(
+        num_views=1,
+        input_length=sequence_length,
+        scored_positions=sequence_length,
+        scored_fraction=1.0,
+        attended_fraction=0.5,
+        corrupts="none",
+    )
+
+
+_SHAPES: dict[str, Callable[[Mapping[str, Any], int], ObjectiveShape]] = {
+    "masked": _masked,
+    "autoregressive": _autoregressive,
+}

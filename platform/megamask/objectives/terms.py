@@ -153,9 +153,11 @@ def _at_least_one(count: int, kind: str) -> int:
     return count
 
 
-def nelbo_and_z_loss(normalizer: Callable[[Counts], int], z_loss_weight: float) -> tuple[Term, ...]:
-    """The NELBO alone, or with the z-loss beside it, divided by the same N."""
-    nelbo = CrossEntropyTerm(name="nelbo", normalizer=normalizer, is_bound=True)
+def cross_entropy_and_z_loss(
+    name: str, normalizer: Callable[[Counts], int], z_loss_weight: float, *, is_bound: bool = True
+) -> tuple[Term, ...]:
+    """The weighted cross entropy alone, or with the z-loss beside it, divided by the same N."""
+    main = CrossEntropyTerm(name=name, normalizer=normalizer, is_bound=is_bound)
     if z_loss_weight == 0:
-        return (nelbo,)
-    return (nelbo, ZLossTerm(normalizer=normalizer, factor=z_loss_weight))
+        return (main,)
+    return (main, ZLossTerm(normalizer=normalizer, factor=z_loss_weight))

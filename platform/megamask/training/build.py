@@ -147,4 +147,5 @@ def _peak_seconds_per_token(
     peak = peak_flops_per_second(device_name(device), config.precision.compute)
     if peak is None:
         return None
-    return flops_per_token(data.spec, scored_fraction=shape.scored_fraction).training / (peak * world_size)
+    flops = flops_per_token(data.spec, scored_fraction=shape.scored_fraction, attended_fraction=shape.attended_fraction)
+    return flops.training / (peak * world_size)

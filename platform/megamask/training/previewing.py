@@ -20,7 +20,7 @@ from megamask.config.schema.roots import TrainConfig
 from megamask.data.loader import Loader
 from megamask.diffusion.sampling import MOST_ELEMENTS
 from megamask.errors import UsageError
-from megamask.generation.confidence import DecodingOptions, decode
+from megamask.generation.confidence import DecodingOptions, check_decoding, decode
 from megamask.generation.prompt import TextTokenizer, until_end
 from megamask.objectives.base import Objective
 from megamask.storage.hashing import hash_of, key_of
@@ -96,7 +96,7 @@ def open_previews(config: TrainConfig, objective: Objective, corpus: Loader) -> 
             )
         rows[number, : len(ids)] = torch.tensor(ids, dtype=torch.int64)
         starts.append(len(ids))
-    return PreviewRows(
+    opened = PreviewRows(
         prompts=preview.prompts,
         tokens=rows,
         starts=starts,
@@ -105,6 +105,16 @@ def open_previews(config: TrainConfig, objective: Objective, corpus: Loader) -> 
         tokenizer=corpus.tokenizer,
         eod_token_id=manifest.eod_token_id,
     )
+    try:
+        check_decoding(objective.decoder, opened.tokens, opened.is_wanted, _options(config, opened))
+    except UsageError as error:
+        raise UsageError(
+            f"preview.denoising_steps is {preview.denoising_steps}, with which objective.name={objective.name} cannot "
+            f"write preview.num_tokens = {preview.num_tokens} tokens: {error.message.partition('. Nothing')[0]}. "
+            "Nothing was started.",
+            hint="set preview.denoising_steps=null",
+        ) from error
+    return opened
 
 
 def preview_on_engine(
@@ -115,9 +125,7 @@ def preview_on_engine(
     Prompt i is decoded by data-parallel coordinate i mod their number; the coordinates meet only at the end.
     """
     preview, is_wanted = config.preview, rows.is_wanted
-    options = DecodingOptions(
-        num_denoising_steps=preview.denoising_steps, temperature=preview.temperature, seed=rows.seed
-    )
+    options = _options(config, rows)
     topology = engine.topology
     mine = list(range(topology.data_parallel_rank, len(rows.prompts), topology.data_parallel_size))
 
@@ -178,6 +186,11 @@ class PeriodicPreview:
 
     def on_stop(self, progress: Progress, reason: StopReason) -> None:
         """Nothing: previews are due by step only, so that a restart changes no record."""
+
+
+def _options(config: TrainConfig, rows: PreviewRows) -> DecodingOptions:
+    preview = config.preview
+    return DecodingOptions(num_denoising_steps=preview.denoising_steps, temperature=preview.temperature, seed=rows.seed)
 
 
 def _shown(prompt: str) -> str:

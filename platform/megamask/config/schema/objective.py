@@ -15,7 +15,7 @@ MASKED = ("masked",)
 class ObjectiveConfig(Section):
     """The objective by name, and its settings: noise schedule, views and the logits that count."""
 
-    name: str = identity("what is minimised", default="masked", choices=("masked",))
+    name: str = identity("what is minimised", default="masked", choices=("masked", "autoregressive"))
     noise_schedule: str = identity(
         "how the mask probability p depends on t",
         default="linear",

@@ -101,6 +101,12 @@ class TrainingConfig(Section):
                 because=f"but a sample has training.sequence_length = {length} tokens to score",
                 allowed=f"1 to {length}, or null",
             )
+        if capacity < length - 1 and objective.name == "autoregressive":
+            yield Problem(
+                key="training.head_capacity",
+                because=f"but objective.name=autoregressive scores {length - 1} tokens of a full row",
+                allowed=f"{length - 1}, {length} or null",
+            )
         if capacity < length and objective.has_meaning("complementary") and objective.complementary:
             yield Problem(
                 key="training.head_capacity",

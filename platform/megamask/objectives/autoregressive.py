@@ -1,0 +1,169 @@
+"""Autoregressive next-token prediction: each token is predicted from the tokens before it in its row.
+
+The loss is the negative log-likelihood itself, -sum over i > 0 of log p(x_i | x_<i): exact, so that it is the baseline
+which a diffusion bound is compared with. Attention is causal; the logits at a position choose the token after it. All
+eligible tokens of a row are scored but its first, which nothing predicts, and N counts exactly those.
+
+Shapes: b samples, one row each, s tokens of a row.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megamask.errors import UsageError
+from megamask.models.context import Causal, Context
+from megamask.models.vocabulary import Vocabulary
+from megamask.objectives.base import BoundRows, Key, Reading, Rows, Samples, scored_rows, softmax_without
+from megamask.objectives.shapes import ObjectiveShape, shape_of
+from megamask.objectives.terms import PerScoredToken, Term, cross_entropy_and_z_loss
+
+
+@dataclass(frozen=True, kw_only=True)
+class AutoregressiveObjective:
+    """The negative log-likelihood of each token given the ones before it.
+
+    Args:
+        mask_logit: "excluded" or "included": whether the mask token's logit enters the softmax. A comparison with
+            diffusion takes the same for both.
+        z_loss_weight: of the z-loss; it shapes training alone, so it is not part of the record.
+
+    Raises:
+        UsageError: for a choice that does not exist.
+    """
+
+    vocabulary: Vocabulary
+    mask_logit: str
+    z_loss_weight: float = 0.0
+
+    def __post_init__(self) -> None:
+        softmax_without(self.vocabulary, self.mask_logit)
+
+    @property
+    def name(self) -> str:
+        """As in `objective.name`."""
+        return "autoregressive"
+
+    @property
+    def num_parts(self) -> int:
+        """The loss has one part."""
+        return 1
+
+    @property
+    def terms(self) -> tuple[Term, ...]:
+        """The negative log-likelihood per scored token, and the z-loss if it has a weight."""
+        return cross_entropy_and_z_loss("nll", PerScoredToken(), self.z_loss_weight)
+
+    @property
+    def excluded_ids(self) -> frozenset[int]:
+        """The mask token, unless its logit is included."""
+        return softmax_without(self.vocabulary, self.mask_logit)
+
+    @property
+    def bound(self) -> ExactLikelihood:
+        """The negative log-likelihood itself, under teacher forcing."""
+        return ExactLikelihood()
+
+    @property
+    def decoder(self) -> LeftToRight:
+        """One token after another."""
+        return LeftToRight(mask_token_id=self.vocabulary.mask_token_id, opening=(self.vocabulary.eod_token_id,))
+
+    def shape(self, sequence_length: int) -> ObjectiveShape:
+        """One row of the sample's length, scored everywhere but at one position."""
+        return shape_of(self.record(), sequence_length)
+
+    def context(self, samples: Samples, step: int, key: Key) -> Context:
+        """Causal attention, inside a document where the samples name documents."""
+        return Context(pattern=Causal(), documents=samples.documents)
+
+    def rows(self, samples: Samples, step: int, key: Key) -> Rows:
+        """The samples themselves, each position scored against the token after it."""
+        return next_token_rows(samples.tokens, all_but_first(samples.is_eligible), self.context(samples, step, key))
+
+    def details(self, samples: Samples, step: int, key: Key) -> list[dict[str, Any]]:
+        """Of each sample: the positions of the tokens that are scored."""
+        is_scored = all_but_first(samples.is_eligible)
+        return [{"scored": row.nonzero().flatten().tolist()} for row in is_scored]
+
+    def record(self) -> dict[str, Any]:
+        """Name and the mask token's logit."""
+        return {"name": self.name, "mask_logit": self.mask_logit}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExactLikelihood:
+    """The negative log-likelihood under teacher forcing: one draw, no noise."""
+
+    is_exact: bool = True
+
+    def scored(self, is_eligible: Tensor) -> Tensor:
+        """Every eligible token but the first of its row."""
+        return all_but_first(is_eligible)
+
+    def draw(
+        self, tokens: Tensor, is_scored: Tensor, row_index: Tensor, *, replicate: int, member: int, draws: int, key: Key
+    ) -> BoundRows:
+        """The rows of training; no draw differs from another."""
+        return BoundRows(rows=next_token_rows(tokens, is_scored, Context(pattern=Causal())))
+
+
+@dataclass(frozen=True, kw_only=True)
+class LeftToRight:
+    """Writes one token after another, each read at the position before it.
+
+    Args:
+        opening: what an empty prompt is replaced by: the end of a document, because another one begins after it.
+    """
+
+    mask_token_id: int
+    opening: tuple[int, ...]
+
+    def blocks(self, tokens: Tensor, wanted: Tensor, block_length: int | None) -> list[Tensor]:
+        """Each wanted position by itself; they are the end of the row's text."""
+        if block_length not in (None, 1):
+            raise UsageError(
+                f"--block-length is {block_length}, but an autoregressive model writes one token after another; "
+                "allowed: 1, or nothing. Nothing was decoded."
+            )
+        is_after = torch.ones_like(tokens, dtype=torch.bool)
+        is_after[: int(wanted[0])] = False
+        is_after[wanted] = False
+        if int(wanted[0]) == 0 or bool((tokens[is_after] != self.mask_token_id).any()):
+            raise UsageError(
+                "an autoregressive model continues a text: it does not see what follows a gap, and needs one token "
+                "before it. Nothing was decoded.",
+                hint="give --prompt in place of --infill",
+            )
+        return list(torch.split(wanted, 1))
+
+    def reading(self, tokens: Tensor, is_open: Tensor) -> Reading:
+        """An open position is read one position earlier."""
+        return Reading(
+            inputs=tokens,
+            context=Context(pattern=Causal()),
+            is_read=is_open.roll(-1, dims=1),
+            num_positions=tokens.size(1),
+            shift=1,
+        )
+
+
+def all_but_first(is_eligible: Tensor) -> Tensor:
+    """The eligible tokens that have a token before them in their row. Shapes: bool [b, s]."""
+    is_scored = is_eligible.clone()
+    is_scored[:, 0] = False
+    return is_scored
+
+
+def next_token_rows(tokens: Tensor, is_scored: Tensor, context: Context) -> Rows:
+    """Rows of weight 1 in which each position is scored against the token after it.
+
+    Args:
+        is_scored: bool [b, s], of the tokens; none at position 0.
+    """
+    # target and score of position i are those of token i + 1; the last position gets token 0's, which is not scored
+    return scored_rows(tokens, tokens.roll(-1, dims=1), is_scored.roll(-1, dims=1), context)

@@ -1,0 +1,88 @@
+"""What each process of a test of objectives on layouts does; answers travel as JSON."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megamask.evaluation.likelihood import evaluate_rows
+from megamask.generation.confidence import DecodingOptions, decode
+from megamask.objectives.autoregressive import AutoregressiveObjective
+from megamask.objectives.base import Objective
+from support import engine_cases as cases
+
+STEPS = (1, 2, 3, 4)
+SAVED = 2
+VOCABULARY = cases.vocabulary(cases.OPTIONS)
+OBJECTIVES: dict[str, Objective] = {
+    "autoregressive": AutoregressiveObjective(vocabulary=VOCABULARY, mask_logit="excluded", z_loss_weight=0.1),
+}
+
+
+def run_layouts(root: str, runs: list[list[Any]]) -> list[dict[str, Any]]:
+    """Each run: name of an objective and a layout."""
+    return [run_layout(Path(root), *run) for run in runs]
+
+
+def run_layout(root: Path, name: str, layout: dict[str, Any]) -> dict[str, Any]:
+    """Trains, saves in the middle, scores and writes; then resumes and takes the same steps again."""
+    objective, folder = OBJECTIVES[name], root / f"{name}-{'-'.join(f'{k}{v}' for k, v in layout.items())}"
+    engine = make(name, layout)
+    answer: dict[str, Any] = {"reports": []}
+    for step in STEPS:
+        answer["reports"].append(cases.report_fields(cases.take_step(engine, step)))
+        if step == SAVED:
+            if engine.is_main:
+                folder.mkdir()
+            engine.barrier()
+            cases.save_state(engine, folder)
+    answer["digest"] = engine.parameter_digest()
+    engine.load_state(folder)
+    answer["resumed"] = [cases.report_fields(cases.take_step(engine, step)) for step in STEPS if step > SAVED]
+    answer["resumed_digest"] = engine.parameter_digest()
+    answer |= measure(engine.score, engine.predict, objective)
+    engine.close()
+    return answer
+
+
+def make(name: str, layout: dict[str, Any]) -> Any:
+    objective = OBJECTIVES[name]
+    return cases.make_engine(
+        cases.OPTIONS, layout, micro_batch_size=2, goal=objective, z_loss_weight=objective.z_loss_weight
+    )
+
+
+def measure(score: Any, predict: Any, objective: Objective) -> dict[str, Any]:
+    """The bound of three rows, and a text of eight tokens after a prompt, greedy and with temperature."""
+    share = cases.batch([0, 1, 2], 9)
+    report = evaluate_rows(
+        score,
+        objective.bound,
+        share.tokens,
+        share.is_eligible,
+        torch.arange(3),
+        draws=2,
+        replicates=2,
+        key=(5, 0),
+        batch_rows=2,
+    )
+    place = torch.arange(cases.SEQUENCE_LENGTH)
+    tokens = share.tokens[:2].masked_fill(place >= 6, objective.vocabulary.mask_token_id)
+    is_wanted = ((place >= 6) & (place < 14)).expand_as(tokens)
+    texts = [
+        [
+            row.tokens.tolist()
+            for row in decode(
+                predict,
+                objective.decoder,
+                tokens,
+                is_wanted=is_wanted,
+                options=DecodingOptions(temperature=temperature, seed=3),
+                sequences=(0, 1),
+            )
+        ]
+        for temperature in (0.0, 1.0)
+    ]
+    return {"bound": report.nelbo_nats_per_token, "num_tokens": report.num_tokens, "texts": texts}
