@@ -1,10 +1,11 @@
 """Held-out bits per byte of a run beside two baselines on the same bytes: unigram tokens and gzip.
 
     megamask evaluate RUN --split validation --json > evaluation.json
-    python tools/quickstart_summary.py --corpus corpora/python_stdlib --evaluation evaluation.json
+    python tools/quickstart_summary.py --corpus corpora/python_stdlib --evaluation evaluation.json \\
+      --config configs/run/quickstart.yaml
 
 The model's figure is an upper bound (the negative ELBO); the baselines are exact code lengths. The unigram model is
-fitted on the training split with add-one smoothing; gzip compresses the very text of the scored rows.
+fitted on the training split with add-one smoothing; gzip compresses exactly the text of the scored rows.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
+from megamask.config.load import load_train_config
 from megamask.data.manifest import Manifest
 from megamask.data.reader import SplitReader
 from megamask.data.tokenizer import CorpusTokenizer
@@ -40,10 +42,11 @@ def unigram_nats_per_token(train: np.ndarray, held_out: np.ndarray, vocab_size: 
 
 
 def main() -> int:
-    """Prints the table; exit code 1 when the model does not beat the unigram baseline by two standard errors."""
+    """Print the table; exit code 1 if the model does not beat the unigram baseline by two standard errors."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--corpus", type=Path, required=True)
-    parser.add_argument("--evaluation", type=Path, required=True, help="what megamask evaluate --json printed")
+    parser.add_argument("--evaluation", type=Path, required=True, help="output of megamask evaluate --json")
+    parser.add_argument("--config", type=Path, required=True, help="config that the run was trained with")
     arguments = parser.parse_args()
     answer = json.loads(arguments.evaluation.read_text(encoding="utf-8").splitlines()[-1])
 
@@ -62,6 +65,12 @@ def main() -> int:
     print(f"{'megamask (upper bound)':24}{bound * bits:14.3f}{bound:16.3f}  (standard error {error:.3f})")
     print(f"{'unigram tokens':24}{unigram * bits:14.3f}{unigram:16.3f}")
     print(f"{'gzip -9':24}{8 * len(gzip.compress(text, 9)) / len(text):14.3f}")
+    rows_in_training = load_train_config(arguments.config).config.evaluation.rows
+    if rows_in_training != answer["num_samples"]:
+        rows, step = answer["num_samples"], answer["step"]
+        print(f"\nThis bound is measured on {rows} held-out rows. The evaluations during training use")
+        print(f"the first {rows_in_training} of them (evaluation.rows), so their figure for step {step}, in the log")
+        print("above and in MLflow, differs from this one.")
     return 0 if bound + 2 * error < unigram else 1
 
 
