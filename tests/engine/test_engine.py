@@ -46,7 +46,7 @@ def test_built_network_has_the_counted_parameters_and_initial_weights(build, spe
     assert sum(parameter.numel() for parameter in network.parameters()) == parameter_count(spec) + padding
     expected = dict(cases.reference(spec).named_parameters())
     for name, parameter in network.named_parameters():
-        for block in engine._canonical.blocks(name):
+        for block in engine.parameters[name].canonical:
             rows = parameter[block.first_row : block.first_row + block.sizes[0]]
             assert torch.equal(rows, expected[block.name][block.index]), name
 

@@ -48,8 +48,8 @@ def test_bf16_parameters_are_their_masters_rounded(build):
         parameters = dict(engine._rank_model.network.named_parameters())
         for shard in engine._optimizer.shards():
             rounded = shard.weight.bfloat16()
-            assert torch.equal(parameters[shard.parameter].flatten()[shard.start : shard.stop], rounded)
-            is_matrix = len(shard.shape) == 2
+            assert torch.equal(parameters[shard.info.name].flatten()[shard.start : shard.stop], rounded)
+            is_matrix = len(shard.info.shape) == 2
             assert count == 0 or not is_matrix or not torch.equal(shard.weight, rounded.float()), "masters were rounded"
 
 

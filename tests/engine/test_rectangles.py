@@ -4,7 +4,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megamask.engine.canonical import Block
+from megamask.engine.canonical import TensorSlice
 from megamask.engine.rectangles import rectangles
 
 
@@ -16,7 +16,9 @@ def test_rectangles_hold_every_element_of_a_range_in_its_canonical_place(data, r
     for number, count in enumerate(rows):
         offsets = (data.draw(st.integers(0, 3)), data.draw(st.integers(0, 3)))
         tensor = torch.arange((count + 3) * (columns + 3)).reshape(count + 3, columns + 3) + 1000 * (number + 1)
-        blocks.append(Block(name=f"t{number}", first_row=sum(rows[:number]), offsets=offsets, sizes=(count, columns)))
+        blocks.append(
+            TensorSlice(name=f"t{number}", first_row=sum(rows[:number]), offsets=offsets, sizes=(count, columns))
+        )
         tensors[f"t{number}"] = tensor
         parts.append(tensor[blocks[-1].index])
     parameter = torch.cat([*parts, torch.full((padding, columns), -1)])
@@ -35,7 +37,7 @@ def test_rectangles_hold_every_element_of_a_range_in_its_canonical_place(data, r
 
 
 def test_a_range_is_at_most_three_rectangles_of_a_block():
-    block = Block(name="t", first_row=0, offsets=(10, 20), sizes=(100, 7))
+    block = TensorSlice(name="t", first_row=0, offsets=(10, 20), sizes=(100, 7))
     found = list(rectangles([block], columns=7, start=5, stop=7 * 90 + 2))
     assert [(part.offsets, part.sizes, part.first) for part in found] == [
         ((10, 25), (1, 2), 0),
@@ -45,6 +47,6 @@ def test_a_range_is_at_most_three_rectangles_of_a_block():
 
 
 def test_vectors_are_cut_too():
-    block = Block(name="t", first_row=0, offsets=(4,), sizes=(6,))
+    block = TensorSlice(name="t", first_row=0, offsets=(4,), sizes=(6,))
     found = list(rectangles([block], columns=1, start=2, stop=5))
     assert [(part.offsets, part.sizes, part.first) for part in found] == [((6,), (3,), 0)]

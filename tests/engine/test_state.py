@@ -16,7 +16,8 @@ import torch
 from megamask.engine.state import read_canonical_weights
 from megamask.engine.torch_dist import Piece, StateReader
 from megamask.errors import CheckpointIntegrityError, StorageError
-from megamask.models.initial_weights import canonical_shapes, initial_tensor
+from megamask.models.initial_weights import initial_tensor
+from megamask.models.shapes import canonical_shapes
 from support import engine_cases as cases
 from support.engine_cases import OPTIONS, PLAIN
 

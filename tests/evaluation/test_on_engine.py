@@ -35,7 +35,7 @@ class CountingEngine:
 
     def __init__(self, world: ThreadWorld, rank: int, *, tensor: int, data: int) -> None:
         self._rank = world.engines[rank]
-        self.topology = SimpleNamespace(data_parallel_rank=rank // tensor % data, data_parallel_size=data)
+        self.mesh = SimpleNamespace(data_parallel_rank=rank // tensor % data, data_parallel_size=data)
         self.shapes: list[tuple[int, ...]] = []
 
     def score(self, rows: Rows) -> Tensor:

@@ -76,7 +76,7 @@ def test_gpu_steps_equal_the_reference_network_and_resume_bit_for_bit(tmp_path, 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_gpu_attention_of_grouped_queries_needs_no_memory_for_all_scores(dtype):
     """Forward and backward of 8,192 positions stay far below what the scores of 16 heads alone would take."""
-    from megamask.engine.attention import BidirectionalAttention
+    from megamask.engine.layers.attention import BidirectionalAttention
 
     attention = BidirectionalAttention(SimpleNamespace(kv_channels=64), 1, None, "self", rope_theta=1e4)
     query = torch.randn(8192, 1, 16, 64, device="cuda", dtype=dtype, requires_grad=True)

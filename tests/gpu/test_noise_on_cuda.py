@@ -8,7 +8,8 @@ import torch
 from megamask.diffusion.corruption import corrupt
 from megamask.diffusion.philox import philox4x32, run_key
 from megamask.diffusion.schedule import noise_schedule
-from megamask.models.initial_weights import canonical_shapes, initial_tensor
+from megamask.models.initial_weights import initial_tensor
+from megamask.models.shapes import canonical_shapes
 from support.specs import small_spec
 
 pytestmark = [

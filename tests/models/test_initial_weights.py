@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import megamask.models.initial_weights as module
-from megamask.models.initial_weights import canonical_shapes, initial_tensor, standard_deviation, sum_of_twelve
+from megamask.models.initial_weights import initial_tensor, standard_deviation, sum_of_twelve
+from megamask.models.shapes import canonical_shapes, canonical_tensors
 from megamask.storage.hashing import hash_of, key_of
 from support import noise_oracle
 from support.specs import small_spec
@@ -81,13 +82,14 @@ def test_moments_are_those_of_the_law_within_one_in_a_billion() -> None:
 @pytest.mark.parametrize("layers", [1, 8])
 def test_projections_to_the_residual_stream_shrink_with_depth(layers: int) -> None:
     spec = small_spec(num_layers=layers, init_std=0.1)
+    tensors = canonical_tensors(spec)
     for part in ("self_attn.o_proj", "mlp.down_proj"):
         name = f"model.layers.0.{part}.weight"
-        assert standard_deviation(name, spec) == 0.1 / math.sqrt(2 * layers)
+        assert standard_deviation(tensors[name], spec) == 0.1 / math.sqrt(2 * layers)
         assert float(initial_tensor(1, name, spec).std()) == pytest.approx(0.1 / math.sqrt(2 * layers), rel=0.1)
     for part in ("self_attn.q_proj", "mlp.gate_proj", "mlp.up_proj"):
-        assert standard_deviation(f"model.layers.0.{part}.weight", spec) == 0.1
-    assert standard_deviation("model.embed_tokens.weight", spec) == 0.1
+        assert standard_deviation(tensors[f"model.layers.0.{part}.weight"], spec) == 0.1
+    assert standard_deviation(tensors["model.embed_tokens.weight"], spec) == 0.1
 
 
 def test_norms_are_one_and_biases_are_zero() -> None:

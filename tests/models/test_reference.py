@@ -10,8 +10,9 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaModel, Qwen2Config, Qwen2Model, Qwen3Config, Qwen3Model
 
 from megamask.models.context import Causal, Context
-from megamask.models.initial_weights import canonical_shapes, initial_tensor
+from megamask.models.initial_weights import initial_tensor
 from megamask.models.reference import ReferenceModel
+from megamask.models.shapes import canonical_shapes
 from megamask.models.spec import ModelSpec
 from support.specs import small_spec, vocabulary_of
 

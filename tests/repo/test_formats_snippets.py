@@ -71,7 +71,8 @@ def test_page_holds_the_published_philox_vectors(
 
 @pytest.mark.promise("the formats page reproduces the program's initial weights and likelihood masks")
 def test_page_makes_the_program_s_initial_weights(page: ModuleType) -> None:
-    from megamask.models.initial_weights import canonical_shapes, initial_tensor
+    from megamask.models.initial_weights import initial_tensor
+    from megamask.models.shapes import canonical_shapes
     from megamask.models.spec import ModelSpec
 
     spec = ModelSpec(

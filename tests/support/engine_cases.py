@@ -247,11 +247,11 @@ def canonical_weights(engine: Any) -> dict[str, torch.Tensor]:
 
 
 def _canonical(engine: Any, of: Callable[[Any], torch.Tensor]) -> dict[str, torch.Tensor]:
-    from megamask.models.initial_weights import canonical_shapes
+    from megamask.models.shapes import canonical_shapes
 
     tensors = {name: torch.full(shape, float("nan")) for name, shape in canonical_shapes(engine._spec).items()}
     for name, parameter in engine._rank_model.network.named_parameters():
-        for block in engine._canonical.blocks(name):
+        for block in engine.parameters[name].canonical:
             rows = slice(block.first_row, block.first_row + block.sizes[0])
             tensors[block.name][block.index] = of(parameter)[rows]
     return tensors

@@ -43,17 +43,17 @@ def run_layouts(root: str, runs: list[list[Any]]) -> list[None]:
 
 def _global_gradients(engine: Any) -> dict[str, torch.Tensor]:
     """Each rank adds the part that it updates: the buffers of other parts hold its own share of the sum only."""
-    from megamask.models.initial_weights import canonical_shapes
+    from megamask.models.shapes import canonical_shapes
 
     tensors = {name: torch.zeros(shape) for name, shape in canonical_shapes(engine._spec).items()}
     parameters = dict(engine._rank_model.network.named_parameters())
     for shard in engine._optimizer.shards():
-        if not engine._canonical.is_owner(shard.parameter):
+        if not shard.info.is_stored:
             continue
-        whole = parameters[shard.parameter].main_grad
+        whole = parameters[shard.info.name].main_grad
         own = torch.zeros_like(whole)
         own.view(-1)[shard.start : shard.stop] = whole.reshape(-1)[shard.start : shard.stop]
-        for block in engine._canonical.blocks(shard.parameter):
+        for block in shard.info.canonical:
             tensors[block.name][block.index] += own[block.first_row : block.first_row + block.sizes[0]]
     for tensor in tensors.values():
         dist.all_reduce(tensor)

@@ -51,7 +51,7 @@ def run_layout(root: str, spec: str, layout: dict[str, Any]) -> dict[str, Any]:
     """Trains, saves, restores, and breaks one layout; what it returns is compared by the test."""
     folder = folder_of(root, spec, layout)
     engine = cases.make_engine(SPECS[spec], layout, **settings(spec))
-    answer: dict[str, Any] = {"files": {}, "coordinate": engine.topology.data_parallel_rank}
+    answer: dict[str, Any] = {"files": {}, "coordinate": engine.mesh.data_parallel_rank}
     reports = []
     for step in STEPS[spec]:
         reports.append(take(engine, spec, step))

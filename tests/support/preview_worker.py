@@ -64,7 +64,7 @@ def run_layout(root: str, spec: str, layout: dict[str, Any]) -> dict[str, Any]:
     answer: dict[str, Any] = {
         "found": [decoded(engine.predict, SPECS[spec], temperature) for temperature in TEMPERATURES]
     }
-    if engine.topology.data_parallel_rank == 0:  # replicas need not call alike
+    if engine.mesh.data_parallel_rank == 0:  # replicas need not call alike
         answer["alone"] = decoded(engine.predict, SPECS[spec], TEMPERATURES[1], [1])
     engine.close()
 

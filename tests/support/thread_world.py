@@ -35,7 +35,7 @@ class ThreadEngine:
 
     def __init__(self, world: ThreadWorld, rank: int) -> None:
         self.world, self.rank = world, rank
-        self.topology = SimpleNamespace(rank=rank, world_size=world.size)
+        self.mesh = SimpleNamespace(rank=rank, world_size=world.size)
         self.content = f"rank {rank}".encode()
         self.loaded_from: Path | None = None
         self.fail_on_save: Exception | None = None

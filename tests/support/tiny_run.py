@@ -16,7 +16,8 @@ from megamask.data.corpus.prepare import build
 from megamask.data.manifest import Manifest
 from megamask.engine.state import Share
 from megamask.engine.torch_dist import Piece
-from megamask.models.initial_weights import canonical_shapes, initial_tensor
+from megamask.models.initial_weights import initial_tensor
+from megamask.models.shapes import canonical_shapes
 from megamask.models.spec import ModelSpec
 from megamask.models.vocabulary import Vocabulary
 from megamask.runs.configs import store_attempt_config

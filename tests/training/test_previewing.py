@@ -97,7 +97,7 @@ class FakeEngine:
     def __init__(self, world: ThreadWorld, rank: int, data: int) -> None:
         self._rank = world.engines[rank]
         self._world = world
-        self.topology = SimpleNamespace(data_parallel_rank=rank % data, data_parallel_size=data)
+        self.mesh = SimpleNamespace(data_parallel_rank=rank % data, data_parallel_size=data)
         self.num_calls = 0
 
     def predict(self, reading: Reading, draw: Draw) -> Prediction:

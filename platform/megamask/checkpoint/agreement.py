@@ -48,7 +48,7 @@ class CheckpointEngine(Protocol):
         """Whether this is global rank 0."""
 
     @property
-    def topology(self) -> Place:
+    def mesh(self) -> Place:
         """Where this rank stands."""
 
     def state_share(self, *, copy: bool) -> StateShare:

@@ -88,7 +88,7 @@ def _verify_together(
     step, digest = on_main(engine, lambda: _pick(folder))
     commit = _on_all(engine, lambda: _same_commit(folder, step, digest))
     _on_all(engine, lambda: owner.refuse_foreign(commit))
-    mine = share(commit, engine.topology.rank, engine.topology.world_size)
+    mine = share(commit, engine.mesh.rank, engine.mesh.world_size)
     everything = engine.gather_objects(_on_all(engine, lambda: problems(commit, mine)))
     on_main(engine, lambda: _refuse_damaged(folder, everything))
     return commit, _on_all(engine, lambda: _read_documents(commit, model))

@@ -9,7 +9,7 @@ import torch
 from megamask.conversion.hub_folder import HubFolder
 from megamask.errors import DataIntegrityError
 from megamask.models.families.base import Family
-from megamask.models.initial_weights import canonical_shapes
+from megamask.models.shapes import canonical_shapes
 from megamask.models.spec import ModelSpec
 
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"

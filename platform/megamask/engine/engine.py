@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core import parallel_state, tensor_parallel
 
 from megamask.config.schema.layout import LayoutConfig
 from megamask.config.schema.optimizer import OptimizerConfig
@@ -18,16 +17,17 @@ from megamask.data.loader import Batch
 from megamask.diffusion.sampling import Draw, Prediction
 from megamask.engine import scoring, state
 from megamask.engine.backend import Backend, select_backend
-from megamask.engine.canonical import CanonicalMap
 from megamask.engine.collectives import Collectives
 from megamask.engine.head import ScoredRowHead
 from megamask.engine.host_memory import HostMemory
 from megamask.engine.initialization import set_initial_weights
+from megamask.engine.mesh import Mesh, ProcessGroups
 from megamask.engine.network import build_network, wrap_data_parallel
 from megamask.engine.optimizer import ShardedAdamW
+from megamask.engine.parameters import mark_parameters, parameter_table
 from megamask.engine.passes import RankModel
+from megamask.engine.specs import local
 from megamask.engine.step import StepReport, StepSettings, StepShare
-from megamask.engine.topology import Topology
 from megamask.models.spec import ModelSpec
 from megamask.objectives.base import Objective, Reading, Rows
 from megamask.storage.hashing import hash_of
@@ -46,6 +46,9 @@ class Engine:
         compute: precision.compute. In bf16 Adam updates float32 master weights, gradients are summed in float32, and
             the state on disk is the masters'.
 
+    Attributes:
+        parameters: the table of this rank's parameters.
+
     Raises:
         UsageError: the layout's sizes do not multiply to the number of processes.
     """
@@ -63,21 +66,24 @@ class Engine:
     ) -> None:
         backend = select_backend()
         self._collectives = Collectives(backend.device)
-        topology = Topology.from_layout(layout, rank=self._collectives.rank, world_size=self._collectives.world_size)
-        _create_groups(topology)
+        mesh = Mesh.from_layout(layout, rank=self._collectives.rank, world_size=self._collectives.world_size)
+        groups = ProcessGroups(mesh)
         self._spec = spec
         self._host_memory = HostMemory(backend)
-        network = build_network(spec, topology, _FORMATS[compute], mask_token_id=objective.vocabulary.mask_token_id)
+        network = build_network(spec, mesh, _FORMATS[compute], mask_token_id=objective.vocabulary.mask_token_id)
+        self.parameters = parameter_table(network, spec, mesh, local.layer_parameters(spec), optimizer)
+        mark_parameters(network, self.parameters)
         model = wrap_data_parallel(network)
-        self._optimizer = ShardedAdamW(model, optimizer)
-        set_initial_weights(self._optimizer, CanonicalMap(spec=spec, topology=topology), seed=seed)
+        self._optimizer = ShardedAdamW(model, self.parameters, optimizer)
+        set_initial_weights(self._optimizer, spec, seed=seed)
         self._rank_model = RankModel(
-            topology=topology,
+            mesh=mesh,
+            groups=groups,
             backend=backend,
             collectives=self._collectives,
             network=network,
             model=model,
-            head=ScoredRowHead(objective.vocabulary, objective.excluded_ids, topology, backend.device),
+            head=ScoredRowHead(objective.vocabulary, objective.excluded_ids, mesh, groups, backend.device),
             vocabulary=objective.vocabulary,
             objective=objective,
         )
@@ -93,9 +99,9 @@ class Engine:
         return self._rank_model.backend
 
     @property
-    def topology(self) -> Topology:
-        """Where this rank stands."""
-        return self._rank_model.topology
+    def mesh(self) -> Mesh:
+        """Sizes of the layout and this rank's coordinates."""
+        return self._rank_model.mesh
 
     @property
     def rank(self) -> int:
@@ -114,7 +120,7 @@ class Engine:
 
     def members(self, global_batch_size: int) -> list[int]:
         """Places of the global batch that this rank computes, in the order that `step` expects its samples."""
-        return self.topology.members(global_batch_size, self._settings.micro_batch_size)
+        return self.mesh.members(global_batch_size, self._settings.micro_batch_size)
 
     def step(self, batch: Batch, *, step: int, learning_rate: float) -> StepReport:
         """Take one training step on this rank's share of a global batch: count, forward and backward, guard, update.
@@ -195,7 +201,7 @@ class Engine:
                 overwritten. Otherwise the state itself is written, and must not change meanwhile.
         """
         memory = self._host_memory if copy else None
-        return state.share(self._optimizer, self._canonical, rank=self.rank, memory=memory)
+        return state.share(self._optimizer, rank=self.rank, memory=memory)
 
     def load_state(self, folder: Path) -> None:
         """Restores what all ranks' shares wrote, under this engine's layout, whichever it was written under.
@@ -203,7 +209,7 @@ class Engine:
         Raises:
             CheckpointIntegrityError: the folder does not hold the whole state of this network.
         """
-        state.load(folder, self._optimizer, self._canonical, self._collectives)
+        state.load(folder, self._optimizer, self._spec, self._collectives)
 
     def parameter_digest(self) -> str:
         """sha256 over weights and their masters; equal for two runs of one layout exactly if those are, bit for bit."""
@@ -218,40 +224,8 @@ class Engine:
 
     def close(self) -> None:
         """Forgets the groups of this layout, so that an engine of another one can be made; the process group stays."""
-        parallel_state.destroy_model_parallel()
-
-    @property
-    def _canonical(self) -> CanonicalMap:
-        return CanonicalMap(spec=self._spec, topology=self.topology)
+        ProcessGroups.release()
 
 
 def _bytes_of(tensor: torch.Tensor) -> bytes:
     return tensor.detach().contiguous().view(-1).view(torch.uint8).cpu().numpy().tobytes()
-
-
-def _create_groups(topology: Topology) -> None:
-    """Makes megatron-core's groups, or keeps those of an earlier engine: gloo never frees the threads of a group."""
-    if not parallel_state.model_parallel_is_initialized():
-        parallel_state.initialize_model_parallel(
-            tensor_model_parallel_size=topology.tensor_parallel_size,
-            pipeline_model_parallel_size=topology.pipeline_parallel_size,
-            create_gloo_process_groups=False,
-        )
-    actual = (
-        parallel_state.get_tensor_model_parallel_rank(),
-        parallel_state.get_data_parallel_rank(),
-        parallel_state.get_pipeline_model_parallel_rank(),
-        parallel_state.get_tensor_model_parallel_world_size(),
-        parallel_state.get_pipeline_model_parallel_world_size(),
-    )
-    expected = (
-        topology.tensor_parallel_rank,
-        topology.data_parallel_rank,
-        topology.pipeline_parallel_rank,
-        topology.tensor_parallel_size,
-        topology.pipeline_parallel_size,
-    )
-    if actual != expected:
-        raise RuntimeError(f"megatron-core places rank {topology.rank} at {actual}, the topology at {expected}")
-    # sequence parallelism forks a generator of this name; nothing draws from it, dropout is 0
-    tensor_parallel.model_parallel_cuda_manual_seed(1)

@@ -6,11 +6,10 @@ Shapes: r rows, i input positions, h hidden, m scored positions (fixed), v padde
 from __future__ import annotations
 
 import torch
-from megatron.core import parallel_state
 
 from megamask.engine.cross_entropy import sharded_cross_entropy
+from megamask.engine.mesh import Mesh, ProcessGroups
 from megamask.engine.network import DiffusionNetwork
-from megamask.engine.topology import Topology
 from megamask.models.vocabulary import Vocabulary
 from megamask.objectives.base import is_excluded
 
@@ -24,10 +23,16 @@ class ScoredRowHead:
     """
 
     def __init__(
-        self, vocabulary: Vocabulary, excluded_ids: frozenset[int], topology: Topology, device: torch.device
+        self,
+        vocabulary: Vocabulary,
+        excluded_ids: frozenset[int],
+        mesh: Mesh,
+        groups: ProcessGroups,
+        device: torch.device,
     ) -> None:
-        shard = vocabulary.padded_vocab_size // topology.tensor_parallel_size
-        self.first_id = topology.tensor_parallel_rank * shard
+        shard = vocabulary.padded_vocab_size // mesh.tensor_parallel_size
+        self._group = groups.tensor
+        self.first_id = mesh.tensor_parallel_rank * shard
         self._ids = torch.arange(self.first_id, self.first_id + shard, device=device)
         self._vocabulary = vocabulary
         self._is_excluded = self.columns_without(excluded_ids)
@@ -49,7 +54,7 @@ class ScoredRowHead:
             targets.reshape(-1).index_select(0, indices),
             self._is_excluded,
             self.first_id,
-            parallel_state.get_tensor_model_parallel_group(),
+            self._group,
         )
 
     def logits(self, network: DiffusionNetwork, hidden: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:

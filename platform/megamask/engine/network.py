@@ -14,19 +14,14 @@ from megatron.core.distributed import (
     DistributedDataParallelConfig,
     finalize_model_grads,
 )
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.models.gpt.gpt_model import GPTModel
-from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
-from megatron.core.transformer.enums import AttnMaskType
-from megatron.core.transformer.spec_utils import ModuleSpec
-from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megamask.engine.attention import FeedForward, RMSNorm, RotaryAttention, RowContext
-from megamask.engine.canonical import CanonicalMap
 from megamask.engine.embedding import WideSumEmbedding
-from megamask.engine.topology import Topology
+from megamask.engine.layers.attention import RowContext
+from megamask.engine.mesh import Mesh
+from megamask.engine.specs import local
 from megamask.models.context import Context
 from megamask.models.spec import ModelSpec
 
@@ -70,40 +65,39 @@ class DiffusionNetwork(GPTModel):  # type: ignore[misc]
         return hidden_states
 
 
-def build_network(spec: ModelSpec, topology: Topology, compute: torch.dtype, *, mask_token_id: int) -> DiffusionNetwork:
+def build_network(spec: ModelSpec, mesh: Mesh, compute: torch.dtype, *, mask_token_id: int) -> DiffusionNetwork:
     """Build this rank's pipeline stage; its weights are undefined until the optimizer's shards are published.
 
     Args:
         compute: number format of weights and activations.
         mask_token_id: the most frequent input id, whose gradient is summed by itself (embedding.py).
     """
-    config = _transformer_config(spec, topology, compute)
+    config = _transformer_config(spec, mesh, compute)
     network = DiffusionNetwork(
         config=config,
-        transformer_layer_spec=_block_spec(config, len(topology.layers(spec.num_layers)), spec.rope_theta),
+        transformer_layer_spec=local.block_spec(config, len(mesh.layers(spec.num_layers)), rope_theta=spec.rope_theta),
         vocab_size=spec.padded_vocab_size,
         max_sequence_length=spec.max_sequence_length,
         position_embedding_type="none",  # the attention module turns queries and keys itself
         share_embeddings_and_output_weights=spec.tie_embeddings,
-        pre_process=topology.is_first_stage,
-        post_process=topology.is_last_stage,
+        pre_process=mesh.is_first_stage,
+        post_process=mesh.is_last_stage,
     )
     if network.pre_process and compute != torch.float32:
         # float32 runs keep torch's lookup: it sums in their own format already
         network.embedding.word_embeddings = WideSumEmbedding(network.embedding.word_embeddings, mask_token_id)
-    _mark_shards(network, CanonicalMap(spec=spec, topology=topology))
     return network
 
 
 def wrap_data_parallel(network: DiffusionNetwork) -> DistributedDataParallel:
-    """Adds float32 gradient buffers and their sums over the data-parallel ranks, sharded for the optimizer."""
+    """Add float32 gradient buffers and their sums over the data-parallel ranks, sharded for the optimizer."""
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True, use_distributed_optimizer=True, average_in_collective=False
     )
     return DistributedDataParallel(config=network.config, ddp_config=ddp_config, module=network)
 
 
-def _transformer_config(spec: ModelSpec, topology: Topology, compute: torch.dtype) -> TransformerConfig:
+def _transformer_config(spec: ModelSpec, mesh: Mesh, compute: torch.dtype) -> TransformerConfig:
     return TransformerConfig(
         num_layers=spec.num_layers,
         hidden_size=spec.hidden_size,
@@ -120,9 +114,9 @@ def _transformer_config(spec: ModelSpec, topology: Topology, compute: torch.dtyp
         qk_layernorm=spec.qk_norm,
         hidden_dropout=0.0,
         attention_dropout=0.0,
-        tensor_model_parallel_size=topology.tensor_parallel_size,
-        pipeline_model_parallel_size=topology.pipeline_parallel_size,
-        sequence_parallel=topology.sequence_parallel,
+        tensor_model_parallel_size=mesh.tensor_parallel_size,
+        pipeline_model_parallel_size=mesh.pipeline_parallel_size,
+        sequence_parallel=mesh.sequence_parallel,
         bf16=compute == torch.bfloat16,
         params_dtype=compute,
         pipeline_dtype=compute,
@@ -134,7 +128,7 @@ def _transformer_config(spec: ModelSpec, topology: Topology, compute: torch.dtyp
         masked_softmax_fusion=False,
         bias_dropout_fusion=False,
         apply_rope_fusion=False,
-        calculate_per_token_loss=True,  # gradients are summed, by nobody averaged: the loss law
+        calculate_per_token_loss=True,  # gradients are summed, never averaged (law 3)
         finalize_model_grads_func=_finalize_gradients,
     )
 
@@ -142,24 +136,3 @@ def _transformer_config(spec: ModelSpec, topology: Topology, compute: torch.dtyp
 def _finalize_gradients(model: list[Any], num_tokens: torch.Tensor | None, **options: Any) -> None:
     """megamask's own division came before the backward pass; megatron-core's would go over the buffers once more."""
     finalize_model_grads(model, None, **options)
-
-
-def _block_spec(config: TransformerConfig, num_layers: int, rope_theta: float) -> TransformerBlockSubmodules:
-    layer = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=config.qk_layernorm)
-    attention = layer.submodules.self_attention
-    attention.params["attn_mask_type"] = AttnMaskType.no_mask  # the rows' context decides
-    attention.submodules.core_attention = ModuleSpec(module=RotaryAttention, params={"rope_theta": rope_theta})
-    layer.submodules.mlp = FeedForward
-    layer.submodules.input_layernorm = RMSNorm
-    layer.submodules.pre_mlp_layernorm = RMSNorm
-    if config.qk_layernorm:
-        attention.submodules.q_layernorm = RMSNorm
-        attention.submodules.k_layernorm = RMSNorm
-    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=RMSNorm)
-
-
-def _mark_shards(network: DiffusionNetwork, canonical: CanonicalMap) -> None:
-    """megatron-core marks shards while it draws weights; unmarked, the gradient norm would leave them out."""
-    for name, parameter in network.named_parameters():
-        if canonical.is_sharded(name) and not hasattr(parameter, "tensor_model_parallel"):
-            set_tensor_model_parallel_attributes(parameter, is_parallel=True, dim=0, stride=1)

@@ -10,10 +10,13 @@ from typing import Any
 import torch
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
-from megatron.core.optimizer import ParamKey, ParamWithNamePredicate, get_megatron_optimizer
+from megatron.core.optimizer import ParamKey, get_megatron_optimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from megatron.core.optimizer.optimizer_config import ParamPredicate
 
 from megamask.config.schema.optimizer import OptimizerConfig
+from megamask.engine.parameters import ParameterInfo, ParameterTable
+from megamask.models.spec import ModelSpec
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -23,16 +26,14 @@ class Shard:
     """The part of one local parameter that this rank updates.
 
     Args:
-        parameter: megatron-core's name of the parameter.
-        shape: shape of the whole local parameter.
+        info: the parameter.
         start, stop: the part, in the flattened parameter.
-        weight: float32 [stop - start], what Adam updates: a view of the parameter itself, or for a parameter of
-            another format its master weight.
+        weight: float32 [stop - start], the tensor that Adam updates: a view of the parameter itself, or for a parameter
+            of another format its master weight.
         moments: exp_avg and exp_avg_sq, like `weight`.
     """
 
-    parameter: str
-    shape: tuple[int, ...]
+    info: ParameterInfo
     start: int
     stop: int
     weight: torch.Tensor
@@ -42,12 +43,18 @@ class Shard:
 class ShardedAdamW:
     """AdamW under megatron-core's distributed optimizer, which is used on one process too.
 
-    Matrices decay; norms, biases and the embedding as the config says. Steps are taken in three parts, so that the
-    caller can look at the gradient norm before anything changes.
+    Steps are taken in three parts, so that the caller can look at the gradient norm before anything changes.
+
+    megatron-core builds one optimizer for the dense parameters and, where a rank has experts, a second one for them:
+    each part of a step runs over all of them.
+
+    Args:
+        table: of the model's parameters; it decides decay and learning-rate factor of each.
     """
 
-    def __init__(self, model: DistributedDataParallel, config: OptimizerConfig) -> None:
+    def __init__(self, model: DistributedDataParallel, table: ParameterTable, config: OptimizerConfig) -> None:
         self._model = model
+        self._table = table
         self._compute: torch.dtype = model.config.params_dtype
         self._clip_grad_norm = config.clip_grad_norm
         self._optimizer = get_megatron_optimizer(
@@ -65,66 +72,73 @@ class ShardedAdamW:
                 use_distributed_optimizer=True,
             ),
             [model],
-            {_undecayed(model, config): {"wd_mult": 0.0}},
+            _group_overrides(model, table),
             use_gloo_process_groups=False,
         )
         model.config.grad_scale_func = self._optimizer.scale_loss
-        self._sharded = self._optimizer.chained_optimizers[0]
-        for group in self._sharded.optimizer.param_groups:
+        # A rank without parameters of a kind has an optimizer of that kind that does nothing.
+        self._sharded = [part for part in self._optimizer.chained_optimizers if not part.is_stub_optimizer]
+        for group in self._groups():
             group["weight_decay"] = config.weight_decay * group["wd_mult"]
 
     def zero_gradients(self) -> None:
-        """Forgets the gradients of the step before."""
+        """Clear the gradients of the previous step."""
         self._model.zero_grad_buffer()
         self._optimizer.zero_grad()
 
     def gradient_norm(self) -> float:
-        """Makes the summed gradients ready for the update; returns their global norm, the same on every rank."""
+        """Prepare the summed gradients for the update; return their global norm, the same on every rank."""
         self._optimizer.prepare_grads()
         return float(self._optimizer.get_grad_norm())
 
     def update(self, *, learning_rate: float, gradient_norm: float) -> None:
-        """Clips to the configured norm, updates this rank's shards and gathers the new weights."""
+        """Clip to the configured norm, update this rank's shards and gather the new weights."""
         if not math.isfinite(gradient_norm):
             raise ValueError("an update needs a finite gradient norm")
-        for group in self._sharded.optimizer.param_groups:
+        for group in self._groups():
             group["lr"] = learning_rate * group["lr_mult"]
-        if self._clip_grad_norm > 0:
-            clip_grad_by_total_norm_fp32(self._sharded.get_parameters(), self._clip_grad_norm, gradient_norm)
-        self._sharded.optimizer.step()
+        for part in self._sharded:
+            if self._clip_grad_norm > 0:
+                clip_grad_by_total_norm_fp32(part.get_parameters(), self._clip_grad_norm, gradient_norm)
+            part.optimizer.step()
         self.publish_weights()
 
     @property
+    def spec(self) -> ModelSpec:
+        """The network whose parameters these are."""
+        return self._table.spec
+
+    @property
     def has_masters(self) -> bool:
-        """Whether the weights that Adam updates are others than the network's own."""
+        """Whether Adam updates master weights beside the network's own."""
         return self._compute != torch.float32
 
     @property
     def num_updates(self) -> int:
         """Updates taken so far, as Adam's bias correction counts them."""
-        return max((int(group.get("step") or 0) for group in self._groups), default=0)
+        return max((int(group.get("step") or 0) for group in self._groups()), default=0)
 
     @num_updates.setter
     def num_updates(self, value: int) -> None:
-        """Updates made so far; it is saved with the state."""
-        for group in self._groups:
+        """Updates taken so far; saved with the state."""
+        for group in self._groups():
             group["step"] = value
 
     def shards(self) -> Iterator[Shard]:
-        """This rank's shards, in the network's order; moments that do not exist yet are made, as zeros."""
+        """This rank's shards, in the network's order; missing moments are made, as zeros."""
         for name, parameter in self._model.module.named_parameters():
-            if parameter not in self._sharded.model_param_group_index_map:
+            owner = next((part for part in self._sharded if parameter in part.model_param_group_index_map), None)
+            if owner is None:
                 continue  # another data-parallel rank updates all of it
-            group, order = self._sharded.model_param_group_index_map[parameter]
-            weight = self._groups[group]["params"][order]
-            state = self._sharded.optimizer.state[weight]
+            group, order = owner.model_param_group_index_map[parameter]
+            weight = owner.optimizer.param_groups[group]["params"][order]
+            state = owner.optimizer.state[weight]
             for moment in MOMENTS:
                 if moment not in state:
                     state[moment] = torch.zeros_like(weight)
-            part = self._sharded._get_model_param_range_map(parameter)["param"]
+            part = owner._get_model_param_range_map(parameter)["param"]
             yield Shard(
-                parameter=name,
-                shape=tuple(parameter.shape),
+                info=self._table[name],
                 start=part.start,
                 stop=part.end,
                 weight=weight.detach(),
@@ -132,28 +146,37 @@ class ShardedAdamW:
             )
 
     def publish_weights(self) -> None:
-        """Rounds master weights to the parameters' format and gathers every rank's shards into whole parameters."""
+        """Round master weights to the parameters' format and gather every rank's shards into complete parameters."""
         if self.has_masters:  # float32 shards are views of the parameters already
-            self._sharded._copy_main_params_to_model_params()
+            for part in self._sharded:
+                part._copy_main_params_to_model_params()
         self._model.start_param_sync(force_sync=True)
 
-    @property
-    def _groups(self) -> list[dict[str, Any]]:
-        groups: list[dict[str, Any]] = self._sharded.optimizer.param_groups
-        return groups
+    def _groups(self) -> Iterator[dict[str, Any]]:
+        for part in self._sharded:
+            yield from part.optimizer.param_groups
 
 
-def _undecayed(model: DistributedDataParallel, config: OptimizerConfig) -> ParamKey:
-    """Selects the parameters without weight decay; a checkpoint does not know of such groups."""
-    embeddings = ["embedding.word_embeddings.weight"]
-    if model.module.share_embeddings_and_output_weights:
-        embeddings.append("output_layer.weight")  # on the last pipeline stage the same tensor has this name
+def _group_overrides(model: DistributedDataParallel, table: ParameterTable) -> dict[ParamKey, dict[str, float]]:
+    """megatron-core's description of the parameter groups, one for each decay and learning-rate factor.
 
-    def is_undecayed(parameter: torch.Tensor, name: str) -> bool:
-        if name.endswith(".bias"):
-            return not config.weight_decay_on_biases
-        if "layernorm" in name:
-            return not config.weight_decay_on_norms
-        return name.endswith(tuple(embeddings)) and not config.weight_decay_on_embeddings
+    A checkpoint does not contain these groups: their settings come from the config of the run that loads it.
+    """
+    members: dict[tuple[bool, float], set[int]] = {}
+    for name, parameter in model.module.named_parameters():
+        info = table[name]
+        members.setdefault((info.decays, info.lr_multiplier), set()).add(id(parameter))
+    overrides: dict[ParamKey, dict[str, float]] = {}
+    for (decays, lr_multiplier), ids in members.items():
+        override = ({} if decays else {"wd_mult": 0.0}) | ({} if lr_multiplier == 1.0 else {"lr_mult": lr_multiplier})
+        if override:
+            predicate = ParamPredicate(name=f"decays={decays}, lr={lr_multiplier}", fn=_member_of(ids))
+            overrides[ParamKey(predicate=predicate)] = override
+    return overrides
 
-    return ParamKey(with_name_predicate=ParamWithNamePredicate(name="undecayed", fn=is_undecayed))
+
+def _member_of(ids: set[int]) -> Any:
+    def is_member(parameter: torch.Tensor) -> bool:
+        return id(parameter) in ids
+
+    return is_member

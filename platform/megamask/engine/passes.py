@@ -13,16 +13,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megamask.engine.backend import Backend
 from megamask.engine.collectives import Collectives
 from megamask.engine.head import ScoredRowHead
+from megamask.engine.mesh import Mesh, ProcessGroups
 from megamask.engine.network import DiffusionNetwork
-from megamask.engine.topology import Topology
 from megamask.models.context import Context
 from megamask.models.vocabulary import Vocabulary
 from megamask.objectives.base import Objective
@@ -37,7 +35,8 @@ class RankModel:
         model: the same, with gradient buffers.
     """
 
-    topology: Topology
+    mesh: Mesh
+    groups: ProcessGroups
     backend: Backend
     collectives: Collectives
     network: DiffusionNetwork
@@ -104,9 +103,7 @@ def forward_only(
 
 def share_with_stages(rank_model: RankModel, answer: torch.Tensor) -> torch.Tensor:
     """The last stage's answer, on every pipeline stage; others give a tensor of the same shape to receive it in."""
-    if rank_model.topology.pipeline_parallel_size > 1:
-        last = parallel_state.get_pipeline_model_parallel_last_rank()
-        dist.broadcast(answer, src=last, group=parallel_state.get_pipeline_model_parallel_group())
+    rank_model.groups.broadcast_from_last_stage(answer)
     return answer
 
 

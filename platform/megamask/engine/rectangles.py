@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from megamask.engine.canonical import Block
+from megamask.engine.canonical import TensorSlice
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +35,7 @@ class Rectangle:
         return math.prod(self.sizes)
 
 
-def rectangles(blocks: Sequence[Block], *, columns: int, start: int, stop: int) -> Iterator[Rectangle]:
+def rectangles(blocks: Sequence[TensorSlice], *, columns: int, start: int, stop: int) -> Iterator[Rectangle]:
     """The rectangles of elements [start, stop) of a flattened local parameter.
 
     Args:

@@ -11,8 +11,6 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-import torch.distributed as dist
-from megatron.core import parallel_state
 
 from megamask.diffusion.sampling import Draw, Prediction, choose, score_slice
 from megamask.engine import passes
@@ -121,9 +119,7 @@ def _choose_together(rank_model: RankModel, scores: torch.Tensor | None, *, num_
     """The choice over all of the vocabulary, from the tensor-parallel ranks of the last stage to every stage."""
     answer = torch.zeros(2, num_read, dtype=torch.float64, device=rank_model.backend.device)
     if scores is not None:
-        slices = scores.new_empty(rank_model.topology.tensor_parallel_size, *scores.shape)
-        dist.all_gather(list(slices), scores, group=parallel_state.get_tensor_model_parallel_group())
-        chosen = choose(slices)
+        chosen = choose(rank_model.groups.gather_over_tensor(scores))
         answer = torch.stack((chosen.tokens.to(torch.float64), chosen.confidence))
     tokens, confidence = passes.share_with_stages(rank_model, answer).cpu()
     return Prediction(tokens=tokens.to(torch.int64), confidence=confidence)

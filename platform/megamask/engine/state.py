@@ -9,20 +9,18 @@ moments of all data-parallel ranks on one of them and stores the weights twice, 
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from megamask.engine.canonical import CanonicalMap
 from megamask.engine.collectives import Collectives
 from megamask.engine.host_memory import HostMemory
 from megamask.engine.rectangles import rectangles
 from megamask.engine.torch_dist import IndexPart, Piece, StateReader, write_index, write_pieces
 from megamask.errors import CheckpointIntegrityError
-from megamask.models.initial_weights import canonical_shapes
+from megamask.models.shapes import canonical_shapes
 from megamask.models.spec import ModelSpec
 from megamask.storage.durable import read_errors
 from megamask.storage.hashing import canonical_json
@@ -64,19 +62,19 @@ class Share:
         return write_index(folder, parts)
 
 
-def share(optimizer: Any, canonical: CanonicalMap, *, rank: int, memory: HostMemory | None) -> Share:
+def share(optimizer: Any, *, rank: int, memory: HostMemory | None) -> Share:
     """This rank's share of the present state: views of it, or a copy in `memory`.
 
     Args:
         optimizer: the ShardedAdamW that holds this rank's shards.
     """
-    shards = [shard for shard in optimizer.shards() if canonical.is_owner(shard.parameter)]
+    shards = [shard for shard in optimizer.shards() if shard.info.is_stored]
     if memory is not None:
         shards = memory.copy(shards)
-    return Share(list(_pieces(shards, canonical)), num_updates=optimizer.num_updates, rank=rank)
+    return Share(list(_pieces(shards, optimizer.spec)), num_updates=optimizer.num_updates, rank=rank)
 
 
-def load(folder: Path, optimizer: Any, canonical: CanonicalMap, collectives: Collectives) -> None:
+def load(folder: Path, optimizer: Any, spec: ModelSpec, collectives: Collectives) -> None:
     """Reads this rank's shards and gathers the others'; collective.
 
     Raises:
@@ -85,7 +83,7 @@ def load(folder: Path, optimizer: Any, canonical: CanonicalMap, collectives: Col
     failures: list[BaseException] = []
     try:
         optimizer.num_updates = _read_num_updates(folder / OPTIMIZER_NAME)
-        StateReader(folder).read(list(_pieces(optimizer.shards(), canonical)))
+        StateReader(folder).read(list(_pieces(optimizer.shards(), spec)))
     except Exception as error:  # noqa: BLE001  raised on every rank
         failures.append(error)
     collectives.raise_alike(failures, CheckpointIntegrityError)
@@ -105,12 +103,12 @@ def read_canonical_weights(folder: Path, spec: ModelSpec) -> dict[str, torch.Ten
     return weights
 
 
-def _pieces(shards: Iterable[Shard], canonical: CanonicalMap) -> Iterator[Piece]:
+def _pieces(shards: Iterable[Shard], spec: ModelSpec) -> Iterator[Piece]:
     """Views of shards, as rectangles of the canonical tensors."""
-    shapes = canonical_shapes(canonical.spec)
+    shapes = canonical_shapes(spec)
     for shard in shards:
-        columns = math.prod(shard.shape[1:])
-        parts = rectangles(canonical.blocks(shard.parameter), columns=columns, start=shard.start, stop=shard.stop)
+        info = shard.info
+        parts = rectangles(info.canonical, columns=info.num_columns, start=shard.start, stop=shard.stop)
         for part in parts:
             tensors = {"": shard.weight} | {f"optimizer.{name}.": moment for name, moment in shard.moments.items()}
             for prefix, flat in tensors.items():

@@ -77,18 +77,18 @@ class StepShare:
         self._rank_model = rank_model
         self._settings = settings
         self._batch = batch
-        topology, objective, device = rank_model.topology, rank_model.objective, rank_model.backend.device
+        mesh, objective, device = rank_model.mesh, rank_model.objective, rank_model.backend.device
         samples = Samples(
             tokens=batch.tokens.to(device),
             is_eligible=batch.is_eligible.to(device),
             sample_index=batch.sample_index.to(device),
             batch_position=batch.place.tolist(),
-            global_batch_size=len(batch.place) * topology.data_parallel_size,
+            global_batch_size=len(batch.place) * mesh.data_parallel_size,
         )
         key = run_key(settings.seed)
         # The first stage reads the inputs and the last one the targets; both make them alike, and no rank sends any.
         self._rows: Rows | None = None
-        if topology.is_first_stage or topology.is_last_stage:
+        if mesh.is_first_stage or mesh.is_last_stage:
             self._rows = objective.rows(samples, step, key)
         self._context = self._rows.context if self._rows is not None else objective.context(samples, step, key)
         self._shape: ObjectiveShape = objective.shape(batch.tokens.size(1))
@@ -96,7 +96,7 @@ class StepShare:
     def agree_on_counts(self) -> BatchCounts:
         """Exact sums over the global batch, known before any forward pass."""
         rank_model, counts = self._rank_model, [0] * num_counts(self._rank_model.objective)
-        if rank_model.topology.counts and self._rows is not None:
+        if rank_model.mesh.is_metrics_rank and self._rows is not None:
             counts = count_share(self._batch, self._rows, rank_model.objective)
         summed = rank_model.collectives.sum_integers(counts)
         if self._settings.head_capacity is not None:
@@ -156,7 +156,7 @@ class StepShare:
             shape=(self._rows_per_pass, self._shape.input_length),
         )
         of_rank = torch.zeros(num_sums(objective), dtype=torch.float64)
-        if rank_model.topology.counts:
+        if rank_model.mesh.is_metrics_rank:
             of_rank = torch.stack(sums).sum(dim=0)
         return Losses.from_sums(rank_model.collectives.sum_doubles(of_rank), counts, objective)
 

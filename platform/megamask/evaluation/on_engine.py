@@ -27,7 +27,7 @@ class EvaluationEngine(Protocol):
     """What evaluation asks of the engine; the methods are called by all ranks together."""
 
     @property
-    def topology(self) -> Coordinates:
+    def mesh(self) -> Coordinates:
         """Where this rank stands."""
 
     def score(self, rows: Rows) -> Tensor:
@@ -62,9 +62,9 @@ def evaluate_on_engine(
     """
     if bound.is_exact:
         draws = replicates = 1
-    size, num_rows = engine.topology.data_parallel_size, len(tokens)
+    size, num_rows = engine.mesh.data_parallel_size, len(tokens)
     per_coordinate = -(-num_rows // size)
-    places = torch.arange(per_coordinate, device=tokens.device) * size + engine.topology.data_parallel_rank
+    places = torch.arange(per_coordinate, device=tokens.device) * size + engine.mesh.data_parallel_rank
     mine = places.clamp(max=max(0, num_rows - 1))
     estimates = row_estimates(
         engine.score,
@@ -77,7 +77,7 @@ def evaluate_on_engine(
         key=key,
         batch_rows=batch_rows,
     )
-    gathered = engine.gather_objects((engine.topology.data_parallel_rank, estimates.tolist()))
+    gathered = engine.gather_objects((engine.mesh.data_parallel_rank, estimates.tolist()))
     combined = engine.broadcast_object(_combine(gathered, num_rows, size) if gathered else None)
     everything = torch.tensor(combined, dtype=torch.float64).reshape(replicates, num_rows)
     return summarize(everything, bound.scored(is_eligible).sum(dim=1), draws=draws, num_bytes=num_bytes)

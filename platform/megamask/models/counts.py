@@ -6,7 +6,7 @@ import dataclasses
 import math
 from dataclasses import dataclass
 
-from megamask.models.initial_weights import canonical_shapes
+from megamask.models.shapes import canonical_shapes, canonical_tensors
 from megamask.models.spec import ModelSpec
 
 
@@ -46,9 +46,9 @@ def flops_per_token(spec: ModelSpec, *, scored_fraction: float = 0.5, attended_f
         attended_fraction: part of the positions that a position sees; half of them under causal attention.
     """
     matrices = sum(
-        math.prod(shape)
-        for name, shape in canonical_shapes(spec).items()
-        if name.startswith("model.layers.") and len(shape) == 2
+        math.prod(tensor.shape)
+        for tensor in canonical_tensors(spec).values()
+        if tensor.layer is not None and len(tensor.shape) == 2
     )
     scores_and_mixture = (
         attended_fraction * 2 * spec.max_sequence_length * spec.num_attention_heads * spec.head_dim * spec.num_layers

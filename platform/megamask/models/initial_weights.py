@@ -1,21 +1,19 @@
 """Initial weights by the noise law: every layout starts from the same network.
 
 Each element is an integer function of (run.seed, canonical name, row-major place of the element), so a rank makes just
-the part that it owns. Names and shapes are those of the unfused, Hugging-Face-style tensors, with global layer numbers
-and the unpadded vocabulary. The law is in docs/architecture.md, section 4, "Initial weights".
+the part that it owns. Names and shapes are those of models/shapes.py. The law is in docs/architecture.md, "Initial
+weights".
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from functools import lru_cache
-from types import MappingProxyType
 
 import torch
 from torch import Tensor
 
 from megamask.diffusion.philox import Purpose, philox4x32
+from megamask.models.shapes import CanonicalTensor, TensorKind, canonical_tensors
 from megamask.models.spec import ModelSpec
 from megamask.storage.hashing import hash_of, key_of
 
@@ -25,36 +23,6 @@ WEIGHTS_LAW_VERSION = 1
 _MEAN_OF_TWELVE = 393210
 _STD_OF_TWELVE = math.sqrt(65536**2 - 1)
 _ELEMENTS_AT_A_TIME = 1 << 20  # bounds the temporaries to about 100 MiB
-
-
-@lru_cache(maxsize=8)
-def canonical_shapes(spec: ModelSpec) -> Mapping[str, tuple[int, ...]]:
-    """Name and shape of every canonical tensor, in the network's order; lm_head.weight is absent where it is tied."""
-    hidden, queries, keys = (
-        spec.hidden_size,
-        _width(spec.num_attention_heads, spec),
-        _width(spec.num_query_groups, spec),
-    )
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (spec.vocab_size, hidden)}
-    for layer in range(spec.num_layers):
-        prefix = f"model.layers.{layer}."
-        shapes[prefix + "input_layernorm.weight"] = (hidden,)
-        for letter, rows in (("q", queries), ("k", keys), ("v", keys)):
-            shapes[f"{prefix}self_attn.{letter}_proj.weight"] = (rows, hidden)
-            if spec.qkv_bias:
-                shapes[f"{prefix}self_attn.{letter}_proj.bias"] = (rows,)
-        if spec.qk_norm:
-            shapes[prefix + "self_attn.q_norm.weight"] = (spec.head_dim,)
-            shapes[prefix + "self_attn.k_norm.weight"] = (spec.head_dim,)
-        shapes[prefix + "self_attn.o_proj.weight"] = (hidden, queries)
-        shapes[prefix + "post_attention_layernorm.weight"] = (hidden,)
-        shapes[prefix + "mlp.gate_proj.weight"] = (spec.ffn_hidden_size, hidden)
-        shapes[prefix + "mlp.up_proj.weight"] = (spec.ffn_hidden_size, hidden)
-        shapes[prefix + "mlp.down_proj.weight"] = (hidden, spec.ffn_hidden_size)
-    shapes["model.norm.weight"] = (hidden,)
-    if not spec.tie_embeddings:
-        shapes["lm_head.weight"] = (spec.vocab_size, hidden)
-    return MappingProxyType(shapes)
 
 
 def initial_tensor(
@@ -68,7 +36,7 @@ def initial_tensor(
 
     Args:
         seed: run.seed.
-        name: a name of `canonical_shapes`.
+        name: of a canonical tensor (models/shapes.py).
         index: one slice of step 1 for each dimension; None means the whole tensor.
         device: where the values are made; they are the same everywhere.
 
@@ -78,17 +46,18 @@ def initial_tensor(
     Raises:
         ValueError: for a name that the model does not have, or an index that is not such a rectangle.
     """
-    shape = canonical_shapes(spec).get(name)
-    if shape is None:
+    tensor = canonical_tensors(spec).get(name)
+    if tensor is None:
         raise ValueError(f"the model has no canonical tensor {name}")
+    shape = tensor.shape
     spans = _spans(shape, index)
     sizes = tuple(stop - start for start, stop in spans)
-    if name.endswith("norm.weight"):
+    if tensor.kind is TensorKind.NORM:
         return torch.ones(sizes, device=device)
-    if name.endswith(".bias"):
+    if tensor.kind is TensorKind.BIAS:
         return torch.zeros(sizes, device=device)
     key = key_of(hash_of(seed, name))
-    std = standard_deviation(name, spec)
+    std = standard_deviation(tensor, spec)
     divisor = torch.tensor(_STD_OF_TWELVE, dtype=torch.float64, device=device)
     values = torch.empty(math.prod(sizes), dtype=torch.float32, device=device)
     for start in range(0, values.numel(), _ELEMENTS_AT_A_TIME):
@@ -114,15 +83,11 @@ def sum_of_twelve(element: Tensor, key: tuple[int, int]) -> Tensor:
     return total
 
 
-def standard_deviation(name: str, spec: ModelSpec) -> float:
+def standard_deviation(tensor: CanonicalTensor, spec: ModelSpec) -> float:
     """Of a weight matrix: `model.init_std`, smaller for the two projections that write to the residual stream."""
-    if name.endswith(("o_proj.weight", "down_proj.weight")):
+    if tensor.kind is TensorKind.RESIDUAL_MATRIX:
         return spec.init_std / math.sqrt(2 * spec.num_layers)
     return spec.init_std
-
-
-def _width(heads: int, spec: ModelSpec) -> int:
-    return heads * spec.head_dim
 
 
 def _spans(shape: tuple[int, ...], index: tuple[slice, ...] | None) -> list[tuple[int, int]]:

@@ -126,8 +126,8 @@ def preview_on_engine(
     """
     preview, is_wanted = config.preview, rows.is_wanted
     options = _options(config, rows)
-    topology = engine.topology
-    mine = list(range(topology.data_parallel_rank, len(rows.prompts), topology.data_parallel_size))
+    mesh = engine.mesh
+    mine = list(range(mesh.data_parallel_rank, len(rows.prompts), mesh.data_parallel_size))
 
     def measure() -> dict[str, Any]:
         """Decodes every prompt under the network's present weights."""

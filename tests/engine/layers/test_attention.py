@@ -36,7 +36,7 @@ def test_hidden_states_and_gradients_are_the_reference_networks(build, spec, nam
 
 @pytest.mark.promise("under causal attention no position sees a later one, and packed documents do not see each other")
 def test_later_tokens_change_nothing_before_them_under_causal_attention(build):
-    network = build(OPTIONS)._stage.network
+    network = build(OPTIONS)._rank_model.network
     inputs = worker.inputs()
     changed = inputs.clone()
     changed[:, 10] = (changed[:, 10] + 1) % 58
@@ -50,7 +50,7 @@ def test_later_tokens_change_nothing_before_them_under_causal_attention(build):
 @pytest.mark.promise("under causal attention no position sees a later one, and packed documents do not see each other")
 @pytest.mark.parametrize("name", ["documents", "causal documents"])
 def test_packed_documents_are_computed_as_rows_of_their_own(build, name):
-    network, context = build(OPTIONS)._stage.network, worker.CONTEXTS[name]
+    network, context = build(OPTIONS)._rank_model.network, worker.CONTEXTS[name]
     row = worker.inputs()[1:]
     with torch.no_grad():
         packed = network.encode(row, context.rows(slice(1, 2)))
@@ -59,13 +59,13 @@ def test_packed_documents_are_computed_as_rows_of_their_own(build, name):
 
 
 def test_positions_in_order_have_the_bits_of_no_positions(build):
-    network, inputs = build(PLAIN)._stage.network, worker.inputs()
+    network, inputs = build(PLAIN)._rank_model.network, worker.inputs()
     in_order = torch.arange(worker.LENGTH).expand(worker.NUM_ROWS, worker.LENGTH)
     with torch.no_grad():
         assert torch.equal(network.encode(inputs), network.encode(inputs, Context(positions=in_order)))
 
 
 def test_a_mask_beside_the_context_is_refused(build):
-    network = build(PLAIN)._stage.network
+    network = build(PLAIN)._rank_model.network
     with pytest.raises(ValueError, match="RowContext"):
         network(input_ids=worker.inputs(), position_ids=None, attention_mask=torch.ones(1, dtype=torch.bool))

@@ -1,4 +1,4 @@
-"""Attention, RMSNorm and the feed-forward part as megatron-core modules.
+"""Attention with rotary positions as a megatron-core module, and the context that travels to it.
 
 Shapes: s sequence, b rows, h query heads, g key and value heads, d channels of a head.
 """
@@ -10,48 +10,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from megatron.core import parallel_state
 from megatron.core.packed_seq_params import PackedSeqParams
-from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
-from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megamask.engine.operators import rms_norm, rotary_angles, rotate, swiglu
+from megamask.engine.layers.operators import rotary_angles, rotate
 from megamask.models.context import Causal, Context, visible_mask
-
-
-class RMSNorm(torch.nn.RMSNorm):
-    """RMSNorm that sequence parallelism accepts.
-
-    megatron-core sums the gradients of parameters marked `sequence_parallel` over the tensor-parallel ranks; its own
-    wrapper of torch's norms refuses sequence parallelism only because that mark is missing.
-    """
-
-    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **unused: Any) -> None:
-        super().__init__(hidden_size, eps=eps, device=torch.cuda.current_device(), dtype=config.params_dtype)
-        setattr(self.weight, "sequence_parallel", config.sequence_parallel)  # noqa: B010 - no attribute torch knows
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Same shape and format as x, [..., hidden_size]."""
-        return rms_norm(x, self.weight, self.eps or 0.0)
-
-
-class FeedForward(MLP):  # type: ignore[misc]
-    """megatron-core's two matrices, whose first holds gate and up side by side, with SwiGLU between them."""
-
-    def __init__(self, config: TransformerConfig, **unused: Any) -> None:
-        super().__init__(
-            config,
-            MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear),
-            tp_group=parallel_state.get_tensor_model_parallel_group(),
-        )
-
-    def forward(self, hidden_states: torch.Tensor, **unused: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Shapes: [s, b, hidden] -> [s, b, hidden], and no bias."""
-        both, _ = self.linear_fc1(hidden_states)
-        output: tuple[torch.Tensor, torch.Tensor | None] = self.linear_fc2(swiglu(both))
-        return output
 
 
 class RowContext(PackedSeqParams):  # type: ignore[misc]

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from megamask.engine.operators import rms_norm, rotary_angles, rotate, swiglu
+from megamask.engine.layers.operators import rms_norm, rotary_angles, rotate, swiglu
 from megamask.models.reference import rotary_positions
 from megamask.models.reference import rotate as reference_rotate
 from support.specs import small_spec

@@ -7,13 +7,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megamask.config.schema.layout import LayoutConfig
-from megamask.engine.topology import Topology
+from megamask.engine.mesh import Mesh
 from megamask.errors import UsageError
 
 
-def mesh(tp: int, dp: int, pp: int) -> list[Topology]:
+def mesh(tp: int, dp: int, pp: int) -> list[Mesh]:
     layout = LayoutConfig(tensor_parallel_size=tp, data_parallel_size=dp, pipeline_parallel_size=pp)
-    return [Topology.from_layout(layout, rank=rank, world_size=tp * dp * pp) for rank in range(tp * dp * pp)]
+    return [Mesh.from_layout(layout, rank=rank, world_size=tp * dp * pp) for rank in range(tp * dp * pp)]
 
 
 def test_ranks_are_numbered_tensor_parallel_fastest_then_data_then_pipeline():
@@ -45,7 +45,7 @@ def test_each_place_of_a_batch_is_computed_by_one_data_parallel_coordinate(
 
 @given(tp=sizes, dp=sizes, pp=sizes)
 def test_one_rank_speaks_for_each_data_parallel_coordinate(tp, dp, pp):
-    speakers = [rank.data_parallel_rank for rank in mesh(tp, dp, pp) if rank.counts]
+    speakers = [rank.data_parallel_rank for rank in mesh(tp, dp, pp) if rank.is_metrics_rank]
     assert sorted(speakers) == list(range(dp))
 
 
@@ -61,10 +61,10 @@ def test_stages_share_the_layers_in_order():
 def test_layout_is_refused_when_it_does_not_fit_the_processes():
     layout = LayoutConfig(tensor_parallel_size=2, data_parallel_size=3)
     with pytest.raises(UsageError, match=r"2 tensor-parallel x 3 data-parallel x 1 pipeline-parallel = 6.*4 were") as e:
-        Topology.from_layout(layout, rank=0, world_size=4)
+        Mesh.from_layout(layout, rank=0, world_size=4)
     assert "layout.data_parallel_size" in str(e.value)
 
 
 def test_sequence_parallel_is_off_when_there_is_nothing_to_shard():
     layout = LayoutConfig(sequence_parallel=True)
-    assert not Topology.from_layout(layout, rank=0, world_size=1).sequence_parallel
+    assert not Mesh.from_layout(layout, rank=0, world_size=1).sequence_parallel

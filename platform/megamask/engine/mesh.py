@@ -1,0 +1,193 @@
+"""The mesh of ranks: axes, sizes, coordinates and process groups. Nothing else asks megatron-core about them.
+
+Coordinates are integer arithmetic and need no process group. Ranks are numbered as megatron-core numbers them: tensor
+parallel fastest, then context, data and pipeline parallel. Context and expert parallelism and virtual pipeline stages
+have their places here; their sizes are 1 until their passes are built, and no layout key sets them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from megamask.config.schema.layout import LayoutConfig
+from megamask.errors import UsageError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mesh:
+    """Sizes of the axes and one rank's coordinates.
+
+    Args:
+        rank: global rank, 0 <= rank < world_size.
+        tensor_parallel_size, context_parallel_size, data_parallel_size, pipeline_parallel_size: ranks on each axis.
+        expert_parallel_size: ranks that share the experts of a layer; they lie on the data and context axes.
+        virtual_pipeline_size: pieces of the network on each pipeline rank.
+        sequence_parallel: whether activations between matrices are sharded over the tensor-parallel ranks.
+    """
+
+    rank: int
+    tensor_parallel_size: int = 1
+    context_parallel_size: int = 1
+    data_parallel_size: int = 1
+    pipeline_parallel_size: int = 1
+    expert_parallel_size: int = 1
+    virtual_pipeline_size: int = 1
+    sequence_parallel: bool = False
+
+    def __post_init__(self) -> None:
+        unbuilt = ("context_parallel_size", "expert_parallel_size", "virtual_pipeline_size")
+        for name in unbuilt:
+            if getattr(self, name) != 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; allowed: 1, because its passes are not built")
+
+    @classmethod
+    def from_layout(cls, layout: LayoutConfig, *, rank: int, world_size: int) -> Mesh:
+        """Place a rank.
+
+        Raises:
+            UsageError: the layout's sizes do not multiply to the number of processes.
+        """
+        mesh = cls(
+            rank=rank,
+            tensor_parallel_size=layout.tensor_parallel_size,
+            data_parallel_size=layout.data_parallel_size,
+            pipeline_parallel_size=layout.pipeline_parallel_size,
+            # with one tensor-parallel rank there is nothing to shard; megatron-core refuses the flag
+            sequence_parallel=layout.sequence_parallel and layout.tensor_parallel_size > 1,
+        )
+        if mesh.world_size != world_size:
+            raise UsageError(
+                f"layout asks for {layout.tensor_parallel_size} tensor-parallel x {layout.data_parallel_size} "
+                f"data-parallel x {layout.pipeline_parallel_size} pipeline-parallel = {mesh.world_size} processes, "
+                f"but {world_size} were started. Nothing was trained.",
+                hint="change layout.data_parallel_size, or start that many processes",
+            )
+        return mesh
+
+    @property
+    def world_size(self) -> int:
+        """Processes of the job."""
+        return (
+            self.tensor_parallel_size
+            * self.context_parallel_size
+            * self.data_parallel_size
+            * self.pipeline_parallel_size
+        )
+
+    @property
+    def tensor_parallel_rank(self) -> int:
+        """Coordinate on the tensor-parallel axis."""
+        return self.rank % self.tensor_parallel_size
+
+    @property
+    def context_parallel_rank(self) -> int:
+        """Coordinate on the context-parallel axis; its ranks compute parts of the same rows."""
+        return self.rank // self.tensor_parallel_size % self.context_parallel_size
+
+    @property
+    def data_parallel_rank(self) -> int:
+        """Coordinate on the data-parallel axis."""
+        return self.rank // (self.tensor_parallel_size * self.context_parallel_size) % self.data_parallel_size
+
+    @property
+    def pipeline_parallel_rank(self) -> int:
+        """Coordinate on the pipeline-parallel axis; 0 holds the embedding."""
+        return self.rank // (self.tensor_parallel_size * self.context_parallel_size * self.data_parallel_size)
+
+    @property
+    def is_first_stage(self) -> bool:
+        """Whether this rank holds the embedding."""
+        return self.pipeline_parallel_rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        """Whether this rank holds the output layer."""
+        return self.pipeline_parallel_rank == self.pipeline_parallel_size - 1
+
+    @property
+    def is_metrics_rank(self) -> bool:
+        """Whether this rank adds its rows' figures to global sums: one rank for each part of the rows."""
+        return self.tensor_parallel_rank == 0 and self.is_last_stage
+
+    def layers(self, num_layers: int) -> range:
+        """Global numbers of the layers that this pipeline stage holds; num_layers divides by the stages."""
+        share = num_layers // self.pipeline_parallel_size
+        return range(self.pipeline_parallel_rank * share, (self.pipeline_parallel_rank + 1) * share)
+
+    def members(self, global_batch_size: int, micro_batch_size: int) -> list[int]:
+        """Positions in the global batch that this rank computes, in the order of its micro-batches."""
+        return list(self._members(global_batch_size, micro_batch_size))
+
+    def _members(self, global_batch_size: int, micro_batch_size: int) -> Iterator[int]:
+        for first in range(
+            self.data_parallel_rank * micro_batch_size, global_batch_size, self.data_parallel_size * micro_batch_size
+        ):
+            yield from range(first, first + micro_batch_size)
+
+
+class ProcessGroups:
+    """The process groups of a mesh: those of megatron-core, made once for a layout.
+
+    Another engine of the same layout uses the same groups, because gloo never frees the threads of a group.
+
+    Raises:
+        RuntimeError: megatron-core numbers the ranks in another way, or its groups are of another layout.
+    """
+
+    def __init__(self, mesh: Mesh) -> None:
+        from megatron.core import parallel_state, tensor_parallel
+
+        if not parallel_state.model_parallel_is_initialized():
+            parallel_state.initialize_model_parallel(
+                tensor_model_parallel_size=mesh.tensor_parallel_size,
+                pipeline_model_parallel_size=mesh.pipeline_parallel_size,
+                create_gloo_process_groups=False,
+            )
+        actual = (
+            parallel_state.get_tensor_model_parallel_rank(),
+            parallel_state.get_context_parallel_rank(),
+            parallel_state.get_data_parallel_rank(),
+            parallel_state.get_pipeline_model_parallel_rank(),
+            parallel_state.get_tensor_model_parallel_world_size(),
+            parallel_state.get_context_parallel_world_size(),
+            parallel_state.get_pipeline_model_parallel_world_size(),
+        )
+        expected = (
+            mesh.tensor_parallel_rank,
+            mesh.context_parallel_rank,
+            mesh.data_parallel_rank,
+            mesh.pipeline_parallel_rank,
+            mesh.tensor_parallel_size,
+            mesh.context_parallel_size,
+            mesh.pipeline_parallel_size,
+        )
+        if actual != expected:
+            raise RuntimeError(f"megatron-core places rank {mesh.rank} at {actual}, the mesh at {expected}")
+        # sequence parallelism forks a generator of this name; nothing draws from it, dropout is 0
+        tensor_parallel.model_parallel_cuda_manual_seed(1)
+        self._mesh = mesh
+        self.tensor: dist.ProcessGroup = parallel_state.get_tensor_model_parallel_group()
+        self._pipeline: dist.ProcessGroup = parallel_state.get_pipeline_model_parallel_group()
+        self._last_stage: int = parallel_state.get_pipeline_model_parallel_last_rank()
+
+    def broadcast_from_last_stage(self, tensor: torch.Tensor) -> None:
+        """Replace the tensor on every pipeline stage by the last stage's; collective over the stages."""
+        if self._mesh.pipeline_parallel_size > 1:
+            dist.broadcast(tensor, src=self._last_stage, group=self._pipeline)
+
+    def gather_over_tensor(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Stack the tensors of the tensor-parallel ranks, [tp, ...]; collective over them."""
+        parts = tensor.new_empty(self._mesh.tensor_parallel_size, *tensor.shape)
+        dist.all_gather(list(parts), tensor, group=self.tensor)
+        return parts
+
+    @staticmethod
+    def release() -> None:
+        """Forget the groups, so that an engine of another layout can be made; the process group stays."""
+        from megatron.core import parallel_state
+
+        parallel_state.destroy_model_parallel()

@@ -1,0 +1,34 @@
+"""What a layer family provides to the engine.
+
+A family is one module beside this one with two functions:
+
+    block_spec(config, num_layers, rope_theta=) -> megatron-core's specification of a stage's layers
+    layer_parameters(spec) -> the part that each local parameter of such a layer plays, by its name in the layer
+
+The second describes what the first builds: the engine's parameter table (parameters.py) is made from it and refuses a
+network whose parameters it does not describe.
+"""
+
+from __future__ import annotations
+
+from enum import Enum, auto
+
+EMBEDDING = "embedding.word_embeddings.weight"
+OUTPUT_LAYER = "output_layer.weight"
+FINAL_NORM = "decoder.final_layernorm.weight"
+
+
+class Part(Enum):
+    """The part of a layer that a local parameter holds."""
+
+    INPUT_NORM = auto()
+    QUERY_KEY_VALUE = auto()
+    """Weights of the three projections, stacked by query group: its queries, its key, its value."""
+    QUERY_KEY_VALUE_BIAS = auto()
+    QUERY_NORM = auto()
+    KEY_NORM = auto()
+    ATTENTION_OUTPUT = auto()
+    POST_ATTENTION_NORM = auto()
+    GATE_AND_UP = auto()
+    """Both matrices of SwiGLU's first half: this rank's gate rows, then its up rows."""
+    DOWN = auto()
