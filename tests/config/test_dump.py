@@ -17,12 +17,18 @@ from megamask.config.schema.roots import PrepareConfig, TrainConfig
 from megamask.config.variants import meaningless_keys
 
 TRICKY = ["1e3", "null", "yes", "No", "~", "", " ", "1", "0x10", "a: b", "#x", "- a", "'", '"', "a\nb\n", "é", "\u2028"]
-# Refused on purpose in any value: NUL, interpolation and what looks like a credential or a reference.
-texts = st.one_of(st.sampled_from(TRICKY), st.text(st.characters(codec="utf-8", exclude_characters="\0$@?:")))
+# Refused on purpose in any value: NUL and the looks of a credential or of a reference to the environment.
+characters = st.characters(codec="utf-8", exclude_characters="\0@?:")
+texts = st.one_of(st.sampled_from([*TRICKY, "${", "${a.b}", "${oc.env:HOME}", "???", "\\${x}"]), st.text(characters))
+# A path is not empty, names no variable, and ~ would be replaced.
+paths = st.one_of(st.sampled_from(TRICKY), st.text(characters)).filter(
+    lambda text: text and "$" not in text and not text.startswith("~")
+)
 
 
 def values(key: Key) -> st.SearchStrategy:
     setting = key.setting
+    strings = paths if setting.is_path else texts
     if setting.choices:
         found = st.sampled_from(setting.choices)
     elif setting.pattern:
@@ -36,13 +42,16 @@ def values(key: Key) -> st.SearchStrategy:
     elif key.base == "bool":
         found = st.booleans()
     elif key.base == "list":
-        found = st.lists(texts, max_size=3)
+        found = st.lists(strings, max_size=3)
     elif key.base == "entries":
-        found = st.lists(texts | st.dictionaries(st.sampled_from(["name", "path", "format"]), texts, min_size=1))
+        options = {"name": texts, "format": texts}
+        found = st.lists(paths | st.fixed_dictionaries({"path": paths}, optional=options), max_size=3)
     elif key.base == "dict":
-        found = st.dictionaries(st.from_regex(r"\A[A-Za-z0-9._-]{1,20}\Z"), texts, min_size=1, max_size=3)
+        smallest = 1 if key.is_required else 0
+        names = st.from_regex(r"\A[A-Za-z0-9._-]{1,20}\Z")
+        found = st.dictionaries(names, strings, min_size=smallest, max_size=3)
     else:
-        found = texts
+        found = strings
     return st.one_of(st.none(), found) if key.is_optional else found
 
 
@@ -83,7 +92,11 @@ def test_train_config_survives_yaml_unchanged(config):
 @example(
     PrepareConfig(
         corpus=CorpusConfig(
-            inputs=TRICKY, output_dir="null", sequence_length=16, tokenizer=TokenizerConfig(path="on"), licence="1e3"
+            inputs=[text for text in TRICKY if text not in ("", "~")],
+            output_dir="null",
+            sequence_length=16,
+            tokenizer=TokenizerConfig(path="on"),
+            licence="1e3",
         )
     )
 )

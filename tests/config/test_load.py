@@ -123,8 +123,12 @@ REFUSED = {
     "training.steps": ("'training.steps' is not an override; allowed: key.path=value", ""),
     "training.steps=!!int 3": ("the tag", ""),
     "training.steps=[1": ("not valid YAML", ""),
-    "training.steps=${STEPS}": ("interpolation", ""),
-    "run.output_dir=${HOME}/x": ("interpolation", ""),
+    "training.steps=${STEPS}": ("training.steps is '${STEPS}' (a string)", ""),
+    "run.output_dir=${HOME}/x": ("the only reference in a path is ${paths.NAME}", "environment variables"),
+    "run.output_dir=": ("run.output_dir is '', which names no folder or file; allowed: a path", ""),
+    "Training.Steps=3": ("unknown key Training.Steps", "did you mean training.steps?"),
+    "MODEL.HIDDEN_SIZE=3": ("unknown key MODEL.HIDDEN_SIZE", "did you mean model.hidden_size?"),
+    "training.global-batch-size=3": ("unknown key", "did you mean training.global_batch_size?"),
 }
 
 
@@ -147,7 +151,7 @@ FILES_REFUSED = {
     "run:\n  name: *b\n": "bad.yaml:2: the alias *b is not supported",
     "run:\n  <<: {seed: 1}\n": "bad.yaml:2: the merge key << is not supported",
     "run:\n  seed: !!int 3\n": "bad.yaml:2: the tag tag:yaml.org,2002:int is not supported",
-    "run:\n  name: ${oc.env:HOME}\n": "bad.yaml:2: interpolation",
+    "run:\n  name: ${oc.env:HOME}\n": "run.name is '${oc.env:HOME}'; allowed: 1 to 100 of",
     "run: {seed: 1\n": "not valid YAML",
     "run:\n\tseed: 1\n": "bad.yaml:2: not valid YAML",
     "a: 1\n---\nb: 2\n": "a second document begins",
@@ -157,7 +161,7 @@ FILES_REFUSED = {
     "defaults: [3]\n": "defaults is a list of files (bad.yaml:1)",
     "defaults: [no.yaml]\n": "cannot read the config no.yaml (named in bad.yaml:1): No such file",
     "defaults: [bad.yaml]\n": "bad.yaml is among its own defaults (bad.yaml:1)",
-    "? [a]\n: 1\n": "a list or mapping stands where a key is expected",
+    "? [a]\n: 1\n": "a list or mapping where a key is expected",
     "run: " + "[" * 40 + "]" * 40: "nested deeper than",
     "run: \x01": "not valid YAML",
     'run:\n  output_dir: "a\\0b"\n': "run.output_dir holds a NUL character (bad.yaml:2)",
@@ -220,9 +224,10 @@ def test_train_file_given_to_prepare_says_where_it_belongs(tmp_path, refusal):
     assert "`megamask train`" in refusal(load_prepare_config, path).hint
 
 
-def test_config_imports_neither_torch_nor_omegaconf():
-    names = ["load", "dump", "identity", "validate", "keys", "explain", "secrets"]
+def test_config_imports_no_torch_and_omegaconf_only_to_load():
+    names = ["dump", "identity", "keys", "secrets", "schema.roots", "paths", "lines"]
     code = "import sys\n" + "".join(f"import megamask.config.{name}\n" for name in names)
-    code += "print(sorted({'torch', 'omegaconf', 'numpy', 'mlflow'} & set(sys.modules)))"
+    found = "print(sorted({'torch', 'omegaconf', 'numpy', 'mlflow'} & set(sys.modules)))\n"
+    code += found + "import megamask.config.explain, megamask.config.validate\n" + found
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
-    assert done.stdout.strip() == "[]", done.stderr
+    assert done.stdout.split() == ["[]", "['omegaconf']"], done.stderr

@@ -173,7 +173,6 @@ REFUSED = [
         "100, which is not a multiple of 16 = lcm(16, 2 * layout.tensor_parallel_size)",
     ),
     (("data.corpora.second=x",), "data.corpora is {'main': 'corpora/main', 'second': 'x'}, which has 2 entries"),
-    (("data.corpora.main=''",), "its entry main names no folder"),
     (
         ("model.num_query_groups=3",),
         "model.num_query_groups is 3, but model.num_attention_heads is 4; allowed: 1, 2, 4.",
@@ -279,8 +278,6 @@ def test_query_groups_default_to_one_a_head(train):
 
 PREPARE_REFUSED = {
     ("corpus.inputs=[]",): "corpus.inputs is [], which names no text",
-    ("corpus.inputs=['']",): "which names no text",
-    ("corpus.output_dir=''",): "corpus.output_dir is '', which names no folder",
     ("corpus.sequence_length=100",): "a multiple of 16; the nearest are 96 or 112",
     ("corpus.tokenizer.vocab_size=null",): "neither is set",
     ("corpus.tokenizer.path=t.json",): "both are set",

@@ -8,6 +8,7 @@ from typing import Any
 
 from megamask.config.identity import value_of
 from megamask.config.keys import Key, all_keys, all_sections, find_key, nearest_of
+from megamask.config.lines import entries_of
 from megamask.config.load import Loaded, load_config, read_layers
 from megamask.config.schema.roots import PrepareConfig, TrainConfig
 from megamask.errors import UsageError
@@ -54,7 +55,7 @@ def _root_of(name: str) -> type:
 
 def _root_of_file(path: str) -> type:
     """Which of the two trees a file's layers are about."""
-    names = {key for _, document in read_layers(path) for key in document.entries or {}} - {"defaults"}
+    names = {key for _, document in read_layers(path) if document is not None for key, _, _ in entries_of(document)}
     return max(ROOTS.values(), key=lambda root: len(names & set(all_sections(root))))
 
 

@@ -1,4 +1,4 @@
-"""The keys of a settings tree: what each is called, what it may hold, and which key a misspelt one meant."""
+"""The keys of a settings tree: name, type, allowed values, and the key nearest to a misspelt one."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ class Key:
 
     Args:
         name: dotted, as training.steps.
-        setting: what the schema says of it.
-        base: its type; the strings of list[str] and dict[str, str] go without saying.
+        setting: its declaration in the schema.
+        base: its type; list and dict hold strings.
         is_optional: null is allowed.
         default: dataclasses.MISSING where the key must be given.
     """
@@ -102,7 +102,7 @@ def find_key(name: str, root: type) -> Key | None:
 
 
 def nearest(name: str, root: type) -> str:
-    """The key or section that an unknown name most likely meant; there is always one.
+    """Return the key or section that an unknown name most likely meant; there is always one.
 
     The same last part in another section comes first (model.tensor_parallel_size), then the closest spelling.
     """
@@ -111,7 +111,11 @@ def nearest(name: str, root: type) -> str:
 
 
 def nearest_of(name: str, candidates: Sequence[str]) -> str:
-    """The dotted name among the candidates that an unknown one most likely meant; see `nearest`."""
+    """Return the candidate that an unknown name most likely meant; see `nearest`."""
+    for candidate in candidates:  # only the case is wrong, or - is written for _
+        if _normal(candidate) == _normal(name):
+            return candidate
+    name = _normal(name)
     last = name.rpartition(".")[2]
     if same := [candidate for candidate in candidates if candidate.rpartition(".")[2] == last]:
         return max(same, key=lambda candidate: _likeness(name, candidate))
@@ -119,6 +123,10 @@ def nearest_of(name: str, candidates: Sequence[str]) -> str:
     if _likeness(name, closest) >= _CLOSE_ENOUGH:
         return closest
     return max(candidates, key=lambda candidate: _likeness(last, candidate.rpartition(".")[2]))
+
+
+def _normal(name: str) -> str:
+    return name.lower().replace("-", "_")
 
 
 def _likeness(one: str, other: str) -> float:

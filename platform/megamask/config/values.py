@@ -1,14 +1,16 @@
-"""From what stands in a file or on the command line to a value of the right type and range, or a clear refusal."""
+"""Values of the right type and range from a file or the command line, or a clear refusal."""
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
 from typing import Any
 
+from yaml.nodes import MappingNode, Node, SequenceNode
+
 from megamask.config.keys import Key, find_key
-from megamask.config.nodes import Node, parse_yaml
+from megamask.config.lines import entries_of, null_node, parse_yaml, resolve_plain, string_node, value_of_node
+from megamask.config.paths import check_path, map_paths
 from megamask.config.secrets import check_no_secret, check_reference, shown
 from megamask.errors import UsageError
 
@@ -16,15 +18,15 @@ _ENTRY_NAME = re.compile(r"[A-Za-z0-9._-]{1,100}")
 
 
 class _WrongType(Exception):
-    """The value is not of the key's type; the argument is a hint or None."""
+    """A value that is not of the key's type; the argument is a hint or None."""
 
 
 def override_node(name: str, text: str, root: type) -> Node:
-    """The node of an override's text.
+    """Return the node of an override's text.
 
-    What a string key is set to is taken as it stands, because a shell has no types (`run.name=170`) and paths may hold
-    any character; quotes around the whole are YAML's, and `null` or nothing is null where the key allows null.
-    Every other key's text is YAML, as [a, b], true or 1e-3.
+    The text of a string key is taken as it is, because a shell has no types (`run.name=170`) and paths may hold any
+    character; quotes around it are YAML's, and `null` or nothing is null where the key allows null. Every other key's
+    text is YAML, as [a, b], true or 1e-3.
 
     Raises:
         UsageError: not YAML.
@@ -32,38 +34,33 @@ def override_node(name: str, text: str, root: type) -> Node:
     key = find_key(name, root)
     is_string = key is not None and (key.base == "str" or (key.base == "dict" and name != key.name))
     if is_string and text[:1] not in ("'", '"'):
-        if "${" in text:
-            raise UsageError(
-                f"{name}: interpolation with ${{...}} is not supported; write the value out. Nothing was started."
-            )
         is_null = text in ("", "null") and key is not None and (key.is_optional or key.base == "dict")
-        return Node(line=1, text=text, is_plain=is_null)
+        return null_node() if is_null else string_node(text)
     try:
-        node = parse_yaml(text, None)
+        return parse_yaml(text, None) or null_node()
     except UsageError as error:
         # a bare * is YAML's sign of an alias, and what a user writes who means a glob
         hint = f"""quote what begins with *, as '{name}=["*.txt"]'""" if "*" in text else error.hint
         raise UsageError(f"{name} cannot be read: {error.message}", hint=hint) from error
-    return node or Node(line=1, text="", is_plain=True)
 
 
 def convert(key: Key, node: Node, where: str, *, entry: str | None = None) -> Any:
-    """The value of a key.
+    """Return the value of a key.
 
     Args:
         where: "file:line" or "on the command line", for messages.
         entry: the dotted name of one entry of a mapping key; the node is that entry's.
 
     Raises:
-        UsageError: wrong type, out of range, or a credential in a URI.
+        UsageError: wrong type, out of range, a path that names a variable, or a credential in a URI.
     """
     name = entry or key.name
-    if key.is_optional and node.is_plain and node.value is None:
+    if key.is_optional and value_of_node(node) is None:
         return None
     try:
         value = _string(node) if entry else _CONVERTERS[key.base](node)
     except _WrongType as error:
-        given, allowed = f"{shown(node.value)} ({_kind(node)})", "a string" if entry else key.allowed
+        given, allowed = f"{shown(value_of_node(node))} ({_kind(node)})", "a string" if entry else key.allowed
         hint = str(error.args[0]) if error.args else None
         raise UsageError(f"{name} is {given}; allowed: {allowed} ({where}). Nothing was started.", hint=hint) from None
     for text in _strings(value):
@@ -73,13 +70,15 @@ def convert(key: Key, node: Node, where: str, *, entry: str | None = None) -> An
             raise UsageError(f"{name} holds a NUL character ({where}). Nothing was started.")
         if any(0xD800 <= ord(letter) < 0xE000 for letter in text):  # also how undecodable bytes of a shell arrive
             raise UsageError(f"{name} is not Unicode text: it holds half a character ({where}). Nothing was started.")
+    if key.setting.is_path:
+        map_paths(value, lambda text: check_path(name, text, where))
     if key.base != "dict" and not key.setting.accepts(value):
         raise UsageError(f"{name} is {shown(value)}; allowed: {key.allowed} ({where}). Nothing was started.")
     return value
 
 
 def check_entry_name(key: Key, name: str, where: str) -> None:
-    """Refuses a mapping entry whose name is no plain name.
+    """Refuse a mapping entry whose name is not a plain name.
 
     Raises:
         UsageError: names the key and where it was given.
@@ -92,16 +91,16 @@ def check_entry_name(key: Key, name: str, where: str) -> None:
 
 
 def _integer(node: Node) -> int:
-    value = node.value
+    value = value_of_node(node)
     if isinstance(value, bool) or not isinstance(value, int):
         raise _WrongType
     return value
 
 
 def _number(node: Node) -> float:
-    value = node.value
+    value = value_of_node(node)
     if isinstance(value, str):  # "1e-3" in quotes, or as a tool without YAML 1.2 would write it
-        value = _quoted_number(value)
+        value = resolve_plain(value)
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise _WrongType
     try:
@@ -113,42 +112,41 @@ def _number(node: Node) -> float:
     return number
 
 
-def _quoted_number(text: str) -> Any:
-    return Node(line=1, text=text, is_plain=True).value
-
-
 def _boolean(node: Node) -> bool:
-    if not isinstance(node.value, bool):
+    value = value_of_node(node)
+    if not isinstance(value, bool):
         raise _WrongType
-    return bool(node.value)
+    return value
 
 
 def _string(node: Node) -> str:
-    if isinstance(node.value, str):
-        return node.value
-    if isinstance(node.value, bool | int | float):
-        raise _WrongType(f'quote it: "{node.text}"')
+    value = value_of_node(node)
+    if isinstance(value, str):
+        return value
+    if isinstance(value, bool | int | float):
+        raise _WrongType(f'quote it: "{node.value}"')
     raise _WrongType
 
 
 def _list(node: Node) -> list[str]:
-    if node.items is None:
+    if not isinstance(node, SequenceNode):
         raise _WrongType("write a list, as [a, b]")
-    return [_string(item) for item in node.items]
+    return [_string(item) for item in node.value]
 
 
 def _entries(node: Node) -> list[str | dict[str, str]]:
-    if node.items is None:
+    if not isinstance(node, SequenceNode):
         raise _WrongType("write a list, as [a, {path: b}]")
-    return [_string(item) if item.entries is None else _strings_of(item.entries) for item in node.items]
-
-
-def _strings_of(entries: Mapping[str, tuple[int, Node]]) -> dict[str, str]:
-    return {name: _string(child) for name, (_, child) in entries.items()}
+    return [
+        {name: _string(child) for name, _, child in entries_of(item)}
+        if isinstance(item, MappingNode)
+        else _string(item)
+        for item in node.value
+    ]
 
 
 def _mapping(node: Node) -> dict[str, str]:
-    if node.entries is None:
+    if not isinstance(node, MappingNode):
         raise _WrongType("write a mapping of names, as {main: folder}")
     return {}  # its entries are converted one by one
 
@@ -173,10 +171,10 @@ def _strings(value: Any) -> list[str]:
 
 
 def _kind(node: Node) -> str:
-    if node.items is not None:
+    if isinstance(node, SequenceNode):
         return "a list"
-    if node.entries is not None:
+    if isinstance(node, MappingNode):
         return "a mapping"
-    value = node.value
+    value = value_of_node(node)
     kinds = {bool: "a boolean", int: "an integer", float: "a number", str: "a string"}
     return next((words for kind, words in kinds.items() if isinstance(value, kind)), "no value")

@@ -26,7 +26,7 @@ class TokenizerConfig(Section):
         minimum=259,
         unit="entries",
     )
-    path: str | None = identity("load this tokenizer.json instead of training one", default=None)
+    path: str | None = identity("load this tokenizer.json instead of training one", default=None, is_path=True)
     training_bytes: int = identity(
         "a tokenizer is trained on the first training documents up to this much text; not used with path",
         default=100_000_000,
@@ -67,12 +67,13 @@ class CorpusConfig(Section):
     inputs: list[str | dict[str, str]] = identity(
         "files and globs of text (.txt, .py, .md, ...), .jsonl, .ndjson, .parquet, .tar (WebDataset), all but the "
         "last two also .gz or .zst; or mappings {name, path, format, text_key, licence, origin, version}; "
-        "{python_stdlib} stands for the folder of Python's own library"
+        "{python_stdlib} is the folder of Python's own library",
+        is_path=True,
     )
     exclude: list[str] = identity(
         "inputs to leave out: patterns of file names, or globs if they contain a slash", default=[]
     )
-    output_dir: str = operational("folder of the corpus; must not hold another one")
+    output_dir: str = operational("folder of the corpus; must not hold another one", is_path=True)
     sequence_length: int = identity("tokens of a row", minimum=16, unit="tokens")
     validation_fraction: float = identity(
         "share of the documents held out for validation", default=0.02, minimum=0, below=1
@@ -87,10 +88,8 @@ class CorpusConfig(Section):
     def problems(self, config: PrepareConfig) -> Iterator[Problem]:
         """Inputs, folder, length and the key of the text."""
         del config
-        if not self.inputs or not all(self.inputs):
+        if not self.inputs:
             yield Problem(key="corpus.inputs", because="which names no text", allowed="at least one path or glob")
-        if not self.output_dir:
-            yield Problem(key="corpus.output_dir", because="which names no folder", allowed="a folder")
         yield from length_problems("corpus.sequence_length", self.sequence_length)
         if not self.jsonl_text_key:
             yield Problem(key="corpus.jsonl_text_key", because="which is empty", allowed="a key of the .jsonl lines")

@@ -19,7 +19,7 @@ class DataConfig(Section):
     """The prepared corpora of a run and the keys of their order."""
 
     corpora: dict[str, str] = extendable(
-        "name -> folder of a prepared corpus; name and corpus id are identity, the folder is operational"
+        "name -> folder of a prepared corpus; name and corpus id are identity, the folder is operational", is_path=True
     )
     seed: int = identity("seed of the order of rows", default=1, minimum=0, maximum=2**64 - 1)
     shuffle_window_blocks: int = identity(
@@ -38,8 +38,3 @@ class DataConfig(Section):
                 because=f"which has {len(self.corpora)} entries; mixtures are not built yet",
                 allowed="exactly one entry, name -> folder (data.corpora.NAME=null takes one away)",
             )
-        for name, folder in self.corpora.items():
-            if not folder:
-                yield Problem(
-                    key="data.corpora", because=f"and its entry {name} names no folder", allowed="a corpus folder"
-                )

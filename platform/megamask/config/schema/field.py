@@ -1,4 +1,4 @@
-"""How a setting declares itself: default, meaning, unit, allowed values, and what a change of it means."""
+"""The declaration of a setting: default, meaning, unit, allowed values, and the effect of changing it."""
 
 from __future__ import annotations
 
@@ -12,20 +12,21 @@ Kind = Literal["identity", "extendable", "operational"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Setting:
-    """What a config field says of itself.
+    """The declaration of a config field.
 
     Args:
         kind: identity shapes the result and never changes within a run; extendable may only grow; operational may
             change with every attempt.
-        doc: one sentence for a person.
+        doc: one sentence for people.
         unit: what a number counts, or None.
         minimum, maximum: inclusive range of a number.
         above, below: exclusive range of a number.
         choices: the allowed values of a string.
-        pattern: what a string must match as a whole.
+        pattern: what a complete string must match.
         pattern_words: the pattern in words.
         variants: values of the section's `name` for which this key has a meaning; None for all. Given for another one,
             the key is refused; it is part neither of the run's identity nor of a stored config there.
+        is_path: the strings are paths: `~` and ${paths.NAME} are replaced, `$NAME` is refused.
     """
 
     kind: Kind
@@ -39,9 +40,10 @@ class Setting:
     pattern: str | None = None
     pattern_words: str | None = None
     variants: tuple[str, ...] | None = None
+    is_path: bool = False
 
     def allowed(self) -> str | None:
-        """The allowed values in words, or None where any value of the type will do."""
+        """Return the allowed values in words, or None where any value of the type is allowed."""
         if self.choices is not None:
             return ", ".join(self.choices)
         if self.pattern is not None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from megamask.config.schema.checkpoint import CheckpointConfig
 from megamask.config.schema.corpus import CorpusConfig
 from megamask.config.schema.data import DataConfig
 from megamask.config.schema.evaluation import EvaluationConfig
-from megamask.config.schema.field import section
+from megamask.config.schema.field import operational, section
 from megamask.config.schema.layout import LayoutConfig
 from megamask.config.schema.model import ModelConfig
 from megamask.config.schema.objective import ObjectiveConfig
@@ -20,9 +21,16 @@ from megamask.config.schema.tracking import TrackingConfig
 from megamask.config.schema.training import TrainingConfig
 
 
+def paths_setting() -> Any:
+    """Return the field of the free-form section `paths`."""
+    return operational("name -> folder or file, for use as ${paths.NAME} in any other path", default={}, is_path=True)
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """Everything a training run is told."""
+    """The settings of a training run."""
+
+    paths: dict[str, str] = paths_setting()
 
     run: RunConfig = section()
     model: ModelConfig = section()
@@ -40,6 +48,8 @@ class TrainConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class PrepareConfig:
-    """Everything the preparation of a corpus is told."""
+    """The settings of the preparation of a corpus."""
+
+    paths: dict[str, str] = paths_setting()
 
     corpus: CorpusConfig = section()

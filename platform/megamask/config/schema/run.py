@@ -17,5 +17,5 @@ class RunConfig(Section):
         pattern=r"(?!\.{1,2}$)[A-Za-z0-9._-]{1,100}",
         pattern_words="1 to 100 of letters, digits, '.', '_' and '-', but not '.' or '..'",
     )
-    output_dir: str = operational("folder that holds run directories", default="runs")
+    output_dir: str = operational("folder that holds run directories", default="runs", is_path=True)
     seed: int = identity("seed of initial weights, masks and noise levels", default=1, minimum=0, maximum=2**64 - 1)
