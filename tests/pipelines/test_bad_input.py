@@ -237,7 +237,7 @@ def write_tokenizers(folder: Path) -> None:
         (["corpus.output_dir=text.txt/deep/er"], 2, ("corpus.output_dir", "/place/text.txt, which is not a folder")),
         (["corpus.output_dir=folder"], 2, ("corpus.output_dir", "is not a corpus", "not touched")),
         ([f"corpus.output_dir={'x' * 300}"], 2, ("corpus.output_dir", "File name too long")),
-        (["corpus.output_dir="], 2, ("corpus.output_dir", "a folder")),
+        (["corpus.output_dir="], 2, ("corpus.output_dir", "no folder or file")),
     ],
 )
 def test_corpus_that_cannot_be_made_is_refused(

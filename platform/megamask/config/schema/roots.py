@@ -30,8 +30,6 @@ def paths_setting() -> Any:
 class TrainConfig:
     """The settings of a training run."""
 
-    paths: dict[str, str] = paths_setting()
-
     run: RunConfig = section()
     model: ModelConfig = section()
     data: DataConfig = section()
@@ -44,12 +42,12 @@ class TrainConfig:
     evaluation: EvaluationConfig = section()
     preview: PreviewConfig = section()
     tracking: TrackingConfig = section()
+    paths: dict[str, str] = paths_setting()
 
 
 @dataclass(frozen=True, kw_only=True)
 class PrepareConfig:
     """The settings of the preparation of a corpus."""
 
-    paths: dict[str, str] = paths_setting()
-
     corpus: CorpusConfig = section()
+    paths: dict[str, str] = paths_setting()
