@@ -113,7 +113,7 @@ def _weights(
     """float32 [r] on the host, divided in float64: the probabilities are those of the thresholds, not of p(t)."""
     weights = []
     for t, limit in zip(times, thresholds, strict=True):
-        realised = limit / _RESOLUTION
+        realised = max(limit, 1) / _RESOLUTION  # a threshold of 0 masks nothing, and its weight must stay finite
         weights.append(schedule.derivative(t) / realised)
         if complementary:
             weights.append(schedule.derivative(t) / (1 - realised))

@@ -10,7 +10,7 @@ two are both called "cosine" in the field and curve in opposite ways, so their n
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from megamask.diffusion.philox import Purpose, philox4x32
@@ -24,29 +24,49 @@ _RESOLUTION = 1 << 32
 
 @dataclass(frozen=True, kw_only=True)
 class NoiseSchedule:
-    """p(t) = EPS + (1 - 2*EPS) * s(t) with s(0) = 0 and s(1) = 1, rising.
+    """p(t) = lowest + (highest - lowest) * s(t) with s(0) = 0 and s(1) = 1, rising.
 
     Args:
         name: as in `objective.noise_schedule`.
         shape: s.
         shape_derivative: s'.
+        lowest, highest: p(0) and p(1).
     """
 
     name: str
     shape: Callable[[float], float]
     shape_derivative: Callable[[float], float]
+    lowest: float = EPS
+    highest: float = 1 - EPS
 
     def mask_probability(self, t: float) -> float:
         """p(t), the chance that an eligible token is masked in view A; t in [0, 1]."""
-        return EPS + (1 - 2 * EPS) * self.shape(t)
+        return self.lowest + self._range * self.shape(t)
 
     def derivative(self, t: float) -> float:
         """p'(t), not negative."""
-        return (1 - 2 * EPS) * self.shape_derivative(t)
+        return self._range * self.shape_derivative(t)
+
+    @property
+    def _range(self) -> float:
+        # EPS is not a sum of powers of two: 1 - 2*EPS and (1 - EPS) - EPS differ in the last bit, and so would masks
+        return 1 - 2 * EPS if (self.lowest, self.highest) == (EPS, 1 - EPS) else self.highest - self.lowest
 
 
 def _one(t: float) -> float:
     return 1.0
+
+
+_SQRT_START = 1e-4
+"""Up to this t the schedule sqrt is a line, because its slope at 0 is infinite and so would be the weight."""
+
+
+def _sqrt(t: float) -> float:
+    return math.sqrt(t) if t >= _SQRT_START else t / math.sqrt(_SQRT_START)
+
+
+def _sqrt_derivative(t: float) -> float:
+    return 0.5 / math.sqrt(t) if t >= _SQRT_START else 1 / math.sqrt(_SQRT_START)
 
 
 _SCHEDULES = {
@@ -63,20 +83,27 @@ _SCHEDULES = {
             shape=lambda t: 1 - math.cos(math.pi * t / 2),
             shape_derivative=lambda t: math.pi / 2 * math.sin(math.pi * t / 2),
         ),
+        NoiseSchedule(name="sqrt", shape=_sqrt, shape_derivative=_sqrt_derivative),
     )
 }
 
 
-def noise_schedule(name: str) -> NoiseSchedule:
+def noise_schedule(name: str, exponent: float = 1.0) -> NoiseSchedule:
     """The schedule of that name.
+
+    Args:
+        exponent: k of the schedule polynomial, s(t) = t^k, at least 1; below 1 its slope at 0 would be infinite.
 
     Raises:
         UsageError: when there is none.
     """
-    if name not in _SCHEDULES:
-        raise UsageError(
-            f"objective.noise_schedule is {name!r}; allowed: {', '.join(_SCHEDULES)}. Nothing was started."
+    if name == "polynomial":
+        return NoiseSchedule(
+            name=name, shape=lambda t: t**exponent, shape_derivative=lambda t: exponent * t ** (exponent - 1)
         )
+    if name not in _SCHEDULES:
+        names = ", ".join((*_SCHEDULES, "polynomial"))
+        raise UsageError(f"objective.noise_schedule is {name!r}; allowed: {names}. Nothing was started.")
     return _SCHEDULES[name]
 
 
@@ -100,6 +127,15 @@ def stratified_times(step: int, global_batch_size: int, key: tuple[int, int]) ->
     words = philox4x32((index % _RESOLUTION, index // _RESOLUTION, 0, int(Purpose.STRATIFIED_TIME)), key)
     u = (int(words[0]) * 2**21 + int(words[1]) // 2**11) * 2.0**-53
     return [math.modf(u + place / global_batch_size)[0] for place in range(global_batch_size)]
+
+
+def independent_times(sample_index: Sequence[int], key: tuple[int, int]) -> list[float]:
+    """t of each sample by itself: 53 bits of Philox, purpose 8, index = sample index; uniform in [0, 1)."""
+    times = []
+    for index in sample_index:
+        words = philox4x32((index % _RESOLUTION, index // _RESOLUTION, 0, int(Purpose.INDEPENDENT_TIME)), key)
+        times.append((int(words[0]) * 2**21 + int(words[1]) // 2**11) * 2.0**-53)
+    return times
 
 
 def threshold(p: float) -> int:

@@ -9,7 +9,7 @@ Shapes: b samples, r = b * views rows, s tokens of a row.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,12 +17,15 @@ from torch import Tensor
 
 from megamask.diffusion.corruption import CorruptedBatch, corrupt
 from megamask.diffusion.exact_counts import exact_count_masks, exact_counts
-from megamask.diffusion.schedule import noise_schedule, stratified_times
+from megamask.diffusion.philox import Purpose, uniform_words
+from megamask.diffusion.schedule import NoiseSchedule, independent_times, noise_schedule, stratified_times
+from megamask.errors import UsageError
 from megamask.models.context import Context
 from megamask.models.vocabulary import Vocabulary
 from megamask.objectives.base import BoundRows, Key, Reading, Rows, Samples, scored_rows, softmax_without
 from megamask.objectives.shapes import ObjectiveShape, shape_of
-from megamask.objectives.terms import PerEligibleToken, Term, cross_entropy_and_z_loss
+from megamask.objectives.terms import PerEligibleToken, PerScoredToken, Term, cross_entropy_and_z_loss
+from megamask.objectives.weights import BOUNDS, RECIPES, Recipe, position_weights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +36,10 @@ class MaskedObjective:
         noise_schedule: name of a schedule of diffusion/schedule.py.
         complementary: two views of each sample, the second masking what the first leaves visible.
         mask_logit: "excluded" or "included": whether the mask token's logit enters the softmax.
+        noise_exponent: of the schedule polynomial.
+        weight, cart_p: of a masked position, see weights.py; only training's.
+        time_sampling: "stratified" over the global batch, or "uniform", each sample by itself.
+        recipe: a published system's schedule, weight, times and normaliser in place of the ones above; see weights.py.
         z_loss_weight: of the z-loss; it shapes training alone, so it is not part of the record.
 
     Raises:
@@ -43,10 +50,20 @@ class MaskedObjective:
     noise_schedule: str
     complementary: bool
     mask_logit: str
+    noise_exponent: float = 1.0
+    weight: str = "nelbo"
+    cart_p: float = 0.3
+    time_sampling: str = "stratified"
+    recipe: str | None = None
     z_loss_weight: float = 0.0
 
     def __post_init__(self) -> None:
         noise_schedule(self.noise_schedule)
+        if self.recipe is not None and (self.recipe not in RECIPES or self.complementary):
+            raise UsageError(
+                f"objective.recipe is {self.recipe!r} with objective.complementary={self.complementary}; allowed: "
+                f"{', '.join(RECIPES)}, each on one view. Nothing was started."
+            )
         softmax_without(self.vocabulary, self.mask_logit)
 
     @property
@@ -61,9 +78,14 @@ class MaskedObjective:
 
     @property
     def terms(self) -> tuple[Term, ...]:
-        """The NELBO per eligible token and view, and the z-loss if it has a weight."""
-        num_views = self.shape(1).num_views
-        return cross_entropy_and_z_loss("nelbo", PerEligibleToken(num_views=num_views), self.z_loss_weight)
+        """The weighted cross entropy, `nelbo` where it estimates the bound, and the z-loss if it has a weight."""
+        recipe = self._recipe
+        is_bound = self.weight in BOUNDS if recipe is None else recipe.is_bound
+        normalizer: PerEligibleToken | PerScoredToken = PerEligibleToken(num_views=self.shape(1).num_views)
+        if recipe is not None and recipe.is_per_scored_token:
+            normalizer = PerScoredToken()
+        name = "nelbo" if is_bound else "masked_cross_entropy"
+        return cross_entropy_and_z_loss(name, normalizer, self.z_loss_weight, is_bound=is_bound)
 
     @property
     def excluded_ids(self) -> frozenset[int]:
@@ -89,13 +111,21 @@ class MaskedObjective:
         return Context()
 
     def rows(self, samples: Samples, step: int, key: Key) -> Rows:
-        """Masked rows, scored at the masked positions; the weight and the noise level are those of the row."""
-        noised = self._corrupt(samples, step, key)
+        """Masked rows, scored at the masked positions; the noise level is that of the row."""
+        noised, times = self._corrupt(samples, step, key), self._times(samples, step, key)
+        weight = position_weights(
+            self.weight if self._recipe is None else self._recipe.weight,
+            noised,
+            samples.is_eligible,
+            times,
+            [self._schedule.mask_probability(t) for t in times],
+            cart_p=self.cart_p,
+        )
         return Rows(
             inputs=noised.x_t,
             targets=noised.x_0,
             is_scored=noised.is_masked,
-            weight=noised.weight[:, None].expand_as(noised.x_0),
+            weight=weight.expand_as(noised.x_0),
             group=noised.noise_level[:, None].expand_as(noised.x_0),
             context=self.context(samples, step, key),
         )
@@ -118,21 +148,51 @@ class MaskedObjective:
             "mask_logit": self.mask_logit,
         }
 
+    @property
+    def _recipe(self) -> Recipe | None:
+        return None if self.recipe is None else RECIPES[self.recipe]
+
+    @property
+    def _schedule(self) -> NoiseSchedule:
+        if self._recipe is not None:
+            return self._recipe.schedule
+        return noise_schedule(self.noise_schedule, self.noise_exponent)
+
     def _corrupt(self, samples: Samples, step: int, key: Key) -> CorruptedBatch:
+        noised = self._without_forced_masks(samples, step, key)
+        if self._recipe is None or not self._recipe.has_forced_mask:
+            return noised
+        return _with_a_mask_in_each_row(noised, samples, key, mask_token_id=self.vocabulary.mask_token_id)
+
+    def _without_forced_masks(self, samples: Samples, step: int, key: Key) -> CorruptedBatch:
         return corrupt(
             samples.tokens,
             samples.is_eligible,
             samples.sample_index,
             self._times(samples, step, key),
-            schedule=noise_schedule(self.noise_schedule),
+            schedule=self._schedule,
             complementary=self.complementary,
             mask_token_id=self.vocabulary.mask_token_id,
             key=key,
         )
 
     def _times(self, samples: Samples, step: int, key: Key) -> list[float]:
+        is_stratified = self.time_sampling == "stratified" if self._recipe is None else self._recipe.is_stratified
+        if not is_stratified:
+            return independent_times(samples.sample_index.tolist(), key)
         times = stratified_times(step, samples.global_batch_size, key)
         return [times[position] for position in samples.batch_position]
+
+
+def _with_a_mask_in_each_row(
+    noised: CorruptedBatch, samples: Samples, key: Key, *, mask_token_id: int
+) -> CorruptedBatch:
+    """One view, in which a row without masks masks its eligible position with the smallest (word, position)."""
+    words = uniform_words(samples.sample_index, noised.x_0.size(1), purpose=Purpose.MASK, key=key)
+    first = torch.where(samples.is_eligible, words, 1 << 32).argmin(dim=1, keepdim=True)
+    is_first = torch.zeros_like(noised.is_masked).scatter_(1, first, value=True) & samples.is_eligible
+    is_masked = torch.where(noised.is_masked.any(dim=1, keepdim=True), noised.is_masked, is_first)
+    return replace(noised, is_masked=is_masked, x_t=noised.x_0.masked_fill(is_masked, mask_token_id))
 
 
 @dataclass(frozen=True, kw_only=True)

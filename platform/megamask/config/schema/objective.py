@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from typing import Any
 
+from megamask.config.rules.problem import Problem
 from megamask.config.schema.field import Setting, identity
 from megamask.config.schema.section import Section
 
@@ -19,7 +21,35 @@ class ObjectiveConfig(Section):
     noise_schedule: str = identity(
         "how the mask probability p depends on t",
         default="linear",
-        choices=("linear", "cosine_md4", "cosine_bd3"),
+        choices=("linear", "cosine_md4", "cosine_bd3", "polynomial", "sqrt"),
+        variants=MASKED,
+    )
+    noise_exponent: float = identity(
+        "k of the noise schedule polynomial, p rising as t^k", default=1.0, minimum=1, variants=MASKED
+    )
+    weight: str = identity(
+        "weight of a masked position's cross entropy; only nelbo and any_order make the loss a bound on the likelihood",
+        default="nelbo",
+        choices=("nelbo", "unit", "one_minus_t", "any_order", "cart"),
+        variants=MASKED,
+    )
+    cart_p: float = identity(
+        "p of the weight cart, which grows with the visible tokens near a masked one",
+        default=0.3,
+        above=0,
+        below=1,
+        variants=MASKED,
+    )
+    time_sampling: str = identity(
+        "how the noise levels of a batch are drawn: spread evenly over it, or one by one",
+        default="stratified",
+        choices=("stratified", "uniform"),
+        variants=MASKED,
+    )
+    recipe: str | None = identity(
+        "loss of a published system to the digit, in place of the settings of schedule, weight and times",
+        default=None,
+        choices=("llada", "mdlm", "megadlms", "dream"),
         variants=MASKED,
     )
     complementary: bool = identity(
@@ -33,6 +63,31 @@ class ObjectiveConfig(Section):
         default=0.0,
         minimum=0,
     )
+
+    def problems(self, config: Any) -> Iterator[Problem]:
+        """Settings that a recipe replaces, and an exponent of another schedule."""
+        if self.noise_exponent != 1 and self.noise_schedule != "polynomial":
+            yield Problem(
+                key="objective.noise_exponent",
+                because=f"but objective.noise_schedule is {self.noise_schedule}",
+                allowed="1; or any exponent >= 1 with objective.noise_schedule=polynomial",
+            )
+        if self.recipe is None or not self.has_meaning("recipe"):
+            return
+        if self.complementary:
+            yield Problem(
+                key="objective.complementary",
+                because=f"but objective.recipe is {self.recipe}, which trains one view of a sample",
+                allowed="false; or objective.recipe=null",
+            )
+        defaults = {field.name: field.default for field in fields(self)}
+        for name in ("noise_schedule", "weight", "time_sampling"):
+            if getattr(self, name) != defaults[name]:
+                yield Problem(
+                    key=f"objective.{name}",
+                    because=f"but objective.recipe is {self.recipe}, which has its own",
+                    allowed=f"{defaults[name]}, its default; or objective.recipe=null",
+                )
 
     def settings(self) -> dict[str, Any]:
         """The name and the settings that have a meaning for it."""
