@@ -30,7 +30,7 @@ _NOTHING = "Nothing was scored."
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationRequest:
-    """What to score and how.
+    """Evaluation request.
 
     Args:
         texts: files, each one document; empty means a split.

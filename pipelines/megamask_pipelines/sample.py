@@ -17,7 +17,7 @@ from megamask_pipelines.checkpoint_loading import LoadedCheckpoint, load_checkpo
 
 @dataclass(frozen=True, kw_only=True)
 class SampleRequest:
-    """What to write and how; exactly one of prompt and text_with_spans, or neither for text from nothing.
+    """Sampling request; at most one of prompt and text_with_spans, neither for text without a prompt.
 
     Args:
         length: tokens to add after the prompt; None means 64, or what still fits.
@@ -82,7 +82,7 @@ def _sequence(checkpoint: LoadedCheckpoint, request: SampleRequest) -> MaskedSeq
 def _texts(
     checkpoint: LoadedCheckpoint, sequence: MaskedSequence, tokens: list[int], *, is_continuation: bool
 ) -> dict[str, Any]:
-    """What the tokens say; an end of document ends a continuation and is left out of an infilled text."""
+    """Decode the tokens; an end of document ends a continuation and is left out of an infilled text."""
     tokenizer, eod = checkpoint.tokenizer, checkpoint.model.vocabulary.eod_token_id
     spans = [tokens[start:stop] for start, stop in sequence.spans]
     if is_continuation:

@@ -18,7 +18,7 @@ _HEAD = re.compile(r"(\d+):([0-9a-f]{64})")
 
 @dataclass(frozen=True, kw_only=True)
 class RunChecks:
-    """What to check beyond the run directory; `uri` is the tracking server of `compares_mlflow`, None the run's own."""
+    """Checks beyond the run directory; `uri` is the tracking server of `compares_mlflow`, None for the run's own."""
 
     request: AuditRequest = field(default_factory=AuditRequest)
     evaluates: bool = False

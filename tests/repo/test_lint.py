@@ -85,7 +85,8 @@ def test_misplaced_tests_are_found() -> None:
         ("tests/nothing/test_a.py", "tests/nothing: no room of this name"),
     ],
 )
-def test_wrong_file_of_the_tree_is_found(extra: str, finding: str) -> None:
+def test_wrong_file_of_the_tree_is_found(monkeypatch: pytest.MonkeyPatch, extra: str, finding: str) -> None:
+    monkeypatch.setattr(lint, "CLEAN_ROOMS", (ROOM,))
     tree = ["platform/megamask/__init__.py", ROOM, "tests/errors/test_errors.py", "tests/errors/deep/test_more.py"]
     assert list(lint.findings_of_tree(tree)) == []
     assert list(lint.findings_of_tree([*tree, extra])) == [finding]

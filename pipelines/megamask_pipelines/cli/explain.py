@@ -14,9 +14,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Explains one key, a section or everything.
+    """Explain one key, a section or everything.
 
-    Returns: key, and settings: a list of what `megamask.config.explain.explain` says; for one key its fields too.
+    Returns: key, and settings: the list that `megamask.config.explain.explain` returns; for one key its fields too.
     """
     from megamask.config.explain import explain
 

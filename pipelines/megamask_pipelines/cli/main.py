@@ -1,7 +1,7 @@
-"""`megamask VERB ...`: finds the verb, prints what it answers, turns errors into messages and exit codes.
+"""`megamask VERB ...`: find the verb, print its answer, turn errors into messages and exit codes.
 
 Each verb is a module beside this one with `add_arguments(parser)`, `run(arguments) -> dict` and, for people,
-`render(result) -> str`. Only the verb that is asked for is imported, so that help is immediate.
+`render(result) -> str`. Only the requested verb is imported, so that help is immediate.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from megamask.provenance.redaction import redact, redacted
 from megamask.resilience import daemon_threads
 
 VERBS: Mapping[str, str] = {
-    "prepare": "make a corpus of text",
+    "prepare": "make a corpus from text files",
     "train": "train a run, or resume it",
     "evaluate": "measure the likelihood bound of a run or checkpoint on held-out text",
-    "sample": "generate text, or fill in what is masked",
-    "inspect": "show the exact samples and masks of a training step",
+    "sample": "continue a prompt, or fill the gaps of a text",
+    "inspect": "recompute the exact samples and masks of a training step",
     "verify": "read every byte of a corpus, checkpoint or run and compare it with its record",
-    "status": "tell what happened to a run, attempt by attempt, and where it stands",
-    "sync": "send to MLflow what it has not got of a run",
-    "explain": "explain a setting: meaning, range, default, and who set it",
+    "status": "show the state of a run, attempt by attempt",
+    "sync": "upload the parts of a run that MLflow is missing",
+    "explain": "explain a setting: meaning, range, default, origin",
 }
 _HELP = """usage: megamask VERB [CONFIG.yaml] [key.path=value ...] [--json]
 
@@ -40,24 +40,24 @@ verbs:
 {verbs}
 
 options:
-  -h, --help   this text; `megamask VERB --help` has the verb's
-  --version    the version of megamask
+  -h, --help   show this text; `megamask VERB --help` shows that of a verb
+  --version    show the version of megamask
   --json       with every verb: one JSON object as the last line of stdout, everything else on stderr
 """
 
 
 class Verb(Protocol):
-    """What a verb's module offers; `render` may be missing."""
+    """Interface of a verb's module; `render` is optional."""
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
-        """Declares the verb's arguments."""
+        """Declare the verb's arguments."""
 
     def run(self, arguments: argparse.Namespace) -> dict[str, Any]:
-        """Does the work; an "exit_code" in the answer becomes the process's."""
+        """Run the verb; an "exit_code" in the answer becomes that of the process."""
 
 
 class _Parser(argparse.ArgumentParser):
-    """A parser whose complaint is an error like every other."""
+    """A parser that raises its complaint as a UsageError."""
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message}. Nothing was started.", hint=f"`{self.prog} --help` shows the arguments")
@@ -72,7 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit code of the contract (megamask.errors.ExitCode).
     """
-    if sys.stdout is None:  # started with descriptor 1 closed: nobody listens, and no other file may take its place
+    if sys.stdout is None:  # started with descriptor 1 closed; keep other files from taking its number
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  open until the process ends
     given = list(sys.argv[1:] if arguments is None else arguments)
     wants_json = "--json" in given
@@ -147,7 +147,7 @@ def _guarded(action: Callable[[], int], name: str, json_answer: IO[str] | None) 
         if isinstance(end.code, int):
             return end.code
         return int(ExitCode.DONE if end.code is None else ExitCode.BUG)
-    except Exception as error:  # noqa: BLE001  the outermost frame: the traceback is printed, the exit code says bug
+    except Exception as error:  # noqa: BLE001  the outermost frame: the traceback is printed, the exit code is that of a bug
         return _report_bug(error, json_answer)
 
 
@@ -171,7 +171,7 @@ def _report_bug(error: Exception, json_answer: IO[str] | None) -> int:
 
 
 def _path_refusal(error: OSError) -> MegamaskError | None:
-    """The error of a path that no file system takes, whichever verb, key or option gave it; None for other causes."""
+    """Return the error of a path that no file system accepts, from any verb, key or option; None for other causes."""
     if error.errno not in (errno.ENAMETOOLONG, errno.ELOOP):
         return None
     return UsageError(f"{error.filename} cannot be a path: {error.strerror}. Nothing was started.", hint="shorten it")
@@ -199,7 +199,7 @@ def _configure_logging() -> None:
 
 @contextlib.contextmanager
 def _stdout_kept_for_the_answer(wants_json: bool, *, owns_process: bool) -> Iterator[IO[str]]:
-    """With --json, whatever libraries and child processes print goes to stderr; the answer alone goes to stdout.
+    """With --json, send all output of libraries and child processes to stderr; only the answer goes to stdout.
 
     Args:
         owns_process: this is the process's only command, so its descriptor 1 may point at stderr until the end; what C
@@ -254,7 +254,7 @@ def _help_text() -> str:
 
 
 def _print(text: str, stream: IO[str] | None = None) -> None:
-    """Writes a line; a reader that has gone away (`| head`) is no error."""
+    """Write a line; a reader that has closed the pipe (`| head`) is not an error."""
     stream = stream or sys.stdout
     try:
         stream.write(f"{text.rstrip()}\n")

@@ -1,4 +1,4 @@
-"""`megamask status RUN`: what happened to a run and where it stands, from its directory alone."""
+"""`megamask status RUN`: the history and state of a run, from its directory alone."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Reads status.json, claims, rank files, both ends of each attempt's journal, and the names of checkpoints.
+    """Read status.json, claims, rank files, both ends of each attempt's journal, and the names of checkpoints.
 
     Returns:
         run_id, run_dir, phase, is_live, attempt, num_attempts, step, steps, loss, nelbo_nats_per_token, evaluation,
         eta_s, attempt_exit_code, reason, node, time, last_line_time, last_line_age_s, last_checkpoint,
-        num_checkpoints, checkpoints (newest first), num_incidents, are_all_incidents, last_incident, attempts. What is
-        not known is null. step is the last one journalled. A long journal is read at its ends: are_all_incidents
-        tells whether num_incidents counts all of it.
+        num_checkpoints, checkpoints (newest first), num_incidents, are_all_incidents, last_incident, attempts. Unknown
+        values are null. step is the last one journalled. Only the ends of a long journal are read:
+        are_all_incidents is true if num_incidents counts all of it.
 
     Raises:
         UsageError: not a run directory.

@@ -27,12 +27,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Verifies a folder; the first damage raises, with exit code 64 for a corpus and 65 for a checkpoint.
+    """Verify a folder; the first damage raises, with exit code 64 for a corpus and 65 for a checkpoint.
 
-    A run is read to its end, whatever is found; the answer lists it all.
+    A run is read to its end; the answer lists all findings.
 
     Returns:
-        for a corpus: corpus_id, rows, documents, tokens, shards, ok; for a checkpoint: what `verify_checkpoint` says;
+        for a corpus: corpus_id, rows, documents, tokens, shards, ok; for a checkpoint: as `verify_checkpoint`;
         for a run: as `megamask.audit.run.verify_run`.
     """
     folder = Path(arguments.folder)

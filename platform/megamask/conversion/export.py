@@ -24,7 +24,7 @@ _PLAN_NAME = "plan.sha256"
 
 @dataclass(frozen=True, kw_only=True)
 class ExportReport:
-    """What was written.
+    """Result of an export.
 
     Args:
         tensors: number of tensors.
@@ -41,7 +41,7 @@ class ExportReport:
 
 @dataclass(frozen=True, kw_only=True)
 class ExportPlan:
-    """What to write.
+    """Content of an export.
 
     Args:
         names: family and network.

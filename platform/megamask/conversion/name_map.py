@@ -1,4 +1,4 @@
-"""Which published tensor holds each canonical tensor of a network."""
+"""Map from each canonical tensor of a network to the published tensor that contains it."""
 
 from __future__ import annotations
 

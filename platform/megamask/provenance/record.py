@@ -1,4 +1,4 @@
-"""What made a file: version of the code and of the libraries."""
+"""Versions of the code and of the libraries that made a file."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def library_versions() -> dict[str, str]:
 
 
 def num_processors() -> int:
-    """Processors that this process may use; where the system cannot tell, those it has."""
+    """Processors that this process may use; all processors where the system has no such limit."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
@@ -57,7 +57,7 @@ def num_processors() -> int:
 
 def _describe(root: Path) -> str | None:
     command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--tags", "--abbrev=12"]
-    environment = {**os.environ, "GIT_OPTIONAL_LOCKS": "0"}  # never touch a checkout that somebody works in
+    environment = {**os.environ, "GIT_OPTIONAL_LOCKS": "0"}  # never write to a checkout in use
     try:
         done = subprocess.run(
             command, capture_output=True, text=True, timeout=_GIT_TIMEOUT_S, env=environment, check=True

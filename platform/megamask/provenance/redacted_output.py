@@ -1,4 +1,4 @@
-"""What a process says by itself, redacted: log records, warnings, and the traces of threads and finalizers.
+"""Redacted output outside the command line: log records, warnings, and the traces of threads and finalizers.
 
 Errors and their traces are redacted where the command line prints them.
 """
@@ -53,8 +53,8 @@ class _RedactingFactory:
         record = self._factory(*arguments, **options)
         try:
             message = record.getMessage()
-        except Exception as error:  # noqa: BLE001  arguments that do not fit, or an object whose text raises whatever
-            # it likes: logging itself would print what it can and go on, and no log call may end training
+        except Exception as error:  # noqa: BLE001  arguments that do not fit, or an object whose text raises
+            # any error: logging itself would print what it can and continue, and no log call may end training
             message = _as_given(record, error)
         record.msg, record.args = redact(message), None
         if record.exc_info and record.exc_info[0] is not None:
@@ -65,7 +65,7 @@ class _RedactingFactory:
 
 
 def _as_given(record: logging.LogRecord, error: Exception) -> str:
-    """What is left to say where a message cannot be put together."""
+    """Return a substitute for a message that cannot be formatted."""
     try:
         return f"{record.msg} {record.args!r}"
     except Exception:  # noqa: BLE001  an argument without a text raises here again

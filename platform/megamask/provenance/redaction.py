@@ -1,8 +1,7 @@
 """One redactor for everything that leaves the process as text: logs, errors, config dumps, journal, tags.
 
-It knows the shapes of credentials, and the credentials themselves once it was told them: what `env:NAME` settings stand
-for. A secret that looks like a plain word and was not told is not found. Secrets belong into the environment and are
-given as `env:NAME`.
+It masks credential patterns and registered secrets: the values of `env:NAME` settings. A secret that looks like a plain
+word and was not registered is not found. Secrets belong into the environment and are given as `env:NAME`.
 """
 
 from __future__ import annotations
@@ -28,15 +27,15 @@ _NAMED = re.compile(
 )
 _END_OF_NAME = re.compile(r"[\w.-]+$")
 _BEARER = re.compile(r"(?P<name>\b(?:bearer|basic)\s+)[A-Za-z0-9+/_.~=-]{8,}", re.IGNORECASE)
-# Names that only speak of tokens of text, or of where a secret stands.
+# Names that refer to tokens of text, or to the location of a secret.
 _HARMLESS = re.compile(
     r"(?:num|consumed|processed|masked|eligible|max|global_batch)[\w.]*_tokens?|tokens?_per|[\w.]*token_id|tokenizer"
     r"|per_token|special_token|mask_token|token_bytes|(?:^|[0-9.])tokens\b",
     re.IGNORECASE,
 )
-# Variables that hold a secret by their name, whoever reads them (MLflow, an object store's client).
+# Variables that hold a secret by their name, for any reader (MLflow, an object store's client).
 _SECRET_VARIABLE = re.compile(r"(?:^|_)(?:TOKEN|PASSWORD|PASSWD|SECRET|API_?KEY|ACCESS_KEY|SESSION_KEY|PRIVATE_KEY)$")
-# A shorter word would be masked inside other words; nobody's secret is that short.
+# A shorter word would be masked inside other words; no secret is that short.
 _SHORTEST = 4
 _SHORTEST_VARIABLE = 8
 
@@ -56,7 +55,7 @@ def register_secret(value: str) -> None:
 
 
 def register_references(config: Any) -> None:
-    """Tells the redactor what the `env:NAME` settings of a config stand for; variables that are not set are left out.
+    """Register the values of the `env:NAME` settings of a config; unset variables are skipped.
 
     Args:
         config: a settings tree (a dataclass), as `megamask.config.load` makes them.
@@ -67,14 +66,14 @@ def register_references(config: Any) -> None:
 
 
 def register_environment() -> None:
-    """Tells the redactor the values of environment variables whose names say that they are secrets."""
+    """Register the values of environment variables that are secrets by their name."""
     for name, value in os.environ.items():
         if _SECRET_VARIABLE.search(name.upper()) and len(value) >= _SHORTEST_VARIABLE:
             register_secret(value)
 
 
 def forget_secrets() -> None:
-    """Forgets what was told; for tests, which are many programs in one process."""
+    """Forget all registered secrets; for tests, which are many programs in one process."""
     global _longest_first  # noqa: PLW0603
     _told.clear()
     _longest_first = ()
@@ -112,7 +111,7 @@ def redacted(error: MegamaskError) -> MegamaskError:
 
 
 def reason_of(error: BaseException) -> str:
-    """What the records of a run say of an error that ended it, redacted."""
+    """Return the text of an error that ended a run, for its records, redacted."""
     return redact(error.message if isinstance(error, MegamaskError) else f"{type(error).__name__}: {error}")
 
 

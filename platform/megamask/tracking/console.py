@@ -45,7 +45,7 @@ class Console:
     Args:
         config: for the number of steps and how often a line is due.
         bytes_per_token: UTF-8 bytes of the training text per eligible token; None shows no bits per byte.
-        num_samples: samples of the whole run, so that the remaining time counts a growing batch; None goes by steps.
+        num_samples: samples of the run, so that the remaining time counts a growing batch; None goes by steps.
         stream: where to write, by default stderr.
         is_terminal: draw a progress display; by default whether the stream is a terminal.
     """
@@ -85,7 +85,7 @@ class Console:
                 elif isinstance(record, AttemptStarted) and record.resumed_from:
                     self._last_checkpoint = record.resumed_from.get("step")
                 self._write(text)
-        except Exception as error:  # noqa: BLE001  a closed terminal or a strange record is no reason to stop training
+        except Exception as error:  # noqa: BLE001  a closed terminal or a malformed record must not stop training
             self._give_up(error)
 
     def close(self) -> None:

@@ -117,7 +117,7 @@ class AttemptStarted(JournalRecord):
 
 @dataclass(frozen=True, kw_only=True)
 class Step(JournalRecord):
-    """A completed update. Losses in nats per token; times in seconds; counts of tokens are of the whole batch."""
+    """A completed update. Losses in nats per token; times in seconds; token counts are of the global batch."""
 
     kind = "step"
     step: int

@@ -1,6 +1,6 @@
 """A checkpoint family: how a published architecture names its numbers and its tensors.
 
-A family is data. It says which architectures it covers, under which keys config.json holds the numbers of a
+A family is data. It states which architectures it covers, under which keys config.json holds the numbers of a
 `ModelSpec`, which switches must have which value because the network here has no other, and how each canonical tensor
 (models/initial_weights.py: unfused Llama names) is called in the published files. No torch, no files: reading and
 writing weights is the conversion room's.
