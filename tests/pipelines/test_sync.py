@@ -229,7 +229,7 @@ def test_killed_attempt_is_told_by_a_sync_and_the_next_one_goes_on_in_the_same_h
     done = megamask("train", *arguments)
     assert done.code == 0, done.stderr
     assert_whole(server.uri, tmp_path / "run", "FINISHED")
-    assert stored_run(server.uri, tmp_path / "run").data.tags["megamask.attempts"] == "2"
+    assert stored_run(server.uri, tmp_path / "run").data.tags["attempts"] == "2"
 
 
 def _lines(run_dir: Path) -> list[dict[str, object]]:

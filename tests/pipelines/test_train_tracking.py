@@ -63,7 +63,7 @@ def test_commits_and_datasets_are_browsable_in_mlflow(tracked: Path, monkeypatch
     [experiment] = [found for found in client.search_experiments() if found.name == "megamask"]
     models = client.search_logged_models([experiment.experiment_id])
     committed = {r["checkpoint"]: r for r in journal(tracked) if r["kind"] == "checkpoint_committed"}
-    assert {model.tags["megamask.checkpoint"]: model.params["digest"] for model in models} == {
+    assert {model.tags["checkpoint"]: model.params["digest"] for model in models} == {
         name: record["digest"] for name, record in committed.items()
     }
     [run] = client.search_runs([experiment.experiment_id])

@@ -183,9 +183,9 @@ def stored_models(uri: str, run: Any) -> dict[str, Any]:
     models = client(uri).search_logged_models(
         [run.info.experiment_id], filter_string=f"source_run_id = '{run.info.run_id}'", max_results=1000
     )
-    names = Counter(model.tags["megamask.checkpoint"] for model in models)
+    names = Counter(model.tags["checkpoint"] for model in models)
     assert set(names.values()) <= {1}, names
-    return {model.tags["megamask.checkpoint"]: model for model in models}
+    return {model.tags["checkpoint"]: model for model in models}
 
 
 def assert_whole(uri: str, run_dir: Path, status: str, experiment: str = "megamask") -> None:

@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from megamask.data.loader import Loader
+from megamask.data.manifest import PROVENANCE_NAME
+
+
+def _origin(folder: Path) -> dict[str, Any]:
+    """Return origin and licence of a corpus' inputs; empty where its provenance cannot be read."""
+    try:
+        provenance = json.loads((folder / PROVENANCE_NAME).read_bytes())
+        return {name: provenance.get(name) for name in ("origin", "licence")}
+    except (OSError, ValueError, AttributeError):
+        return {}
 
 
 def described_datasets(loaders: Mapping[str, Loader | None]) -> list[dict[str, Any]]:
@@ -32,6 +44,8 @@ def described_datasets(loaders: Mapping[str, Loader | None]) -> list[dict[str, A
                 "source": str(loader.folder.absolute()),
                 "rows": entry.num_rows,
                 "tokens": entry.num_tokens,
+                "text_bytes": entry.text_bytes,
+                **_origin(loader.folder),
                 "sequence_length": manifest.sequence_length,
                 "tokenizer_digest": manifest.tokenizer_digest,
             }

@@ -4,6 +4,7 @@ from typing import Any
 
 from megamask.tracking.mlflow.entries import Point, checkpoint_of, datasets_of, preview_of
 from megamask.tracking.mlflow.points import Memory, update_of
+from megamask.tracking.records import read_record
 
 TIME = "2026-03-01T12:00:00.250999Z"
 TIME_MS = 1772366400250
@@ -14,13 +15,21 @@ def record(kind: str, **fields: Any) -> dict[str, Any]:
     return {"seq": 1, "time": TIME, "kind": kind, "prev": "0" * 64, **fields}
 
 
+def typed(line: dict[str, Any]) -> Any:
+    return read_record(line)
+
+
 def committed(**fields: Any) -> dict[str, Any]:
     return record("checkpoint_committed", step=200, checkpoint=FOLDER, digest="ab" * 32, **fields)
 
 
+def typed_commit(**fields: Any) -> Any:
+    return typed(committed(**fields))
+
+
 def test_commit_is_entered_with_digest_step_attempt_location_and_bound() -> None:
     entry = checkpoint_of(
-        committed(
+        typed_commit(
             parent="cd" * 32,
             bytes=7,
             location=f"checkpoints/{FOLDER}",
@@ -48,7 +57,7 @@ def test_commit_is_entered_with_digest_step_attempt_location_and_bound() -> None
 
 
 def test_commit_without_a_bound_or_a_parent_says_so() -> None:
-    entry = checkpoint_of(committed(parent=None, evaluation=None))
+    entry = checkpoint_of(typed_commit(parent=None, evaluation=None))
     assert entry.params["parent"] == "none"
     assert entry.location == f"checkpoints/{FOLDER}"
     assert entry.points == []
@@ -64,18 +73,21 @@ def test_pruned_and_damaged_commits_are_marked_and_stay() -> None:
         Memory(),
     )
     assert [entry.checkpoint for entry in update.checkpoints] == [FOLDER]
-    assert update.marks[FOLDER]["megamask.state"] == "pruned"
-    assert update.marks[FOLDER]["megamask.pruned_at_step"] == "400"
-    assert update.marks["other"]["megamask.state"] == "damaged"
-    assert update.marks["other"]["megamask.problem"] == "a byte differs"
+    assert update.marks[FOLDER]["state"] == "pruned"
+    assert update.marks[FOLDER]["pruned_at_step"] == "400"
+    assert update.marks["other"]["state"] == "damaged"
+    assert update.marks["other"]["problem"] == "a byte differs"
+
+
+def typed_start(**fields: Any) -> Any:
+    return typed(record("attempt_started", attempt=1, **fields))
 
 
 def test_dataset_has_the_beginning_of_its_corpus_id_and_the_whole_one_beside_it() -> None:
     corpus_id = "0123456789abcdef" * 4
     facts = {"rows": 3, "tokens": 40, "sequence_length": 16, "tokenizer_digest": "ef"}
     found = datasets_of(
-        record(
-            "attempt_started",
+        typed_start(
             datasets=[
                 {"name": "main", "split": split, "corpus_id": corpus_id, "source": "/data/corpus", **facts}
                 for split in ("train", "validation")
@@ -86,18 +98,20 @@ def test_dataset_has_the_beginning_of_its_corpus_id_and_the_whole_one_beside_it(
     assert [entry.tags["mlflow.data.context"] for entry in found] == ["training", "validation"]
     for entry in found:
         assert entry.digest == corpus_id[:36]
-        assert entry.tags["megamask.corpus_id"] == corpus_id
+        assert entry.tags["corpus_id"] == corpus_id
         assert entry.profile == {**facts, "corpus_id": corpus_id}
         assert entry.source == "/data/corpus"
 
 
 def test_attempt_of_an_older_journal_names_no_dataset() -> None:
-    assert datasets_of(record("attempt_started")) == []
+    assert datasets_of(typed(record("attempt_started", attempt=1))) == []
 
 
 def test_preview_is_a_text_of_its_step() -> None:
     sample = {"prompt": "def f(", "text": "x):\n    return x", "num_tokens": 6, "nfe": 6}
-    path, text = preview_of(record("sample_preview", step=200, samples=[sample], denoising_steps=6, temperature=0.5))
+    path, text = preview_of(
+        typed(record("sample_preview", step=200, samples=[sample], denoising_steps=6, temperature=0.5))
+    )
     assert path == "previews/step-00000200.txt"
     assert text == (
         "step 200, 6 denoising steps, temperature 0.5\n\n"

@@ -214,7 +214,7 @@ def test_late_answers_to_the_creation_of_a_run_and_a_model_leave_one_of_each(ser
     assert life.sink.drain(DRAIN_S)
     run = stored_run(server.uri, life.run_dir)
     [model] = stored_models(server.uri, run).values()
-    store, tags = client(server.uri), {"megamask.checkpoint": model.tags["megamask.checkpoint"]}
+    store, tags = client(server.uri), {"checkpoint": model.tags["checkpoint"]}
     store.create_run(run.info.experiment_id, tags={"megamask.run_id": run.data.tags["megamask.run_id"]})
     store.create_logged_model(run.info.experiment_id, name=model.name, source_run_id=run.info.run_id, tags=tags)
     life.sync()

@@ -107,19 +107,22 @@ def test_run_shows_params_metrics_tags_and_config(output_dir: Path) -> None:
     assert run.info.run_name == "whole"
     assert run.data.params == {"model.num_layers": "2", "run.seed": "7", "objective.noise_schedule": "linear"}
     assert history(output_dir, "whole", "loss") == [(1, 4.0), (2, 2.0), (3, 4.0 / 3), (4, 1.0)]
-    assert history(output_dir, "whole", "seconds/data")[-1] == (4, 0.25)
+    assert history(output_dir, "whole", "step_time_s/data")[-1] == (4, 0.25)
     assert history(output_dir, "whole", "evaluation/nelbo_nats_per_token") == [(4, 5.0)]
-    tags = {key: value for key, value in run.data.tags.items() if key.startswith("megamask.")}
+    tags = {key: value for key, value in run.data.tags.items() if not key.startswith("mlflow.")}
+    assert tags.pop("journal_head").split(":")[0].isdecimal()
+    assert run.data.tags["mlflow.source.name"] == "megamask train"
+    assert "`megamask verify run RUN --against-mlflow`" in run.data.tags["mlflow.note.content"]
     assert tags == {
         "megamask.run_id": "id-of-whole",
-        "megamask.run_dir": str(run_dir),
-        "megamask.corpus.main": "c0ffee",
-        "megamask.tokenizer_digest": "70cken",
-        "megamask.code_version": "v1",
-        "megamask.training.steps": "4",
-        "megamask.attempts": "1",
-        "megamask.last_commit.step": "4",
-        "megamask.last_commit.digest": "d4",
+        "run_dir": str(run_dir),
+        "corpus.main": "c0ffee",
+        "tokenizer_digest": "70cken",
+        "code_version": "v1",
+        "training.steps": "4",
+        "attempts": "1",
+        "last_commit.step": "4",
+        "last_commit.digest": "d4",
     }
     artifacts = output_dir / "mlartifacts" / run.info.run_id / "artifacts" / "config"
     assert [path.name for path in artifacts.iterdir()] == ["attempt-0001.yaml"]
@@ -147,13 +150,13 @@ def test_commits_datasets_and_previews_are_entered_and_a_pruned_commit_stays(out
     [entered] = run.inputs.dataset_inputs
     assert (entered.dataset.name, entered.dataset.digest) == ("main/train", ("ab" * 32)[:36])
     models = {
-        model.tags["megamask.checkpoint"]: model
+        model.tags["checkpoint"]: model
         for model in store.search_logged_models(
             [run.info.experiment_id], filter_string=f"source_run_id = '{run.info.run_id}'"
         )
     }
     assert sorted(models) == names
-    assert [models[name].tags["megamask.state"] for name in names] == ["pruned", "committed"]
+    assert [models[name].tags["state"] for name in names] == ["pruned", "committed"]
     for step, name in enumerate(names, 1):
         measured = {metric.key: metric.value for metric in models[name].metrics}
         assert measured == {"checkpoint/nelbo_nats_per_token": 5.0 - step, "checkpoint/standard_error": 0.5}
@@ -192,7 +195,7 @@ def test_resumed_attempt_continues_the_same_run_without_duplicates(output_dir: P
     assert send(run_dir)
     run = stored_run(output_dir, "resumed")
     assert run.info.status == "RUNNING"
-    assert run.data.tags["megamask.attempts"] == "2"
+    assert run.data.tags["attempts"] == "2"
     assert history(output_dir, "resumed", "loss") == [(step, 4.0 / step) for step in range(1, 8)]
     artifacts = output_dir / "mlartifacts" / run.info.run_id / "artifacts" / "config"
     assert sorted(path.name for path in artifacts.iterdir()) == ["attempt-0001.yaml", "attempt-0002.yaml"]

@@ -7,12 +7,22 @@ recognise as the same (runs, models, their links) is found again by its tag, and
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from megamask.config.schema.tracking import MLflowConfig
-from megamask.tracking.mlflow.entries import CHECKPOINT_TAG, NOTE_TAG, CheckpointEntry, DatasetEntry, Point
+from megamask.storage.hashing import sha256_bytes
+from megamask.tracking.mlflow.entries import (
+    CHECKPOINT_TAG,
+    DAMAGED,
+    NOTE_TAG,
+    PRUNED,
+    STATE_TAG,
+    CheckpointEntry,
+    DatasetEntry,
+    Point,
+)
 from megamask.tracking.mlflow.points import RunStatus
 from megamask.tracking.mlflow.store import create_database, place_of, silence
 
@@ -21,14 +31,9 @@ _PARAMS_OR_TAGS_PER_BATCH = 100
 _TEXT_CHARACTERS = 6000
 # The page of an experiment that trains models, not the one for language applications.
 _KIND_OF_PAGE = {"mlflow.experimentKind": "custom_model_development"}
-_HOW_TO_CHECK = """To check this page against the run directory (tag `megamask.run_dir`):
-
-- `megamask status RUN` tells what happened, attempt by attempt;
-- `megamask inspect RUN --step N` recomputes the samples and masks of a step and compares them with the journal;
-- `megamask verify checkpoint RUN` reads every byte of a checkpoint; its digest is the sha256 of its COMMIT.json.
-"""
 _MODEL_TYPE = "megamask-checkpoint"
 _READY = "READY"
+_CLOSED = {PRUNED: "UNSPECIFIED", DAMAGED: "FAILED"}
 # What MLflow's client raises comes from these packages, or is an OSError.
 _FOREIGN = frozenset({"mlflow", "requests", "urllib3", "sqlalchemy", "sqlite3"})
 
@@ -66,7 +71,18 @@ class MLflowRun:
         from mlflow.entities import Metric
 
         for piece in _pieces(points, _METRICS_PER_BATCH):
-            metrics = [Metric(*point, model_id=model_id) for point in piece]
+            metrics = [
+                Metric(
+                    key,
+                    value,
+                    time_ms,
+                    step,
+                    model_id=model_id,
+                    dataset_name=None if dataset is None else dataset[0],
+                    dataset_digest=None if dataset is None else dataset[1],
+                )
+                for key, value, time_ms, step, dataset in piece
+            ]
             self._client.log_batch(self.run_id, metrics=metrics)
 
     def set_status(self, status: RunStatus, time_ms: int) -> None:
@@ -103,7 +119,7 @@ class MLflowRun:
             commit_file: its COMMIT.json, kept beside the entry if it is still there.
         """
         model = self._known_models().get(entry.checkpoint)
-        if model is not None and str(model.status) == _READY:
+        if model is not None and (str(model.status) == _READY or model.tags.get(STATE_TAG) in _CLOSED):
             return
         if model is None:
             model = self._client.create_logged_model(
@@ -124,8 +140,18 @@ class MLflowRun:
     def mark_checkpoint(self, checkpoint: str, tags: Mapping[str, str]) -> None:
         """Sets tags of a commit's entry; one that was never entered stays so."""
         model = self._known_models().get(checkpoint)
-        if model is not None:
-            self._client.set_logged_model_tags(model.model_id, {key: text_of(value) for key, value in tags.items()})
+        if model is None:
+            return
+        self._client.set_logged_model_tags(model.model_id, {key: text_of(value) for key, value in tags.items()})
+        if (status := _CLOSED.get(tags.get(STATE_TAG, ""))) is not None:
+            # a checkpoint that is gone or damaged is not "Ready" in the list of models
+            self._known_models()[checkpoint] = self._client.finalize_logged_model(model.model_id, status)
+
+    def describe(self, text: str, known: Collection[str]) -> None:
+        """Set the description, unless a person has replaced those that this program wrote (`known`, as sha256)."""
+        present = self._client.get_run(self.run_id).data.tags.get(NOTE_TAG)
+        if present is None or sha256_bytes(present.encode()) in known:
+            self.set_tags({NOTE_TAG: text})
 
     def log_text(self, path: str, text: str) -> None:
         """Stores a text as the run's artifact `path`, in place of an earlier one."""
@@ -145,7 +171,7 @@ class MLflowRun:
     def checkpoints(self) -> dict[str, Mapping[str, str]]:
         """Return the parameters of every entered commit, by the name of its folder; nothing is removed."""
         models = sorted(self._list_models(), key=lambda found: (found.creation_timestamp, found.model_id))
-        tagged = ((model, (model.tags or {}).get(CHECKPOINT_TAG)) for model in models)
+        tagged = ((model, _checkpoint_of(model)) for model in models)
         self._models = {name: model for model, name in reversed([*tagged]) if name is not None}
         return {name: dict(model.params or {}) for name, model in self._models.items()}
 
@@ -194,7 +220,7 @@ class MLflowRun:
         if self._models is None:
             models: dict[str, Any] = {}
             for model in sorted(self._list_models(), key=lambda found: (found.creation_timestamp, found.model_id)):
-                checkpoint = (model.tags or {}).get(CHECKPOINT_TAG)
+                checkpoint = _checkpoint_of(model)
                 if checkpoint is None:
                     continue
                 if checkpoint in models:
@@ -246,7 +272,7 @@ def open_run(
         return MLflowRun(client, run), True
     if runs:
         return MLflowRun(client, runs[0]), False
-    tags = {"megamask.run_id": run_id, NOTE_TAG: _HOW_TO_CHECK}  # only here: a person may write something better
+    tags = {"megamask.run_id": run_id}
     run = client.create_run(experiment_id, start_time=start_ms, run_name=run_dir.name, tags=tags)
     return MLflowRun(client, run), False
 
@@ -292,6 +318,8 @@ def _experiment(client: Any, name: str, artifacts: str | None) -> str:
     from mlflow.exceptions import MlflowException
 
     experiment = client.get_experiment_by_name(name)
+    if experiment is not None and experiment.lifecycle_stage == "deleted":
+        client.restore_experiment(experiment.experiment_id)  # a deleted one takes no run and keeps its name
     if experiment is None:
         try:
             return str(client.create_experiment(name, artifact_location=artifacts, tags=_KIND_OF_PAGE))
@@ -319,6 +347,11 @@ def _runs_of(client: Any, experiment_id: str, run_id: str) -> list[Any]:
 def _find_runs(client: Any, experiment_id: str, run_id: str) -> list[Any]:
     found = client.search_runs([experiment_id], filter_string=f"tags.`megamask.run_id` = '{run_id}'")
     return sorted(found, key=lambda run: (-len(run.data.params) - len(run.data.metrics), run.info.run_id))
+
+
+def _checkpoint_of(model: Any) -> str | None:
+    tags = model.tags or {}
+    return tags.get(CHECKPOINT_TAG) or tags.get(f"megamask.{CHECKPOINT_TAG}")  # the longer name is that of 0.1.0
 
 
 def _pieces(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:

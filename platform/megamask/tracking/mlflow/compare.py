@@ -14,7 +14,7 @@ from typing import Any
 
 from megamask.tracking.journal.lines import Record, read_journal
 from megamask.tracking.mlflow.client import MLflowRun, text_of
-from megamask.tracking.mlflow.entries import CheckpointEntry, Point
+from megamask.tracking.mlflow.entries import CheckpointEntry
 from megamask.tracking.mlflow.points import Memory, update_of
 
 _LARGEST = 1.7976931348623157e308  # MLflow's databases store infinity as the largest float
@@ -67,14 +67,12 @@ def _commit_problems(run: MLflowRun, entry: CheckpointEntry, params: Mapping[str
 def _journalled(records: Iterable[Record]) -> dict[str, dict[int, set[float]]]:
     """The values of each metric by step, of every attempt that took the step."""
     found: dict[str, dict[int, set[float]]] = {}
+    memory = Memory()
     for record in records:
-        for point in _points_of(record):
+        memory.sent_through.clear()  # a repeated step counts again
+        for point in update_of([record], memory).points:
             found.setdefault(point.key, {}).setdefault(point.step, set()).add(point.value)
     return found
-
-
-def _points_of(record: Record) -> list[Point]:
-    return update_of([record], Memory()).points
 
 
 def _are_equal(stored: float, journalled: float) -> bool:

@@ -7,15 +7,20 @@ sending it again changes nothing.
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from megamask.config.schema.tracking import MLflowConfig
-from megamask.runs.configs import attempt_configs
+from megamask.errors import UsageError
+from megamask.runs.configs import attempt_configs, newest_config
+from megamask.storage.hashing import sha256_bytes
 from megamask.tracking.journal.lines import read_journal
 from megamask.tracking.journal.tail import Position, read_new
 from megamask.tracking.mlflow.client import MLflowRun, open_run
+from megamask.tracking.mlflow.description import description_of
 from megamask.tracking.mlflow.points import Memory, RunStatus, Update, milliseconds, update_of
 from megamask.tracking.mlflow.state import SinkState, load_state, save_state, sending
 from megamask.tracking.mlflow.store import place_of, shown_uri
@@ -37,6 +42,7 @@ class Session:
     ) -> None:
         self.run = run
         self._run_dir = run_dir
+        self._record: Mapping[str, Any] = {}
         self._state = state
         self._keeps_state = keeps_state
         self._kept_times = kept_times
@@ -127,28 +133,40 @@ class Session:
             save_state(self._run_dir, self._state)
 
     def _describe(self, record: dict[str, Any]) -> None:
-        """Parameters and tags from run.json."""
+        """Set parameters and tags from run.json and the newest config."""
+        self._record = record
         self.run.log_params(record.get("identity", {}))
         tags = {
-            "megamask.run_dir": str(self._run_dir),
-            "megamask.code_version": record.get("code_version"),
-            "megamask.tokenizer_digest": record.get("tokenizer_digest"),
+            "mlflow.source.name": "megamask train",
+            "mlflow.source.type": "LOCAL",
+            "run_dir": str(self._run_dir),
+            "code_version": record.get("code_version"),
+            "tokenizer_digest": record.get("tokenizer_digest"),
         }
-        tags |= {f"megamask.corpus.{name}": value for name, value in record.get("corpora", {}).items()}
-        tags |= {f"megamask.{name}": value for name, value in record.get("extendable", {}).items()}
-        self.run.set_tags(tags)
+        tags |= {f"corpus.{name}": value for name, value in record.get("corpora", {}).items()}
+        extendable = dict(record.get("extendable", {}))
+        with contextlib.suppress(UsageError):  # a config of another version: the steps that the run began with
+            if (config := newest_config(self._run_dir)) is not None:
+                extendable["training.steps"] = config.training.steps
+        self.run.set_tags(tags | extendable)
 
     def _send(self, update: Update) -> None:
         run = self.run
+        run.log_params(update.params)
+        run.log_datasets(update.datasets)  # before the points that were measured on them
         run.log_points(update.points)
         run.set_tags(update.tags)
-        run.log_datasets(update.datasets)
         for entry in update.checkpoints:
             run.log_checkpoint(entry, self._run_dir / entry.location / "COMMIT.json")
         for checkpoint, tags in update.marks.items():
             run.mark_checkpoint(checkpoint, tags)
         for path, text in update.texts.items():
             run.log_text(path, text)
+        if update.is_described_anew:
+            memory = self._state.memory
+            text = description_of(self._record, memory)
+            run.describe(text, memory.notes)
+            memory.notes = [sha256_bytes(text.encode())]
         if update.status is not None:
             run.set_status(update.status, update.status_time_ms)
 

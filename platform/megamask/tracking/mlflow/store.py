@@ -135,6 +135,16 @@ def shown_uri(uri: str) -> str:
     return parts._replace(netloc=host, query="", fragment="").geturl() if parts.netloc else uri.partition("?")[0]
 
 
+def page_of(uri: str, experiment_id: str, run_id: str) -> str | None:
+    """Return the address of a run's page, None for a store without pages of its own.
+
+    Without the workflow type MLflow opens its pages for language applications, where the run is not found.
+    """
+    if not uri.startswith("http"):
+        return None
+    return f"{shown_uri(uri).rstrip('/')}/#/experiments/{experiment_id}/runs/{run_id}?workflowType=machine_learning"
+
+
 def without_credentials(text: str, uri: str) -> str:
     """A text of others that may quote a uri or its parts, with those that may hold a credential hidden."""
     text = text.replace(uri, shown_uri(uri))

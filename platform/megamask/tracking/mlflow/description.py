@@ -1,0 +1,87 @@
+"""The description of a run in MLflow: a paragraph, two tables and how to check them, made from the records."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from megamask.tracking.mlflow.points import Memory
+
+_HOW_TO_CHECK = """To check this page against the run directory (tag `run_dir`):
+
+- `megamask verify run RUN --against-mlflow` compares every parameter, point and digest with the journal;
+- `megamask inspect RUN --step N` recomputes the samples and masks of a step and compares them with the journal;
+- `megamask verify checkpoint RUN` reads every byte of a checkpoint; its digest is the sha256 of its COMMIT.json.
+"""
+
+
+def description_of(run: Mapping[str, Any], memory: Memory) -> str:
+    """Return markdown for the run's page.
+
+    Args:
+        run: content of run.json.
+        memory: of the journal so far.
+    """
+    identity = run.get("identity", {})
+    parts = [_paragraph(identity, memory)]
+    corpora = [dataset for dataset in memory.datasets if dataset.get("split") == "train"]
+    if corpora:
+        rows = [
+            [each.get("name"), str(each.get("corpus_id"))[:12], each.get("origin"), each.get("licence")]
+            for each in corpora
+        ]
+        parts.append(_table(["corpus", "id", "origin of its inputs", "licence"], rows))
+    if memory.attempts:
+        header = ["attempt", "host", "user", "device", "layout", "steps", "ended"]
+        parts.append(_table(header, [_attempt(each) for each in memory.attempts]))
+    return "\n\n".join([*parts, _HOW_TO_CHECK])
+
+
+def _paragraph(identity: Mapping[str, Any], memory: Memory) -> str:
+    shape = ", ".join(
+        f"{identity[key]} {words}"
+        for key, words in (
+            ("model.num_layers", "layers"),
+            ("model.hidden_size", "channels"),
+            ("training.sequence_length", "tokens a row"),
+        )
+        if key in identity
+    )
+    parameters = memory.facts.get("parameters")
+    size = "" if parameters is None else f" of {parameters:,} parameters"
+    objective = ", ".join(
+        f"{key.removeprefix('objective.')} {value}" for key, value in identity.items() if key.startswith("objective.")
+    )
+    text = f"A masked-diffusion language model{size} ({shape}), pretrained with megamask. Objective: {objective}."
+    if (tokens := memory.facts.get("tokens")) is not None:
+        text += f" It has seen {tokens:,} tokens."
+    if memory.best is not None:
+        best = memory.best
+        text += (
+            f" Best checkpoint: `{best['checkpoint']}`, at most {best['bound']:.4f} nats per token on held-out text."
+        )
+    return text
+
+
+def _attempt(attempt: Mapping[str, Any]) -> list[Any]:
+    layout = ", ".join(f"{key.removesuffix('_size')} {value}" for key, value in (attempt.get("layout") or {}).items())
+    first, last = attempt.get("first_step"), attempt.get("last_step")
+    steps = "none" if first is None else f"{first}-{last}"
+    return [
+        attempt["number"],
+        attempt["host"],
+        attempt["user"],
+        attempt["device"],
+        layout,
+        steps,
+        attempt.get("reason"),
+    ]
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(_cell(value) for value in line)} |" for line in lines)
+
+
+def _cell(value: Any) -> str:
+    return "-" if value is None else " ".join(str(value).split()).replace("|", "\\|")
