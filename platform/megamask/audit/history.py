@@ -1,7 +1,7 @@
-"""What happened to a run, attempt by attempt, from the beginnings and ends of its journal files.
+"""History of a run, attempt by attempt, from the beginnings and ends of its journal files.
 
-A long journal is not read through: each attempt's first and last lines tell where it began, how far it came and how it
-ended; claims and rank files tell of those that could not say it themselves.
+A long journal is not read through: each attempt's first and last lines show where it began, how far it came and how it
+ended; claims and rank files cover attempts without such a line.
 """
 
 from __future__ import annotations
@@ -69,12 +69,12 @@ class AttemptHistory:
 
 @dataclass(kw_only=True)
 class History:
-    """All attempts, oldest first, and what the newest lines say.
+    """All attempts, oldest first, and the content of the newest lines.
 
     Args:
         last_step, last_evaluation, last_line: the newest records, or None.
         seconds_per_step: pace of the last steps by their times; None with fewer than two.
-        incidents: those in what was read, oldest first; are_all_incidents tells whether that is all of the journal.
+        incidents: those in what was read, oldest first; are_all_incidents is true if that is all of the journal.
     """
 
     attempts: list[AttemptHistory] = field(default_factory=list)
@@ -160,7 +160,7 @@ def _committed_steps(run_dir: Path) -> dict[int, int]:
 
 
 class _Told:
-    """What claim, journal, status.json and rank files say of one attempt."""
+    """Evidence of one attempt from claim, journal, status.json and rank files."""
 
     def __init__(
         self, run_dir: Path, number: int, records: Sequence[Record], status: Status | None, *, newer: int | None

@@ -38,7 +38,7 @@ _COMPARED = ("batch_digest", "content_digest", "masked_tokens", "scored_tokens")
 
 @dataclass(frozen=True, kw_only=True)
 class RecordedRun:
-    """What a run directory says about its data and its noise."""
+    """Data and noise of a run, from its directory."""
 
     folder: Path
     identity: Mapping[str, Any]  # flat dotted keys
@@ -114,7 +114,7 @@ def open_loader(run: RecordedRun) -> Loader:
     """Opens the training split of a run's corpus, which must be the one that was recorded.
 
     Raises:
-        UsageError: the corpus is not where the newest config, or --corpus, says.
+        UsageError: the corpus is missing at the path of the newest config or of --corpus.
         DataIntegrityError: it is another corpus, or damaged.
     """
     data = DataConfig(

@@ -44,7 +44,7 @@ class AuditRequest:
     """Checks beyond the run directory itself.
 
     Args:
-        corpora: folder by name, for corpora that are not where the journal says.
+        corpora: folder by name, for corpora that have moved since the journal recorded them.
         head: (seq, sha256) of a line that was written down earlier, or None.
         checks_data: read the corpora and recompute every content digest.
     """

@@ -16,7 +16,7 @@ from megamask.checkpoint.names import folder_name
 from megamask.data.content import batch_digest
 from megamask.objectives.shapes import ObjectiveShape
 
-# Of a repeated step these say whether it was the same step; numbers of the computer's arithmetic may differ.
+# A repeated step must agree in these fields; results of floating-point arithmetic may differ.
 _SAME_WHEN_REPEATED = ("batch_digest", "content_digest", "masked_tokens", "consumed_samples", "consumed_tokens")
 EVALUATED = ("nelbo_nats_per_token", "standard_error")
 _AFTER_THE_END = frozenset({"run_completed", "incident"})
@@ -73,7 +73,7 @@ class CommitLine:
 
 
 class _Taken(NamedTuple):
-    """What is remembered of every step; a run has millions of them."""
+    """Facts kept of every step; a run has millions of them."""
 
     attempt: int
     said: int
@@ -82,7 +82,7 @@ class _Taken(NamedTuple):
 
 @dataclass
 class JournalAudit:
-    """Fed with every whole line in order; `findings` grows, and `commits` collects what was committed."""
+    """Checks every complete line in order; `findings` grows, and `commits` collects the commits."""
 
     rules: Rules
     findings: list[Finding] = field(default_factory=list)

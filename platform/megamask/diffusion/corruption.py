@@ -1,7 +1,7 @@
 """From clean rows to noised rows: which positions are masked, and how much each view weighs.
 
 A pure function of the run key and the global sample index: any rank, layout or restart makes the same masks, and
-nobody sends them. Shapes: b samples, r = b * views rows, L positions.
+they are never sent. Shapes: b samples, r = b * views rows, L positions.
 
 Sources: masks and weights, MDLM (arXiv:2406.07524) and MD4 (arXiv:2406.04329); the complementary pair with weights
 p'/p and p'/(1-p) keeps both views unbiased for the NELBO under every schedule (docs/architecture.md, section 4).
@@ -69,7 +69,7 @@ def corrupt(
         times: t of each sample, in [0, 1).
         schedule: how p depends on t.
         complementary: whether to make view B too.
-        mask_token_id: what stands at a masked position.
+        mask_token_id: id of a masked position.
         key: the run key.
         draw: 0 for training; independent views count up from 1.
         first_position: place in the row of column 0, for a rank that owns a part of each row.

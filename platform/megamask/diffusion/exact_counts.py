@@ -14,7 +14,7 @@ from megamask.diffusion.philox import Purpose, philox4x32, uniform_words
 def exact_counts(
     row_index: Tensor, num_eligible: Tensor, *, draws: int, replicate: int, key: tuple[int, int]
 ) -> Tensor:
-    """How many tokens each draw of a replicate masks.
+    """Numbers of tokens that the draws of a replicate mask.
 
     Args:
         row_index: [b] int64, 0-based row of the split or text.

@@ -1,7 +1,7 @@
 """Counter-based random bits: Philox4x32-10 on torch integer tensors.
 
 Every random decision of a run is a pure function of (key, index, position, purpose, draw), the noise law of
-docs/architecture.md, section 4. The same bits come out on CPU and GPU, for a slice and for the whole.
+docs/architecture.md, section 4. The bits are equal on CPU and GPU, for a slice and for the full tensor.
 
 Source: Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011; golden vectors: Random123.
 """
@@ -29,7 +29,7 @@ _CHUNK_ELSEWHERE = 1 << 24
 
 
 class Purpose(IntEnum):
-    """What a stream of random words decides; a closed enumeration, a number is never reused."""
+    """Purpose of a stream of random words; a closed enumeration, a number is never reused."""
 
     MASK = 1
     STRATIFIED_TIME = 2
@@ -149,7 +149,7 @@ def uniform_words(
         purpose: what the words decide.
         key: the run key.
         draw: 0 for the single view and the pair; independent views, replicates and denoising steps count up.
-        first_position: the first position made; a slice's bits equal the slice of the whole.
+        first_position: the first position made; a slice's bits equal the same slice of the full tensor.
 
     Returns:
         [b, num_positions] int64 words in [0, 2^32).

@@ -1,4 +1,4 @@
-"""How a token is chosen for a masked position, over a vocabulary that may lie in slices on several ranks.
+"""Choice of a token for a masked position, over a vocabulary that may lie in slices on several ranks.
 
 The most probable token, or with a temperature the Gumbel-max trick (LLaDA, arXiv:2502.09992): noise is added to the
 logits in float64, for in float32 it would cut off rare tokens. Noise follows the noise law (purpose 6: index = sequence
@@ -25,7 +25,7 @@ MOST_ELEMENTS = 1 << 34
 
 @dataclass(frozen=True, kw_only=True)
 class Draw:
-    """Which noise one denoising step takes.
+    """Noise of one denoising step.
 
     Args:
         step: denoising step, from 1.
@@ -42,7 +42,7 @@ class Draw:
 
 @dataclass(frozen=True, kw_only=True)
 class Prediction:
-    """What a network would write at some positions.
+    """Predictions of a network at some positions.
 
     Args:
         tokens: [m] int64, the chosen ids.
@@ -67,7 +67,7 @@ def gumbel_noise(
     """Standard Gumbel noise of some positions at one denoising step: [m, v] float64, a function of the arguments only.
 
     Element e = position * vocab_size + token takes word e mod 4 of counter word e div 4; the uniform is
-    (word + 1/2) / 2^32, strictly between 0 and 1. Only what is asked for is made; a slice is the slice of the whole.
+    (word + 1/2) / 2^32, strictly between 0 and 1. Only the requested elements are computed.
 
     Args:
         positions: [m] int64, below num_positions.
@@ -108,7 +108,7 @@ def score_slice(
         logits: [m, v] of the slice.
         positions: [m] int64 position of each chosen token in its sample. num_positions: s.
         rows: [m] int64 place of each position's row among `draw.sequences`.
-        vocab_size: of the whole vocabulary, padding not counted, which the noise law asks for.
+        vocab_size: of the full vocabulary without padding, which the noise law asks for.
         first_token: id of the slice's first column.
         is_excluded: bool [v], columns that are never chosen and take no part in the softmax.
 
@@ -135,7 +135,7 @@ def score_slice(
 
 
 def choose(slices: Tensor) -> Prediction:
-    """The choice over the whole vocabulary from the answers of its slices, which stand in the order of their ids.
+    """Combine the answers of vocabulary slices, in the order of their ids, into the choice over the full vocabulary.
 
     Shapes: slices [k, 4, m]. Of equal scores the lowest id wins, as in one argmax over all.
     """

@@ -4,7 +4,7 @@ A schedule only chooses how the mask probability p is sampled: the NELBO is an i
 undoes the choice. p and p' are computed in float64 on the host, so every rank and device uses the same thresholds.
 
 Sources: linear, LLaDA (arXiv:2502.09992); sine, MD4 (arXiv:2406.04329); cosine, BD3-LM (arXiv:2503.09573). The last
-two are both called "cosine" in the field and curve in opposite ways, so their names here say whose they are.
+two are both called "cosine" in the field and curve in opposite ways, so their names here include the source.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ def stratified_times(step: int, global_batch_size: int, key: tuple[int, int]) ->
 
     Args:
         step: 1-based number of the update that the batch makes.
-        global_batch_size: B, samples of the whole batch, whatever the layout.
+        global_batch_size: B, samples of the batch over all ranks.
         key: the run key.
 
     Returns:

@@ -131,7 +131,7 @@ def _check(is_scored: Tensor, *, draws: int, replicates: int, batch_rows: int, i
 
 
 def summarize(estimates: Tensor, num_scored: Tensor, *, draws: int, num_bytes: int | None) -> LikelihoodReport:
-    """The report of all rows, the same number in whatever order and on however many ranks they were computed.
+    """The report of all rows, the same number for every order and number of ranks.
 
     Args:
         estimates: [replicates, n] float64, as `row_estimates` gives them. num_scored: [n] int64.

@@ -24,11 +24,11 @@ class Coordinates(Protocol):
 
 
 class EvaluationEngine(Protocol):
-    """What evaluation asks of the engine; the methods are called by all ranks together."""
+    """Interface of the engine for evaluation; all ranks call the methods together."""
 
     @property
     def mesh(self) -> Coordinates:
-        """Where this rank stands."""
+        """Coordinates of this rank."""
 
     def score(self, rows: Rows) -> Tensor:
         """Row sums in float64 [r], forward only; the same answer on all ranks of this data-parallel coordinate."""

@@ -5,7 +5,7 @@ to right; within a block each denoising step evaluates the network once, chooses
 commits a fixed quota of those whose chosen token has the highest probability. What is committed stays. A response after
 a prompt is one span of masks; infilling is any set of spans between fixed tokens.
 
-The policy stands here, the network behind a Predictor: `megamask sample` decodes with the reference network, previews
+This is the policy; a Predictor hides the network: `megamask sample` decodes with the reference network, previews
 during training with the engine. Shapes: r rows, s positions of a row, m open positions of all rows.
 """
 
@@ -22,12 +22,12 @@ from megamask.errors import UsageError
 from megamask.generation.predictor import Predictor
 from megamask.objectives.base import Decoder
 
-_STEPS_OF_CONFIDENCE = 2**14  # confidences are told apart in steps of one part in 16384
+_STEPS_OF_CONFIDENCE = 2**14  # confidences are distinguished in steps of one part in 16384
 
 
 @dataclass(frozen=True, kw_only=True)
 class DecodingOptions:
-    """How to decode.
+    """Settings of the decoder.
 
     Args:
         num_denoising_steps: network evaluations to spend on a row; None means one for each masked token.
@@ -59,7 +59,7 @@ class Decoded:
 
 
 def quotas(num_masked: int, num_steps: int) -> list[int]:
-    """How many tokens each step of a block commits: as even as possible, the remainder to the first steps."""
+    """Numbers of tokens that the steps of a block commit: as even as possible, the remainder to the first steps."""
     least, remainder = divmod(num_masked, num_steps)
     return [least + (step < remainder) for step in range(num_steps)]
 
@@ -112,7 +112,7 @@ def decode(
         is_wanted: bool [r, s], the positions to fill; other masks stay, and the network sees them.
         sequences: [r] numbers of the rows under the seed; a row's noise depends on its own number only.
 
-    Returns: a row's result for each row, the same whoever stands beside it, up to rounding in the network.
+    Returns: a row's result for each row, independent of the other rows up to rounding in the network.
     Raises:
         UsageError: a row has nothing to fill, or steps, block length or temperature are out of range.
     """
@@ -152,7 +152,7 @@ def _plans(decoder: Decoder, tokens: Tensor, is_wanted: Tensor, options: Decodin
 
 
 def _most_confident(confidence: Tensor, quota: int) -> Tensor:
-    """Places of the highest confidences; of those that rounding cannot tell apart, the leftmost.
+    """Places of the highest confidences; of those that rounding cannot distinguish, the leftmost.
 
     In a row of masks alone every position has the same probabilities, up to the order of sums in the network: without
     the rounding here, the layout would choose among them.

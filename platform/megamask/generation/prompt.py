@@ -13,7 +13,7 @@ _SPAN = re.compile(r"<\|mask(?::(\d{1,6}))?\|>")
 
 
 class TextTokenizer(Protocol):
-    """What prompts ask of a tokenizer."""
+    """Interface of a tokenizer for prompts."""
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text; special strings in it stay text."""
@@ -71,10 +71,10 @@ def continuation(
 
 
 def infill(tokenizer: TextTokenizer, text: str, *, mask_token_id: int, max_length: int) -> MaskedSequence:
-    """Text in which each <|mask:N|> stands for N tokens to fill, and <|mask|> for one.
+    """Text in which each <|mask:N|> is replaced by N tokens to fill, and <|mask|> for one.
 
     Raises:
-        UsageError: there is no span, a span is empty, or the whole does not fit in max_length tokens.
+        UsageError: a span is missing or empty, or the text does not fit in max_length tokens.
     """
     tokens: list[int] = []
     spans: list[tuple[int, int]] = []

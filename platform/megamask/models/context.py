@@ -1,4 +1,4 @@
-"""What a network must know of its rows beside their token ids: positions, documents, and which position sees which.
+"""Properties of a row that a network needs beside its token ids: positions, documents, and which position sees which.
 
 An attention pattern is data, not a dense mask: each attention kernel chooses how to carry it out, and `is_visible` is
 the definition that all of them are held against. Every pipeline stage can make a context, because it needs no ids.
@@ -82,13 +82,13 @@ class Context:
 
     @property
     def is_dense(self) -> bool:
-        """Whether every position sees every position, so that a kernel needs no mask."""
+        """True if every position sees every position, so that a kernel needs no mask."""
         return isinstance(self.pattern, Bidirectional) and self.documents is None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Places:
-    """Where some positions of a row are, for `is_visible`.
+    """Locations of some positions of a row, for `is_visible`.
 
     Args:
         index: int64 [r or 1, q] place in the input row, 0 to i - 1.
@@ -112,10 +112,10 @@ def places_of(context: Context, num_positions: int, device: torch.device) -> Pla
 
 
 def is_visible(pattern: AttentionPattern, query: Places, key: Places, *, num_positions: int) -> Tensor:
-    """Whether each query position sees each key position: bool [r or 1, q, k].
+    """Visibility of each key position from each query position: bool [r or 1, q, k].
 
     Args:
-        num_positions: i, the length of a whole input row; it divides a doubled input.
+        num_positions: i, the length of an input row; it divides a doubled input.
     """
     visible = _inside_a_document(pattern, _spread(query, dim=2), _spread(key, dim=1), half=num_positions // 2)
     if query.document is not None and key.document is not None:
@@ -124,7 +124,7 @@ def is_visible(pattern: AttentionPattern, query: Places, key: Places, *, num_pos
 
 
 def visible_mask(context: Context, num_positions: int, device: torch.device) -> Tensor | None:
-    """The pattern of whole rows as a dense mask, bool [r or 1, i, i]; None where every position sees every position."""
+    """The pattern of full rows as a dense mask, bool [r or 1, i, i]; None where every position sees every position."""
     if context.is_dense:
         return None
     places = places_of(context, num_positions, device)

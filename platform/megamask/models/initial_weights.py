@@ -37,7 +37,7 @@ def initial_tensor(
     Args:
         seed: run.seed.
         name: of a canonical tensor (models/shapes.py).
-        index: one slice of step 1 for each dimension; None means the whole tensor.
+        index: one slice of step 1 for each dimension; None means the full tensor.
         device: where the values are made; they are the same everywhere.
 
     Returns:

@@ -122,7 +122,7 @@ class Backbone(nn.Module):
 
 
 class ReferenceModel(nn.Module):
-    """The whole network on one device; its state dict has exactly the canonical names.
+    """The complete network on one device; its state dict has exactly the canonical names.
 
     Weights are zero until `initialize` or `load_state_dict` sets them.
     """

@@ -1,4 +1,4 @@
-"""What a network is, in numbers: the config's model section, completed and checked."""
+"""A network in numbers: the config's model section, completed and checked."""
 
 from __future__ import annotations
 

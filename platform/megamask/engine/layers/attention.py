@@ -34,7 +34,7 @@ class RowContext(PackedSeqParams):  # type: ignore[misc]
 
     @property
     def is_causal(self) -> bool:
-        """Whether a kernel's own causal mask carries the pattern out."""
+        """True if a kernel's own causal mask implements the pattern."""
         return isinstance(self._context.pattern, Causal) and self._context.documents is None
 
     def angles(self, x: torch.Tensor, theta: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -46,7 +46,7 @@ class RowContext(PackedSeqParams):  # type: ignore[misc]
         return self._angles[x.dtype]
 
     def mask(self, num_positions: int, device: torch.device) -> torch.Tensor | None:
-        """Which position sees which, bool [b or 1, 1, s, s]; None where a kernel needs no mask."""
+        """Visibility between positions, bool [b or 1, 1, s, s]; None where a kernel needs no mask."""
         if self.is_causal or self._context.is_dense:
             return None
         if self._mask is None:
@@ -90,7 +90,7 @@ class RotaryAttention(MegatronModule):  # type: ignore[misc]
         packed_seq_params: RowContext | None = None,
         **unused: Any,
     ) -> torch.Tensor:
-        """Attend as the rows' context says.
+        """Attend by the pattern of the rows' context.
 
         Shapes: query [s, b, h, d]; key and value [s, b, g, d]; returns [s, b, h*d].
 

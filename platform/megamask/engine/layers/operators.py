@@ -1,7 +1,7 @@
 """RMSNorm, rotary positions and SwiGLU with gradients written out: few passes over memory, nothing kept twice.
 
 Composed of torch's own operations each of them would store several intermediate tensors and go over memory two to
-three times as often. Statistics and gradients of the norm are computed in float32 whatever the format.
+three times as often. Statistics and gradients of the norm are computed in float32 in every format.
 """
 
 from __future__ import annotations

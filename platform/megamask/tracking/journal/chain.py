@@ -36,7 +36,7 @@ class Finding:
 
 
 def chain_problem(record: Record | None, previous: bytes | None) -> str | None:
-    """What is wrong with a record that follows the line `previous` (None: nothing precedes it), or None.
+    """Return the fault of a record that follows the line `previous` (None: nothing precedes it), or None.
 
     A record that opens a new chain after damage is in order; the damage itself is named at its own line.
     """
@@ -55,7 +55,7 @@ def chain_problem(record: Record | None, previous: bytes | None) -> str | None:
 
 @dataclass(frozen=True, kw_only=True)
 class Fork:
-    """Where the chain of an attempt leaves that of an older one, which wrote on for a moment after the take-over.
+    """The point at which an attempt's chain leaves that of an older one, which wrote on briefly after the take-over.
 
     Args:
         attempt: the newer one.
@@ -68,7 +68,7 @@ class Fork:
 
 @dataclass(frozen=True, kw_only=True)
 class Overtaken:
-    """Lines [first, last] of a file that stand beside the chain: attempt `by` had opened the journal before them.
+    """Lines [first, last] of a file that are outside the chain: attempt `by` had opened the journal before them.
 
     They are what the older attempt did, and no damage; only the newest of them may be changed unseen.
     """
@@ -121,7 +121,7 @@ def forks(run_dir: Path) -> dict[int, Fork]:
 
 
 def overtaken(run_dir: Path) -> list[Overtaken]:
-    """What older attempts wrote after a newer one had opened the journal, oldest first; empty where none did."""
+    """Lines that older attempts wrote after a newer one had opened the journal, oldest first; often none."""
     found = forks(run_dir)
     if not found:
         return []

@@ -151,7 +151,7 @@ def steps(run_dir: Path) -> dict[int, Record]:
 def tail(run_dir: Path, max_bytes: int) -> list[Line]:
     """Return the last lines of a journal, oldest first, reading no more than `max_bytes` from the ends of its files.
 
-    At least the last line is complete, whatever its length: where the budget cuts a file's only line, that file is
+    At least the last line is complete, for any length: where the budget cuts a file's only line, that file is
     read from its beginning.
     """
     collected: list[Line] = []

@@ -21,9 +21,9 @@ _FIRST_TAIL_BYTES = 2**16
 
 
 def find_step(run_dir: Path, step: int) -> Record | None:
-    """The `step` record of a step; for a repeated step the one of the highest attempt. None where there is no such.
+    """The `step` record of a step; for a repeated step the one of the highest attempt. None if there is none.
 
-    Damaged and torn lines are passed over, as by every reader: what an older attempt says of the step then holds.
+    Damaged and torn lines are passed over, as by every reader: then the record of an older attempt counts.
     """
     attempts = [list(files) for _, files in groupby(journal_files(run_dir), key=lambda file: file.attempt)]
     for files in reversed(attempts):
@@ -124,7 +124,7 @@ def _seen(place: int, line: Line, following: Line | None) -> _Seen:
 
 
 def _names(following: bytes, data: bytes) -> bool:
-    """Whether a line, torn or not, is a record whose `prev` is the hash of these bytes."""
+    """True if a line, torn or not, is a record whose `prev` is the hash of these bytes."""
     record = parse(following)
     return record is not None and record["prev"] == sha256_bytes(data)
 

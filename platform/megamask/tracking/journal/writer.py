@@ -217,7 +217,7 @@ class Journal:
         for callback in tuple(self._subscribers):
             try:
                 callback(record)
-            except Exception as error:  # noqa: BLE001  a reader, whatever is wrong with it, never stops training
+            except Exception as error:  # noqa: BLE001  a failing reader never stops training
                 _log.warning("a reader of the journal failed and is no longer called: %r", error)
                 if callback in self._subscribers:
                     self._subscribers.remove(callback)
@@ -247,7 +247,7 @@ class Journal:
 
 @dataclass(frozen=True, kw_only=True)
 class _Past:
-    """What the files of earlier attempts hold: where to chain on, and what is not as it was written."""
+    """Content of the files of earlier attempts: the line to chain on, and the damage."""
 
     head: tuple[int, str]
     torn: Line | None
@@ -274,7 +274,7 @@ def _inspect_past(run_dir: Path) -> _Past:
 
 
 def _is_take_over(run_dir: Path, before: Line, line: Line) -> bool:
-    """Whether a line that does not chain on the one before it begins an attempt that chains on an earlier one.
+    """True if a line that does not chain on the one before it begins an attempt that chains on an earlier one.
 
     The older attempt notices a take-over within moments, so that the line is sought in twice the tail.
     """
