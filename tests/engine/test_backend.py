@@ -1,15 +1,18 @@
 from __future__ import annotations
 
 import importlib
+import os
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 from megamask.engine import backend
 from megamask.errors import UsageError
+from support import engine_cases as cases
 from support.gloo import run_gloo
 
 SILENT_JOB = """
@@ -72,13 +75,19 @@ def test_our_adam_stands_in_for_fused_adam_where_that_is_missing():
 def test_fused_adam_is_chosen_where_it_is_installed_and_a_device_is_there(monkeypatch, has_cuda, expected):
     for name in ("megatron.core.optimizer", "megatron.core.optimizer.distrib_optimizer"):
         module = importlib.import_module(name)
-        for attribute in ("Adam", "USING_PYTORCH_OPTIMIZER", "HAVE_APEX_OR_TE", "USING_APEX_OPTIMIZER"):
+        for attribute in (
+            "Adam",
+            "USING_PYTORCH_OPTIMIZER",
+            "HAVE_APEX_OR_TE",
+            "USING_APEX_OPTIMIZER",
+            "USING_TE_OPTIMIZER",
+        ):
             if hasattr(module, attribute):
                 monkeypatch.setattr(module, attribute, getattr(module, attribute))
     optimizer = importlib.import_module("megatron.core.optimizer")
     monkeypatch.setattr(optimizer, "Adam", type("FusedAdam", (), {"__module__": "fused"}))
     monkeypatch.setattr(optimizer, "USING_PYTORCH_OPTIMIZER", False)
-    assert backend._choose_adam(has_cuda=has_cuda) == expected
+    assert backend._choose_kernels(has_cuda=has_cuda) == expected
 
 
 @pytest.mark.parametrize("environment", [{"LOCAL_RANK": "2"}, {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "3"}])
@@ -121,3 +130,63 @@ def test_each_local_rank_takes_its_own_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     environment = {"LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
     assert backend.select_device(environment) == torch.device("cuda", 1)
+
+
+LIBRARY_WITHOUT_A_DEVICE = """
+import sys
+sys.path[:0] = [{stand_in!r}, {tests!r}]
+from megamask.engine.backend import select_backend, init_process_group
+chosen = select_backend()
+init_process_group(chosen)
+import transformer_engine
+from megatron.core.optimizer import distrib_optimizer
+assert transformer_engine.__version__ == "2.20.2" and distrib_optimizer.USING_TE_OPTIMIZER is False
+from support import engine_cases as cases
+engine = cases.make_engine(clip_grad_norm=0.01)
+reports = [cases.report_fields(cases.take_step(engine, step)) for step in (1, 2)]
+print(chosen.adam, reports[0]["loss"], reports[1]["loss"], reports[1]["grad_norm"])
+"""
+
+
+@pytest.mark.multiprocess
+@pytest.mark.promise(
+    "where Transformer Engine is installed and no GPU is visible, training runs on the CPU, bits unchanged"
+)
+def test_transformer_engine_without_a_device_is_not_used(build):
+    tests = Path(__file__).parents[1]
+    source = LIBRARY_WITHOUT_A_DEVICE.format(stand_in=str(tests / "support" / "te_stand_in"), tests=str(tests))
+    environment = {"PATH": "", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    engine = build(clip_grad_norm=0.01)
+    reports = [cases.report_fields(cases.take_step(engine, step)) for step in (1, 2)]
+    assert done.stdout.split() == [
+        "megamask.engine.adam.Adam",
+        *map(str, (reports[0]["loss"], reports[1]["loss"], reports[1]["grad_norm"])),
+    ]
+
+
+@pytest.mark.promise(
+    "a variable that chooses another attention for Transformer Engine is refused before anything starts"
+)
+@pytest.mark.parametrize("name", ["NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN", "NVTE_UNFUSED_ATTN"])
+def test_variable_for_another_attention_is_refused(name):
+    with pytest.raises(UsageError, match=f"{name} is '0'") as error:
+        backend.select_backend({name: "0"})
+    assert error.value.hint == f"unset {name}"
+    assert backend.select_backend({name: "1"}).name == "cpu"  # as megatron-core leaves it behind
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_deterministic_kernels_are_asked_for_on_a_gpu_without_filling_memory(monkeypatch, deterministic):
+    asked = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch, "use_deterministic_algorithms", asked.append)
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    monkeypatch.setattr(backend, "_choose_kernels", lambda *, has_cuda: "adam")
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    assert backend.select_backend({}, deterministic=deterministic).name == "cuda"
+    assert asked == ([True] if deterministic else [])
+    assert torch.utils.deterministic.fill_uninitialized_memory is not deterministic
+    monkeypatch.undo()
+    os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)

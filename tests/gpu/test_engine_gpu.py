@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -54,7 +55,8 @@ def test_gpu_steps_equal_the_reference_network_and_resume_bit_for_bit(tmp_path, 
         [sys.executable, "-c", JOB, str(tmp_path), compute],
         capture_output=True,
         text=True,
-        env={"PATH": "/usr/bin:/bin", "PYTHONPATH": str(Path(cases.__file__).parents[1])},
+        env=os.environ
+        | {"PYTHONPATH": os.pathsep.join([str(Path(cases.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])},
     )
     assert done.returncode == 0, done.stderr
     answer = json.loads(done.stdout.splitlines()[-1])
@@ -76,14 +78,15 @@ def test_gpu_steps_equal_the_reference_network_and_resume_bit_for_bit(tmp_path, 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_gpu_attention_of_grouped_queries_needs_no_memory_for_all_scores(dtype):
     """Forward and backward of 8,192 positions stay far below what the scores of 16 heads alone would take."""
-    from megamask.engine.layers.attention import BidirectionalAttention
+    from megamask.engine.layers.attention import RotaryAttention, RowContext
+    from megamask.models.context import Context
 
-    attention = BidirectionalAttention(SimpleNamespace(kv_channels=64), 1, None, "self", rope_theta=1e4)
+    attention = RotaryAttention(SimpleNamespace(kv_channels=64), 1, None, "self", rope_theta=1e4)
     query = torch.randn(8192, 1, 16, 64, device="cuda", dtype=dtype, requires_grad=True)
     key, value = (torch.randn(8192, 1, 4, 64, device="cuda", dtype=dtype, requires_grad=True) for _ in range(2))
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    attention(query, key, value).float().square().sum().backward()
+    attention(query, key, value, packed_seq_params=RowContext(Context())).float().square().sum().backward()
     assert torch.cuda.max_memory_allocated() - before < 16 * 8192 * 8192 * query.element_size() / 4
 
 

@@ -16,6 +16,7 @@ import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -121,35 +122,82 @@ def _has_gpu_of_its_own(environment: Mapping[str, str]) -> bool:
     return torch.cuda.device_count() == 1 and not is_launched
 
 
-def select_backend(environment: Mapping[str, str] = os.environ) -> Backend:
-    """Chooses the backend of this process and readies megatron-core for it."""
+def select_backend(environment: Mapping[str, str] = os.environ, *, deterministic: bool = True) -> Backend:
+    """Choose the backend of this process and prepare megatron-core for it.
+
+    Args:
+        deterministic: device.deterministic.
+
+    Raises:
+        UsageError: the environment asks for another attention than the engine's.
+    """
+    _check_attention_variables(environment)
     device = select_device(environment)
     if device.type == "cpu":
-        return Backend(name="cpu", device=device, collectives="gloo", adam=_choose_adam(has_cuda=False))
+        return Backend(name="cpu", device=device, collectives="gloo", adam=_choose_kernels(has_cuda=False))
     torch.cuda.set_device(device)
-    # the same layout must give the same bits again: after a restart, and for whoever recomputes a run
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(True)
-    return Backend(name="cuda", device=device, collectives="nccl", adam=_choose_adam(has_cuda=True))
+    if deterministic:
+        # the same layout must give the same bits again: after a restart, and when a run is recomputed
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+        # By default torch then fills every new tensor with NaN, which changes no bit of a program that writes before it
+        # reads, and costs a pass over memory for each. tests/gpu keeps it on to find reads of unwritten memory.
+        setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)  # noqa: B010 - typed as a property
+    return Backend(name="cuda", device=device, collectives="nccl", adam=_choose_kernels(has_cuda=True))
 
 
-def _choose_adam(*, has_cuda: bool) -> str:
-    """FusedAdam where it is installed and can run; otherwise ours, in its place and with its state layout."""
+# Set to "1" by megatron-core itself, which stops with an assertion where a user has set them otherwise.
+_ATTENTION_VARIABLES = ("NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN", "NVTE_UNFUSED_ATTN")
+
+
+def _check_attention_variables(environment: Mapping[str, str]) -> None:
+    for name in _ATTENTION_VARIABLES:
+        if environment.get(name, "1") != "1":
+            raise UsageError(
+                f"{name} is {environment[name]!r} in the environment; allowed: unset. The engine computes attention "
+                "with its own module, so the variable would have no effect. Nothing was started.",
+                hint=f"unset {name}",
+            )
+
+
+def _choose_kernels(*, has_cuda: bool) -> str:
+    """Return the name of the Adam in use: FusedAdam where it is installed and can run, otherwise megamask's.
+
+    Where Transformer Engine is installed and no device is visible, its kernels for norms and scales cannot run either:
+    megatron-core's own take their place.
+    """
     optimizer = importlib.import_module("megatron.core.optimizer")
-    distributed = importlib.import_module("megatron.core.optimizer.distrib_optimizer")
     adam = importlib.import_module("megamask.engine.adam").Adam
     if optimizer.Adam is not adam and has_cuda and not optimizer.USING_PYTORCH_OPTIMIZER:
         return f"{optimizer.Adam.__module__}.{optimizer.Adam.__name__}"
-    # These names tell the distributed optimizer that "step" is kept per group, as FusedAdam keeps it.
-    for module, name, value in (
-        (optimizer, "Adam", adam),
-        (optimizer, "USING_PYTORCH_OPTIMIZER", False),
-        (distributed, "Adam", adam),
-        (distributed, "HAVE_APEX_OR_TE", True),
-        (distributed, "USING_APEX_OPTIMIZER", True),
-    ):
-        setattr(module, name, value)
+    _replace(
+        "megatron.core.optimizer",
+        Adam=adam,
+        USING_PYTORCH_OPTIMIZER=False,
+    )
+    # these names say that "step" is kept per group, as FusedAdam keeps it
+    _replace(
+        "megatron.core.optimizer.distrib_optimizer",
+        Adam=adam,
+        HAVE_APEX_OR_TE=True,
+        USING_APEX_OPTIMIZER=True,
+        USING_TE_OPTIMIZER=False,
+    )
+    if not has_cuda:
+        local = importlib.import_module("megatron.core.utils")
+        kernels = {
+            "multi_tensor_applier": local.local_multi_tensor_applier,
+            "multi_tensor_scale_impl": local.local_multi_tensor_scale,
+        }
+        _replace("megatron.core.optimizer.optimizer", **kernels)
+        _replace("megatron.core.optimizer.clip_grads", l2_norm_impl=local.local_multi_tensor_l2_norm, **kernels)
     return f"{adam.__module__}.{adam.__name__}"
+
+
+def _replace(module: str, **values: Any) -> None:
+    found = importlib.import_module(module)
+    for name, value in values.items():
+        setattr(found, name, value)
 
 
 def init_process_group(backend: Backend, environment: Mapping[str, str] = os.environ) -> None:

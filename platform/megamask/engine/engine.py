@@ -45,6 +45,7 @@ class Engine:
         seed: run.seed, the key of initial weights and of the noise.
         compute: precision.compute. In bf16 Adam updates float32 master weights, gradients are summed in float32, and
             the state on disk is the masters'.
+        deterministic: device.deterministic.
 
     Attributes:
         parameters: the table of this rank's parameters.
@@ -63,8 +64,9 @@ class Engine:
         seed: int,
         *,
         compute: str = "fp32",
+        deterministic: bool = True,
     ) -> None:
-        backend = select_backend()
+        backend = select_backend(deterministic=deterministic)
         self._collectives = Collectives(backend.device)
         mesh = Mesh.from_layout(layout, rank=self._collectives.rank, world_size=self._collectives.world_size)
         groups = ProcessGroups(mesh)

@@ -45,7 +45,7 @@ def build_run(
     with startup.phase("imports"):
         from megamask.engine.backend import init_process_group, select_backend
     with startup.phase("engine"):
-        backend = select_backend()
+        backend = select_backend(deterministic=config.device.deterministic)
         init_process_group(backend)
     engine = _engine(config, data, startup)
     attempt = scope.share(engine)
@@ -94,6 +94,7 @@ def _engine(config: TrainConfig, data: RunData, startup: StartupClock) -> Engine
             training=config.training,
             seed=config.run.seed,
             compute=config.precision.compute,
+            deterministic=config.device.deterministic,
         )
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from megamask.config.schema.checkpoint import CheckpointConfig
 from megamask.config.schema.corpus import CorpusConfig
 from megamask.config.schema.data import DataConfig
+from megamask.config.schema.device import DeviceConfig
 from megamask.config.schema.evaluation import EvaluationConfig
 from megamask.config.schema.field import operational, section
 from megamask.config.schema.layout import LayoutConfig
@@ -38,6 +39,7 @@ class TrainConfig:
     training: TrainingConfig = section()
     layout: LayoutConfig = section()
     precision: PrecisionConfig = section()
+    device: DeviceConfig = section()
     checkpoint: CheckpointConfig = section()
     evaluation: EvaluationConfig = section()
     preview: PreviewConfig = section()

@@ -1,0 +1,241 @@
+"""A substitute for Transformer Engine's module tree, in plain torch, for machines without a GPU.
+
+megatron-core imports it as if the library were installed. Only the wiring is tested with it: names of parameters, marks
+of shards, and what the engine does where the library is present and no device is. FP8 contexts are recorded, never
+computed. Every kernel of the optimizers raises, as the real ones do without a device.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import types
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+__version__ = "2.20.2"
+RECIPES_USED: list[tuple[str, str | None]] = []
+"""(class of the module, recipe of the context) of every linear forward pass."""
+
+_state: dict[str, Any] = {"recipe": None}
+
+
+class Linear(torch.nn.Module):
+    """A linear layer, sharded by `parallel_mode` over the tensor-parallel ranks."""
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        sequence_parallel: bool = False,
+        fuse_wgrad_accumulation: bool = False,
+        tp_group: Any = None,
+        tp_size: int = 1,
+        get_rng_state_tracker: Any = None,
+        rng_tracker_name: str | None = None,
+        init_method: Any = None,
+        bias: bool = True,
+        return_bias: bool = False,
+        params_dtype: torch.dtype | None = None,
+        parallel_mode: str | None = None,
+        device: Any = "cuda",
+        name: str | None = None,
+    ) -> None:
+        super().__init__()
+        rows = out_features // (tp_size if parallel_mode == "column" else 1)
+        columns = in_features // (tp_size if parallel_mode == "row" else 1)
+        self.sequence_parallel, self.parallel_mode = sequence_parallel and tp_size > 1, parallel_mode
+        self.tp_size, self.tp_group, self.use_bias, self.return_bias = tp_size, tp_group, bias, return_bias
+        self.weight = torch.nn.Parameter(torch.empty(rows, columns, dtype=params_dtype, device=device))
+        self.bias = torch.nn.Parameter(torch.zeros(rows, dtype=params_dtype, device=device)) if bias else None
+        for parameter in (self.weight, self.bias):  # the library marks its shards itself
+            if parameter is not None and parallel_mode is not None:
+                parameter.tensor_model_parallel = True
+                parameter.partition_dim, parameter.partition_stride = (0 if parallel_mode == "column" else 1), 1
+
+    def forward(self, x: torch.Tensor, is_first_microbatch: bool | None = None) -> torch.Tensor:
+        """[..., columns] -> [..., rows], gathered or reduced as the layer's place among the ranks asks."""
+        from megatron.core.tensor_parallel import mappings
+        from megatron.core.tensor_parallel.layers import linear_with_grad_accumulation_and_async_allreduce
+
+        RECIPES_USED.append((type(self).__name__, _state["recipe"]))
+        is_column = self.parallel_mode == "column"
+        y = linear_with_grad_accumulation_and_async_allreduce(
+            x,
+            self.weight,
+            self.bias,
+            False,
+            is_column and self.tp_size > 1 and not self.sequence_parallel,
+            is_column and self.sequence_parallel,
+            tp_group=self.tp_group,
+        )
+        if self.parallel_mode != "row" or self.tp_size == 1:
+            return y
+        if self.sequence_parallel:
+            return mappings.reduce_scatter_to_sequence_parallel_region(y, group=self.tp_group)
+        return mappings.reduce_from_tensor_model_parallel_region(y, group=self.tp_group)
+
+    def get_extra_state(self) -> torch.Tensor:
+        """Present on every module of the library; megamask never reads it."""
+        return torch.empty(0, dtype=torch.uint8)
+
+    def set_extra_state(self, state: Any) -> None:
+        """Takes anything."""
+
+
+class LayerNormLinear(Linear):
+    """A norm fused into the linear layer behind it; its weight is called layer_norm_weight."""
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        eps: float = 1e-5,
+        normalization: str = "LayerNorm",
+        return_layernorm_output: bool = False,
+        zero_centered_gamma: bool = False,
+        **options: Any,
+    ) -> None:
+        super().__init__(in_features, out_features, **options)
+        assert normalization == "RMSNorm"
+        self.eps = eps
+        self.layer_norm_weight = torch.nn.Parameter(
+            torch.ones(in_features, dtype=options.get("params_dtype"), device=options.get("device", "cuda"))
+        )
+        self.layer_norm_weight.sequence_parallel = options.get("sequence_parallel", False)
+
+    def forward(self, x: torch.Tensor, is_first_microbatch: bool | None = None) -> torch.Tensor:
+        """Norm, then the linear layer."""
+        return super().forward(F.rms_norm(x, (x.size(-1),), self.layer_norm_weight, self.eps))
+
+
+class RMSNorm(torch.nn.Module):
+    """A norm of its own."""
+
+    def __init__(
+        self,
+        normalized_shape: int | None = None,
+        eps: float = 1e-5,
+        sequence_parallel: bool | None = None,
+        params_dtype: torch.dtype | None = None,
+        zero_centered_gamma: bool = False,
+        hidden_size: int | None = None,
+        device: Any = "cuda",
+    ) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = torch.nn.Parameter(torch.ones(normalized_shape or hidden_size, dtype=params_dtype, device=device))
+        self.weight.sequence_parallel = sequence_parallel
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Same shape as x."""
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+class DotProductAttention(torch.nn.Module):
+    """Never built: the engine's own attention is the core attention."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__()
+        raise NotImplementedError("the substitute has no attention")
+
+
+@contextlib.contextmanager
+def fp8_autocast(enabled: bool = True, fp8_recipe: Any = None, **options: Any) -> Iterator[None]:
+    """Records the recipe for the linear layers inside."""
+    before = _state["recipe"]
+    _state["recipe"] = type(fp8_recipe).__name__ if enabled else None
+    try:
+        yield
+    finally:
+        _state["recipe"] = before
+
+
+class FP8GlobalStateManager:
+    """Whether an FP8 context is entered."""
+
+    @classmethod
+    def is_fp8_enabled(cls) -> bool:
+        """True inside `fp8_autocast(enabled=True)`."""
+        return _state["recipe"] is not None
+
+
+class FusedAdam(torch.optim.Optimizer):
+    """Cannot be built without a device."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        raise RuntimeError("CUDA driver version is insufficient for CUDA runtime version")
+
+
+def _needs_a_device(*args: Any, **options: Any) -> Any:
+    raise RuntimeError("CUDA driver version is insufficient for CUDA runtime version")
+
+
+def _module(name: str, **members: Any) -> None:
+    module = types.ModuleType(f"{__name__}.{name}")
+    module.__dict__.update(members)
+    sys.modules[module.__name__] = module
+    parent, _, last = name.rpartition(".")
+    setattr(sys.modules[f"{__name__}.{parent}"] if parent else sys.modules[__name__], last, module)
+
+
+class _Recipe:
+    def __init__(self, **fields: Any) -> None:
+        self.__dict__.update(fields)
+
+    def delayed(self) -> bool:
+        return type(self).__name__ == "DelayedScaling"
+
+
+def _plain(name: str, *bases: type) -> type:
+    return type(name, bases or (object,), {})
+
+
+_RECIPES = ("DelayedScaling", "Float8CurrentScaling", "Float8BlockScaling", "MXFP8BlockScaling")
+_Quantized = _plain("QuantizedTensor", torch.Tensor)
+_module("common")
+_module(
+    "common.recipe",
+    Format=types.SimpleNamespace(E4M3="E4M3", HYBRID="HYBRID"),
+    **{name: _plain(name, _Recipe) for name in _RECIPES},
+)
+_module(
+    "pytorch",
+    Linear=Linear,
+    LayerNormLinear=LayerNormLinear,
+    RMSNorm=RMSNorm,
+    LayerNorm=RMSNorm,
+    GroupedLinear=_plain("GroupedLinear", torch.nn.Module),
+    DotProductAttention=DotProductAttention,
+    fp8_autocast=fp8_autocast,
+    fp8_model_init=fp8_autocast,
+    Fp8Padding=_plain("Fp8Padding"),
+    Fp8Unpadding=_plain("Fp8Unpadding"),
+)
+_module("pytorch.fp8", FP8GlobalStateManager=FP8GlobalStateManager, fp8_autocast=fp8_autocast)
+_module(
+    "pytorch.optimizers",
+    FusedAdam=FusedAdam,
+    FusedSGD=FusedAdam,
+    multi_tensor_applier=_needs_a_device,
+    multi_tensor_l2norm=_needs_a_device,
+    multi_tensor_scale=_needs_a_device,
+)
+_module("pytorch.distributed", CudaRNGStatesTracker=_plain("CudaRNGStatesTracker"), activation_recompute_forward=None)
+_module("pytorch.tensor", QuantizedTensor=_Quantized)
+_module("pytorch.tensor.utils", replace_raw_data=None, cast_master_weights_to_fp8=None)
+_module("pytorch.float8_tensor", Float8Tensor=_Quantized)
+_module("pytorch.ops", Sequential=torch.nn.Sequential, FusibleOperation=torch.nn.Module)
+_module("pytorch.attention")
+_module("pytorch.cpu_offload")
+_module(
+    "pytorch.router",
+    fused_compute_score_for_moe_aux_loss=None,
+    fused_moe_aux_loss=None,
+    fused_topk_with_score_function=None,
+)
