@@ -55,7 +55,7 @@ def test_help_lists_every_verb_and_no_other(capsys, arguments):
     assert cli.main(arguments) == 0
     listed = capsys.readouterr().out.split("verbs:")[1].split("options:")[0]
     names = [line.split()[0] for line in listed.splitlines() if line.strip()]
-    assert names == ["prepare", "train", "evaluate", "sample", "inspect", "verify", "status", "sync", "explain"]
+    assert names == list(cli.VERBS)
 
 
 def test_nothing_given_is_a_usage_error_with_help_on_stderr(capsys):
@@ -266,6 +266,7 @@ MISSING = {
     "verify": ["corpus", "no/such/corpus"],
     "status": ["no/such/run"],
     "sync": ["no/such/run"],
+    "new-config": ("/dev/null/no/such",),
     "explain": ["no.such"],
 }
 

@@ -202,15 +202,17 @@ def verbs_of_cli() -> set[str]:
 
 
 def test_every_verb_is_a_file() -> None:
-    assert verbs_of_cli() == {path.stem for path in CLI.glob("*.py") if "\ndef add_arguments(" in text(path)}
+    assert verbs_of_cli() == {
+        path.stem.replace("_", "-") for path in CLI.glob("*.py") if "\ndef add_arguments(" in text(path)
+    }
 
 
 @pytest.mark.promise("files, verbs and settings named in documents exist")
 @each_document
 def test_verbs_named_in_documents_exist(path: Path) -> None:
-    named = {match for word in quoted(path) for match in re.findall(r"^megamask ([a-z]+)\b", word)}
+    named = {match for word in quoted(path) for match in re.findall(r"^megamask ([a-z][a-z-]*)\b", word)}
     blocks = re.findall(r"^```.*?^```", text(path), flags=re.M | re.S)
-    named |= set(re.findall(r"^(?:[$+] )?megamask ([a-z]+)\b", "\n".join(blocks), flags=re.M))
+    named |= set(re.findall(r"^(?:[$+] )?megamask ([a-z][a-z-]*)\b", "\n".join(blocks), flags=re.M))
     assert named <= verbs_of_cli(), f"{path.name} names {sorted(named - verbs_of_cli())}"
 
 
@@ -223,7 +225,7 @@ def test_options_in_the_readme_are_those_of_their_verbs() -> None:
     for row in table(ROOT / "README.md", "Verbs"):
         verb = row[0].strip("`").split()[1]
         parser = argparse.ArgumentParser()
-        importlib.import_module(f"megamask_pipelines.cli.{verb}").add_arguments(parser)
+        importlib.import_module(f"megamask_pipelines.cli.{verb.replace('-', '_')}").add_arguments(parser)
         known = set(parser._option_string_actions)
         assert set(re.findall(r"--[a-z]+", row[0])) <= known, row[0]
 

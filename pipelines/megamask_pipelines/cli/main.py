@@ -31,6 +31,7 @@ VERBS: Mapping[str, str] = {
     "status": "show the state of a run, attempt by attempt",
     "sync": "upload the parts of a run that MLflow is missing",
     "explain": "explain a setting: meaning, range, default, origin",
+    "new-config": "write a commented minimal corpus and run config",
 }
 _HELP = """usage: megamask VERB [CONFIG.yaml] [key.path=value ...] [--json]
 
@@ -127,7 +128,7 @@ def _import_verb(name: str) -> Any:
         nearest = difflib.get_close_matches(name, VERBS, n=1, cutoff=0.5)
         hint = f"did you mean {nearest[0]}?" if nearest else "`megamask --help` tells what each verb does"
         raise UsageError(f"unknown verb {name!r}; allowed: {', '.join(VERBS)}. Nothing was started.", hint=hint)
-    return importlib.import_module(f"megamask_pipelines.cli.{name}")
+    return importlib.import_module(f"megamask_pipelines.cli.{name.replace('-', '_')}")
 
 
 def _guarded(action: Callable[[], int], name: str, json_answer: IO[str] | None) -> int:

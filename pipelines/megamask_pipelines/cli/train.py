@@ -15,12 +15,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The verb's arguments."""
     parser.add_argument("config", help="a run config, as configs/run/tiny.yaml")
     parser.add_argument("overrides", nargs="*", default=[], help="key.path=value, later ones win")
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="compose, validate, open the corpora and print parameters, FLOPs and steps per epoch; train nothing",
+    )
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Trains in this process, or in one process per rank when the layout needs several.
 
-    Returns: run_id, run_dir, step, loss, exit_code, reason.
+    Returns: run_id, run_dir, step, loss, exit_code, reason; with --check the answer of `check_run`.
     """
     from megamask.resilience.signals import StopRequest
 
@@ -45,6 +50,10 @@ def _train(arguments: argparse.Namespace, signals: StopRequest) -> dict[str, Any
         if mlflow.enabled and mlflow.uri is not None:
             # a variable that is not set, or no address at all, would only show as an outage at the end
             check_uri(URI_KEY, resolve_secret(URI_KEY, mlflow.uri), after="Nothing was started.")
+        if arguments.check:
+            from megamask_pipelines.check_run import check_run
+
+            return check_run(loaded.config)
         return run_training(loaded.config, ["train", arguments.config, *arguments.overrides], signals)
     except MegamaskError as error:
         if is_launched() and leave_report(redacted(error)):
@@ -54,6 +63,10 @@ def _train(arguments: argparse.Namespace, signals: StopRequest) -> dict[str, Any
 
 def render(result: dict[str, Any]) -> str:
     """The last lines for a person."""
+    if "parameters" in result:
+        from megamask_pipelines.check_run import render_check
+
+        return render_check(result)
     loss = "none" if result["loss"] is None else f"{result['loss']:.4f} nats per token"
     return (
         f"run {result['run_dir']}: step {result['step']}, loss {loss}, {result['reason']} "

@@ -1,0 +1,68 @@
+"""The job of `megamask train --check`: open what a run reads and report its size, without training."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+from megamask.config.schema.roots import TrainConfig
+from megamask.models.counts import flops_per_token, parameter_count
+from megamask.objectives.shapes import shape_of
+from megamask.runs.layout import run_path
+from megamask.training.batch_size import consumed_before
+from megamask.training.run_data import RunData
+from megamask_pipelines.pretrain import num_processes
+
+_BYTES_PER_WEIGHT = 12  # float32 weight and the two moments of Adam
+
+
+def check_run(config: TrainConfig) -> dict[str, Any]:
+    """Open the corpora of a validated config and count.
+
+    Nothing is claimed and nothing is written.
+
+    Returns: run_dir, processes, parameters, flops_per_token (training, per position of the network),
+        flops_per_step (of the last batch size), rows, tokens (of the training split), steps, steps_per_epoch (of the
+        last batch size), epochs (of the run), micro_batches (per data-parallel rank and step), checkpoint_bytes.
+    Raises:
+        MegamaskError: a corpus or a prompt refuses.
+    """
+    with contextlib.ExitStack() as stack:
+        data = RunData(config, stack)
+        split = data.train.manifest.split("train")
+    training, layout = config.training, config.layout
+    shape = shape_of(config.objective.settings(), training.sequence_length)
+    flops = flops_per_token(
+        data.spec, scored_fraction=shape.scored_fraction, attended_fraction=shape.attended_fraction
+    ).training
+    batch, parameters = training.global_batch_size, parameter_count(data.spec)
+    return {
+        "run_dir": str(run_path(config.run.output_dir, config.run.name)),
+        "processes": num_processes(layout),
+        "parameters": parameters,
+        "flops_per_token": flops,
+        "flops_per_step": flops * batch * shape.num_views * shape.input_length,
+        "rows": split.num_rows,
+        "tokens": split.num_tokens,
+        "steps": training.steps,
+        "steps_per_epoch": split.num_rows / batch,
+        "epochs": consumed_before(training.steps + 1, training) / split.num_rows,
+        "micro_batches": batch // (layout.data_parallel_size * training.micro_batch_size),
+        "checkpoint_bytes": parameters * _BYTES_PER_WEIGHT,
+    }
+
+
+def render_check(facts: dict[str, Any]) -> str:
+    """Return the answer for people."""
+    return "\n".join(
+        (
+            f"{facts['run_dir']} can be trained; nothing was started",
+            f"  network      {facts['parameters']:,} parameters, {facts['flops_per_token']:.3g} FLOPs per position",
+            f"  corpus       {facts['rows']:,} rows, {facts['tokens']:,} tokens for training",
+            f"  run          {facts['steps']:,} steps of {facts['flops_per_step']:.3g} FLOPs, "
+            f"{facts['steps_per_epoch']:,.1f} steps per epoch, {facts['epochs']:.2f} epochs",
+            f"  layout       {facts['processes']} processes, {facts['micro_batches']} micro-batches per step on each "
+            "data-parallel rank",
+            f"  checkpoint   {facts['checkpoint_bytes'] / 1e6:,.1f} MB",
+        )
+    )
