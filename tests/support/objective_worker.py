@@ -11,12 +11,17 @@ from megamask.evaluation.likelihood import evaluate_rows
 from megamask.generation.confidence import DecodingOptions, decode
 from megamask.objectives.autoregressive import AutoregressiveObjective
 from megamask.objectives.base import Objective
+from megamask.objectives.block import BlockObjective
 from support import engine_cases as cases
 
 STEPS = (1, 2, 3, 4)
 SAVED = 2
 VOCABULARY = cases.vocabulary(cases.OPTIONS)
 OBJECTIVES: dict[str, Objective] = {
+    "block": BlockObjective(vocabulary=VOCABULARY, block_size=8, clean_half="block_causal", mask_logit="excluded"),
+    "joint": BlockObjective(
+        vocabulary=VOCABULARY, block_size=4, clean_half="token_causal", mask_logit="excluded", diffusion_weight=0.3
+    ),
     "autoregressive": AutoregressiveObjective(vocabulary=VOCABULARY, mask_logit="excluded", z_loss_weight=0.1),
 }
 

@@ -22,7 +22,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--draws", type=int, default=4, help="masks per row in one replicate (4)")
     parser.add_argument("--replicates", type=int, default=4, help="independent replicates, for the standard error (4)")
     parser.add_argument(
-        "--objective", choices=("masked", "autoregressive"), help="score as this objective; by default the model's own"
+        "--objective",
+        choices=("masked", "autoregressive", "block"),
+        help="score as this objective; by default the model's own",
     )
     parser.add_argument(
         "--given-first",

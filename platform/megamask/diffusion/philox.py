@@ -43,6 +43,7 @@ class Purpose(IntEnum):
     VALIDATION_TIME = 10
     BLOCK_ORDER = 11
     ROW_ORDER = 12
+    VALIDATION_BLOCK_COUNT = 13
 
 
 def philox4x32(counter: Sequence[Tensor | int], key: Sequence[Tensor | int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -94,7 +94,7 @@ class Losses:
 
     Args:
         terms: by name, in nats per token; the loss is their sum.
-        nelbo: the term that bounds the negative log-likelihood; None where no term does.
+        nelbo: the bound on the negative log-likelihood, without its factor in the loss; None where no term does.
         by_noise_level: mean unweighted cross entropy in nats of the level's positions; None where there are none.
     """
 
@@ -111,13 +111,11 @@ class Losses:
     def from_sums(cls, sums: Sequence[float], counts: BatchCounts, objective: Objective) -> Losses:
         """Reads a vector of `sum_scores`, summed over micro-batches and ranks."""
         num_terms = len(objective.terms)
-        terms = {
-            term.name: term.factor * total / term.normalizer(counts.of_terms)
-            for term, total in zip(objective.terms, sums[:num_terms], strict=True)
-        }
+        by_term = list(zip(objective.terms, sums[:num_terms], strict=True))
+        terms = {term.name: term.factor * total / term.normalizer(counts.of_terms) for term, total in by_term}
         means = [
             total / count if count else None
             for total, count in zip(sums[num_terms:], counts.masked_tokens_by_noise_level, strict=True)
         ]
-        bounds = [terms[term.name] for term in objective.terms if term.is_bound]
+        bounds = [total / term.normalizer(counts.of_terms) for term, total in by_term if term.is_bound]
         return cls(terms=terms, nelbo=bounds[0] if bounds else None, by_noise_level=means)

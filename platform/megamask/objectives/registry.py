@@ -9,6 +9,7 @@ from megamask.errors import UsageError
 from megamask.models.vocabulary import Vocabulary
 from megamask.objectives.autoregressive import AutoregressiveObjective
 from megamask.objectives.base import Objective
+from megamask.objectives.block import BlockObjective
 from megamask.objectives.masked import MaskedObjective
 from megamask.objectives.shapes import name_of
 
@@ -21,9 +22,14 @@ def _autoregressive(vocabulary: Vocabulary, settings: Mapping[str, Any]) -> Obje
     return AutoregressiveObjective(vocabulary=vocabulary, **settings)
 
 
+def _block(vocabulary: Vocabulary, settings: Mapping[str, Any]) -> Objective:
+    return BlockObjective(vocabulary=vocabulary, **settings)
+
+
 _OBJECTIVES: Mapping[str, Callable[[Vocabulary, Mapping[str, Any]], Objective]] = {
     "masked": _masked,
     "autoregressive": _autoregressive,
+    "block": _block,
 }
 
 

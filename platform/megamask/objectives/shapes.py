@@ -69,7 +69,20 @@ def _autoregressive(settings: Mapping[str, Any], sequence_length: int) -> Object
     )
 
 
+def _block(settings: Mapping[str, Any], sequence_length: int) -> ObjectiveShape:
+    is_joint = settings["diffusion_weight"] is not None  # the clean half is scored too
+    return ObjectiveShape(
+        num_views=1,
+        input_length=2 * sequence_length,
+        scored_positions=(2 if is_joint else 1) * sequence_length,
+        scored_fraction=0.75 if is_joint else 0.25,
+        attended_fraction=0.5,  # of the 2s keys a noised position sees s/2 on average, a clean one s/2 as well
+        corrupts="some",
+    )
+
+
 _SHAPES: dict[str, Callable[[Mapping[str, Any], int], ObjectiveShape]] = {
     "masked": _masked,
     "autoregressive": _autoregressive,
+    "block": _block,
 }

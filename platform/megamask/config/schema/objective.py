@@ -11,21 +11,22 @@ from megamask.config.schema.field import Setting, identity
 from megamask.config.schema.section import Section
 
 MASKED = ("masked",)
+BLOCK = ("block",)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ObjectiveConfig(Section):
     """The objective by name, and its settings: noise schedule, views and the logits that count."""
 
-    name: str = identity("what is minimised", default="masked", choices=("masked", "autoregressive"))
+    name: str = identity("what is minimised", default="masked", choices=("masked", "autoregressive", "block"))
     noise_schedule: str = identity(
         "how the mask probability p depends on t",
         default="linear",
         choices=("linear", "cosine_md4", "cosine_bd3", "polynomial", "sqrt"),
-        variants=MASKED,
+        variants=MASKED + BLOCK,
     )
     noise_exponent: float = identity(
-        "k of the noise schedule polynomial, p rising as t^k", default=1.0, minimum=1, variants=MASKED
+        "k of the noise schedule polynomial, p rising as t^k", default=1.0, minimum=1, variants=MASKED + BLOCK
     )
     weight: str = identity(
         "weight of a masked position's cross entropy; only nelbo and any_order make the loss a bound on the likelihood",
@@ -55,6 +56,27 @@ class ObjectiveConfig(Section):
     complementary: bool = identity(
         "two views of each sample, the second masking what the first leaves visible", default=True, variants=MASKED
     )
+    block_size: int = identity(
+        "tokens of a diffusion block; 1 is autoregressive", default=32, minimum=1, unit="tokens", variants=BLOCK
+    )
+    block_time: str = identity(
+        "whether each block has a noise level of its own, or the row has one",
+        default="block",
+        choices=("block", "sequence"),
+        variants=BLOCK,
+    )
+    clean_half: str = identity(
+        "what a clean token sees: all of its block and of earlier ones, or the tokens before it",
+        default="block_causal",
+        choices=("block_causal", "token_causal"),
+        variants=BLOCK,
+    )
+    diffusion_weight: float | None = identity(
+        "weight of the diffusion loss beside the autoregressive loss of the clean half; null for diffusion alone",
+        default=None,
+        above=0,
+        variants=BLOCK,
+    )
     mask_logit: str = identity(
         "whether the mask token's logit enters the softmax", default="excluded", choices=("excluded", "included")
     )
@@ -71,6 +93,16 @@ class ObjectiveConfig(Section):
                 key="objective.noise_exponent",
                 because=f"but objective.noise_schedule is {self.noise_schedule}",
                 allowed="1; or any exponent >= 1 with objective.noise_schedule=polynomial",
+            )
+        if (
+            self.has_meaning("diffusion_weight")
+            and self.diffusion_weight is not None
+            and (self.clean_half != "token_causal")
+        ):
+            yield Problem(
+                key="objective.diffusion_weight",
+                because=f"but objective.clean_half is {self.clean_half}, which is no autoregressive model",
+                allowed="null; or any weight > 0 with objective.clean_half=token_causal",
             )
         if self.recipe is None or not self.has_meaning("recipe"):
             return
