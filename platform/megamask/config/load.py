@@ -8,6 +8,7 @@ be right by itself: a mistake is an error even where a later layer hides it.
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,10 +82,17 @@ def read_layers(path: str | Path) -> Iterator[tuple[str, Node | None]]:
     Raises:
         UsageError: a file cannot be read or is absurdly large, or the files' defaults form a cycle or too many layers.
     """
-    for number, layer in enumerate(_read_layers(str(path), asked_by=None, above=()), start=1):
+    for number, layer in enumerate(_read_layers(find_config(str(path)), asked_by=None, above=()), start=1):
         if number > _MOST_LAYERS:
             raise UsageError(f"{path} and its defaults are more than {_MOST_LAYERS} files. Nothing was started.")
         yield layer
+
+
+def find_config(path: str) -> str:
+    """Return the path of a config; configs/... that is not here is the one that was installed with the package."""
+    installed = Path(sys.prefix, "share", "megamask", path)
+    is_shipped = path.startswith("configs/") and not os.path.lexists(path) and ".." not in path.split("/")
+    return str(installed) if is_shipped and installed.is_file() else path
 
 
 def _read_layers(path: str, *, asked_by: str | None, above: tuple[str, ...]) -> Iterator[tuple[str, Node | None]]:
