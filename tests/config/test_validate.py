@@ -10,6 +10,7 @@ from megamask.config.load import load_prepare_config
 from megamask.config.rules.layout import allowed_tensor_parallel_sizes, length_unit
 from megamask.config.schema.layout import shared_numbers
 from megamask.config.validate import all_problems, validate_prepare, validate_train
+from megamask.errors import UsageError
 from support.config_files import write_configs
 
 
@@ -209,6 +210,15 @@ REFUSED = [
         "and evaluation.every_steps = 3, and the last one is not measured; allowed: 0, or any number with a checkpoint "
         "at an evaluated step.",
     ),
+    *[
+        (
+            (f"run.output_dir=runs what{letter}",),
+            f"run.output_dir is 'runs what{letter}', and MLflow's database is created in it, whose address cannot "
+            f"contain '{letter}'; allowed: a path without '?', '#' and '%'; or any path with tracking.mlflow.uri set "
+            "or tracking.mlflow.enabled=false.",
+        )
+        for letter in "?#%"
+    ],
 ]
 
 
@@ -337,3 +347,15 @@ def test_every_problem_is_found_and_a_broken_ramp_breaks_no_other_rule(train):
         "training.batch_size_ramp_start",
         "layout.pipeline_parallel_size",
     ]
+
+
+@pytest.mark.parametrize("other", ["tracking.mlflow.enabled=false", "tracking.mlflow.uri=http://localhost:5000"])
+def test_any_output_dir_is_accepted_where_mlflows_database_is_elsewhere(train, other):
+    loaded = train("run.output_dir=runs what?", other)
+    validate_train(loaded.config, loaded.origins)
+
+
+@pytest.mark.parametrize("name", ["", "  "])
+def test_empty_name_of_an_experiment_is_refused(train, name):
+    with pytest.raises(UsageError, match=r"tracking\.mlflow\.experiment .*at least one visible character"):
+        train(f"tracking.mlflow.experiment={name}")
