@@ -1,4 +1,4 @@
-"""`megamask status RUN`: the history and state of a run, from its directory alone."""
+"""`megamask status RUN`: the history and state of a run, or of every run in a folder, from the folders alone."""
 
 from __future__ import annotations
 
@@ -11,103 +11,57 @@ from typing import Any
 # About ten lines: of many attempts the first and the last ones are shown, the others counted.
 _SHOWN_ATTEMPTS = 4
 _REASON_CHARACTERS = 100
+_LISTED = ("run_dir", "run_id", "phase", "is_live", "num_attempts", "step", "steps", "loss", "last_checkpoint", "error")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The verb's arguments."""
-    parser.add_argument("run", help="a run directory, <run.output_dir>/<run.name>")
+    parser.add_argument("run", help="a run directory, <run.output_dir>/<run.name>, or a folder of run directories")
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--csv", action="store_true", help="one row a step (of a folder: a row a run) as CSV")
+    form.add_argument("--plot", metavar="FILE", help="draw loss, bound, gradient norm and rate: .png, .svg or .pdf")
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Read status.json, claims, rank files, both ends of each attempt's journal, and the names of checkpoints.
+    """Read a run directory, or all of a folder.
 
-    Returns:
-        run_id, run_dir, phase, is_live, attempt, num_attempts, step, steps, loss, nelbo_nats_per_token, evaluation,
-        eta_s, attempt_exit_code, reason, node, time, last_line_time, last_line_age_s, last_checkpoint,
-        num_checkpoints, checkpoints (newest first), num_incidents, are_all_incidents, last_incident, attempts. Unknown
-        values are null. step is the last one journalled. Only the ends of a long journal are read:
-        are_all_incidents is true if num_incidents counts all of it.
-
+    Returns: as `run_state`; for a folder `runs`, an array of such answers; with --csv also `csv`, with --plot `plot`.
     Raises:
-        UsageError: not a run directory.
+        UsageError: neither a run directory nor a folder of them.
     """
-    from dataclasses import asdict
-    from datetime import UTC, datetime
-
-    from megamask.audit.history import moment, read_history
-    from megamask.checkpoint.reader import candidates
-    from megamask.runs.claims import claimed_attempts, is_live
-    from megamask.runs.record import read_run
-    from megamask.runs.status import read_status
-
-    run_dir = Path(arguments.run)
-    record = read_run(run_dir)
-    status = read_status(run_dir)
-    history = read_history(run_dir, status)
-    attempts, checkpoints = claimed_attempts(run_dir), candidates(run_dir)
-    alive = bool(attempts) and is_live(run_dir, attempts[-1])
-    step, steps = history.last_step, _steps(run_dir, record.recorded_steps)
-    done = step["step"] if step else status.step if status else None
-    last = history.last_line
-    pace = history.seconds_per_step if alive else None
-    return {
-        "run_id": record.run_id,
-        "run_dir": str(run_dir),
-        "phase": status.phase if status else None,
-        "is_live": alive,
-        "attempt": attempts[-1] if attempts else None,
-        "num_attempts": len(attempts),
-        "step": done,
-        "steps": steps,
-        "loss": step.get("loss") if step else None,
-        "nelbo_nats_per_token": step.get("nelbo_nats_per_token") if step else None,
-        "evaluation": _evaluation(history.last_evaluation),
-        "eta_s": None if pace is None or done is None else round(pace * max(0, steps - done), 3),
-        "attempt_exit_code": status.exit_code if status else None,
-        "reason": status.reason if status else None,
-        "node": status.node if status else None,
-        "time": status.time if status else None,
-        "last_line_time": last["time"] if last else None,
-        "last_line_age_s": (datetime.now(UTC) - moment(last["time"])).total_seconds() if last else None,
-        "last_checkpoint": checkpoints[0].name if checkpoints else None,
-        "num_checkpoints": len(checkpoints),
-        "checkpoints": [folder.name for folder in checkpoints],
-        "num_incidents": len(history.incidents),
-        "are_all_incidents": history.are_all_incidents,
-        "last_incident": _incident(history.incidents[-1]) if history.incidents else None,
-        "attempts": [{**asdict(attempt), "seconds": attempt.seconds} for attempt in history.attempts],
-    }
-
-
-def _evaluation(record: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    names = ("step", "nelbo_nats_per_token", "standard_error", "bits_per_byte")
-    return None if record is None else {name: record.get(name) for name in names}
-
-
-def _incident(record: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: record.get(name) for name in ("time", "incident", "problem")}
-
-
-def _steps(run_dir: Path, recorded: int) -> int:
-    """training.steps of the newest attempt; what the run began with where no config of an attempt can be read."""
+    from megamask.audit.curves import COLUMNS, curve_rows, plot_curves, to_csv
+    from megamask.audit.state import run_state, run_states, runs_in
     from megamask.errors import UsageError
-    from megamask.runs.configs import newest_config
+    from megamask.runs.layout import record_path
 
-    try:
-        config = newest_config(run_dir)
-        return recorded if config is None else config.training.steps
-    except UsageError:
-        return recorded
+    folder = Path(arguments.run)
+    if not record_path(folder).is_file() and runs_in(folder):
+        if arguments.plot is not None:
+            raise UsageError(f"--plot takes one run, {folder} is a folder of runs. Nothing was drawn.")
+        answer: dict[str, Any] = {"folder": str(folder), "runs": run_states(folder)}
+        return {**answer, "csv": to_csv(_LISTED, answer["runs"])} if arguments.csv else answer
+    answer = run_state(folder)
+    if arguments.csv:
+        answer["csv"] = to_csv(COLUMNS, curve_rows(folder))
+    if arguments.plot is not None:
+        plot_curves(folder, Path(arguments.plot))
+        answer["plot"] = arguments.plot
+    return answer
 
 
 def render(result: dict[str, Any]) -> str:
-    """About ten lines for a person."""
+    """About ten lines for a person; a line a run for a folder."""
+    if "csv" in result:
+        return str(result["csv"])
+    if "runs" in result:
+        return "\n".join(_listed(state) for state in result["runs"])
     written = f", written by {result['node']}" if result["node"] else ""
     facts = {
         "run": f"{result['run_dir']} ({result['run_id']})",
         "phase": _phase(result),
         "step": _progress(result),
         "loss": _loss(result),
+        "best": _best(result["best"]),
         "commits": _commits(result["checkpoints"]),
         "incidents": _incidents(result),
     }
@@ -119,7 +73,7 @@ def render(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _phase(result: dict[str, Any]) -> str:
+def _phase(result: Mapping[str, Any]) -> str:
     phase, code = str(result["phase"] or "unknown (no status.json)"), result["attempt_exit_code"]
     if phase in ("starting", "running") and not result["is_live"]:
         return f"{phase}, but no process on this host holds the run: it crashed, or runs elsewhere"
@@ -149,6 +103,24 @@ def _loss(result: dict[str, Any]) -> str | None:
     return (
         f"{text}; bound {evaluation['nelbo_nats_per_token']:.4f}{spread} on held-out text at step {evaluation['step']}"
     )
+
+
+def _best(best: Mapping[str, Any] | None) -> str | None:
+    return None if best is None else f"bound {best['nelbo_nats_per_token']:.4f} at step {best['step']}"
+
+
+def _listed(state: Mapping[str, Any]) -> str:
+    name = Path(state["run_dir"]).name
+    if "error" in state:
+        return f"{name:24} {_short(state['error'])}"
+    loss = state["loss"] if isinstance(state["loss"], float) else None
+    facts = [
+        f"{state['step'] or 0}/{state['steps']}",
+        "-" if loss is None else f"loss {loss:.4f}",
+        _best(state["best"]) or "no bound",
+        _phase(state),
+    ]
+    return f"{name:24} {'  '.join(facts)}"
 
 
 def _commits(names: Sequence[str]) -> str:
@@ -191,7 +163,8 @@ def _attempt_line(attempt: Mapping[str, Any]) -> str:
     started = _clock(attempt["started"]) if attempt["started"] else "unknown time"
     by, ending = attempt["superseded_by"], _ending(attempt)
     ending = ending if by is None else f"superseded by attempt {by} ({attempt['exit_code']})"
-    return f"attempt {attempt['number']:<2} {started}  {steps}  {ending}{after}, {saved}{reason}"
+    changes = "".join(f"; {change}" for change in attempt["changes"])
+    return f"attempt {attempt['number']:<2} {started}  {steps}  {ending}{after}, {saved}{changes}{reason}"
 
 
 def _ending(attempt: Mapping[str, Any]) -> str:

@@ -22,6 +22,7 @@ from megamask.runs.claims import claimed_attempts, is_live, read_claim
 from megamask.runs.rank_files import read_rank_failures
 from megamask.runs.status import Status
 from megamask.tracking.journal.lines import JournalFile, Record, Span, journal_files
+from megamask.tracking.records import AttemptStarted, read_record
 
 _HEAD_BYTES = 1 << 15
 _FIRST_TAIL_BYTES = 1 << 16
@@ -40,6 +41,7 @@ class AttemptHistory:
         committed_step: newest step that it is known to have committed.
         outcome: running, done, stopped, preempted, failed, superseded, crashed (gone without a word), or unknown
             (crashed, or runs where this host cannot see).
+        changes: what it extended, and what of layout and device differs from the attempt before.
         superseded_by: the attempt that took over, where the outcome is superseded and it left a claim.
         exit_code, reason: as the journal, status.json or the ranks' own files have them.
         ranks: how each rank that failed ended.
@@ -58,6 +60,7 @@ class AttemptHistory:
     reason: str | None
     ranks: list[dict[str, Any]]
     superseded_by: int | None = None
+    changes: list[str] = field(default_factory=list)
 
     @property
     def seconds(self) -> float | None:
@@ -94,7 +97,7 @@ def read_history(run_dir: Path, status: Status | None) -> History:
     commits = _committed_steps(run_dir)
     for number, newer in zip(numbers, [*numbers[1:], None], strict=False):
         read = _read(files.get(number, []))
-        told = _Told(run_dir, number, read.records, status, newer=newer)
+        told = AttemptEvidence(run_dir, number, read.records, status, newer=newer)
         history.attempts.append(told.history(commits.get(number)))
         history.are_all_incidents &= read.is_whole
         history.incidents += [record for record in read.records if record["kind"] == "incident"]
@@ -159,8 +162,8 @@ def _committed_steps(run_dir: Path) -> dict[int, int]:
     return steps
 
 
-class _Told:
-    """Evidence of one attempt from claim, journal, status.json and rank files."""
+class AttemptEvidence:
+    """Records of one attempt: claim, journal, status.json and failure records."""
 
     def __init__(
         self, run_dir: Path, number: int, records: Sequence[Record], status: Status | None, *, newer: int | None
@@ -196,6 +199,7 @@ class _Told:
             reason=reason,
             ranks=[vars(failure) for failure in ranks.values()],
             superseded_by=self._newer if outcome == "superseded" else None,
+            changes=_changes(started),
         )
 
     def _last(self, kind: str) -> Record | None:
@@ -216,6 +220,15 @@ class _Told:
         if self._newer is not None:
             return "crashed", None, None
         return "running" if is_live(self._run_dir, self._number) else "unknown", None, None
+
+
+def _changes(line: Record | None) -> list[str]:
+    """What an attempt extended, and what of layout and device differs from the attempt before."""
+    started = None if line is None else read_record(line)
+    if not isinstance(started, AttemptStarted):
+        return []
+    changed = {**(started.extended or {}), **(started.changed or {})}
+    return [f"{name} {old} -> {new}" for name, (old, new) in changed.items()]
 
 
 def _step_of(record: Record, kind: str) -> int | None:

@@ -1,0 +1,123 @@
+"""The state of a run from its directory alone, and of every run in a folder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from megamask.audit.history import moment, read_history
+from megamask.checkpoint.commit import load_commit
+from megamask.checkpoint.reader import candidates
+from megamask.errors import MegamaskError, UsageError
+from megamask.runs.claims import claimed_attempts, is_live
+from megamask.runs.configs import newest_config
+from megamask.runs.layout import record_path
+from megamask.runs.record import read_run
+from megamask.runs.status import read_status
+
+
+def run_state(run_dir: Path) -> dict[str, Any]:
+    """Read status.json, claims, rank files, both ends of each attempt's journal, and the commits.
+
+    Returns:
+        run_id, run_dir, phase, is_live, attempt, num_attempts, step, steps, loss, nelbo_nats_per_token, evaluation,
+        best, eta_s, attempt_exit_code, reason, node, time, last_line_time, last_line_age_s, last_checkpoint,
+        num_checkpoints, checkpoints (newest first), num_incidents, are_all_incidents, last_incident, attempts. Unknown
+        values are null. step is the last one journalled. Only the ends of a long journal are read:
+        are_all_incidents is true if num_incidents counts all of it.
+
+    Raises:
+        UsageError: not a run directory.
+    """
+    record = read_run(run_dir)
+    status = read_status(run_dir)
+    history = read_history(run_dir, status)
+    attempts, checkpoints = claimed_attempts(run_dir), candidates(run_dir)
+    alive = bool(attempts) and is_live(run_dir, attempts[-1])
+    step, steps = history.last_step, _steps(run_dir, record.recorded_steps)
+    done = step["step"] if step else status.step if status else None
+    last = history.last_line
+    pace = history.seconds_per_step if alive else None
+    return {
+        "run_id": record.run_id,
+        "run_dir": str(run_dir),
+        "phase": status.phase if status else None,
+        "is_live": alive,
+        "attempt": attempts[-1] if attempts else None,
+        "num_attempts": len(attempts),
+        "step": done,
+        "steps": steps,
+        "loss": step.get("loss") if step else None,
+        "nelbo_nats_per_token": step.get("nelbo_nats_per_token") if step else None,
+        "evaluation": _evaluation(history.last_evaluation),
+        "best": _best(checkpoints),
+        "eta_s": None if pace is None or done is None else round(pace * max(0, steps - done), 3),
+        "attempt_exit_code": status.exit_code if status else None,
+        "reason": status.reason if status else None,
+        "node": status.node if status else None,
+        "time": status.time if status else None,
+        "last_line_time": last["time"] if last else None,
+        "last_line_age_s": (datetime.now(UTC) - moment(last["time"])).total_seconds() if last else None,
+        "last_checkpoint": checkpoints[0].name if checkpoints else None,
+        "num_checkpoints": len(checkpoints),
+        "checkpoints": [folder.name for folder in checkpoints],
+        "num_incidents": len(history.incidents),
+        "are_all_incidents": history.are_all_incidents,
+        "last_incident": _incident(history.incidents[-1]) if history.incidents else None,
+        "attempts": [{**asdict(attempt), "seconds": attempt.seconds} for attempt in history.attempts],
+    }
+
+
+def runs_in(folder: Path) -> list[Path]:
+    """Return the run directories directly in a folder, by name."""
+    if not folder.is_dir():
+        return []
+    return sorted(path for path in folder.iterdir() if path.is_dir() and record_path(path).is_file())
+
+
+def run_states(folder: Path) -> list[dict[str, Any]]:
+    """Return the state of every run in a folder; a damaged run has `error` and its run_dir only."""
+    states: list[dict[str, Any]] = []
+    for run_dir in runs_in(folder):
+        try:
+            states.append(run_state(run_dir))
+        except MegamaskError as error:
+            states.append({"run_dir": str(run_dir), "error": error.message})
+    return states
+
+
+def _best(checkpoints: list[Path]) -> dict[str, Any] | None:
+    """The commit with the lowest bound among those that are there; damaged ones are left out."""
+    found = []
+    for folder in checkpoints:
+        try:
+            commit = load_commit(folder)
+        except MegamaskError:
+            continue
+        if commit.bound is not None:
+            found.append((commit.bound, -commit.step, folder.name))
+    if not found:
+        return None
+    bound, step, name = min(found)
+    return {"checkpoint": name, "step": -step, "nelbo_nats_per_token": bound}
+
+
+def _evaluation(record: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    names = ("step", "nelbo_nats_per_token", "standard_error", "bits_per_byte")
+    return None if record is None else {name: record.get(name) for name in names}
+
+
+def _incident(record: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: record.get(name) for name in ("time", "incident", "problem")}
+
+
+def _steps(run_dir: Path, recorded: int) -> int:
+    """training.steps of the newest attempt; of the beginning where no config of an attempt can be read."""
+    try:
+        config = newest_config(run_dir)
+    except UsageError:
+        return recorded
+    return recorded if config is None else config.training.steps
