@@ -175,6 +175,7 @@ class AttemptEvidence:
         self._newer = newer
 
     def history(self, visible_step: int | None) -> AttemptHistory:
+        """Return the attempt's history; `visible_step` is that of its newest visible checkpoint."""
         claim = read_claim(self._run_dir, self._number) or {}
         started, ended = self._last("attempt_started"), self._last("attempt_ended")
         resumed = started.get("resumed_from") if started else None
@@ -223,7 +224,7 @@ class AttemptEvidence:
 
 
 def _changes(line: Record | None) -> list[str]:
-    """What an attempt extended, and what of layout and device differs from the attempt before."""
+    """Extended settings of an attempt, and layout and device where they differ from the attempt before."""
     started = None if line is None else read_record(line)
     if not isinstance(started, AttemptStarted):
         return []
