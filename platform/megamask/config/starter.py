@@ -38,7 +38,7 @@ optimizer:
   min_learning_rate: 1.0e-4
 
 training:
-  steps: 500                   # may be raised later: the run continues
+  steps: 500                   # may be raised until the rate begins to fall: the run continues
   global_batch_size: 16        # rows of one optimizer step, all processes together
   micro_batch_size: 8          # rows of one forward pass; changes memory and speed only
   sequence_length: 128
