@@ -1,4 +1,4 @@
-"""When and how checkpoints are committed, and which are kept."""
+"""Checkpoints: when and how they are committed, and which are kept."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How text becomes a corpus."""
+"""Preparation of a corpus from text."""
 
 from __future__ import annotations
 

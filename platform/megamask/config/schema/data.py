@@ -1,4 +1,4 @@
-"""What a run trains on, and in which order."""
+"""Corpora of a run, and the order of their rows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How the device computes."""
+"""Arithmetic of the device."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ _DRAWS_LIMIT = 2**24
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationConfig(Section):
-    """How the bound on held-out text is estimated; it never changes the training loss."""
+    """Estimation of the bound on held-out text; it never changes the training loss."""
 
     every_steps: int | None = operational(
         "measure the bound on the validation split every so many steps; null means never",

@@ -55,7 +55,7 @@ class Setting:
         return " and ".join(parts) or None
 
     def accepts(self, value: Any) -> bool:
-        """Whether a value of the right type lies in the allowed range."""
+        """True if a value of the right type lies in the allowed range."""
         if self.choices is not None:
             return value in self.choices
         if self.pattern is not None:

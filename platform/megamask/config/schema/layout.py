@@ -1,4 +1,4 @@
-"""How a run is spread over processes."""
+"""Layout of a run over processes."""
 
 from __future__ import annotations
 

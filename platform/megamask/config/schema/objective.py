@@ -126,7 +126,7 @@ class ObjectiveConfig(Section):
         return {field.name: getattr(self, field.name) for field in fields(self) if self.has_meaning(field.name)}
 
     def has_meaning(self, name: str) -> bool:
-        """Whether a key of this section has a meaning for the objective that is chosen."""
+        """True if a key of this section has a meaning for the chosen objective."""
         [setting] = [field.metadata["setting"] for field in fields(self) if field.name == name]
         assert isinstance(setting, Setting)
         return setting.variants is None or self.name in setting.variants

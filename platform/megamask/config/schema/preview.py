@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class PreviewConfig(Section):
-    """What the network is asked to write while it learns, for a person to read; it never changes the training loss."""
+    """Sample texts during training, for a person to read; they never change the training loss."""
 
     every_steps: int | None = operational(
         "let the network continue the prompts every so many steps; null means never",

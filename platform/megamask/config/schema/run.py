@@ -1,4 +1,4 @@
-"""Which run this is and where it lives."""
+"""Name, folder and seed of a run."""
 
 from __future__ import annotations
 

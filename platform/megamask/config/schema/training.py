@@ -1,4 +1,4 @@
-"""How long and in which batches a run trains."""
+"""Length and batches of a run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a layer family provides to the engine.
+"""Interface of a layer family for the engine.
 
 A family is one module beside this one with two functions:
 
