@@ -128,6 +128,7 @@ def make_engine(
     head_capacity: int | None = None,
     goal: Any = None,
     compute: str = "fp32",
+    layers: str = "local",
     z_loss_weight: float = 0.0,
     **optimizer: float,
 ) -> Any:
@@ -147,6 +148,7 @@ def make_engine(
         ),
         SEED,
         compute=compute,
+        layers=layers,
     )
 
 

@@ -26,7 +26,7 @@ from megamask.engine.network import build_network, wrap_data_parallel
 from megamask.engine.optimizer import ShardedAdamW
 from megamask.engine.parameters import mark_parameters, parameter_table
 from megamask.engine.passes import RankModel
-from megamask.engine.specs import local
+from megamask.engine.specs.families import layer_family
 from megamask.engine.step import StepReport, StepSettings, StepShare
 from megamask.models.spec import ModelSpec
 from megamask.objectives.base import Objective, Reading, Rows
@@ -46,12 +46,13 @@ class Engine:
         compute: precision.compute. In bf16 Adam updates float32 master weights, gradients are summed in float32, and
             the state on disk is the masters'.
         deterministic: device.deterministic.
+        layers: device.layers.
 
     Attributes:
         parameters: the table of this rank's parameters.
 
     Raises:
-        UsageError: the layout's sizes do not multiply to the number of processes.
+        UsageError: the layout's sizes do not multiply to the number of processes, or the layers cannot run here.
     """
 
     def __init__(
@@ -65,15 +66,19 @@ class Engine:
         *,
         compute: str = "fp32",
         deterministic: bool = True,
+        layers: str = "local",
     ) -> None:
         backend = select_backend(deterministic=deterministic)
         self._collectives = Collectives(backend.device)
         mesh = Mesh.from_layout(layout, rank=self._collectives.rank, world_size=self._collectives.world_size)
+        family = layer_family(layers, backend)
         groups = ProcessGroups(mesh)
         self._spec = spec
         self._host_memory = HostMemory(backend)
-        network = build_network(spec, mesh, _FORMATS[compute], mask_token_id=objective.vocabulary.mask_token_id)
-        self.parameters = parameter_table(network, spec, mesh, local.layer_parameters(spec), optimizer)
+        network = build_network(
+            spec, mesh, _FORMATS[compute], mask_token_id=objective.vocabulary.mask_token_id, family=family
+        )
+        self.parameters = parameter_table(network, spec, mesh, family.layer_parameters(spec), optimizer)
         mark_parameters(network, self.parameters)
         model = wrap_data_parallel(network)
         self._optimizer = ShardedAdamW(model, self.parameters, optimizer)

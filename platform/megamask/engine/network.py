@@ -21,7 +21,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megamask.engine.embedding import WideSumEmbedding
 from megamask.engine.layers.attention import RowContext
 from megamask.engine.mesh import Mesh
-from megamask.engine.specs import local
+from megamask.engine.specs.families import LayerFamily
 from megamask.models.context import Context
 from megamask.models.spec import ModelSpec
 
@@ -65,17 +65,20 @@ class DiffusionNetwork(GPTModel):  # type: ignore[misc]
         return hidden_states
 
 
-def build_network(spec: ModelSpec, mesh: Mesh, compute: torch.dtype, *, mask_token_id: int) -> DiffusionNetwork:
+def build_network(
+    spec: ModelSpec, mesh: Mesh, compute: torch.dtype, *, mask_token_id: int, family: LayerFamily
+) -> DiffusionNetwork:
     """Build this rank's pipeline stage; its weights are undefined until the optimizer's shards are published.
 
     Args:
         compute: number format of weights and activations.
         mask_token_id: the most frequent input id, whose gradient is summed by itself (embedding.py).
+        family: of the layers' modules.
     """
     config = _transformer_config(spec, mesh, compute)
     network = DiffusionNetwork(
         config=config,
-        transformer_layer_spec=local.block_spec(config, len(mesh.layers(spec.num_layers)), rope_theta=spec.rope_theta),
+        transformer_layer_spec=family.block_spec(config, len(mesh.layers(spec.num_layers)), rope_theta=spec.rope_theta),
         vocab_size=spec.padded_vocab_size,
         max_sequence_length=spec.max_sequence_length,
         position_embedding_type="none",  # the attention module turns queries and keys itself

@@ -95,6 +95,7 @@ def _engine(config: TrainConfig, data: RunData, startup: StartupClock) -> Engine
             seed=config.run.seed,
             compute=config.precision.compute,
             deterministic=config.device.deterministic,
+            layers=config.device.layers,
         )
 
 

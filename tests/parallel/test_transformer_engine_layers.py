@@ -1,0 +1,68 @@
+"""Transformer Engine's layers train as the local ones, on every layout; the library is a substitute in plain torch.
+
+The two kinds add the same float32 numbers in other orders inside the norms. Adam passes such a difference on to the
+weights, so later steps agree less closely than the first.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from megamask.engine.backend import select_backend
+from megamask.engine.specs import families
+from megamask.errors import UsageError
+from support import te_worker as worker
+from support.gloo import run_gloo
+
+pytestmark = [pytest.mark.multiprocess, pytest.mark.timeout(300)]
+
+TENSOR = {"tensor_parallel_size": 2}
+LAYOUTS: dict[int, list[dict[str, Any]]] = {
+    1: [{}],
+    2: [TENSOR, TENSOR | {"sequence_parallel": True}, {"pipeline_parallel_size": 2}],
+}
+RUNS = {size: [[spec, layout] for spec in worker.SPECS for layout in layouts] for size, layouts in LAYOUTS.items()}
+CASES = [(size, number) for size, runs in RUNS.items() for number in range(len(runs))]
+
+
+def name(case: tuple[int, int]) -> str:
+    spec, layout = RUNS[case[0]][case[1]]
+    return "-".join([spec, *(f"{key.split('_')[0]}{int(value)}" for key, value in layout.items())])
+
+
+@pytest.fixture(scope="module")
+def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, int], list[dict[str, Any]]]:
+    root = tmp_path_factory.mktemp("layers")
+    found = {}
+    for size, runs in RUNS.items():
+        ranks = run_gloo(size, worker.__file__, "run_layouts", root=str(root), runs=runs)
+        found |= {(size, number): [rank[number] for rank in ranks] for number in range(len(runs))}
+    return found
+
+
+@pytest.mark.promise("layers of Transformer Engine train as the local ones on every layout (substitute, float32)")
+@pytest.mark.parametrize("case", CASES, ids=name)
+def test_steps_are_those_of_the_local_layers(case: tuple[int, int], answers: Any) -> None:
+    for rank in answers[case]:
+        assert rank["has_fused_norms"]
+        local, fused = rank["reports"]["local"], rank["reports"]["te"]
+        assert fused[0]["loss"] == pytest.approx(local[0]["loss"], rel=1e-6)
+        assert fused[0]["grad_norm"] == pytest.approx(local[0]["grad_norm"], rel=1e-5)
+        for one, two in zip(fused, local, strict=True):
+            assert one["loss"] == pytest.approx(two["loss"], rel=1e-4)
+
+
+@pytest.mark.promise("a checkpoint of Transformer Engine's layers loads into the local ones bit for bit")
+@pytest.mark.parametrize("case", CASES, ids=name)
+def test_state_crosses_to_the_local_layers_bit_for_bit(case: tuple[int, int], answers: Any) -> None:
+    assert all(rank["is_state_equal"] for rank in answers[case])
+
+
+@pytest.mark.parametrize(("is_installed", "reason"), [(False, "is not installed"), (True, "sees no GPU")])
+def test_layers_that_cannot_run_here_are_refused(monkeypatch: Any, is_installed: bool, reason: str) -> None:
+    monkeypatch.setattr(families.importlib.util, "find_spec", lambda name: object() if is_installed else None)
+    with pytest.raises(UsageError, match=rf"device\.layers is 'te', but .*{reason}.*; allowed here: local") as error:
+        families.layer_family("te", select_backend())
+    assert "device.layers=local" in str(error.value.hint)

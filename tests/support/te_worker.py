@@ -1,0 +1,50 @@
+"""Layers of Transformer Engine beside the local ones, with the library's substitute; answers travel as JSON."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+if __name__ == "worker":  # in a process of its own: tests must not find the substitute
+    sys.path.insert(0, str(Path(__file__).parent / "te_stand_in"))
+
+import torch
+
+from megamask.engine.specs import families
+from megamask.engine.state import read_canonical_weights
+from support import engine_cases as cases
+
+SPECS = {"plain": cases.PLAIN, "options": cases.OPTIONS}
+
+
+def run_layouts(root: str, runs: list[list[Any]]) -> list[dict[str, Any]]:
+    """Each run: name of a spec and a layout."""
+    families.check_transformer_engine = lambda backend: None  # the substitute needs no device
+    return [run_layout(Path(root), number, spec, layout) for number, (spec, layout) in enumerate(runs)]
+
+
+def run_layout(root: Path, number: int, name: str, layout: dict[str, Any]) -> dict[str, Any]:
+    """Trains with both kinds of layers, then carries the state of one over to the other."""
+    reports: dict[str, Any] = {}
+    engines = {}
+    for layers in ("local", "te"):
+        engine = cases.make_engine(SPECS[name], layout, micro_batch_size=2, layers=layers, weight_decay=0.5)
+        reports[layers] = [cases.report_fields(cases.take_step(engine, step, 3e-3)) for step in (1, 2, 3)]
+        engines[layers] = engine
+    folders = [root / f"{engines['te'].world_size}-{number}-{kind}" for kind in ("te", "local")]
+    if engines["te"].is_main:
+        for folder in folders:
+            folder.mkdir()
+    engines["te"].barrier()
+    cases.save_state(engines["te"], folders[0])
+    engines["local"].load_state(folders[0])
+    cases.save_state(engines["local"], folders[1])
+    first, second = (read_canonical_weights(folder, SPECS[name]) for folder in folders)
+    names = [info.name for info in engines["te"].parameters]
+    engines["te"].close()
+    return {
+        "reports": reports,
+        "is_state_equal": all(torch.equal(first[key], second[key]) for key in first),
+        "has_fused_norms": any(key.endswith("layer_norm_weight") for key in names),
+    }
