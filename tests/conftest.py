@@ -65,7 +65,8 @@ def small_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def job() -> Iterator[None]:
     """A job of one process. Engines of one layout share its groups: gloo never frees the threads of a group."""
-    from megamask.engine.backend import destroy_process_group, init_process_group, select_backend
+    from megamask.engine.backend import select_backend
+    from megamask.engine.process_group import destroy_process_group, init_process_group
 
     init_process_group(select_backend())
     yield

@@ -349,7 +349,8 @@ def main() -> int:
     if arguments.quick:
         arguments.shape, arguments.blocks = "tiny", 2
 
-    from megamask.engine.backend import destroy_process_group, init_process_group, select_backend
+    from megamask.engine.backend import select_backend
+    from megamask.engine.process_group import destroy_process_group, init_process_group
 
     shape, report = SHAPES[arguments.shape], Report("bench_train", "Training's speed", arguments)
     report.keep("shape", dataclasses.asdict(shape))

@@ -7,8 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from megamask.config.schema.roots import TrainConfig
 from megamask.errors import ExitCode, MegamaskError
-from megamask.launch.local import failure_of, killed_by, run_local_ranks
+from megamask.launch.local import run_local_ranks
+from megamask.launch.ranks import failure_of, killed_by
 from megamask.provenance.redaction import reason_of
 from megamask.resilience.exit_codes import combine
 from megamask.resilience.signals import StopRequest
@@ -20,7 +22,7 @@ from megamask.training.stopping import StopReason
 
 
 def train_in_local_ranks(
-    run_dir: Path, num_processes: int, arguments: Sequence[str], signals: StopRequest
+    run_dir: Path, config: TrainConfig, num_processes: int, arguments: Sequence[str], signals: StopRequest
 ) -> dict[str, Any]:
     """Start the ranks, wait for their end and return the outcome of the run.
 
@@ -32,6 +34,8 @@ def train_in_local_ranks(
         arguments,
         num_processes,
         signals=signals,
+        stop_grace_s=config.launch.stop_grace_s,
+        save_budget_s=config.launch.save_budget_s,
         on_killed=lambda pid, rank, number: _record_killed(run_dir, before, pid=pid, rank=rank, signal=number),
     )
     if (failure := failure_of(exits)) is not None:

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megamask.config.schema.layout import LayoutConfig
 from megamask.config.schema.roots import TrainConfig
-from megamask.errors import MegamaskError, UsageError
-from megamask.launch.local import is_launched
+from megamask.errors import MegamaskError, UsageError, error_with_code
+from megamask.launch.placement import rank_place
+from megamask.launch.ranks import leave_report
+from megamask.resilience.heartbeat import Heartbeat
 from megamask.resilience.parent_death import die_with_parent
 from megamask.resilience.signals import StopRequest
+from megamask.resilience.stop_deadline import StopDeadline
 from megamask.runs.layout import run_path
 from megamask.training.outcome import failed_outcome, outcome
 from megamask.training.progress import Progress
@@ -21,6 +26,9 @@ from megamask.training.resuming import is_complete
 from megamask.training.startup import StartupClock
 from megamask.training.stopping import StopReason
 from megamask_pipelines.local_ranks import train_in_local_ranks
+
+if TYPE_CHECKING:
+    from megamask.training.attempt_scope import AttemptScope
 
 
 def run_training(config: TrainConfig, arguments: Sequence[str], signals: StopRequest) -> dict[str, Any]:
@@ -36,15 +44,15 @@ def run_training(config: TrainConfig, arguments: Sequence[str], signals: StopReq
     """
     run_dir = run_path(config.run.output_dir, config.run.name)
     try:
-        if is_launched():
-            _check_world_size(config.layout)
+        if (place := rank_place()) is not None:
+            _check_world_size(config.layout, place.world_size)
             return _train_here(run_dir, config, signals)
         if is_complete(run_dir, config):
             finished = StopReason.FINISHED.description
             return outcome(run_dir, step=config.training.steps, exit_code=0, reason=finished)
         if num_processes(config.layout) == 1:
             return _train_here(run_dir, config, signals)
-        return train_in_local_ranks(run_dir, num_processes(config.layout), arguments, signals)
+        return train_in_local_ranks(run_dir, config, num_processes(config.layout), arguments, signals)
     except MegamaskError as error:
         with contextlib.suppress(MegamaskError, OSError):  # the error itself must be reported in any case
             error.details = failed_outcome(run_dir, error)
@@ -56,8 +64,8 @@ def num_processes(layout: LayoutConfig) -> int:
     return layout.tensor_parallel_size * layout.pipeline_parallel_size * layout.data_parallel_size
 
 
-def _check_world_size(layout: LayoutConfig) -> None:
-    started, needed = int(os.environ["WORLD_SIZE"]), num_processes(layout)
+def _check_world_size(layout: LayoutConfig, started: int) -> None:
+    needed = num_processes(layout)
     if started != needed:
         raise UsageError(
             f"the launcher started {started} processes (WORLD_SIZE), but layout.tensor_parallel_size x "
@@ -83,9 +91,10 @@ def pretrain(config: TrainConfig, signals: StopRequest) -> tuple[StopReason, Pro
     Raises:
         MegamaskError: the attempt failed; everything that must be recorded is.
     """
-    startup = StartupClock()
+    startup, heartbeat = StartupClock(), Heartbeat.of_environment()
     # torch is imported after the checks of the callers
-    from megamask.engine.backend import destroy_process_group, select_device
+    from megamask.engine.backend import select_device
+    from megamask.engine.process_group import destroy_process_group
     from megamask.training.attempt_scope import attempt_scope
     from megamask.training.build import build_run
     from megamask.training.loop import train
@@ -93,13 +102,32 @@ def pretrain(config: TrainConfig, signals: StopRequest) -> tuple[StopReason, Pro
 
     if parent := os.environ.get("MEGAMASK_PARENT_PID"):
         die_with_parent(int(parent))
-    rank = int(os.environ["RANK"]) if is_launched() else 0
+    place = rank_place()
+    rank = 0 if place is None else place.rank
     with contextlib.ExitStack() as stack:
         data = RunData(config, stack)
         with attempt_scope(config, data, rank) as scope:
+            stack.enter_context(
+                StopDeadline(
+                    signals,
+                    heartbeat,
+                    grace_s=config.launch.stop_grace_s,
+                    save_budget_s=config.launch.save_budget_s,
+                    last_act=functools.partial(_record_end_by_deadline, scope),
+                )
+            )
             select_device()
             if rank == 0:
                 scope.claim(config, data)
-            scope.reason = train(build_run(config, data, scope, signals, startup))
+            scope.reason = train(build_run(config, data, scope, signals, startup, heartbeat))
+            heartbeat.enter("close")
         destroy_process_group()
     return scope.reason, scope.progress
+
+
+def _record_end_by_deadline(scope: AttemptScope, code: int, reason: str) -> None:
+    """Record the end of a rank that did not answer a signal; the process ends right after this call."""
+    leave_report(error_with_code(code, reason))
+    sys.stderr.write(f"error: {reason}\n")
+    sys.stderr.flush()
+    scope.ended_by_deadline(code, reason)

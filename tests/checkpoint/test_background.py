@@ -12,7 +12,7 @@ import pytest
 
 from megamask.checkpoint import background
 from megamask.checkpoint.background import Work, WorkState, all_done
-from megamask.launch.local import FAILURE_GRACE_S
+from megamask.launch.ranks import FAILURE_GRACE_S
 from megamask.resilience import daemon_threads
 from support.command import environment
 from support.thread_world import ThreadEngine, ThreadWorld
@@ -82,11 +82,11 @@ def test_work_that_hangs_is_waited_for_once_however_often_it_is_stopped(monkeypa
 
 
 @pytest.mark.promise("a daemon thread is listed as long as it runs")
-def test_thread_of_work_is_known_as_left_behind_as_long_as_it_runs() -> None:
+def test_thread_of_work_is_known_as_alive_as_long_as_it_runs() -> None:
     may_end = threading.Event()
     work: Work[bool] = Work(lambda gate: may_end.wait(60), in_thread=True)
-    assert daemon_threads.has_left_any()
+    assert daemon_threads.any_alive()
     may_end.set()
     work.wait()
     [thread.join() for thread in daemon_threads._watched]
-    assert not daemon_threads.has_left_any()
+    assert not daemon_threads.any_alive()

@@ -10,14 +10,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from megamask.engine import backend
+from megamask.engine import backend, process_group
 from megamask.errors import UsageError
 from support import engine_cases as cases
 from support.gloo import run_gloo
 
 SILENT_JOB = """
 import torch
-from megamask.engine.backend import select_backend, init_process_group, destroy_process_group
+from megamask.engine.backend import select_backend
+from megamask.engine.process_group import init_process_group, destroy_process_group
 chosen = select_backend()
 init_process_group(chosen)
 import megamask.engine.engine
@@ -60,7 +61,7 @@ def test_a_wrong_store_descriptor_is_refused(tmp_path, is_socket):
         descriptor = listening.fileno() if is_socket else file.fileno()
         environment = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_PORT": "1", "MEGAMASK_STORE_FD": str(descriptor)}
         with pytest.raises(UsageError, match="MEGAMASK_STORE_FD"):
-            backend.init_process_group(chosen, environment)
+            process_group.init_process_group(chosen, environment)
         assert listening.getsockname()[1] > 0  # still open: it is not ours to close
 
 
@@ -118,10 +119,10 @@ def test_a_single_gpu_is_refused_to_several_processes_of_a_nodes_launcher(monkey
 @pytest.mark.promise("a GPU assigned to one task is used; two processes on one GPU are refused")
 def test_one_gpu_is_refused_to_the_second_process_that_claims_it():
     store = torch.distributed.HashStore()
-    backend._claim_gpu(store, "GPU-1")
-    backend._claim_gpu(store, "GPU-2")
+    process_group._claim_gpu(store, "GPU-1")
+    process_group._claim_gpu(store, "GPU-2")
     with pytest.raises(UsageError, match=r"another process of this job already uses the GPU GPU-1") as error:
-        backend._claim_gpu(store, "GPU-1")
+        process_group._claim_gpu(store, "GPU-1")
     assert "--gpus-per-task=1" in error.value.hint
 
 
@@ -135,7 +136,8 @@ def test_each_local_rank_takes_its_own_gpu(monkeypatch):
 LIBRARY_WITHOUT_A_DEVICE = """
 import sys
 sys.path[:0] = [{stand_in!r}, {tests!r}]
-from megamask.engine.backend import select_backend, init_process_group
+from megamask.engine.backend import select_backend
+from megamask.engine.process_group import init_process_group
 chosen = select_backend()
 init_process_group(chosen)
 import transformer_engine

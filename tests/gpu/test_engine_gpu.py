@@ -24,7 +24,8 @@ pytestmark = [
 JOB = """
 import json, sys
 from pathlib import Path
-from megamask.engine.backend import destroy_process_group, init_process_group, select_backend
+from megamask.engine.backend import select_backend
+from megamask.engine.process_group import destroy_process_group, init_process_group
 init_process_group(select_backend())
 from support import engine_cases as cases
 settings = {"compute": sys.argv[2], "z_loss_weight": 0.1, "micro_batch_size": 2}

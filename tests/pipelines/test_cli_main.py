@@ -260,6 +260,7 @@ def test_closed_stdout_is_no_error(arguments):
 MISSING = {
     "prepare": ["no/such.yaml"],
     "train": ["no/such.yaml"],
+    "launch": ["node", "no/such.yaml"],
     "evaluate": ["no/such/run"],
     "sample": ["no/such/run"],
     "inspect": ["no/such/run", "--step", "1"],

@@ -14,7 +14,8 @@ from typing import Any
 
 _RUNNER = """
 import importlib.util, json, sys
-from megamask.engine.backend import destroy_process_group, init_process_group, select_backend
+from megamask.engine.backend import select_backend
+from megamask.engine.process_group import destroy_process_group, init_process_group
 specification = importlib.util.spec_from_file_location("worker", sys.argv[1])
 worker = importlib.util.module_from_spec(specification)
 sys.modules["worker"] = worker

@@ -19,11 +19,13 @@ from typing import IO, Any, NoReturn, Protocol
 from megamask.errors import ExitCode, MegamaskError, UsageError
 from megamask.provenance import redacted_output
 from megamask.provenance.redaction import redact, redacted
-from megamask.resilience import daemon_threads
+from megamask.resilience import daemon_threads, surroundings
+from megamask_pipelines import standard_streams
 
 VERBS: Mapping[str, str] = {
     "prepare": "make a corpus from text files",
     "train": "train a run, or resume it",
+    "launch": "run one node of a job under Slurm, Kubernetes or SkyPilot",
     "evaluate": "measure the likelihood bound of a run or checkpoint on held-out text",
     "sample": "continue a prompt, or fill the gaps of a text",
     "inspect": "recompute the exact samples and masks of a training step",
@@ -75,6 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     if sys.stdout is None:  # started with descriptor 1 closed; keep other files from taking its number
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  open until the process ends
+    standard_streams.prepare()
     given = list(sys.argv[1:] if arguments is None else arguments)
     wants_json = "--json" in given
     if not given or given[0] in ("-h", "--help"):
@@ -88,8 +91,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     redacted_output.install()
     with _stdout_kept_for_the_answer(wants_json, owns_process=arguments is None) as answer:
         code = _guarded(lambda: _run_verb(given[0], given[1:], answer), given[0], answer if wants_json else None)
-    if arguments is None and daemon_threads.has_left_any():
-        _leave_at_once(code)
+    if arguments is None:
+        standard_streams.settle()
+        if daemon_threads.any_alive():
+            _leave_at_once(code)
     return code
 
 
@@ -98,9 +103,7 @@ def _leave_at_once(code: int) -> NoReturn:
     import logging
 
     logging.shutdown()
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError, AttributeError):  # closed, or a reader that has gone away
-            stream.flush()
+    standard_streams.settle()
     os._exit(code)
 
 
@@ -113,11 +116,16 @@ def _run_verb(name: str, arguments: list[str], answer: IO[str]) -> int:
         parsed = parser.parse_intermixed_args(arguments)
     _configure_logging()
     result = verb.run(parsed)
-    if parsed.json:
-        _print_json(result, answer)
-    else:
-        render: Callable[[dict[str, Any]], str] = getattr(verb, "render", _render_plainly)
-        _print(render(result), answer)
+    try:
+        if parsed.json:
+            _print_json(result, answer)
+        else:
+            render: Callable[[dict[str, Any]], str] = getattr(verb, "render", _render_plainly)
+            _print(render(result), answer)
+    except OSError as error:
+        if not getattr(verb, "ANSWER_IS_ON_DISK", False):
+            raise
+        _print(f"the answer could not be written to stdout ({error.strerror}); what it says is on the disk", sys.stderr)
     return int(result.get("exit_code") or ExitCode.DONE)
 
 
@@ -138,7 +146,7 @@ def _guarded(action: Callable[[], int], name: str, json_answer: IO[str] | None) 
     except MegamaskError as error:
         return _report(error, json_answer)
     except OSError as error:
-        refusal = _path_refusal(error) or _storage_refusal(error, name)
+        refusal = surroundings.explained(error) or _path_refusal(error) or _storage_refusal(error, name)
         return _report_bug(error, json_answer) if refusal is None else _report(refusal, json_answer)
     except KeyboardInterrupt:
         interrupted = MegamaskError("interrupted")
@@ -148,8 +156,9 @@ def _guarded(action: Callable[[], int], name: str, json_answer: IO[str] | None) 
         if isinstance(end.code, int):
             return end.code
         return int(ExitCode.DONE if end.code is None else ExitCode.BUG)
-    except Exception as error:  # noqa: BLE001  the outermost frame: the traceback is printed, the exit code is that of a bug
-        return _report_bug(error, json_answer)
+    except Exception as error:  # noqa: BLE001  the outermost frame: prints the traceback
+        cause = surroundings.explained(error)
+        return _report_bug(error, json_answer) if cause is None else _report(cause, json_answer)
 
 
 def _report(error: MegamaskError, json_answer: IO[str] | None) -> int:
@@ -255,14 +264,7 @@ def _help_text() -> str:
 
 
 def _print(text: str, stream: IO[str] | None = None) -> None:
-    """Write a line; a reader that has closed the pipe (`| head`) is not an error."""
-    stream = stream or sys.stdout
-    try:
-        stream.write(f"{text.rstrip()}\n")
-        stream.flush()
-    except BrokenPipeError:
-        with contextlib.suppress(OSError, ValueError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # so that the interpreter's last flush is quiet
+    standard_streams.write_line(text, stream or sys.stdout)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 _SHOWN_WARNINGS = 20
+# A stdout that cannot take the answer does not undo the work.
+ANSWER_IS_ON_DISK = True
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

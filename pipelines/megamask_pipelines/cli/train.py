@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import os
 from typing import TYPE_CHECKING, Any
 
 from megamask.errors import MegamaskError
 
 if TYPE_CHECKING:
     from megamask.resilience.signals import StopRequest
+
+# A stdout that cannot take the answer does not undo the work.
+ANSWER_IS_ON_DISK = True
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,7 +32,11 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     Returns: run_id, run_dir, step, loss, exit_code, reason; with --check the answer of `check_run`.
     """
     from megamask.resilience.signals import StopRequest
+    from megamask.resilience.surroundings import raise_descriptor_limit
 
+    # no reverse DNS, or a peer that is not there yet: torch's C++ code prints a trace for each try
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    raise_descriptor_limit()
     with StopRequest() as signals:  # first of all: from here on a signal asks for an orderly end
         return _train(arguments, signals)
 
@@ -37,7 +45,7 @@ def _train(arguments: argparse.Namespace, signals: StopRequest) -> dict[str, Any
     from megamask.config.load import load_train_config
     from megamask.config.secrets import resolve_secret
     from megamask.config.validate import validate_train
-    from megamask.launch.local import is_launched, leave_report
+    from megamask.launch.ranks import leave_report
     from megamask.provenance.redaction import redacted, register_references
     from megamask.tracking.mlflow.store import URI_KEY, check_uri
     from megamask_pipelines.pretrain import run_training
@@ -56,7 +64,7 @@ def _train(arguments: argparse.Namespace, signals: StopRequest) -> dict[str, Any
             return check_run(loaded.config)
         return run_training(loaded.config, ["train", arguments.config, *arguments.overrides], signals)
     except MegamaskError as error:
-        if is_launched() and leave_report(redacted(error)):
+        if leave_report(redacted(error)):
             raise SystemExit(int(error.exit_code)) from error
         raise
 

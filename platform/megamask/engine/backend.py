@@ -10,18 +10,13 @@ import importlib
 import logging
 import os
 import re
-import socket
 import warnings
 import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import timedelta
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from torch._C._distributed_c10d import HashStore, Store, TCPStore
-from torch.distributed.distributed_c10d import _get_default_store
 
 from megamask.engine import cpu_backend
 from megamask.errors import UsageError
@@ -30,7 +25,6 @@ from megamask.errors import UsageError
 STORE_DESCRIPTOR = "MEGAMASK_STORE_FD"
 _log = logging.getLogger(__name__)
 _TORCHRUN_JOB = "TORCHELASTIC_RUN_ID"  # set by torchrun, which shows each process all GPUs of the node
-_TIMEOUT = timedelta(minutes=30)  # a first step, a save and an evaluation may lie between two collective calls
 
 # What megatron-core 0.16 makes torch say, about choices that are made here or are harmless: message, category.
 _KNOWN_WARNINGS: tuple[tuple[str, type[Warning]], ...] = (
@@ -104,7 +98,7 @@ def select_device(environment: Mapping[str, str] = os.environ) -> torch.device:
     if not torch.cuda.is_available():
         return torch.device("cpu")
     local_rank = int(environment.get("LOCAL_RANK", "0"))
-    if _has_gpu_of_its_own(environment):
+    if has_gpu_of_its_own(environment):
         return torch.device("cuda", 0)
     needed = max(local_rank + 1, int(environment.get("LOCAL_WORLD_SIZE", "1")))
     if needed > torch.cuda.device_count():
@@ -116,7 +110,7 @@ def select_device(environment: Mapping[str, str] = os.environ) -> torch.device:
     return torch.device("cuda", local_rank)
 
 
-def _has_gpu_of_its_own(environment: Mapping[str, str]) -> bool:
+def has_gpu_of_its_own(environment: Mapping[str, str]) -> bool:
     """Whether a scheduler may have given this process its GPU: launchers of whole nodes show every process all GPUs."""
     is_launched = STORE_DESCRIPTOR in environment or _TORCHRUN_JOB in environment
     return torch.cuda.device_count() == 1 and not is_launched
@@ -198,70 +192,3 @@ def _replace(module: str, **values: Any) -> None:
     found = importlib.import_module(module)
     for name, value in values.items():
         setattr(found, name, value)
-
-
-def init_process_group(backend: Backend, environment: Mapping[str, str] = os.environ) -> None:
-    """Joins the job that a launcher's environment describes, or makes a job of one process, without any port.
-
-    Environment: RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT as torchrun sets them. If MEGAMASK_STORE_FD is set, rank
-    0 listens on that inherited socket instead of opening the port itself.
-    """
-    if "RANK" not in environment or "WORLD_SIZE" not in environment:
-        dist.init_process_group(backend.collectives, store=HashStore(), rank=0, world_size=1, timeout=_TIMEOUT)
-        return
-    if STORE_DESCRIPTOR not in environment:
-        dist.init_process_group(backend.collectives, init_method="env://", timeout=_TIMEOUT)
-        if backend.name == "cuda" and _has_gpu_of_its_own(environment):
-            _claim_gpu(_get_default_store(), str(torch.cuda.get_device_properties(backend.device).uuid))
-        return
-    rank, world_size = int(environment["RANK"]), int(environment["WORLD_SIZE"])
-    descriptor = _listening_descriptor(environment) if rank == 0 else None
-    store = TCPStore(
-        environment.get("MASTER_ADDR", "127.0.0.1"),
-        int(environment["MASTER_PORT"]),
-        world_size,
-        is_master=rank == 0,
-        timeout=_TIMEOUT,
-        master_listen_fd=descriptor,
-    )
-    dist.init_process_group(backend.collectives, store=store, rank=rank, world_size=world_size, timeout=_TIMEOUT)
-
-
-def _claim_gpu(store: Store, uuid: str) -> None:
-    """Takes a GPU for this process in the job's store.
-
-    Raises:
-        UsageError: another process of the job has it.
-    """
-    if store.add(f"megamask/gpu/{uuid}", 1) > 1:
-        raise UsageError(
-            f"another process of this job already uses the GPU {uuid}, the only one that this process is shown. "
-            "Nothing was trained.",
-            hint="show each task a GPU of its own (Slurm: --gpus-per-task=1), or all of the node's and set LOCAL_RANK",
-        )
-
-
-def _listening_descriptor(environment: Mapping[str, str]) -> int:
-    """The inherited socket, checked: a wrong number would let the store listen on some other file."""
-    descriptor = int(environment[STORE_DESCRIPTOR])
-    try:
-        with socket.socket(fileno=os.dup(descriptor)) as inherited:
-            port = inherited.getsockname()[1]
-    except OSError as error:
-        raise UsageError(
-            f"{STORE_DESCRIPTOR} is {descriptor}, which is no listening socket of this process. Nothing was started.",
-            hint=f"unset {STORE_DESCRIPTOR}, or start the processes with `megamask train`",
-        ) from error
-    if port != int(environment["MASTER_PORT"]):
-        raise UsageError(
-            f"{STORE_DESCRIPTOR} listens on port {port}, but MASTER_PORT is {environment['MASTER_PORT']}. "
-            "Nothing was started.",
-            hint=f"unset {STORE_DESCRIPTOR}, or start the processes with `megamask train`",
-        )
-    return descriptor
-
-
-def destroy_process_group() -> None:
-    """Leaves the job; harmless if none was joined."""
-    if dist.is_initialized():
-        dist.destroy_process_group()

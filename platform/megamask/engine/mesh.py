@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from megamask.config.schema.layout import LayoutConfig
+from megamask.engine.process_group import collective_timeout_s
 from megamask.errors import UsageError
 
 
@@ -146,6 +147,7 @@ class ProcessGroups:
                 tensor_model_parallel_size=mesh.tensor_parallel_size,
                 pipeline_model_parallel_size=mesh.pipeline_parallel_size,
                 create_gloo_process_groups=False,
+                distributed_timeout_minutes=collective_timeout_s() / 60,  # else each group has 30 minutes of its own
             )
         actual = (
             parallel_state.get_tensor_model_parallel_rank(),

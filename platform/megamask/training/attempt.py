@@ -86,7 +86,7 @@ def claim_run(run_dir: Path) -> int:
     return claim(run_dir, known_attempt=last_attempt_of(run_dir), redact=redact)
 
 
-def record_failure(view: FollowerAttempt, error: BaseException, exit_code: int) -> None:
+def record_failure(view: FollowerAttempt, error: BaseException, exit_code: int, *, step: int | None = None) -> None:
     """Puts the end of an attempt whose journal could not even be opened into status.json, where it is still its own."""
     try:
         if not is_superseded(view.run_dir, view.number):
@@ -94,10 +94,23 @@ def record_failure(view: FollowerAttempt, error: BaseException, exit_code: int) 
             node = host_platform.node()
             write_status(
                 view.run_dir,
-                Status(attempt=view.number, phase="failed", exit_code=exit_code, node=node, reason=reason),
+                Status(
+                    attempt=view.number,
+                    phase=_phase_of(exit_code),
+                    exit_code=exit_code,
+                    step=step,
+                    node=node,
+                    reason=reason,
+                ),
             )
     except (MegamaskError, OSError) as refusal:
         _log.warning("the end of attempt %d could not be written: %r", view.number, refusal)
+
+
+def _phase_of(exit_code: int) -> Phase:
+    """The phase of an attempt that ended early, with an error or because a signal asked for it."""
+    early: dict[int, Phase] = {ExitCode.PREEMPTED: "preempted", ExitCode.DO_NOT_REQUEUE: "stopped"}
+    return early.get(exit_code, "failed")
 
 
 class Attempt(FollowerAttempt):
@@ -260,7 +273,7 @@ class Attempt(FollowerAttempt):
             if isinstance(error, NotFiniteError):
                 self.append("incident", **error.incident)
             if not isinstance(error, SupersededError):
-                self._end("failed", exit_code, progress.step, reason)
+                self._end(_phase_of(exit_code), exit_code, progress.step, reason)
             self._shut(is_hasty=True)
         except Exception as refusal:  # noqa: BLE001  the attempt's own error is told, whatever else fails now
             _log.warning("the end of attempt %d could not be written: %r", self.number, refusal)

@@ -9,16 +9,17 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from megamask.config.schema.roots import TrainConfig
-from megamask.errors import ExitCode, MegamaskError
+from megamask.errors import ExitCode, MegamaskError, error_with_code
 from megamask.objectives.shapes import ObjectiveShape
 from megamask.provenance.record import code_version
 from megamask.provenance.redaction import reason_of
+from megamask.resilience.surroundings import explained
 from megamask.runs.layout import run_path
 from megamask.runs.rank_files import write_rank_failure
 from megamask.runs.record import open_run
 from megamask.training.attempt import Attempt, FollowerAttempt, claim_run, record_failure
 from megamask.training.checkpointing import CheckpointCommitter
-from megamask.training.failure import LOST_PEER, LOST_PEER_HINT, end_saving, has_lost_peer, peer_failure, typed
+from megamask.training.failure import LOST_PEER, LOST_PEER_HINT, as_hang, end_saving, has_lost_peer, peer_failure, typed
 from megamask.training.progress import Progress
 from megamask.training.resuming import recorded_schedule
 from megamask.training.run_data import RunData
@@ -99,13 +100,26 @@ class AttemptScope:
         if self.leader is not None:
             self.leader.close(self.reason, self.progress)
 
+    def ended_by_deadline(self, code: int, reason: str) -> None:
+        """Record the end of a rank that did not answer a signal; called from another thread, right before the end."""
+        if self.known is None:
+            return
+        write_rank_failure(self.run_dir, self.known.number, rank=self.rank, exit_code=code, reason=reason)
+        if self.rank == 0:
+            record_failure(self.known, error_with_code(code, reason), code, step=self.progress.step)
+
     def failed(self, error: BaseException) -> BaseException:
         """Write this rank's failure record. Return the error to raise: a peer's if it is more specific."""
         if isinstance(error, KeyboardInterrupt | SystemExit):
             return error
         if isinstance(error, OSError):
             error = typed(error)
+        error = explained(error) or as_hang(error)
         if self.known is None:
+            if self.rank == 0 and isinstance(error, MegamaskError):
+                from megamask.engine.process_group import refuse_others
+
+                refuse_others(error)
             return error
         cause, number = error, self.known.number
         code = int(error.exit_code) if isinstance(error, MegamaskError) else int(ExitCode.BUG)
@@ -142,8 +156,8 @@ def attempt_scope(config: TrainConfig, data: RunData, rank: int) -> Iterator[Att
     try:
         yield scope
     except BaseException as error:
-        explained = scope.failed(error)
-        if explained is error:
+        told = scope.failed(error)
+        if told is error:
             raise
-        raise explained from error
+        raise told from error
     scope.close()

@@ -11,7 +11,9 @@ from megamask.checkpoint.retention import sweep
 from megamask.config.schema.roots import TrainConfig
 from megamask.models.counts import flops_per_token
 from megamask.objectives.shapes import ObjectiveShape
+from megamask.resilience.heartbeat import Heartbeat
 from megamask.resilience.signals import StopRequest
+from megamask.resilience.stop_deadline import StoppedBeforeTraining
 from megamask.training.attempt_scope import AttemptScope
 from megamask.training.checkpointing import CheckpointCommitter
 from megamask.training.evaluating import validation_measure
@@ -26,11 +28,17 @@ from megamask.training.stopping import StopFlag
 if TYPE_CHECKING:
     import torch
 
+    from megamask.engine.backend import Backend
     from megamask.engine.engine import Engine
 
 
 def build_run(
-    config: TrainConfig, data: RunData, scope: AttemptScope, signals: StopRequest, startup: StartupClock
+    config: TrainConfig,
+    data: RunData,
+    scope: AttemptScope,
+    signals: StopRequest,
+    startup: StartupClock,
+    heartbeat: Heartbeat,
 ) -> TrainingRun:
     """Build the engine, restore the newest checkpoint that verifies, and put the loop's parts together; collective.
 
@@ -42,13 +50,10 @@ def build_run(
         MegamaskError: a checkpoint, the layout or the journal refuses.
     """
     # megatron-core takes seconds to import: a refusal before this line need not wait for it
-    with startup.phase("imports"):
-        from megamask.engine.backend import init_process_group, select_backend
-    with startup.phase("engine"):
-        backend = select_backend(deterministic=config.device.deterministic)
-        init_process_group(backend)
+    backend = _join(config, signals, startup, heartbeat)
     engine = _engine(config, data, startup)
     attempt = scope.share(engine)
+    heartbeat.enter("restore")
     model = ModelDocument(
         spec=data.spec, vocabulary=data.vocabulary, objective=data.objective, tokenizer_digest=data.tokenizer_digest
     )
@@ -78,7 +83,27 @@ def build_run(
         hooks=_hooks(config, data, engine, scope, model, loaded),
         shape=scope.shape,
         peak_seconds_per_token=_peak_seconds_per_token(config, data, scope.shape, backend.device, engine.world_size),
+        heartbeat=heartbeat,
     )
+
+
+def _join(config: TrainConfig, signals: StopRequest, startup: StartupClock, heartbeat: Heartbeat) -> Backend:
+    """Join the job's process group. A signal ends the wait for the other ranks."""
+
+    def check() -> None:
+        if (asked := signals.strongest) is not None:
+            raise StoppedBeforeTraining(asked, heartbeat.mark.section)
+
+    check()
+    with startup.phase("imports"):
+        from megamask.engine.backend import select_backend
+        from megamask.engine.process_group import init_process_group
+
+    with startup.phase("engine"):
+        backend = select_backend(deterministic=config.device.deterministic)
+        heartbeat.enter("rendezvous")
+        init_process_group(backend, timeout_s=config.launch.collective_timeout_s, check=check)
+    return backend
 
 
 def _engine(config: TrainConfig, data: RunData, startup: StartupClock) -> Engine:

@@ -25,6 +25,16 @@ _LOST_PEER_SIGNS = (
     "ncclRemoteError",
     "remote process exited",
 )
+# What gloo, NCCL and the store report when the others did not answer within launch.collective_timeout_s.
+_TIMEOUT_SIGNS = (
+    "Timed out waiting",
+    "timed out after",
+    "wait timeout",
+    "Wait timeout",
+    "collective operation timeout",
+)
+HANG = "waited in vain for another rank, for as long as launch.collective_timeout_s allows"
+HANG_HINT = "a rank hangs or its network is cut; the last checkpoint is intact, start the run again"
 _log = logging.getLogger(__name__)
 
 
@@ -47,6 +57,13 @@ def typed(error: OSError) -> BaseException:
             raise error
     except (StorageError, OSError) as typed:
         return typed
+
+
+def as_hang(error: BaseException) -> BaseException:
+    """The error with exit code 71 where a collective call ended because its time was over."""
+    if isinstance(error, RuntimeError) and any(sign in str(error) for sign in _TIMEOUT_SIGNS):
+        return error_with_code(ExitCode.HANG, HANG, hint=HANG_HINT)
+    return error
 
 
 def has_lost_peer(error: BaseException) -> bool:

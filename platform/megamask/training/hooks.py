@@ -23,6 +23,8 @@ class Recorder(Protocol):
 class StepJournal:
     """Writes each step's line."""
 
+    section = "step"
+
     def __init__(self, recorder: Recorder) -> None:
         self._recorder = recorder
 
@@ -40,6 +42,8 @@ class PeriodicEvaluation:
     Args:
         measure: evaluates on every rank together and returns the journal's fields.
     """
+
+    section = "evaluation"
 
     def __init__(
         self, recorder: Recorder, evaluation: EvaluationConfig, measure: Callable[[], Mapping[str, Any]] | None
@@ -93,6 +97,8 @@ class PeriodicCheckpoint:
         committed_step: the step of the newest commit when the attempt begins.
     """
 
+    section = "save"
+
     def __init__(
         self,
         checkpoint: CheckpointConfig,
@@ -130,6 +136,8 @@ class StatusFile:
         write: replaces status.json with phase running and this step.
         every_s: shortest time between two writes.
     """
+
+    section = "step"
 
     def __init__(
         self, write: Callable[[int], None], *, clock: Callable[[], float] = time.monotonic, every_s: float = 5.0

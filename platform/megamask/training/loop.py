@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 from megamask.config.schema.roots import TrainConfig
 from megamask.data.loader import Batch, Loader
 from megamask.objectives.shapes import ObjectiveShape
+from megamask.resilience.heartbeat import Heartbeat
 from megamask.resilience.numerics import numerics_error
 from megamask.training.batch_size import batch_size_at
 from megamask.training.metrics import PhaseClock, StepRecord, step_record
@@ -21,7 +22,12 @@ if TYPE_CHECKING:
 
 
 class Hook(Protocol):
-    """Something that watches training on every rank; it can never change the loss."""
+    """Something that watches training on every rank; it can never change the loss.
+
+    `section` is where a rank is while the hook works (megamask.resilience.heartbeat.SECTIONS).
+    """
+
+    section: str
 
     def after_step(self, progress: Progress, record: StepRecord) -> None:
         """Called after each completed step."""
@@ -42,6 +48,7 @@ class TrainingRun:
     hooks: Sequence[Hook]
     shape: ObjectiveShape
     peak_seconds_per_token: float | None
+    heartbeat: Heartbeat = field(default_factory=Heartbeat)
 
     def next_batch(self) -> Batch:
         """This rank's share of the next global batch, arithmetic on consumed_samples; the one after is read ahead."""
@@ -62,6 +69,7 @@ def train(run: TrainingRun) -> StopReason:
     training, progress, clock = run.config.training, run.progress, PhaseClock()
     while (reason := run.stop.agreed(progress.step)) is StopReason.NONE:
         step = progress.step + 1
+        run.heartbeat.enter("step", step)
         size = batch_size_at(progress.consumed_samples, training)
         rate = learning_rate(step, run.config.optimizer, training)
         clock.lap("other")
@@ -87,7 +95,10 @@ def train(run: TrainingRun) -> StopReason:
             peak_seconds_per_token=run.peak_seconds_per_token,
         )
         for hook in run.hooks:
+            run.heartbeat.enter(hook.section)
             hook.after_step(progress, record)
+        run.heartbeat.enter("step")
     for hook in run.hooks:
+        run.heartbeat.enter(hook.section)
         hook.on_stop(progress, reason)
     return reason

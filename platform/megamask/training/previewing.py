@@ -172,6 +172,8 @@ class PeriodicPreview:
         measure: decodes on every rank together and returns the journal's fields; None means never.
     """
 
+    section = "preview"
+
     def __init__(
         self, recorder: Recorder, every_steps: int | None, measure: Callable[[], Mapping[str, Any]] | None
     ) -> None:

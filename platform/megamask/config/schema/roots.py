@@ -11,6 +11,7 @@ from megamask.config.schema.data import DataConfig
 from megamask.config.schema.device import DeviceConfig
 from megamask.config.schema.evaluation import EvaluationConfig
 from megamask.config.schema.field import operational, section
+from megamask.config.schema.launch import LaunchConfig
 from megamask.config.schema.layout import LayoutConfig
 from megamask.config.schema.model import ModelConfig
 from megamask.config.schema.objective import ObjectiveConfig
@@ -44,6 +45,7 @@ class TrainConfig:
     evaluation: EvaluationConfig = section()
     preview: PreviewConfig = section()
     tracking: TrackingConfig = section()
+    launch: LaunchConfig = section()
     paths: dict[str, str] = paths_setting()
 
 

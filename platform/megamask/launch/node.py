@@ -1,0 +1,196 @@
+"""One node of a job: start its ranks, hand signals on, and leave with the job's one exit code.
+
+Runs as a task of a Slurm step, as a pod's first process, or on a bare machine. The ranks of all nodes meet at a port
+that node 0 holds before it announces it, so no other process can take it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import os
+import socket
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from megamask.errors import ExitCode, MegamaskError, StorageError, UsageError, error_with_code
+from megamask.launch.placement import NodePlace
+from megamask.launch.ranks import Gang, RankExit, failure_of, killed_by, run_ranks
+from megamask.launch.verdict import (
+    Verdict,
+    job_code,
+    launch_folder,
+    read_codes,
+    read_meeting,
+    read_verdict,
+    wait_until,
+    write_codes,
+    write_meeting,
+    write_verdict,
+)
+from megamask.resilience.exit_codes import combine
+from megamask.resilience.process_facts import node_name
+from megamask.resilience.signals import StopRequest
+from megamask.runs.claims import claimed_attempts, read_claim
+from megamask.runs.rank_files import read_rank_failures, write_rank_failure
+from megamask.runs.status import Status, read_status, write_status
+
+_MEETING_S = 300.0  # nodes of one job may start minutes apart: images are pulled, file systems mounted
+_CODES_S = 5.0
+_VERDICT_S = 20.0
+_SUSPECT_CODES = (ExitCode.MEGATRON_RERUN_RESUME, ExitCode.MEGATRON_RERUN_FAILED, ExitCode.HARDWARE)
+_log = logging.getLogger(__name__)
+
+
+def run_node(
+    arguments: Sequence[str],
+    place: NodePlace,
+    run_dir: Path,
+    *,
+    ranks_per_node: int,
+    signals: StopRequest,
+    stop_grace_s: float,
+    save_budget_s: float,
+    module: str = "megamask_pipelines.cli.main",
+) -> tuple[Verdict, MegamaskError | None]:
+    """Run this node's ranks of `megamask ARGUMENTS` to their end.
+
+    Args:
+        arguments: the command line of the ranks, as ["train", CONFIG, ...].
+        run_dir: run directory, on storage that all nodes share.
+
+    Returns: the job's verdict, the same on every node that is alive, and the failure to show, if this node has one.
+    Raises:
+        UsageError: the nodes cannot meet.
+        StorageError: the launch folder refuses.
+    """
+    folder = launch_folder(run_dir, place.token)
+    before = max(claimed_attempts(run_dir), default=0)
+    with contextlib.ExitStack() as stack:
+        listener = stack.enter_context(_listening(place)) if place.node == 0 else None
+        if listener is not None:
+            write_meeting(folder, place.address, listener.getsockname()[1])
+        address, port = _meeting(folder, signals)
+        gang = Gang(
+            first_rank=place.node * ranks_per_node,
+            num_ranks=ranks_per_node,
+            world_size=place.num_nodes * ranks_per_node,
+            address=address,
+            port=port,
+            listener=listener,
+            interface="lo" if place.num_nodes == 1 else None,
+            environment={"MEGAMASK_LAUNCH_TOKEN": place.token},
+        )
+        exits = run_ranks(
+            arguments,
+            gang,
+            module=module,
+            signals=signals,
+            stop_grace_s=stop_grace_s,
+            save_budget_s=save_budget_s,
+            on_killed=lambda _pid, rank, number: _record_killed(run_dir, before, rank, number),
+            has_ended_elsewhere=lambda: read_verdict(folder) is not None,
+        )
+    failure = failure_of(exits)
+    own = combine([rank_exit.returncode for rank_exit in exits]) if failure is None else int(failure.exit_code)
+    write_codes(folder, place.node, [own])
+    if place.node == 0:
+        verdict = _judge(folder, place, run_dir, before, own, exits)
+        _close_status(run_dir, verdict, failure)
+        write_verdict(folder, verdict)
+        return verdict, failure
+    wait_until(lambda: read_verdict(folder) is not None, _VERDICT_S)
+    return read_verdict(folder) or Verdict(code=own, node=node_name()), failure
+
+
+def _judge(folder: Path, place: NodePlace, run_dir: Path, before: int, own: int, exits: Sequence[RankExit]) -> Verdict:
+    """The verdict of node 0, from all nodes' codes and the failure records of the attempt that its rank 0 claimed."""
+    others = range(1, place.num_nodes)
+    wait_until(lambda: all(read_codes(folder, node) is not None for node in others), _CODES_S)
+    attempt = _own_attempt(run_dir, before, exits[0].pid)
+    failures = {} if attempt is None else read_rank_failures(run_dir, attempt)
+    answers = [read_codes(folder, node) for node in others]
+    code = job_code(own, answers, [failure.exit_code for failure in failures.values()])
+    status = None if attempt is None else read_status(run_dir)
+    step = status.step if status is not None and status.attempt == attempt and status.step is not None else -1
+    suspects = [failure.node for failure in failures.values() if failure.exit_code == code]
+    node = suspects[0] if suspects and code in _SUSPECT_CODES else node_name()
+    return Verdict(code=code, step=step, attempt=attempt or 0, node=node)
+
+
+def _own_attempt(run_dir: Path, before: int, pid: int) -> int | None:
+    """The attempt that this job's rank 0 claimed: a newer one may belong to another job."""
+    for attempt in reversed(claimed_attempts(run_dir, after=before)):
+        if (read_claim(run_dir, attempt) or {}).get("pid") == pid:
+            return attempt
+    return None
+
+
+def _record_killed(run_dir: Path, before: int, rank: int, number: int) -> None:
+    """Write the failure record of a killed rank, so that the other ranks name it."""
+    with contextlib.suppress(MegamaskError, OSError):
+        if attempts := claimed_attempts(run_dir, after=before):
+            reason = killed_by(number)
+            write_rank_failure(run_dir, attempts[-1], rank=rank, exit_code=int(ExitCode.BUG), reason=reason)
+
+
+def _close_status(run_dir: Path, verdict: Verdict, failure: MegamaskError | None) -> None:
+    """Close status.json where this job's rank 0 could not."""
+    with contextlib.suppress(MegamaskError, OSError):
+        status = read_status(run_dir)
+        if status is None or status.attempt != verdict.attempt or status.phase not in ("starting", "running"):
+            return
+        closed = Status(
+            attempt=status.attempt,
+            phase="failed",
+            exit_code=verdict.code,
+            step=status.step,
+            node=verdict.node,
+            reason=None if failure is None else failure.message.splitlines()[0],
+        )
+        write_status(run_dir, closed)
+
+
+@contextlib.contextmanager
+def _listening(place: NodePlace) -> Iterator[socket.socket]:
+    """The socket that rank 0 inherits: on MASTER_PORT, or on a free port when that one is taken."""
+    wanted = os.environ.get("MASTER_PORT", "0")
+    ports = [int(wanted), 0] if wanted.isdecimal() and 0 < int(wanted) < 65536 else [0]
+    for port in ports:
+        with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as listener:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                listener.bind(("" if place.num_nodes > 1 else "127.0.0.1", port))
+            except OSError as error:
+                if error.errno != errno.EADDRINUSE or port == 0:
+                    raise UsageError(
+                        f"node 0 cannot listen on port {port}: {error.strerror}. Nothing was started.",
+                        hint="unset MASTER_PORT to take a free port",
+                    ) from error
+                _log.warning("port %d is taken; the ranks meet at a free one", port)
+                continue
+            listener.listen(1024)
+            yield listener
+            return
+
+
+def _meeting(folder: Path, signals: StopRequest) -> tuple[str, int]:
+    """Where rank 0 is met, as soon as node 0 has announced it."""
+
+    def is_over() -> bool:
+        return bool(signals.requested) or read_meeting(folder) is not None or read_verdict(folder) is not None
+
+    wait_until(is_over, _MEETING_S)
+    if (verdict := read_verdict(folder)) is not None:
+        raise error_with_code(verdict.code, "another node of this job has ended before this one started its ranks")
+    if (meeting := read_meeting(folder)) is not None:
+        return meeting
+    if signals.requested:
+        error = MegamaskError("asked for an end while this node waited for node 0; nothing was lost")
+        error.exit_code = ExitCode(signals.requested)
+        raise error
+    raise StorageError(
+        f"node 0 did not announce itself in {folder} within {_MEETING_S:.0f} s. Nothing was started.",
+        hint="run.output_dir must be on storage that all nodes share",
+    )

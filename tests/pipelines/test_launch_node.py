@@ -1,0 +1,133 @@
+"""`megamask launch node` as two nodes on one machine: every node leaves with the job's one exit code."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from megamask.launch.verdict import read_verdict
+from support.command import checkpoints, command, environment, step_lines, tiny
+
+pytestmark = pytest.mark.multiprocess
+
+
+def node(arguments: list[str], number: int, token: str, port: int = 0) -> subprocess.Popen[str]:
+    place = {
+        "MEGAMASK_NODE_RANK": str(number),
+        "MEGAMASK_NUM_NODES": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "MEGAMASK_LAUNCH_TOKEN": token,
+        "GLOO_SOCKET_IFNAME": "lo",
+    }
+    return subprocess.Popen(
+        command("launch", "node", *arguments),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**environment(), **place},
+    )
+
+
+def ends(nodes: list[subprocess.Popen[str]], seconds: float = 120) -> tuple[list[int], str]:
+    try:
+        told = "\n".join(process.communicate(timeout=seconds)[1] for process in nodes)
+    finally:
+        for process in nodes:
+            process.kill()
+    return [process.returncode for process in nodes], told
+
+
+def wait_for_commit(run_dir: Path) -> None:
+    deadline = time.monotonic() + 120
+    while not (run_dir.is_dir() and checkpoints(run_dir)):
+        assert time.monotonic() < deadline, "no commit within 120 s"
+        time.sleep(0.05)
+
+
+def ranks(launcher: subprocess.Popen[str]) -> list[int]:
+    return [int(pid) for pid in Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()]
+
+
+ENDLESS = ("layout.data_parallel_size=2", "training.steps=1000000", "checkpoint.every_steps=5")
+
+
+@pytest.mark.promise("`megamask launch node`: a preempted job ends with 75 on every node and resumes")
+def test_preempted_job_ends_with_75_on_every_node_and_resumes(small_corpus: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    arguments = tiny(small_corpus, tmp_path, "run", *ENDLESS)
+    nodes = [node(arguments, number, "job-1.0") for number in (0, 1)]
+    wait_for_commit(run_dir)
+    nodes[1].send_signal(signal.SIGTERM)  # one node is enough: the ranks agree
+    codes, told = ends(nodes)
+    assert codes == [75, 75], told
+    verdict = read_verdict(tmp_path / "run.launch" / "job-1.0")
+    assert verdict is not None and (verdict.code, verdict.attempt) == (75, 1)
+    assert verdict.step == max(step_lines(run_dir))
+    nodes = [node([*arguments, f"training.stop_after_step={verdict.step + 2}"], number, "job-1.1") for number in (0, 1)]
+    codes, told = ends(nodes)
+    assert codes == [0, 0], told
+    assert max(step_lines(run_dir)) == verdict.step + 2
+
+
+@pytest.mark.promise("`megamask launch node`: a refusal ends with 2 on every node")
+def test_refusal_by_rank_0_ends_with_2_on_every_node(small_corpus: Path, tmp_path: Path) -> None:
+    first = subprocess.run(
+        command("train", *tiny(small_corpus, tmp_path, "run", "training.stop_after_step=1")),
+        env=environment(),
+        capture_output=True,
+    )
+    assert first.returncode == 0
+    arguments = tiny(small_corpus, tmp_path, "run", "layout.data_parallel_size=2", "run.seed=2")
+    codes, told = ends([node(arguments, number, "job-2.0") for number in (0, 1)])
+    assert codes == [2, 2], told
+    assert "run.seed" in told
+
+
+@pytest.mark.promise("`megamask launch node`: a killed rank is named, status.json is closed, every node has one code")
+@pytest.mark.parametrize("victim", [0, 1])
+def test_killed_rank_ends_the_job_on_every_node(small_corpus: Path, tmp_path: Path, victim: int) -> None:
+    run_dir = tmp_path / "run"
+    nodes = [node(tiny(small_corpus, tmp_path, "run", *ENDLESS), number, "job-3.0") for number in (0, 1)]
+    wait_for_commit(run_dir)
+    os.kill(ranks(nodes[victim])[0], signal.SIGKILL)
+    codes, told = ends(nodes)
+    assert codes == [1, 1], told
+    status = json.loads((run_dir / "status.json").read_text())
+    assert (status["phase"], status["exit_code"]) == ("failed", 1)
+    failure = json.loads((run_dir / "attempts" / "0001" / f"rank-{victim:05d}.json").read_text())
+    assert "killed by SIGKILL" in failure["reason"]
+
+
+@pytest.mark.promise("`megamask launch node`: a hung rank ends the job with 71 on every node after a signal")
+def test_hung_rank_ends_the_job_with_71_after_a_signal(small_corpus: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    arguments = tiny(small_corpus, tmp_path, "run", *ENDLESS, "launch.stop_grace_s=2")
+    nodes = [node(arguments, number, "job-4.0") for number in (0, 1)]
+    wait_for_commit(run_dir)
+    os.kill(ranks(nodes[1])[0], signal.SIGSTOP)
+    time.sleep(0.5)
+    for process in nodes:
+        process.send_signal(signal.SIGTERM)
+    codes, told = ends(nodes)
+    assert codes == [71, 71], told
+    assert json.loads((run_dir / "status.json").read_text())["exit_code"] == 71
+
+
+@pytest.mark.promise("`megamask launch node`: a taken port is replaced by a free one")
+def test_taken_port_is_replaced_by_a_free_one(small_corpus: Path, tmp_path: Path) -> None:
+    with socket.socket() as other:
+        other.bind(("", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        arguments = tiny(small_corpus, tmp_path, "run", "layout.data_parallel_size=2", "training.steps=10")
+        codes, told = ends([node(arguments, number, "job-5.0", port) for number in (0, 1)])
+    assert codes == [0, 0], told
+    assert f"port {port} is taken" in told
