@@ -1,4 +1,4 @@
-"""How the processes of a run are started, stopped and watched."""
+"""Settings of a run's processes: time to stop, and time to answer one another."""
 
 from __future__ import annotations
 
