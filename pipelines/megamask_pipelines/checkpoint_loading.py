@@ -37,7 +37,7 @@ class LoadedCheckpoint:
         """The reference network with the checkpoint's weights, in evaluation mode, on the GPU if there is one."""
         import torch
 
-        from megamask.engine.state import read_canonical_weights
+        from megamask.engine.state.restore import read_canonical_weights
         from megamask.models.reference import ReferenceModel
 
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -249,7 +249,7 @@ def test_torn_last_line_is_a_finding_unless_the_run_is_alive(run_dir: Path, veri
 NEWEST = "checkpoints/step-00000006-a0002"
 
 
-@pytest.mark.parametrize("name", ["__0_0.distcp", ".metadata", "state.json", "model.json", "tokenizer/tokenizer.json"])
+@pytest.mark.parametrize("name", ["state-00000.safetensors", "state.json", "model.json", "tokenizer/tokenizer.json"])
 def test_flipped_byte_of_any_checkpoint_is_found(run_dir: Path, verify: Verify, name: str) -> None:
     for folder in ("checkpoints/step-00000004-a0001", NEWEST):
         path = run_dir / folder / name

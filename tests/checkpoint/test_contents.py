@@ -9,6 +9,7 @@ import pytest
 from megamask.checkpoint.contents import TrainerState, read_model, read_state
 from megamask.errors import CheckpointIntegrityError, UsageError
 from megamask.runs.laws import LAWS
+from megamask.storage.hashing import canonical_json
 from support.model_documents import model_document
 
 STATE = TrainerState(
@@ -17,7 +18,8 @@ STATE = TrainerState(
 
 
 def _edit(path: Path, **changes: object) -> None:
-    path.write_text(json.dumps(json.loads(path.read_bytes()) | changes))
+    changed = json.loads(path.read_bytes()) | changes
+    path.write_bytes(canonical_json(changed) if path.name == "state.json" else json.dumps(changed).encode())
 
 
 @pytest.fixture

@@ -75,7 +75,8 @@ def test_fresh_run_starts_without_a_checkpoint(run_dir: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["__0_0.distcp", "__2_0.distcp", "state.json", "COMMIT.json", "tokenizer/tokenizer.json"]
+    "name",
+    ["state-00000.safetensors", "state-00002.safetensors", "state.json", "COMMIT.json", "tokenizer/tokenizer.json"],
 )
 def test_load_falls_back_with_an_incident_when_any_file_is_damaged(
     saved: ThreadWorld, run_dir: Path, flip_byte: Callable[..., None], name: str
@@ -91,7 +92,7 @@ def test_load_falls_back_with_an_incident_when_any_file_is_damaged(
 
 @pytest.mark.promise("an unreadable storage ends with 74; no older checkpoint is used, none is pruned")
 @pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.EACCES])
-@pytest.mark.parametrize("name", ["__2_0.distcp", "COMMIT.json"])
+@pytest.mark.parametrize("name", ["state-00002.safetensors", "COMMIT.json"])
 def test_storage_that_does_not_answer_is_no_damage_and_nothing_older_is_taken(
     saved: ThreadWorld, run_dir: Path, monkeypatch: pytest.MonkeyPatch, number: int, name: str
 ) -> None:
@@ -122,7 +123,7 @@ def test_load_ends_with_integrity_error_on_every_rank_when_none_is_left(
     saved: ThreadWorld, run_dir: Path, flip_byte: Callable[..., None]
 ) -> None:
     for step in (20, 40):
-        flip_byte(_folder(run_dir, step) / "__1_0.distcp")
+        flip_byte(_folder(run_dir, step) / "state-00001.safetensors")
     results = _load(saved, run_dir)
     assert [type(result) for result in results] == [CheckpointIntegrityError] * 3
     assert all(engine.loaded_from is None for engine in saved.engines)
@@ -204,7 +205,7 @@ def test_checkpoint_of_another_run_is_refused_on_every_rank_and_named(
 def test_checkpoint_of_another_run_is_refused_before_its_files_are_looked_at(
     saved: ThreadWorld, run_dir: Path, flip_byte: Callable[..., None]
 ) -> None:
-    flip_byte(_folder(run_dir, 40) / "__1_0.distcp")
+    flip_byte(_folder(run_dir, 40) / "state-00001.safetensors")
     results = _load(saved, run_dir, owner=replace(OWNER, run_id="s"))
     assert [type(result) for result in results] == [UsageError] * 3
 
@@ -213,7 +214,7 @@ def test_checkpoint_of_another_run_is_refused_before_its_files_are_looked_at(
 def test_damage_is_remembered_in_later_attempts_until_the_checkpoint_verifies_again(
     saved: ThreadWorld, run_dir: Path, flip_byte: Callable[..., None]
 ) -> None:
-    flip_byte(_folder(run_dir, 40) / "__1_0.distcp")
+    flip_byte(_folder(run_dir, 40) / "state-00001.safetensors")
     assert _load(saved, run_dir)[0].state.step == 20
     assert [is_marked_damaged(_folder(run_dir, step)) for step in (20, 40)] == [False, True]
     assert prune(run_dir, 1, run_id="r") == ["step-00000040-a0001"]  # by its sizes alone it would push out step 20
@@ -224,9 +225,9 @@ def test_damage_is_remembered_in_later_attempts_until_the_checkpoint_verifies_ag
 def test_checkpoint_that_was_restored_from_a_copy_counts_again_once_it_is_loaded(
     saved: ThreadWorld, run_dir: Path, flip_byte: Callable[..., None]
 ) -> None:
-    flip_byte(_folder(run_dir, 40) / "__1_0.distcp")
+    flip_byte(_folder(run_dir, 40) / "state-00001.safetensors")
     _load(saved, run_dir)
-    flip_byte(_folder(run_dir, 40) / "__1_0.distcp")
+    flip_byte(_folder(run_dir, 40) / "state-00001.safetensors")
     assert _load(saved, run_dir)[0].state.step == 40
     assert not is_marked_damaged(_folder(run_dir, 40))
 
@@ -236,6 +237,6 @@ def test_nothing_is_marked_when_no_checkpoint_verifies(
     saved: ThreadWorld, run_dir: Path, flip_byte: Callable[..., None]
 ) -> None:
     for step in (20, 40):
-        flip_byte(_folder(run_dir, step) / "__1_0.distcp")
+        flip_byte(_folder(run_dir, step) / "state-00001.safetensors")
     _load(saved, run_dir)
     assert not list((run_dir / "checkpoints").glob("*.damaged"))

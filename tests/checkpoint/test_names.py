@@ -24,7 +24,7 @@ def test_folder_name_refuses_what_it_never_writes(name: str) -> None:
     assert parse_folder_name(name) is None
 
 
-@pytest.mark.parametrize("name", ["state.json", "tokenizer/tokenizer.json", ".metadata", "__0_0.distcp"])
+@pytest.mark.parametrize("name", ["state.json", "tokenizer/tokenizer.json", "state-00000.safetensors"])
 def test_plain_names_are_accepted(name: str) -> None:
     assert is_plain_name(name)
 

@@ -70,7 +70,7 @@ def test_dangling_commit_link_counts_as_damage_and_not_as_absence(commit_step: M
     folder = commit_step(20).folder
     (folder / "COMMIT.json").unlink()
     (folder / "COMMIT.json").symlink_to("nowhere")
-    with pytest.raises(CheckpointIntegrityError, match="plain file"):
+    with pytest.raises(CheckpointIntegrityError, match="is a link"):
         find(run_dir)
 
 
@@ -78,7 +78,7 @@ def test_dangling_commit_link_counts_as_damage_and_not_as_absence(commit_step: M
 def test_folder_copied_elsewhere_under_another_name_is_complete(commit_step: MakeCommit, tmp_path: Path) -> None:
     shutil.copytree(commit_step(20).folder, tmp_path / "my-model")
     assert resolve(tmp_path / "my-model") == tmp_path / "my-model"
-    assert verify_checkpoint(tmp_path / "my-model")["step"] == 20
+    assert verify_checkpoint(tmp_path / "my-model", lambda commit: None)["step"] == 20
 
 
 def test_named_folder_is_never_replaced_by_another(commit_step: MakeCommit, flip_byte: Callable[..., None]) -> None:
@@ -121,8 +121,8 @@ def test_verify_checkpoint_reports_what_it_read(commit_step: MakeCommit, run_dir
         "bytes": 3002,
         "ok": True,
     }
-    assert verify_checkpoint(run_dir) == expected
-    assert verify_checkpoint(commit.folder) == expected
+    assert verify_checkpoint(run_dir, lambda commit: None) == expected
+    assert verify_checkpoint(commit.folder, lambda commit: None) == expected
 
 
 def test_verify_checkpoint_of_a_run_does_not_fall_back(
@@ -131,4 +131,4 @@ def test_verify_checkpoint_of_a_run_does_not_fall_back(
     commit_step(20)
     flip_byte(commit_step(40).folder / "weights.bin")
     with pytest.raises(CheckpointIntegrityError, match=r"step-00000040-a0001 is damaged: weights\.bin"):
-        verify_checkpoint(run_dir)
+        verify_checkpoint(run_dir, lambda commit: None)

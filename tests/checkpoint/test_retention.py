@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import errno
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -106,15 +107,15 @@ def test_prune_removes_nothing_when_the_storage_does_not_let_it_look(
 ) -> None:
     for step in (10, 20, 30):
         commit_step(step)
-    real = Path.read_bytes
+    real = os.open
 
-    def unreadable(path: Path) -> bytes:
-        if path.parent.name == "step-00000030-a0001":
+    def unreadable(path: Path, flags: int, *arguments: int) -> int:
+        if Path(path).parent.name == "step-00000030-a0001":
             raise OSError(errno.EIO, "Input/output error")
-        return real(path)
+        return real(path, flags, *arguments)
 
     with monkeypatch.context() as broken:
-        broken.setattr(Path, "read_bytes", unreadable)
+        broken.setattr(os, "open", unreadable)
         with pytest.raises(StorageError, match="input/output error"):
             prune(run_dir, 1, run_id="r")
     assert len(candidates(run_dir)) == 3

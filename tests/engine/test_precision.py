@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megamask.engine.state import read_canonical_weights
+from megamask.engine.state.restore import read_canonical_weights
 from megamask.models.initial_weights import initial_tensor
 from support import engine_cases as cases
 from support.engine_cases import OPTIONS, PLAIN

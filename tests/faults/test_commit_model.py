@@ -74,7 +74,7 @@ def takeover(tmp_path_factory: pytest.TempPathFactory) -> Recording:
     run_dir = tmp_path_factory.mktemp("takeover")
     for step in (10, 20):
         save_once(run_dir, step=step, attempt=1)
-    (begin(run_dir, 25, 1) / "__0_0.distcp").write_bytes(b"half")
+    (begin(run_dir, 25, 1) / "state-00000.safetensors").write_bytes(b"half")
     begin(run_dir, 5, 1).rename(run_dir / "checkpoints" / ".removing-step-00000005-a0001.0123abcd")
     return record(run_dir, taking_over)
 
@@ -135,7 +135,7 @@ def no_flush_of_the_run_directory(ops: list[Op]) -> list[Op]:
 
 def visible_before_its_files_are_flushed(ops: list[Op]) -> list[Op]:
     """COMMIT.json is linked as soon as it is written, and all is flushed afterwards."""
-    linked, first = place(ops, "entry", "COMMIT.json"), place(ops, "fsync", "-a0001/__0_0.distcp")
+    linked, first = place(ops, "entry", "COMMIT.json"), place(ops, "fsync", "-a0001/state-00000.safetensors")
     temporary = [op for op in ops[first:linked] if ".COMMIT.json." in op.where]
     others = [op for op in ops[first:linked] if ".COMMIT.json." not in op.where]
     return [*ops[:first], *temporary, ops[linked], *others, *ops[linked + 1 :]]

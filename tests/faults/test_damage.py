@@ -25,7 +25,7 @@ from support.tiny_run import SEQUENCE_LENGTH, write_corpus, write_run
 
 NEWEST = "step-00000020-a0001"
 OLDER = "step-00000010-a0001"
-FILES = ["COMMIT.json", "state.json", "model.json", "tokenizer/tokenizer.json", ".metadata", "__0_0.distcp"]
+FILES = ["COMMIT.json", "state.json", "model.json", "tokenizer/tokenizer.json", "state-00000.safetensors"]
 
 
 @pytest.fixture(scope="module")
@@ -186,8 +186,8 @@ def test_damaged_checkpoint_is_found_by_verify_and_passed_over_by_readers(
 @pytest.mark.parametrize("verb", [["evaluate", "--rows", "1"], ["sample"], ["verify", "checkpoint"]], ids="-".join)
 def test_run_without_a_whole_checkpoint_ends_with_65(megamask: Any, run_dir: Path, verb: list[str]) -> None:
     for name in (OLDER, NEWEST):
-        damage(run_dir / "checkpoints" / name / "__0_0.distcp", "flipped")
-    refused(megamask(*verb, run_dir), 65, NEWEST, "__0_0.distcp", "Nothing was")
+        damage(run_dir / "checkpoints" / name / "state-00000.safetensors", "flipped")
+    refused(megamask(*verb, run_dir), 65, NEWEST, "state-00000.safetensors", "Nothing was")
 
 
 @pytest.mark.promise("`latest` is only a hint")

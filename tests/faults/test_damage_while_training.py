@@ -36,7 +36,7 @@ def test_run_resumes_from_the_last_whole_commit_whatever_else_of_it_is_damaged(
     first, second, third, fourth = checkpoints(run_dir)
     flip_byte(fourth / "COMMIT.json", 20)
     (third / "state.json").unlink()
-    flip_byte(max(second.glob("*.distcp"), key=lambda path: path.stat().st_size), -1)
+    flip_byte(max(second.glob("*.safetensors"), key=lambda path: path.stat().st_size), -1)
     (run_dir / "checkpoints" / "latest").write_bytes(b"\xff nowhere")
     (run_dir / "status.json").write_bytes(b"{")
     (run_dir / "attempts" / "0001" / "claim.json").write_bytes(b"")

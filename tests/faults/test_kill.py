@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from megamask.checkpoint.contents import read_model
-from megamask.engine.state import read_canonical_weights
+from megamask.engine.state.restore import read_canonical_weights
 from support.command import checkpoints, megamask, start, step_lines, tiny
 
 pytestmark = pytest.mark.multiprocess

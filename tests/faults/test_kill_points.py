@@ -28,7 +28,7 @@ COMMIT_POINTS = [
     "checkpoint.documents_written",
     "checkpoint.file_flushed",
     "checkpoint.share_flushed",
-    "checkpoint.index_written",
+    "checkpoint.state_checked",
     "checkpoint.flushed",
     "checkpoint.claim_checked",
     "COMMIT.json.created",
@@ -158,7 +158,7 @@ def test_killed_prune_keeps_what_was_to_be_kept_and_shows_nothing_half_removed(r
 )
 @pytest.mark.parametrize("point", SWEEP_POINTS)
 def test_killed_sweep_is_finished_by_the_next(run_dir: Path, point: str) -> None:
-    (begin(run_dir, 20, 1) / "__0_0.distcp").write_bytes(b"half")
+    (begin(run_dir, 20, 1) / "state-00000.safetensors").write_bytes(b"half")
     assert kill_at(sweep_as_second, run_dir, point)
     assert visible_steps(run_dir) == [10]
     goes_on(run_dir)

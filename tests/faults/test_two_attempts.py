@@ -120,13 +120,13 @@ def test_writer_that_publishes_while_its_folder_is_removed_shows_nothing_half_re
     run_dir = tmp_path / "run"
     kept = save_once(run_dir, step=10, attempt=claim(run_dir))
     folder = begin(run_dir, 20, 1)
-    (folder / "__0_0.distcp").write_bytes(b"weights")
-    files = {"__0_0.distcp": digest_and_flush(folder, "__0_0.distcp")}
+    (folder / "state-00000.safetensors").write_bytes(b"weights")
+    files = {"state-00000.safetensors": digest_and_flush(folder, "state-00000.safetensors")}
     remove = shutil.rmtree
     tried: list[str] = []
 
     def remove_slowly(path: Path, **options: bool) -> None:
-        (path / "__0_0.distcp").unlink()
+        (path / "state-00000.safetensors").unlink()
         with contextlib.suppress(FileNotFoundError):
             publish(folder, files, CommitFields(run_id="r"))
         tried.append(path.name)

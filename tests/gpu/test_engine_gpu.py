@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from megamask.engine.state import read_canonical_weights
+from megamask.engine.state.restore import read_canonical_weights
 from support import engine_cases as cases
 
 pytestmark = [

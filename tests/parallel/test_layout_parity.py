@@ -138,7 +138,7 @@ def test_every_rank_names_its_own_files_and_together_all(run, root, layouts):
 @every_layout
 def test_scores_are_the_reference_networks_on_every_rank(run, root, layouts):
     """Of the weights that were saved at that step, read without any engine."""
-    from megamask.engine.state import read_canonical_weights
+    from megamask.engine.state.restore import read_canonical_weights
 
     spec, goal = worker.SPECS[run[0]], cases.objective()
     model = cases.reference(spec)

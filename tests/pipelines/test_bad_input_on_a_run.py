@@ -165,7 +165,9 @@ def test_damaged_run_json_is_refused(
 
 @pytest.mark.promise("a damaged run, checkpoint or corpus is refused by each verb that reads it")
 @pytest.mark.parametrize("verb", ["evaluate", "sample", "verify checkpoint"])
-@pytest.mark.parametrize("name", ["COMMIT.json", "model.json", "state.json", "tokenizer/tokenizer.json", "*.distcp"])
+@pytest.mark.parametrize(
+    "name", ["COMMIT.json", "model.json", "state.json", "tokenizer/tokenizer.json", "*.safetensors"]
+)
 @pytest.mark.parametrize("by_folder", [False, True])
 def test_damaged_checkpoint_ends_with_65(refuse: Refuse, run_dir: Path, verb: str, name: str, by_folder: bool) -> None:
     [folder] = run_dir.glob("checkpoints/step-*")

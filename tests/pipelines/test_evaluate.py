@@ -171,7 +171,7 @@ def test_numbers_out_of_range_are_refused(run: tuple[Path, Commit], options: dic
 
 def test_damaged_checkpoint_is_refused(run: tuple[Path, Commit], tmp_path: Path) -> None:
     shutil.copytree(run[1].folder, tmp_path / "copy")
-    with (tmp_path / "copy" / "__0_0.distcp").open("r+b") as file:
+    with (tmp_path / "copy" / "state-00000.safetensors").open("r+b") as file:
         file.seek(100)
         file.write(b"\x55\xaa")
     with pytest.raises(CheckpointIntegrityError, match="__0_0"):

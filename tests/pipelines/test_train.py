@@ -273,7 +273,7 @@ def flip_last_byte(path: Path) -> None:
 
 
 def damage(folder: Path) -> None:
-    flip_last_byte(max(folder.glob("*.distcp"), key=lambda path: path.stat().st_size))
+    flip_last_byte(max(folder.glob("*.safetensors"), key=lambda path: path.stat().st_size))
 
 
 @pytest.mark.promise("a damaged checkpoint is passed over with an incident")

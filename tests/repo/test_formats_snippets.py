@@ -17,6 +17,8 @@ import numpy as np
 import pytest
 import torch
 
+from megamask.engine.state.safetensors import write_slices
+from megamask.engine.state.slices import StoredSlice
 from support.command import megamask, step_lines, tiny
 from support.shards import random_documents, write_token_corpus
 
@@ -42,8 +44,8 @@ def page(script: Path) -> Iterator[ModuleType]:
     sys.path.remove(str(script.parent))
 
 
-def test_page_has_the_three_snippets() -> None:
-    assert list(SNIPPETS) == ["step", "weights", "likelihood"]
+def test_page_has_its_snippets() -> None:
+    assert list(SNIPPETS) == ["state", "step", "weights", "likelihood"]
 
 
 def test_snippets_import_nothing_of_the_program() -> None:
@@ -284,5 +286,23 @@ def test_run_directory_holds_what_the_page_lists_and_nothing_else(trained: Path)
         "tracking/mlflow.lock",
     }
     [checkpoint] = (trained / "checkpoints").glob("step-*")
-    names = {re.sub(r"__\d+_\d+", "__R_K", path.name) for path in checkpoint.iterdir()}
+    names = {re.sub(r"-\d{5}\.", "-RRRRR.", path.name) for path in checkpoint.iterdir()}
     assert names == set(re.findall(r"^(\S+?)/?  ", documented("Checkpoint"), flags=re.M))
+
+
+@pytest.mark.promise("the formats page reads the state of a checkpoint, bit for bit")
+def test_page_reads_the_state_of_a_checkpoint(tmp_path: Path) -> None:
+    tensor = torch.randn(5, 4, generator=torch.Generator().manual_seed(1))
+    parts = [((0, 0), tensor[:2]), ((2, 0), tensor[2:3, :3]), ((2, 3), tensor[2:3, 3:]), ((3, 0), tensor[3:])]
+    slices = [StoredSlice(name="w", shape=(5, 4), offsets=offsets, data=data) for offsets, data in parts]
+    slices.append(StoredSlice(name="b", shape=(3,), offsets=(0,), data=torch.ones(3)))
+    for rank in (0, 1):
+        write_slices(tmp_path, slices[rank::2], rank=rank)
+    namespace: dict[str, Any] = {}
+    exec(SNIPPETS["state"], namespace)
+    found = namespace["read_state"](tmp_path)
+    assert sorted(found) == ["b", "w"]
+    assert found["w"].tobytes() == tensor.numpy().tobytes()
+    assert found["b"].tolist() == [1, 1, 1]
+    lines = SNIPPETS["state"].partition("def ")[2].splitlines()
+    assert len(lines) <= 14

@@ -442,7 +442,7 @@ def test_file_that_is_a_link_out_of_the_corpus_is_refused(
 def test_training_reads_no_link_and_waits_for_no_pipe(corpus: Path, tmp_path: Path, name: str, make: Any) -> None:
     (corpus / name).rename(tmp_path / "elsewhere")
     make(corpus / name, tmp_path / "elsewhere")
-    with pytest.raises(DataIntegrityError, match=r"is a link|is no plain file"):
+    with pytest.raises(DataIntegrityError, match=r"is a link|is not a plain file"):
         SplitReader(corpus, Manifest.load(corpus), "train").read(0)
 
 

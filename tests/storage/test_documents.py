@@ -133,7 +133,7 @@ def test_file_is_read_only_if_plain_and_of_bounded_size(tmp_path: Path) -> None:
         found.append(caught.value)
     assert [str(each).partition(" ")[2].split(".")[0] for each in found] == [
         "is a link",
-        "is no plain file",
+        "is not a plain file",
         "cannot be read: No such file or directory",
         f"has {path.stat().st_size} bytes, more than the 8 that such a file can have",
     ]

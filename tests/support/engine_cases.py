@@ -112,11 +112,10 @@ def save_state(engine: Any, folder: Path, *, copy: bool = False) -> list[str]:
 
 def write_share(engine: Any, share: Any, folder: Path) -> list[str]:
     """Writes shares that were taken before; collective."""
-    names, part = share.write(folder)
-    parts = engine.gather_objects(part)
-    if engine.is_main:
-        names = [*names, *share.write_index(folder, parts)]
+    names: list[str] = share.write(folder)
     engine.barrier()
+    if engine.is_main:
+        share.check(folder)
     return names
 
 

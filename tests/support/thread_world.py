@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,23 +11,23 @@ from typing import Any
 
 
 class ThreadShare:
-    """One file a rank and an index that names them all; a rank may fail, or wait for the test's word."""
+    """One file a rank, which the check looks for; a rank may fail, or wait for the test's word."""
 
     def __init__(self, engine: ThreadEngine) -> None:
         self.engine, self.content = engine, engine.content
 
-    def write(self, folder: Path, gate: Callable[[], None]) -> tuple[list[str], str]:
+    def write(self, folder: Path, gate: Callable[[], None]) -> list[str]:
         while not self.engine.may_write.wait(0.01):
             gate()
         if self.engine.fail_on_save is not None:
             raise self.engine.fail_on_save
-        name = f"__{self.engine.rank}_0.distcp"
+        name = f"state-{self.engine.rank:05d}.safetensors"
         (folder / name).write_bytes(self.content)
-        return [name], name
+        return [name]
 
-    def write_index(self, folder: Path, parts: Sequence[str]) -> list[str]:
-        (folder / ".metadata").write_text(" ".join(parts))
-        return [".metadata"]
+    def check(self, folder: Path) -> None:
+        for rank in range(self.engine.world.size):
+            assert (folder / f"state-{rank:05d}.safetensors").exists()
 
 
 class ThreadEngine:
@@ -53,7 +53,7 @@ class ThreadEngine:
         return max(self.world.exchange(self.rank, value))
 
     def load_state(self, folder: Path) -> None:
-        self.content = (folder / f"__{self.rank}_0.distcp").read_bytes()
+        self.content = (folder / f"state-{self.rank:05d}.safetensors").read_bytes()
         self.loaded_from = folder
 
     def gather_objects(self, value: Any) -> list[Any] | None:

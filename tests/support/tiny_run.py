@@ -14,8 +14,8 @@ from megamask.config.schema.corpus import CorpusConfig, TokenizerConfig
 from megamask.config.schema.roots import TrainConfig
 from megamask.data.corpus.prepare import build
 from megamask.data.manifest import Manifest
-from megamask.engine.state import Share
-from megamask.engine.torch_dist import Piece
+from megamask.engine.state.share import Share
+from megamask.engine.state.slices import StoredSlice
 from megamask.models.initial_weights import initial_tensor
 from megamask.models.shapes import canonical_shapes
 from megamask.models.spec import ModelSpec
@@ -62,11 +62,11 @@ class InitialWeights(ThreadEngine):
     spec: ModelSpec
 
     def state_share(self, *, copy: bool) -> Share:  # type: ignore[override]
-        pieces = [
-            Piece(name=name, shape=shape, offsets=(0,) * len(shape), data=initial_tensor(SEED, name, self.spec))
+        slices = [
+            StoredSlice(name=name, shape=shape, offsets=(0,) * len(shape), data=initial_tensor(SEED, name, self.spec))
             for name, shape in canonical_shapes(self.spec).items()
         ]
-        return Share(pieces, num_updates=0, rank=0)
+        return Share(slices, canonical_shapes(self.spec), num_updates=0, rank=0)
 
 
 def write_run(folder: Path, corpus: Path, *, step: int = 20, earlier_steps: Sequence[int] = ()) -> tuple[Path, Commit]:

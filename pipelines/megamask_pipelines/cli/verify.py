@@ -43,8 +43,9 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 
         return verify(folder, RunChecks.of(arguments))
     from megamask.checkpoint.reader import verify_checkpoint
+    from megamask.checkpoint.state_files import check_state
 
-    return verify_checkpoint(folder)
+    return verify_checkpoint(folder, check_state)
 
 
 def _verify_corpus(folder: Path, *, show_progress: bool) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -27,14 +27,18 @@ class Place(Protocol):
 class StateShare(Protocol):
     """What one rank writes of the state; its methods make no collective call, so that any thread may call them."""
 
-    def write(self, folder: Path, gate: Callable[[], None]) -> tuple[list[str], Any]:
-        """Writes this rank's share; `gate` is called between tensors and raises to stop.
+    def write(self, folder: Path, gate: Callable[[], None]) -> list[str]:
+        """Write this rank's share; `gate` is called between tensors and raises to stop.
 
-        Returns: names of the files, relative to the folder, and what the index must know of them.
+        Returns: names of the files, relative to the folder.
         """
 
-    def write_index(self, folder: Path, parts: Sequence[Any]) -> list[str]:
-        """Rank 0 only: writes the index of all ranks' shares, from what each `write` returned, in rank order."""
+    def check(self, folder: Path) -> None:
+        """Read the headers of all ranks' files as a resume does; on rank 0, after all have written.
+
+        Raises:
+            CheckpointIntegrityError: the files are not the complete state.
+        """
 
 
 class CheckpointEngine(Protocol):

@@ -6,9 +6,7 @@ Everything here is plain files; no process group, no torch. Who calls what, in w
 from __future__ import annotations
 
 import contextlib
-import json
 import shutil
-import stat
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,23 +19,33 @@ from megamask.checkpoint.names import (
     is_plain_name,
     parse_folder_name,
 )
-from megamask.errors import CheckpointIntegrityError, MegamaskError, StorageError, UsageError
+from megamask.errors import CheckpointIntegrityError, MegamaskError, StorageError
 from megamask.runs.laws import LAWS
 from megamask.runs.layout import checkpoints_folder
+from megamask.storage.documents import (
+    DocumentKind,
+    OwnDigest,
+    decode_document,
+    encode_document,
+    read_document_bytes,
+)
 from megamask.storage.durable import (
     create_exclusive,
-    fsync_directory,
     make_folders,
-    read_errors,
     storage_errors,
     write_atomic,
 )
 from megamask.storage.fault_points import reached
-from megamask.storage.hashing import canonical_json, hash_of, sha256_bytes
+from megamask.storage.hashing import sha256_bytes
 
-COMMIT_FORMAT = "megamask-checkpoint"
-COMMIT_VERSION = 1
-_MAXIMUM_COMMIT_BYTES = 1 << 28
+COMMIT = DocumentKind(
+    format="megamask-checkpoint",
+    version=2,  # 1: the state was files of torch.distributed.checkpoint
+    own_digest=OwnDigest.REQUIRED,
+    damage=CheckpointIntegrityError,
+    damage_hint="restore the folder from a copy, or use another checkpoint",
+    most_bytes=1 << 28,
+)
 _HEX = frozenset("0123456789abcdef")
 
 
@@ -120,8 +128,7 @@ def begin(run_dir: Path, step: int, attempt: int) -> Path:
         if folder.exists():
             shutil.rmtree(folder)
         make_folders(folder.parent)
-        folder.mkdir()
-        fsync_directory(folder.parent)
+        folder.mkdir()  # its entry is flushed with its content, before COMMIT.json is created
     reached("checkpoint.begun")
     return folder
 
@@ -136,9 +143,7 @@ def publish(folder: Path, files: Mapping[str, FileDigest], fields: CommitFields)
     place = parse_folder_name(folder.name)
     if place is None:
         raise MegamaskError(f"{folder} is not the folder of a checkpoint; nothing was published")
-    document: dict[str, Any] = {
-        "format": COMMIT_FORMAT,
-        "version": COMMIT_VERSION,
+    content: dict[str, Any] = {
         "step": place[0],
         "attempt": place[1],
         "run_id": fields.run_id,
@@ -150,11 +155,10 @@ def publish(folder: Path, files: Mapping[str, FileDigest], fields: CommitFields)
         "journal": dict(fields.journal),
     }
     if fields.evaluation is not None:
-        document["evaluation"] = dict(fields.evaluation)
+        content["evaluation"] = dict(fields.evaluation)
     if fields.run_sha256 is not None:
-        document["run_sha256"] = fields.run_sha256
-    document["self_sha256"] = hash_of(document)
-    data = canonical_json(document)
+        content["run_sha256"] = fields.run_sha256
+    data = encode_document(COMMIT, content)
     commit = parse_commit(data, folder)  # what is written is what a reader accepts
     create_exclusive(folder / COMMIT_NAME, data)
     with contextlib.suppress(StorageError):  # only a hint: the commit stands without it
@@ -169,17 +173,7 @@ def read_commit_bytes(folder: Path) -> bytes:
         CheckpointIntegrityError: it is missing, a link, not a file or absurdly large.
         StorageError: the storage does not let it be read.
     """
-    path = folder / COMMIT_NAME
-    try:
-        with read_errors(path):
-            status = path.lstat()
-            if not stat.S_ISREG(status.st_mode):
-                raise _damaged(path, "is not a plain file")
-            if status.st_size > _MAXIMUM_COMMIT_BYTES:
-                raise _damaged(path, f"is larger than {_MAXIMUM_COMMIT_BYTES} bytes")
-            return path.read_bytes()
-    except OSError as error:
-        raise _damaged(path, f"cannot be read: {error.strerror}") from error
+    return read_document_bytes(COMMIT, folder / COMMIT_NAME)
 
 
 def load_commit(folder: Path) -> Commit:
@@ -196,24 +190,14 @@ def load_commit(folder: Path) -> Commit:
 def parse_commit(data: bytes, folder: Path) -> Commit:
     """A Commit from the bytes of COMMIT.json; `folder` is where its files are. Raises as `load_commit`."""
     path = folder / COMMIT_NAME
-    try:
-        document = json.loads(data)
-        is_canonical = isinstance(document, dict) and canonical_json(document) == data
-    except (ValueError, TypeError, RecursionError) as error:
-        raise _damaged(path, "is not canonical JSON") from error
-    if not is_canonical:  # also refuses a name that stands twice
-        raise _damaged(path, "is not canonical JSON")
-    own = document.pop("self_sha256", None)
-    if own != hash_of(document):  # before the version: a flipped digit is damage, not a newer format
-        raise _damaged(path, "does not have the sha256 that it states")
-    _refuse_newer(path, document)
+    document = decode_document(COMMIT, data, path)
     try:
         commit = _from_document(document, folder, sha256_bytes(data))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise _damaged(path, f"lacks or misstates a field ({error})") from error
+        raise COMMIT.damaged(path, f"lacks or misstates a field ({error})") from error
     place = parse_folder_name(folder.name)
     if place is not None and place != (commit.step, commit.attempt):
-        raise _damaged(path, f"says step {commit.step} of attempt {commit.attempt}, its folder's name says otherwise")
+        raise COMMIT.damaged(path, f"is of step {commit.step}, attempt {commit.attempt}, unlike its folder's name")
     return commit
 
 
@@ -246,19 +230,6 @@ def _from_document(document: dict[str, Any], folder: Path, digest: str) -> Commi
     return Commit(folder=folder, digest=digest, files=files, **carried)
 
 
-def _refuse_newer(path: Path, document: dict[str, Any]) -> None:
-    if document.get("format") != COMMIT_FORMAT:
-        raise _damaged(path, f"has format {document.get('format')!r}, not {COMMIT_FORMAT!r}")
-    version = document.get("version")
-    if not isinstance(version, int) or isinstance(version, bool) or version < 1:
-        raise _damaged(path, f"has version {version!r}")
-    if version > COMMIT_VERSION:
-        raise UsageError(
-            f"{path} has format version {version}, this megamask reads up to {COMMIT_VERSION}. Nothing was loaded.",
-            hint="use the megamask that wrote it, or a newer one",
-        )
-
-
 def _are_numbers(values: Iterable[object]) -> bool:
     """Whether each is text that `float` reads."""
     for value in values:
@@ -274,9 +245,3 @@ def _is_count(value: object) -> bool:
 
 def _is_digest(value: object) -> bool:
     return isinstance(value, str) and len(value) == 64 and set(value) <= _HEX
-
-
-def _damaged(path: Path, what: str) -> CheckpointIntegrityError:
-    return CheckpointIntegrityError(
-        f"{path} {what}. Nothing was loaded from it.", hint="restore the folder from a copy, or use another checkpoint"
-    )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,14 +16,10 @@ from megamask.models.vocabulary import Vocabulary
 from megamask.objectives.base import Objective
 from megamask.objectives.registry import build_objective
 from megamask.runs.laws import LAWS
-from megamask.storage.durable import read_errors
-from megamask.storage.hashing import canonical_json
+from megamask.storage.documents import DocumentKind, encode_document, read_document
 
-STATE_FORMAT = "megamask-trainer-state"
-STATE_VERSION = 1
-MODEL_FORMAT = "megamask-model"
-MODEL_VERSION = 1
-_MOST_DOCUMENT_BYTES = 1 << 24
+STATE = DocumentKind(format="megamask-trainer-state", version=1, damage=CheckpointIntegrityError)
+MODEL = DocumentKind(format="megamask-model", version=1, is_canonical=False, damage=CheckpointIntegrityError)
 _LONGEST_ROW = 1 << 24
 
 
@@ -56,10 +51,8 @@ class TrainerState:
         }
 
     def to_bytes(self) -> bytes:
-        """The content of state.json: canonical JSON."""
-        return canonical_json(
-            {"format": STATE_FORMAT, "version": STATE_VERSION, **self.scalars(), "schedule": dict(self.schedule)}
-        )
+        """Return the content of state.json."""
+        return encode_document(STATE, {**self.scalars(), "schedule": dict(self.schedule)})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,10 +65,8 @@ class ModelDocument:
     tokenizer_digest: str
 
     def to_json(self) -> dict[str, Any]:
-        """The document as a JSON object; real numbers are written so that they read back exactly."""
+        """Return the fields of model.json; real numbers are written so that they read back exactly."""
         return {
-            "format": MODEL_FORMAT,
-            "version": MODEL_VERSION,
             "model": self.spec.to_json(),
             "objective": self.objective.record(),
             "shift": False,
@@ -89,8 +80,8 @@ class ModelDocument:
         }
 
     def to_bytes(self) -> bytes:
-        """The content of model.json: sorted, indented, one final newline."""
-        return (json.dumps(self.to_json(), sort_keys=True, indent=2, allow_nan=False) + "\n").encode()
+        """Return the content of model.json: sorted, indented, one final newline."""
+        return encode_document(MODEL, self.to_json())
 
 
 def read_state(folder: Path) -> TrainerState:
@@ -99,7 +90,7 @@ def read_state(folder: Path) -> TrainerState:
     Raises:
         CheckpointIntegrityError: it is damaged. UsageError: a newer megamask wrote it.
     """
-    document = _read(folder / STATE_NAME, STATE_FORMAT, STATE_VERSION)
+    document = read_document(STATE, folder / STATE_NAME)
     try:
         for name in ("step", "consumed_samples", "consumed_tokens"):
             if type(document[name]) is not int or not 0 <= document[name] < 1 << 63:
@@ -118,7 +109,7 @@ def read_state(folder: Path) -> TrainerState:
 def read_model(folder: Path) -> ModelDocument:
     """The model document of a verified checkpoint folder. Raises as `read_state`, and UsageError for other laws."""
     path = folder / MODEL_NAME
-    document = _read(path, MODEL_FORMAT, MODEL_VERSION)
+    document = read_document(MODEL, path)
     try:
         refuse_other_laws(document["laws"], path)
         if document["shift"] is not False:
@@ -186,26 +177,6 @@ def refuse_other_laws(laws: Mapping[str, Any], path: Path) -> None:
     """
     if dict(laws) != LAWS:
         raise UsageError(f"{path} was made under laws {dict(laws)}; this megamask trains under {LAWS}")
-
-
-def _read(path: Path, expected_format: str, version: int) -> dict[str, Any]:
-    try:
-        with read_errors(path):
-            if (size := path.stat().st_size) > _MOST_DOCUMENT_BYTES:
-                raise ValueError(f"{size} bytes")
-            document = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise _misstated(path, error) from error
-    if not isinstance(document, dict) or document.get("format") != expected_format:
-        raise _misstated(path, ValueError("format"))
-    stated = document.get("version")
-    if type(stated) is not int or stated < 1:
-        raise _misstated(path, ValueError("version"))
-    if stated > version:
-        raise UsageError(
-            f"{path} has format version {stated}, this megamask reads up to {version}. Nothing was loaded."
-        )
-    return document
 
 
 def _misstated(path: Path, error: Exception) -> CheckpointIntegrityError:

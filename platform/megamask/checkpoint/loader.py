@@ -22,6 +22,7 @@ from megamask.checkpoint.names import MODEL_NAME
 from megamask.checkpoint.ownership import Owner
 from megamask.checkpoint.reader import candidates, incident, none_left
 from megamask.checkpoint.retention import mark_damaged, unmark_damaged
+from megamask.checkpoint.state_files import refuse_old_state
 from megamask.errors import CheckpointIntegrityError, UsageError
 from megamask.runs.layout import checkpoints_folder
 from megamask.storage.hashing import sha256_bytes
@@ -109,6 +110,7 @@ def _on_all(engine: CheckpointEngine, action: Callable[[], Result]) -> Result:
 
 def _pick(folder: Path) -> tuple[int, str]:
     commit = load_commit(folder)
+    refuse_old_state(commit)
     if links := link_problems(folder):
         raise damaged(folder, links)
     return commit.step, commit.digest

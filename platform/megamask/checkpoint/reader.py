@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -89,14 +90,18 @@ def resolve(path: Path) -> Path:
     return find(path)[0].folder
 
 
-def verify_checkpoint(path: Path) -> dict[str, Any]:
-    """Reads every byte of a checkpoint; a run directory means its newest one, without falling back.
+def verify_checkpoint(path: Path, check_state: Callable[[Commit], None]) -> dict[str, Any]:
+    """Read every byte of a checkpoint; a run directory means its newest one, without falling back.
+
+    Args:
+        check_state: called last; raises if the files, although as committed, are not a state that can be loaded.
 
     Returns: path, step, digest, files (count), bytes, ok (True).
-    Raises: as `find`; CheckpointIntegrityError names the damaged file.
+    Raises: as `find` and `check_state`; CheckpointIntegrityError names the damaged file.
     """
     newest = [] if not path.is_dir() or has_commit(path) else candidates(path)
     commit = verify_folder(newest[0]) if newest else find(path)[0]
+    check_state(commit)
     return {
         "path": str(commit.folder),
         "step": commit.step,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,6 @@ from megamask.checkpoint.contents import ModelDocument, TrainerState
 from megamask.checkpoint.integrity import digest_and_flush
 from megamask.checkpoint.names import MODEL_NAME, STATE_NAME, TOKENIZER_NAME
 from megamask.checkpoint.retention import remove_committed
-from megamask.engine.collectives import TORCH_WRITE_FAILURES
 from megamask.errors import DataIntegrityError, MegamaskError, StorageError, SupersededError
 from megamask.storage.durable import fsync_directory, storage_errors
 from megamask.storage.fault_points import reached
@@ -60,12 +59,7 @@ class SaveRequest:
         )
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Written:
-    """What one rank wrote: its files, and what the index of the state must know of them."""
-
-    files: dict[str, FileDigest]
-    part: Any
+Files = dict[str, FileDigest]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,8 +71,9 @@ class _Published:
 class Save:
     """A checkpoint on its way to COMMIT.json; constructor, `poll` and `wait` are called by all ranks together.
 
-    First every rank writes, flushes and hashes its own share; when all have, rank 0 writes the index, flushes the
-    folders, asks `check_claim` and creates COMMIT.json. Both stages run in a thread or, if asked, at once.
+    First every rank writes, flushes and hashes its own share; when all have, rank 0 reads the headers of the state's
+    files, flushes the folders, asks `check_claim` and creates COMMIT.json. Both stages run in a thread or, if asked, at
+    once.
 
     Args:
         in_background: copy the state and write the copy in a thread; else the state itself is written, right here.
@@ -169,14 +164,14 @@ class Save:
             with contextlib.suppress(OSError, StorageError):  # what cannot be removed is swept by the next attempt
                 remove_committed(self._folder)  # COMMIT.json may stand if only its last flush failed
 
-    def _write(self, failures: Sequence[BaseException], gate: Gate) -> _Written:
-        """Everything that this rank writes before the index."""
+    def _write(self, failures: Sequence[BaseException], gate: Gate) -> Files:
+        """Write, flush and hash everything that this rank contributes."""
         if failures:
             raise failures[0]
         folder, request = self._folder, self._request
         reached("checkpoint.share_taken")
-        with _engine_errors(folder):
-            names, part = self._shares[0].write(folder, gate)
+        with storage_errors(f"writing {folder}"):
+            names = self._shares[0].write(folder, gate)
             reached("checkpoint.state_written")
         if self._engine.is_main:
             names = names + _write_documents(folder, request.state, request.model, request.tokenizer_folder)
@@ -187,19 +182,17 @@ class Save:
             files[name] = digest_and_flush(folder, name, gate)
             reached("checkpoint.file_flushed")
         reached("checkpoint.share_flushed")
-        return _Written(files=files, part=part)
+        return files
 
-    def _publish(self, gathered: Sequence[_Written], gate: Gate) -> None:
-        """The rest, on rank 0: the index, the folders, the claim, COMMIT.json."""
+    def _publish(self, gathered: Sequence[Files], gate: Gate) -> None:
+        """The rest, on rank 0: the headers, the folders, the claim, COMMIT.json."""
         if not self._engine.is_main:
             return
         folder = self._folder
-        files = _union([written.files for written in gathered], folder)
-        with _engine_errors(folder):
-            names = self._shares[0].write_index(folder, [written.part for written in gathered])
-        reached("checkpoint.index_written")
-        files |= {name: digest_and_flush(folder, name, gate) for name in names}
+        files = _union(gathered, folder)
         _refuse_unclaimed(folder, files)
+        self._shares[0].check(folder)
+        reached("checkpoint.state_checked")
         with storage_errors(f"flushing {folder}"):
             for parent, _, _ in os.walk(folder, topdown=False):
                 fsync_directory(Path(parent))
@@ -222,21 +215,6 @@ def save(engine: CheckpointEngine, run_dir: Path, **request: Any) -> Commit:
     Raises: as Save.
     """
     return Save(engine, run_dir, SaveRequest(**request), in_background=False).wait()
-
-
-@contextlib.contextmanager
-def _engine_errors(folder: Path) -> Iterator[None]:
-    try:
-        with storage_errors(f"writing {folder}"):
-            yield
-    except RuntimeError as error:
-        if any(text in str(error) for text in TORCH_WRITE_FAILURES):
-            raise StorageError(
-                f"writing {folder}: the storage took no more; the disk is full, or a quota or the file-size limit is "
-                f"reached ({str(error).splitlines()[0]}). Nothing was published.",
-                hint="free space or choose another folder, then run again",
-            ) from error
-        raise
 
 
 def _write_documents(folder: Path, state: TrainerState, model: ModelDocument, tokenizer_folder: Path) -> list[str]:

@@ -10,9 +10,6 @@ import torch.distributed as dist
 
 from megamask.errors import ExitCode, MegamaskError, error_with_code
 
-# What torch's zip writer says when the kernel refuses a write: it loses the error number.
-TORCH_WRITE_FAILURES = ("PytorchStreamWriter failed", "unexpected pos", "No space left", "iostream error")
-
 
 class Collectives:
     """Collective calls over all ranks of the job; every rank must make each of them, in the same order.
@@ -91,6 +88,6 @@ def _describe(error: BaseException, kind: type[MegamaskError]) -> tuple[int, str
     text = str(error) or type(error).__name__
     if isinstance(error, MegamaskError):
         return int(error.exit_code), text
-    if isinstance(error, OSError) or any(sign in text for sign in TORCH_WRITE_FAILURES):
+    if isinstance(error, OSError):
         return int(kind.exit_code), text
     return int(ExitCode.BUG), f"{type(error).__name__}: {text}"

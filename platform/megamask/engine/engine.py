@@ -15,11 +15,10 @@ from megamask.config.schema.optimizer import OptimizerConfig
 from megamask.config.schema.training import TrainingConfig
 from megamask.data.loader import Batch
 from megamask.diffusion.sampling import Draw, Prediction
-from megamask.engine import scoring, state
+from megamask.engine import scoring
 from megamask.engine.backend import Backend, select_backend
 from megamask.engine.collectives import Collectives
 from megamask.engine.head import ScoredRowHead
-from megamask.engine.host_memory import HostMemory
 from megamask.engine.initialization import set_initial_weights
 from megamask.engine.mesh import Mesh, ProcessGroups
 from megamask.engine.network import build_network, wrap_data_parallel
@@ -27,6 +26,9 @@ from megamask.engine.optimizer import ShardedAdamW
 from megamask.engine.parameters import mark_parameters, parameter_table
 from megamask.engine.passes import RankModel
 from megamask.engine.specs.families import layer_family
+from megamask.engine.state import restore
+from megamask.engine.state.host_copy import HostCopy
+from megamask.engine.state.share import Share, share
 from megamask.engine.step import StepReport, StepSettings, StepShare
 from megamask.models.spec import ModelSpec
 from megamask.objectives.base import Objective, Reading, Rows
@@ -74,7 +76,7 @@ class Engine:
         family = layer_family(layers, backend)
         groups = ProcessGroups(mesh)
         self._spec = spec
-        self._host_memory = HostMemory(backend)
+        self._host_copy = HostCopy(backend)
         network = build_network(
             spec, mesh, _FORMATS[compute], mask_token_id=objective.vocabulary.mask_token_id, family=family
         )
@@ -200,23 +202,24 @@ class Engine:
         """Waits until every rank has come here."""
         self._collectives.barrier()
 
-    def state_share(self, *, copy: bool) -> state.Share:
+    def state_share(self, *, copy: bool) -> Share:
         """What this rank writes of the present weights and Adam's state; no collective call.
 
         Args:
             copy: into memory of the host, so that training may go on while the share is written; the share before is
                 overwritten. Otherwise the state itself is written, and must not change meanwhile.
         """
-        memory = self._host_memory if copy else None
-        return state.share(self._optimizer, rank=self.rank, memory=memory)
+        memory = self._host_copy if copy else None
+        return share(self._optimizer, rank=self.rank, memory=memory)
 
     def load_state(self, folder: Path) -> None:
-        """Restores what all ranks' shares wrote, under this engine's layout, whichever it was written under.
+        """Restore the state from all ranks' files, under this engine's layout, whichever layout wrote them.
 
         Raises:
-            CheckpointIntegrityError: the folder does not hold the whole state of this network.
+            CheckpointIntegrityError: the folder does not hold the complete state of this network.
+            UsageError: version 0.1.0 wrote the state.
         """
-        state.load(folder, self._optimizer, self._spec, self._collectives)
+        restore.load(folder, self._optimizer, self._spec, self._collectives)
 
     def parameter_digest(self) -> str:
         """sha256 over weights and their masters; equal for two runs of one layout exactly if those are, bit for bit."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from megamask.engine.optimizer import ShardedAdamW
-from megamask.engine.rectangles import rectangles
+from megamask.engine.state.slices import range_parts
 from megamask.models.initial_weights import initial_tensor
 from megamask.models.spec import ModelSpec
 
@@ -22,7 +22,7 @@ def set_initial_weights(optimizer: ShardedAdamW, spec: ModelSpec, *, seed: int) 
     """
     for shard in optimizer.shards():
         shard.weight.zero_()  # vocabulary padding stays zero
-        parts = rectangles(shard.info.canonical, columns=shard.info.num_columns, start=shard.start, stop=shard.stop)
+        parts = range_parts(shard.info.canonical, columns=shard.info.num_columns, start=shard.start, stop=shard.stop)
         for part in parts:
             index = tuple(slice(place, place + size) for place, size in zip(part.offsets, part.sizes, strict=True))
             values = initial_tensor(seed, part.name, spec, index, device=shard.weight.device)

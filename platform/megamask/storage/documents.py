@@ -86,19 +86,25 @@ def encode_document(kind: DocumentKind, fields: Mapping[str, Any]) -> bytes:
 def read_document(kind: DocumentKind, path: Path) -> dict[str, Any]:
     """Return the content of a document on disk, without its own digest.
 
+    Raises: as `read_document_bytes` and `decode_document`.
+    """
+    return decode_document(kind, read_document_bytes(kind, path), path)
+
+
+def read_document_bytes(kind: DocumentKind, path: Path) -> bytes:
+    """Return the bytes of a document on disk.
+
     Raises:
-        MegamaskError: of class `kind.damage`: missing, not a plain file, too large, or as `decode_document`.
-        UsageError: its version is unknown.
+        MegamaskError: of class `kind.damage`: missing, not a plain file, or too large.
         StorageError: the storage does not let it be read, which is not damage.
     """
     try:
         with read_errors(path):
-            data = read_plain(path, kind.most_bytes)
+            return read_plain(path, kind.most_bytes)
     except NotPlainError as error:
         raise kind.damaged(path, str(error).removeprefix(f"{path} ")) from error
     except OSError as error:
         raise kind.damaged(path, f"cannot be read: {error.strerror}") from error
-    return decode_document(kind, data, path)
 
 
 def decode_document(kind: DocumentKind, data: bytes, path: Path) -> dict[str, Any]:

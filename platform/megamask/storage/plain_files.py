@@ -1,4 +1,4 @@
-"""Reading files that somebody else may have put there: plain files of a bounded size, never a link or a device."""
+"""Reading of untrusted files: plain files of a bounded size, never a link or a device."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from pathlib import Path
 
 
 class NotPlainError(ValueError):
-    """A name that is there and is no plain file, or one that is larger than it may be."""
+    """A name of something other than a plain file, or a file that is larger than it may be."""
 
 
 def open_plain(path: Path) -> int:
-    """A descriptor for reading a plain file.
+    """Return a descriptor for reading a plain file.
 
     Raises:
-        FileNotFoundError: there is nothing of that name.
-        NotPlainError: it is a link, a folder, a device or a pipe; it was not read.
+        FileNotFoundError: nothing has that name.
+        NotPlainError: a link, a folder, a device or a pipe; it was not read.
         OSError: the storage refuses.
     """
     try:
@@ -26,16 +26,16 @@ def open_plain(path: Path) -> int:
         if error.errno == errno.ELOOP:
             raise NotPlainError(f"{path} is a link") from error
         if error.errno == errno.ENXIO:  # a socket
-            raise NotPlainError(f"{path} is no plain file") from error
+            raise NotPlainError(f"{path} is not a plain file") from error
         raise
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
-        raise NotPlainError(f"{path} is no plain file")
+        raise NotPlainError(f"{path} is not a plain file")
     return descriptor
 
 
 def read_plain(path: Path, most_bytes: int) -> bytes:
-    """The bytes of a plain file, refused by its size before any is read; raises as `open_plain`."""
+    """Return the bytes of a plain file, which is refused by its size before any is read; raises as `open_plain`."""
     with os.fdopen(open_plain(path), "rb") as file:
         size = os.fstat(file.fileno()).st_size
         if size > most_bytes:

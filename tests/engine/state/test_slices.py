@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megamask.engine.canonical import TensorSlice
-from megamask.engine.rectangles import rectangles
+from megamask.engine.state.slices import range_parts
 
 
 @given(data=st.data(), rows=st.lists(st.integers(1, 4), min_size=1, max_size=3), columns=st.integers(1, 5))
@@ -28,7 +28,7 @@ def test_rectangles_hold_every_element_of_a_range_in_its_canonical_place(data, r
 
     rebuilt = torch.full_like(flat, -1)
     seen = 0
-    for part in rectangles(blocks, columns=columns, start=start, stop=stop):
+    for part in range_parts(blocks, columns=columns, start=start, stop=stop):
         index = tuple(slice(offset, offset + size) for offset, size in zip(part.offsets, part.sizes, strict=True))
         rebuilt[part.first : part.first + part.num_elements] = tensors[part.name][index].flatten()
         seen += part.num_elements
@@ -38,7 +38,7 @@ def test_rectangles_hold_every_element_of_a_range_in_its_canonical_place(data, r
 
 def test_a_range_is_at_most_three_rectangles_of_a_block():
     block = TensorSlice(name="t", first_row=0, offsets=(10, 20), sizes=(100, 7))
-    found = list(rectangles([block], columns=7, start=5, stop=7 * 90 + 2))
+    found = list(range_parts([block], columns=7, start=5, stop=7 * 90 + 2))
     assert [(part.offsets, part.sizes, part.first) for part in found] == [
         ((10, 25), (1, 2), 0),
         ((11, 20), (89, 7), 2),
@@ -48,5 +48,5 @@ def test_a_range_is_at_most_three_rectangles_of_a_block():
 
 def test_vectors_are_cut_too():
     block = TensorSlice(name="t", first_row=0, offsets=(4,), sizes=(6,))
-    found = list(rectangles([block], columns=1, start=2, stop=5))
+    found = list(range_parts([block], columns=1, start=2, stop=5))
     assert [(part.offsets, part.sizes, part.first) for part in found] == [((6,), (3,), 0)]

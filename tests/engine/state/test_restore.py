@@ -5,17 +5,18 @@ import errno
 import io
 import json
 import os
-import pickle
 import shutil
 import subprocess
 import threading
 
 import pytest
 import torch
+from safetensors import safe_open
 
-from megamask.engine.state import read_canonical_weights
-from megamask.engine.torch_dist import Piece, StateReader
-from megamask.errors import CheckpointIntegrityError, StorageError
+from megamask.engine.state.restore import read_canonical_weights
+from megamask.engine.state.safetensors import StateReader
+from megamask.engine.state.slices import StoredSlice, stored_shapes
+from megamask.errors import CheckpointIntegrityError, StorageError, UsageError
 from megamask.models.initial_weights import initial_tensor
 from megamask.models.shapes import canonical_shapes
 from support import engine_cases as cases
@@ -31,7 +32,7 @@ def saved(build, tmp_path):
     names = cases.save_state(engine, tmp_path)
     assert (
         sorted(names)
-        == [".metadata", "__0_0.distcp", "optimizer.json"]
+        == ["optimizer.json", "state-00000.safetensors"]
         == sorted(path.name for path in tmp_path.iterdir())
     )
     return tmp_path, engine
@@ -64,7 +65,7 @@ def test_state_does_not_depend_on_which_tensors_decay(saved, build, tmp_path):
         shape = shapes[name.removeprefix("optimizer.exp_avg.").removeprefix("optimizer.exp_avg_sq.")]
         stored = [torch.full(shape, float("nan")) for _ in (folder, again)]
         for path, tensor in zip((folder, again), stored, strict=True):
-            StateReader(path).read([Piece(name=name, shape=shape, offsets=(0,) * len(shape), data=tensor)])
+            StateReader(path).read([StoredSlice(name=name, shape=shape, offsets=(0,) * len(shape), data=tensor)])
         assert torch.equal(*stored), name
     assert (again / "optimizer.json").read_bytes() == (folder / "optimizer.json").read_bytes()
 
@@ -96,13 +97,13 @@ def test_copied_state_is_that_of_its_step_although_training_goes_on(saved, build
 def test_second_copy_takes_no_new_memory_and_no_more_than_this_rank_s_share(build):
     engine = build(PLAIN)
     engine.state_share(copy=True)
-    memory = engine._host_memory._buffer
+    memory = engine._host_copy._buffer
     assert memory.numel() == 3 * sum(weights.numel() for weights in engine._rank_model.network.parameters())
     before = memory.clone()
     cases.take_step(engine, 1)
     assert torch.equal(memory, before)
     engine.state_share(copy=True)
-    assert engine._host_memory._buffer is memory
+    assert engine._host_copy._buffer is memory
     assert not torch.equal(memory, before)
 
 
@@ -118,7 +119,8 @@ def test_writing_stops_between_two_tensors_when_it_is_called_off(saved, tmp_path
     folder = tmp_path_factory.mktemp("stopped")
     with pytest.raises(InterruptedError, match="enough"):
         engine.state_share(copy=False).write(folder, gate)
-    assert not (folder / ".metadata").exists()
+    with pytest.raises(CheckpointIntegrityError):
+        StateReader(folder)
 
 
 def test_state_before_the_first_step_is_whole(build, tmp_path):
@@ -132,15 +134,16 @@ def test_state_before_the_first_step_is_whole(build, tmp_path):
 
 def test_stored_tensors_are_the_canonical_ones_and_adams_moments(saved):
     folder, _ = saved
-    stored = StateReader(folder)._metadata.state_dict_metadata
+    stored = StateReader(folder).index
     shapes = canonical_shapes(OPTIONS)
     expected = {prefix + name for name in shapes for prefix in ("", "optimizer.exp_avg.", "optimizer.exp_avg_sq.")}
     assert set(stored) == expected
+    assert {name: tensor.shape for name, tensor in stored.items()} == stored_shapes(OPTIONS)
     for name, shape in shapes.items():
-        assert tuple(stored[name].size) == shape
+        assert stored[name].shape == shape
     moment = torch.empty(shapes["model.norm.weight"])
     StateReader(folder).read(
-        [Piece(name="optimizer.exp_avg_sq.model.norm.weight", shape=(32,), offsets=(0,), data=moment)]
+        [StoredSlice(name="optimizer.exp_avg_sq.model.norm.weight", shape=(32,), offsets=(0,), data=moment)]
     )
     assert (moment > 0).all()
 
@@ -150,7 +153,7 @@ def test_a_rectangle_of_a_stored_tensor_can_be_read_alone(saved):
     name = "model.layers.1.self_attn.q_proj.weight"
     whole = read_canonical_weights(folder, OPTIONS)[name]
     part = torch.empty(11, 5)
-    StateReader(folder).read([Piece(name=name, shape=tuple(whole.shape), offsets=(13, 7), data=part)])
+    StateReader(folder).read([StoredSlice(name=name, shape=tuple(whole.shape), offsets=(13, 7), data=part)])
     assert torch.equal(part, whole[13:24, 7:12])
 
 
@@ -177,36 +180,11 @@ def test_files_do_not_name_the_folder_and_repeat_byte_for_byte(saved, tmp_path_f
 
 def test_an_older_state_in_the_folder_is_not_overwritten(saved):
     folder, engine = saved
-    before = (folder / "__0_0.distcp").read_bytes()
+    before = (folder / "state-00000.safetensors").read_bytes()
     cases.take_step(engine, 3)
-    with pytest.raises(RuntimeError, match="already exists"):
+    with pytest.raises(FileExistsError):
         cases.save_state(engine, folder)
-    assert (folder / "__0_0.distcp").read_bytes() == before
-
-
-class Evil:
-    def __reduce__(self):
-        return os.system, ("touch was-executed",)
-
-
-@pytest.mark.promise("a checkpoint's pickle cannot call any function")
-@pytest.mark.parametrize("path", ["load_state", "read_canonical_weights"])
-def test_a_pickle_that_calls_functions_is_refused_and_not_run(saved, path, monkeypatch):
-    folder, engine = saved
-    monkeypatch.chdir(folder)
-    (folder / ".metadata").write_bytes(pickle.dumps(Evil()))
-    with pytest.raises(CheckpointIntegrityError, match=r"names posix\.system"):
-        engine.load_state(folder) if path == "load_state" else read_canonical_weights(folder, OPTIONS)
-    assert not (folder / "was-executed").exists()
-
-
-def test_an_index_that_points_outside_the_folder_is_refused(saved):
-    folder, _ = saved
-    data = (folder / ".metadata").read_bytes()
-    name = b"__0_0.distcp"
-    (folder / ".metadata").write_bytes(data.replace(name, b"../../../abc"))
-    with pytest.raises(CheckpointIntegrityError, match=r"'\.\./\.\./\.\./abc'"):
-        StateReader(folder)
+    assert (folder / "state-00000.safetensors").read_bytes() == before
 
 
 def cut(path, length):
@@ -216,11 +194,8 @@ def cut(path, length):
 @pytest.mark.parametrize(
     "damage",
     [
-        lambda folder: (folder / ".metadata").unlink(),
-        lambda folder: cut(folder / ".metadata", 100),
-        lambda folder: (folder / ".metadata").write_bytes(pickle.dumps([1, 2])),
-        lambda folder: (folder / "__0_0.distcp").unlink(),
-        lambda folder: cut(folder / "__0_0.distcp", 3000),
+        lambda folder: (folder / "state-00000.safetensors").unlink(),
+        lambda folder: cut(folder / "state-00000.safetensors", 3000),
         lambda folder: (folder / "optimizer.json").unlink(),
         lambda folder: (folder / "optimizer.json").write_bytes(b"{"),
         lambda folder: (folder / "optimizer.json").write_text(
@@ -236,7 +211,7 @@ def test_a_damaged_state_is_refused(saved, damage):
 
 
 @pytest.mark.promise("an unreadable storage ends with 74; no older checkpoint is used, none is pruned")
-@pytest.mark.parametrize("name", ["__0_0.distcp", ".metadata", "optimizer.json"])
+@pytest.mark.parametrize("name", ["state-00000.safetensors", "optimizer.json"])
 def test_state_that_the_storage_does_not_let_be_read_is_not_called_damaged(saved, monkeypatch, name):
     folder, engine = saved
 
@@ -275,10 +250,24 @@ def test_a_copied_folder_is_complete(saved, tmp_path_factory):
     engine.load_state(copy)
 
 
-def test_torchs_own_loader_reads_the_state(saved):
-    """What docs/formats.md promises to a stranger."""
+def test_safetensors_own_reader_opens_the_file_and_finds_the_same_bits(saved):
+    """An independent reader: the library accepts every header that is written here."""
     folder, _ = saved
-    name = "model.layers.0.mlp.down_proj.weight"
-    found = {name: torch.empty(canonical_shapes(OPTIONS)[name])}
-    torch.distributed.checkpoint.load(found, checkpoint_id=folder, no_dist=True)
-    assert torch.equal(found[name], read_canonical_weights(folder, OPTIONS)[name])
+    weights = read_canonical_weights(folder, OPTIONS)
+    with safe_open(folder / "state-00000.safetensors", framework="pt") as file:
+        keys = list(file.keys())
+        for key in keys:
+            place, piece = json.loads(file.metadata()[key]), file.get_tensor(key)
+            if (name := key.rpartition("#")[0]) in weights:
+                index = tuple(slice(at, at + size) for at, size in zip(place["offsets"], piece.shape, strict=True))
+                assert torch.equal(weights[name][index], piece)
+    assert len(keys) >= 3 * len(weights)
+
+
+def test_state_of_version_0_1_0_is_refused_and_not_called_damaged(saved):
+    folder, engine = saved
+    (folder / "state-00000.safetensors").unlink()
+    (folder / ".metadata").write_bytes(b"anything")
+    for load in (lambda: engine.load_state(folder), lambda: read_canonical_weights(folder, OPTIONS)):
+        with pytest.raises(UsageError, match=r"written by megamask 0\.1\.0"):
+            load()

@@ -1,4 +1,4 @@
-"""A copy of this rank's share of the state in memory of the host, from which it is written while training goes on."""
+"""A copy of this rank's share of the state in host memory, from which it is written while training goes on."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ if TYPE_CHECKING:
     from megamask.engine.optimizer import Shard
 
 
-class HostMemory:
-    """Memory that holds one copy of this rank's share, kept from one copy to the next.
+class HostCopy:
+    """Host memory for one copy of this rank's share, kept from one copy to the next.
 
-    It is as large as the share (12 bytes for each weight that this rank stores) and exists from the first copy on. To
-    take fresh pages every time would cost more than the copying.
+    It is as large as the share (12 bytes for each weight that this rank stores) and is allocated at the first copy.
+    Fresh pages each time would cost more than the copying.
     """
 
     def __init__(self, backend: Backend) -> None:
         self._backend = backend
         self._buffer = torch.empty(0, dtype=torch.float32)
 
-    def copy(self, shards: Sequence[Shard]) -> list[Shard]:
-        """The shards with copies of their tensors as they are now; the copies of an earlier call are overwritten."""
+    def take(self, shards: Sequence[Shard]) -> list[Shard]:
+        """Return the shards with copies of their present tensors; the copies of an earlier call are overwritten."""
         tensors = [tensor for shard in shards for tensor in (shard.weight, *shard.moments.values())]
         sizes = [tensor.numel() for tensor in tensors]
         if self._buffer.numel() != sum(sizes):
