@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from megamask.config.schema.corpus import CorpusConfig, TokenizerConfig
-from megamask.data.corpus.pack import Block
+from megamask.data.corpus.pack import RowGroup
 from megamask.data.corpus.prepare import build
 from megamask.data.corpus.shard import ShardWriter
 from megamask.data.index import ShardIndex, pack_tar_index
@@ -73,7 +73,7 @@ def forge(corpus: Path, change: Callable[[dict[str, Any]], object]) -> None:
     (corpus / "provenance.json").unlink(missing_ok=True)
 
 
-def rewrite_shard(corpus: Path, change: Callable[[int, Block], Block | None]) -> None:
+def rewrite_shard(corpus: Path, change: Callable[[int, RowGroup], RowGroup | None]) -> None:
     """Writes the training shards again with some blocks changed, all checksums and digests true."""
     manifest = Manifest.load(corpus)
     blocks = []
@@ -85,7 +85,7 @@ def rewrite_shard(corpus: Path, change: Callable[[int, Block], Block | None]) ->
                     np.load(io.BytesIO(tar.extractfile(f"{number:06d}.{kind}.npy").read()))  # type: ignore[union-attr]
                     for kind in ("tokens", "docs")
                 )
-                blocks.append(Block(tokens=tokens, docs=docs))
+                blocks.append(RowGroup(tokens=tokens, docs=docs))
         for name in (entry.name, entry.index_name, entry.tar_index_name):
             (corpus / name).unlink()
     writer = ShardWriter(corpus, "train", blocks_per_shard=3, sequence_length=16, itemsize=2)
@@ -96,8 +96,8 @@ def rewrite_shard(corpus: Path, change: Callable[[int, Block], Block | None]) ->
     forge(corpus, lambda content: content["splits"]["train"].update(shards=[vars(shard) for shard in writer.shards]))
 
 
-def put_token(block: int, row: int, position: int, token: int) -> Callable[[int, Block], Block | None]:
-    def change(number: int, given: Block) -> Block | None:
+def put_token(block: int, row: int, position: int, token: int) -> Callable[[int, RowGroup], RowGroup | None]:
+    def change(number: int, given: RowGroup) -> RowGroup | None:
         if number == block:
             given.tokens[row, position] = token
         return given
@@ -226,7 +226,7 @@ def test_end_of_document_in_the_wrong_place_is_refused(corpus: Path) -> None:
 
 @pytest.mark.parametrize("column", [0, 1, 2])
 def test_document_table_of_a_block_is_compared_with_the_documents(corpus: Path, column: int) -> None:
-    def change(number: int, block: Block) -> Block:
+    def change(number: int, block: RowGroup) -> RowGroup:
         if number == 1:
             block.docs[-1, column] += 1
         return block
@@ -239,11 +239,11 @@ def test_row_of_nothing_but_padding_is_refused(corpus: Path) -> None:
     manifest = Manifest.load(corpus)
     last = manifest.split("train").num_blocks - 1
 
-    def lengthen(number: int, block: Block) -> Block | None:
+    def lengthen(number: int, block: RowGroup) -> RowGroup | None:
         if number != last:
             return None
         row = np.full((1, 16), manifest.pad_token_id, dtype=block.tokens.dtype)
-        return Block(tokens=np.concatenate([block.tokens, row]), docs=block.docs)
+        return RowGroup(tokens=np.concatenate([block.tokens, row]), docs=block.docs)
 
     rewrite_shard(corpus, lengthen)
 
@@ -258,7 +258,7 @@ def test_row_of_nothing_but_padding_is_refused(corpus: Path) -> None:
 
 def test_row_that_omits_a_document_it_begins_inside_is_refused(corpus: Path) -> None:
     rewrite_shard(
-        corpus, lambda number, block: Block(tokens=block.tokens, docs=block.docs[1:]) if number == 1 else None
+        corpus, lambda number, block: RowGroup(tokens=block.tokens, docs=block.docs[1:]) if number == 1 else None
     )
     refused(corpus, r"member 000001\.docs\.npy")
 

@@ -50,7 +50,9 @@ class Row:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Place:
+class RowLocation:
+    """Where a row lies: its shard, its shard block, and its number in each of them."""
+
     shard: int
     block: int  # in the shard
     row: int  # in the block
@@ -135,16 +137,18 @@ class SplitReader:
         """Closes the shards; a later read opens them again."""
         self._descriptors.clear()
 
-    def _locate(self, row: int) -> _Place:
+    def _locate(self, row: int) -> RowLocation:
         if not 0 <= row < self.num_rows:
             raise IndexError(f"row {row} of split {self._split}, which has {self.num_rows} rows")
         shard = int(np.searchsorted(self._first_row, row, side="right")) - 1
         row_of_shard = row - int(self._first_row[shard])
         first_rows = self._index(shard).first_rows
         block = int(np.searchsorted(first_rows, row_of_shard, side="right")) - 1
-        return _Place(shard=shard, block=block, row=row_of_shard - int(first_rows[block]), row_of_shard=row_of_shard)
+        return RowLocation(
+            shard=shard, block=block, row=row_of_shard - int(first_rows[block]), row_of_shard=row_of_shard
+        )
 
-    def _read_documents(self, place: _Place) -> npt.NDArray[np.int64]:
+    def _read_documents(self, place: RowLocation) -> npt.NDArray[np.int64]:
         record = self._index(place.shard).index.blocks[place.block]
         size = int(record["docs_bytes"])
         data = self._pread(place.shard, int(record["docs_offset"]), size)
@@ -212,7 +216,7 @@ class SplitReader:
 
         return self._indexes.get(shard, load)
 
-    def _damaged(self, place: _Place, kind: str, what: str, found: int, expected: int) -> DataIntegrityError:
+    def _damaged(self, place: RowLocation, kind: str, what: str, found: int, expected: int) -> DataIntegrityError:
         block = int(self._first_block[place.shard]) + place.block
         return DataIntegrityError(
             f"{self._path(place.shard)}: member {block_name(block)}.{kind}.npy, {what}: "

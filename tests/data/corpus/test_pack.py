@@ -4,15 +4,15 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megamask.data.corpus.pack import Block, RowPacker, token_dtype
+from megamask.data.corpus.pack import RowGroup, RowPacker, token_dtype
 
 EOD, PAD = 97, 98
 DOCUMENTS = st.lists(st.lists(st.integers(0, 96), max_size=40), min_size=1, max_size=12)
 
 
-def pack(documents: list[list[int]], length: int, rows: int) -> tuple[list[Block], RowPacker]:
+def pack(documents: list[list[int]], length: int, rows: int) -> tuple[list[RowGroup], RowPacker]:
     packer = RowPacker(sequence_length=length, rows_per_block=rows, dtype=token_dtype(100), pad_token_id=PAD)
-    blocks: list[Block] = []
+    blocks: list[RowGroup] = []
     for number, document in enumerate(documents):
         blocks += packer.add(number, np.array([*document, EOD]))
     blocks += packer.finish()

@@ -503,6 +503,7 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path: Path) -> None:
     lines = [json.dumps({"text": f"{number} " + "a b c d e f g h " * 256}) for number in range(600)]
     (tmp_path / "inputs" / "a.jsonl").write_text("\n".join(lines))
     config = corpus_config([f"{tmp_path}/inputs/a.jsonl"], tmp_path / "corpus", sequence_length=1024)
+    prepared(tmp_path / "before")  # so that no module is imported for the first time below
     tracemalloc.start()
     try:
         report = build(replace(config, tokenizer=TokenizerConfig(vocab_size=259, training_bytes=1000)))

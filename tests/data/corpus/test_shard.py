@@ -13,23 +13,23 @@ import pytest
 import webdataset
 from crc32c import crc32c
 
-from megamask.data.corpus.pack import Block
+from megamask.data.corpus.pack import RowGroup
 from megamask.data.corpus.shard import ShardWriter, npy_header
 from megamask.data.index import ShardIndex
 
 
-def make_blocks(count: int = 5, dtype: str = "<u2") -> list[Block]:
+def make_blocks(count: int = 5, dtype: str = "<u2") -> list[RowGroup]:
     generator = np.random.default_rng(7)
     blocks = []
     for number in range(count):
         rows = 4 if number < count - 1 else 2
         tokens = generator.integers(0, 60000, size=(rows, 16)).astype(dtype)
         docs = np.array([[row, 0, 100 * number + row] for row in range(rows)], dtype="<i8")
-        blocks.append(Block(tokens=tokens, docs=docs))
+        blocks.append(RowGroup(tokens=tokens, docs=docs))
     return blocks
 
 
-def write_shards(folder: Path, blocks: list[Block]) -> ShardWriter:
+def write_shards(folder: Path, blocks: list[RowGroup]) -> ShardWriter:
     (folder / "shards").mkdir(parents=True)
     itemsize = blocks[0].tokens.dtype.itemsize
     writer = ShardWriter(folder, "train", blocks_per_shard=2, sequence_length=16, itemsize=itemsize)

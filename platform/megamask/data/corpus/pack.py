@@ -25,8 +25,8 @@ def token_dtype(vocab_size: int) -> np.dtype[Any]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Block:
-    """Rows of one shard member.
+class RowGroup:
+    """Rows of one shard block.
 
     Args:
         tokens: [rows, sequence_length] in the stored type.
@@ -57,7 +57,7 @@ class RowPacker:
         self.num_tokens = 0
         self.num_padding = 0
 
-    def add(self, number: int, tokens: npt.NDArray[Any]) -> Iterator[Block]:
+    def add(self, number: int, tokens: npt.NDArray[Any]) -> Iterator[RowGroup]:
         """Appends a document and yields the blocks that it fills.
 
         Args:
@@ -75,7 +75,7 @@ class RowPacker:
             if self._filled == len(self._buffer):
                 yield self._emit()
 
-    def finish(self) -> Iterator[Block]:
+    def finish(self) -> Iterator[RowGroup]:
         """Fills the last row with padding and yields the last block, if there is anything left."""
         if self._filled:
             padding = -self._filled % self._length
@@ -91,9 +91,9 @@ class RowPacker:
         self._docs.append((row, start, number))
         self._docs.extend((later, 0, number) for later in range(row + 1, last_row + 1))
 
-    def _emit(self) -> Block:
+    def _emit(self) -> RowGroup:
         tokens = self._buffer[: self._filled].reshape(-1, self._length).copy()
         docs = np.array(self._docs, dtype="<i8").reshape(-1, DOCS_COLUMNS)
         self._filled = 0
         self._docs = []
-        return Block(tokens=tokens, docs=docs)
+        return RowGroup(tokens=tokens, docs=docs)

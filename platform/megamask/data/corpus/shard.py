@@ -1,4 +1,4 @@
-"""Writes the shards of one split: plain WebDataset tars, the same bytes for the same rows, with their indices.
+"""The shards of one split: plain WebDataset tars, the same bytes for the same rows, with their indices.
 
 A shard is a USTAR archive without compression (mtime 0, owner 0 without names, mode 0644) of one sample per block:
 
@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 from crc32c import crc32c
 
-from megamask.data.corpus.pack import Block
+from megamask.data.corpus.pack import RowGroup
 from megamask.data.index import (
     BLOCK_DTYPE,
     ShardIndex,
@@ -62,55 +62,85 @@ def archive_bytes(end: int) -> int:
     return -(-(end + 2 * tarfile.BLOCKSIZE) // tarfile.RECORDSIZE) * tarfile.RECORDSIZE
 
 
+class _HashedFile:
+    """A new file that hashes what is written into it; all that a tar writer needs of a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.size = 0
+        self._sha256 = hashlib.sha256()
+        self._file = path.open("xb")
+        self._is_abandoned = False
+
+    def write(self, data: bytes) -> int:
+        if not self._is_abandoned:  # the library writes what its buffer holds even while it is garbage-collected
+            self._file.write(data)
+            self._sha256.update(data)
+            self.size += len(data)
+        return len(data)
+
+    def close_flushed(self) -> str:
+        """Flush the file to the disk, close it and return its sha256."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        return self._sha256.hexdigest()
+
+    def abandon(self) -> None:
+        """Close the file as it is; later writes have no effect."""
+        self._is_abandoned = True
+        with contextlib.suppress(OSError):  # a full disk fails the last flush once more
+            self._file.close()
+
+
 class _OpenShard:
-    """The shard being written; hashes what goes into it."""
+    """The shard being written.
+
+    WebDataset's writer makes the archive. Its defaults name an owner, the current time and a read-only mode; with the
+    arguments below the same rows give the same bytes.
+    """
 
     def __init__(self, path: Path, first_block: int) -> None:
+        from webdataset.writer import TarWriter  # imports torch: only who writes a corpus waits for it
+
         self.first_block = first_block
         self.blocks: list[tuple[int, ...]] = []
         self.row_crc32c: list[int] = []
         self.sample_offsets: list[int] = []
-        self.size = 0
-        self._sha256 = hashlib.sha256()
-        self._file = path.open("xb")
+        self._file = _HashedFile(path)
+        self._tar: Any = TarWriter(self._file, user="", group="", mode=0o644, mtime=0, encoder=False, compress=False)
 
-    def add(self, block: Block) -> None:
+    @property
+    def _end(self) -> int:
+        """Where the next member begins; a part of it may be in the writer's buffer."""
+        return int(self._tar.tarstream.offset)
+
+    def add(self, block: RowGroup) -> None:
         name = block_name(self.first_block + len(self.blocks))
-        self.sample_offsets.append(self.size)
-        tokens_offset, tokens_bytes, tokens_crc = self._add_array(f"{name}.tokens.npy", block.tokens)
-        docs_offset, docs_bytes, docs_crc = self._add_array(f"{name}.docs.npy", block.docs)
+        self.sample_offsets.append(self._end)
+        # Two calls: within one the library sorts the members, and tokens come first.
+        tokens_offset, tokens_bytes, tokens_crc = self._add_array(name, "tokens.npy", block.tokens)
+        docs_offset, docs_bytes, docs_crc = self._add_array(name, "docs.npy", block.docs)
         tokens_part = (tokens_offset, tokens_bytes, len(block.tokens), tokens_crc)
         docs_part = (docs_offset, docs_bytes, len(block.docs), docs_crc)
         self.blocks.append((*tokens_part, *docs_part))
         self.row_crc32c += [crc32c(row.tobytes()) for row in block.tokens]
 
-    def _add_array(self, name: str, array: npt.NDArray[Any]) -> tuple[int, int, int]:
-        """Appends a member and returns where its raw values are: (offset, bytes, crc32c)."""
+    def _add_array(self, key: str, suffix: str, array: npt.NDArray[Any]) -> tuple[int, int, int]:
+        """Append a member and return where its raw values are: (offset, bytes, crc32c)."""
+        offset = self._end + tarfile.BLOCKSIZE + NPY_HEADER_BYTES
         values = np.ascontiguousarray(array).tobytes()
-        self._write(tar_header(name, len(values)) + npy_header(array.shape, array.dtype))
-        offset = self.size
-        self._write(values)
-        self._write(bytes(-self.size % tarfile.BLOCKSIZE))
+        self._tar.write({"__key__": key, suffix: npy_header(array.shape, array.dtype) + values})
         return offset, len(values), crc32c(values)
 
-    def _write(self, data: bytes) -> None:
-        self._file.write(data)
-        self._sha256.update(data)
-        self.size += len(data)
-
-    def close(self) -> tuple[int, str]:
-        """Ends the archive, flushes it to the disk and returns where its last sample ends and its sha256."""
-        end = self.size
-        self._write(bytes(archive_bytes(end) - end))
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
-        return end, self._sha256.hexdigest()
+    def close(self) -> tuple[int, int, str]:
+        """End the archive, flush it to the disk and return where its last sample ends, its size and its sha256."""
+        end = self._end
+        self._tar.close()
+        return end, self._file.size, self._file.close_flushed()
 
     def abandon(self) -> None:
-        """Closes the file without ending the archive."""
-        with contextlib.suppress(OSError):  # a full disk fails the last flush once more
-            self._file.close()
+        """Close the file without ending the archive."""
+        self._file.abandon()
 
 
 class ShardWriter:
@@ -134,7 +164,7 @@ class ShardWriter:
         self._num_blocks = 0
         self.shards: list[ShardEntry] = []
 
-    def add(self, block: Block) -> None:
+    def add(self, block: RowGroup) -> None:
         """Appends a block to the shard being written and ends the shard when it is full.
 
         Raises:
@@ -166,11 +196,11 @@ class ShardWriter:
         shard = self._open
         if shard is None:
             return
-        end, sha256 = shard.close()
+        end, size, sha256 = shard.close()
         name = self._shard_name()
         index = ShardIndex(
             first_block=shard.first_block,
-            shard_bytes=shard.size,
+            shard_bytes=size,
             sequence_length=self._sequence_length,
             itemsize=self._itemsize,
             blocks=np.array(shard.blocks, dtype=BLOCK_DTYPE),
@@ -183,7 +213,7 @@ class ShardWriter:
             ShardEntry(
                 name=name,
                 sha256=sha256,
-                bytes=shard.size,
+                bytes=size,
                 blocks=len(shard.blocks),
                 rows=len(shard.row_crc32c),
                 index_sha256=sha256_bytes(index),
