@@ -82,7 +82,7 @@ def test_durations_never_come_from_the_time_of_day() -> None:
             assert not re.search(r"\btime\.time(_ns)?\(|st_[amc]time|getmtime|utcnow", line), f"{path}: {line}"
             if "datetime.now(" in line:
                 readings[path.name] = readings.get(path.name, 0) + 1
-                is_shown_age = path.name == "status.py" and '"last_line_age_s"' in line  # of a line of another process
+                is_shown_age = path.name == "state.py" and '"last_line_age_s"' in line  # of a line of another process
                 assert is_shown_age or "strftime(" in line or "isoformat(" in line, f"{path}: {line}"
     assert readings, "nothing was looked at"
 

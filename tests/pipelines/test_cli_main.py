@@ -263,6 +263,7 @@ MISSING = {
     "launch": ["node", "no/such.yaml"],
     "evaluate": ["no/such/run"],
     "sample": ["no/such/run"],
+    "convert": ["to-hf", "no/such/run", "no/such/folder"],
     "inspect": ["no/such/run", "--step", "1"],
     "verify": ["corpus", "no/such/corpus"],
     "status": ["no/such/run"],

@@ -12,7 +12,7 @@ if __name__ == "worker":  # in a process of its own: tests must not find the sub
 import torch
 
 from megamask.engine.specs import families
-from megamask.engine.state import read_canonical_weights
+from megamask.engine.state.restore import read_canonical_weights
 from support import engine_cases as cases
 
 SPECS = {"plain": cases.PLAIN, "options": cases.OPTIONS}

@@ -6,6 +6,8 @@ import random
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
 from megamask.checkpoint.commit import Commit
 from megamask.checkpoint.contents import ModelDocument, TrainerState
 from megamask.checkpoint.saver import save
@@ -15,7 +17,7 @@ from megamask.config.schema.roots import TrainConfig
 from megamask.data.corpus.prepare import build
 from megamask.data.manifest import Manifest
 from megamask.engine.state.share import Share
-from megamask.engine.state.slices import StoredSlice
+from megamask.engine.state.slices import StoredSlice, stored_shapes
 from megamask.models.initial_weights import initial_tensor
 from megamask.models.shapes import canonical_shapes
 from megamask.models.spec import ModelSpec
@@ -63,10 +65,15 @@ class InitialWeights(ThreadEngine):
 
     def state_share(self, *, copy: bool) -> Share:  # type: ignore[override]
         slices = [
-            StoredSlice(name=name, shape=shape, offsets=(0,) * len(shape), data=initial_tensor(SEED, name, self.spec))
-            for name, shape in canonical_shapes(self.spec).items()
+            StoredSlice(name=name, shape=shape, offsets=(0,) * len(shape), data=self._value(name, shape))
+            for name, shape in stored_shapes(self.spec).items()
         ]
-        return Share(slices, canonical_shapes(self.spec), num_updates=0, rank=0)
+        return Share(slices, stored_shapes(self.spec), num_updates=0, rank=0)
+
+    def _value(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+        """A weight's initial value; zeros for Adam's moments."""
+        is_weight = name in canonical_shapes(self.spec)
+        return initial_tensor(SEED, name, self.spec) if is_weight else torch.zeros(shape)
 
 
 def write_run(folder: Path, corpus: Path, *, step: int = 20, earlier_steps: Sequence[int] = ()) -> tuple[Path, Commit]:

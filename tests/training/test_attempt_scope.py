@@ -28,7 +28,14 @@ def test_failing_rank_tells_its_reason_before_it_gives_up_a_save(
         run_dir=tmp_path,
         rank=1,
         progress=Progress(num_views=1),
-        shape=ObjectiveShape(num_views=1, input_length=8, scored_positions=8, scored_fraction=0.5, corrupts="some"),
+        shape=ObjectiveShape(
+            num_views=1,
+            input_length=8,
+            scored_positions=8,
+            scored_fraction=0.5,
+            attended_fraction=1.0,
+            corrupts="some",
+        ),
         known=FollowerAttempt(tmp_path, "r", 1),
         committer=committer,
     )

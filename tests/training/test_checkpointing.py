@@ -13,6 +13,7 @@ import pytest
 from megamask.checkpoint.reader import candidates
 from megamask.config.schema.checkpoint import CheckpointConfig
 from megamask.errors import SupersededError
+from megamask.storage import documents
 from megamask.training.attempt import FollowerAttempt
 from megamask.training.checkpointing import CheckpointCommitter, _PendingSave
 from megamask.training.progress import Progress
@@ -100,15 +101,15 @@ def test_checkpoint_that_cannot_be_pruned_is_an_incident_and_tried_again_after_t
 def test_checkpoint_that_cannot_be_looked_at_is_an_incident_and_nothing_is_pruned(
     committer: CheckpointCommitter, view: ToldView, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = Path.read_bytes
+    real = documents.read_plain
 
-    def unreadable(path: Path) -> bytes:
+    def unreadable(path: Path, most_bytes: int) -> bytes:
         if path.parent.name == folder(10):
             raise OSError(errno.EIO, "Input/output error")
-        return real(path)
+        return real(path, most_bytes)
 
     with monkeypatch.context() as broken:
-        broken.setattr(Path, "read_bytes", unreadable)
+        broken.setattr(documents, "read_plain", unreadable)
         save(committer, 10, 20)
     assert view.of_pruning() == [(0, "prune_failed", None)] * 2
     assert "input/output error" in view.records[-1]["problem"]

@@ -28,6 +28,7 @@ VERBS: Mapping[str, str] = {
     "launch": "run one node of a job under Slurm, Kubernetes or SkyPilot",
     "evaluate": "measure the likelihood bound of a run or checkpoint on held-out text",
     "sample": "continue a prompt, or fill the gaps of a text",
+    "convert": "export a checkpoint in Hugging Face layout",
     "inspect": "recompute the exact samples and masks of a training step",
     "verify": "read every byte of a corpus, checkpoint or run and compare it with its record",
     "status": "show the state of a run, attempt by attempt",

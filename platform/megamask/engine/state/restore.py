@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -44,18 +45,30 @@ def load(folder: Path, optimizer: Any, spec: ModelSpec, collectives: Collectives
     optimizer.publish_weights()
 
 
-def read_canonical_weights(folder: Path, spec: ModelSpec) -> dict[str, torch.Tensor]:
-    """Return all weights by canonical name, float32 on the CPU; needs no process group and no megatron-core.
+def canonical_reader(folder: Path, spec: ModelSpec) -> Callable[[str], torch.Tensor]:
+    """Return a function from a canonical name to its weight, float32 on the CPU, read when it is asked for.
+
+    Needs no process group and no megatron-core.
 
     Raises:
         CheckpointIntegrityError: the folder does not hold the weights of such a network.
         UsageError: version 0.1.0 wrote the state.
     """
-    reader, weights = StateReader(folder), dict[str, torch.Tensor]()
-    for name, shape in canonical_shapes(spec).items():
-        weights[name] = torch.empty(shape, dtype=torch.float32)
-        reader.read([StoredSlice(name=name, shape=tuple(shape), offsets=(0,) * len(shape), data=weights[name])])
-    return weights
+    reader, shapes = StateReader(folder), canonical_shapes(spec)
+
+    def read(name: str) -> torch.Tensor:
+        shape = tuple(shapes[name])
+        weight = torch.empty(shape, dtype=torch.float32)
+        reader.read([StoredSlice(name=name, shape=shape, offsets=(0,) * len(shape), data=weight)])
+        return weight
+
+    return read
+
+
+def read_canonical_weights(folder: Path, spec: ModelSpec) -> dict[str, torch.Tensor]:
+    """Return all weights by canonical name; raises as `canonical_reader`."""
+    read = canonical_reader(folder, spec)
+    return {name: read(name) for name in canonical_shapes(spec)}
 
 
 def read_num_updates(folder: Path) -> int:
