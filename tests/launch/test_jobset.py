@@ -154,4 +154,4 @@ def test_lint_counts_the_characters_of_a_pods_name():
     longest = replace(SMALL, name="a" * 48)
     assert lint.problems(jobset.render(longest), stop_s=90) == []
     (problem,) = lint.problems(jobset.render(replace(SMALL, name="a" * 49)), stop_s=90)
-    assert "launch.name may have 48" in problem
+    assert "the name of the job may have 48" in problem

@@ -48,12 +48,12 @@ def check_checkpoints(run_dir: Path, record: RunRecord, report: Report) -> list[
     return intact
 
 
-def compare_state(commit: Commit, stands: Mapping[str, int | None], attempt: int, where: str, report: Report) -> None:
+def compare_state(commit: Commit, position: Mapping[str, int | None], attempt: int, where: str, report: Report) -> None:
     """Compare a commit's own scalars with the state of its attempt at the line that it names."""
     name = f"checkpoints/{commit.folder.name}/COMMIT.json"
     if attempt != commit.attempt:
         report.find(name, f"it names a line of attempt {attempt} ({where})")
-    for key, value in stands.items():
+    for key, value in position.items():
         if value is not None and commit.state.get(key) != value:
             report.find(name, f"{key} is {commit.state.get(key)!r}; the journal is at {value} there ({where})")
 

@@ -97,8 +97,8 @@ def read_history(run_dir: Path, status: Status | None) -> History:
     commits = _committed_steps(run_dir)
     for number, newer in zip(numbers, [*numbers[1:], None], strict=False):
         read = _read(files.get(number, []))
-        told = AttemptEvidence(run_dir, number, read.records, status, newer=newer)
-        history.attempts.append(told.history(commits.get(number)))
+        evidence = AttemptEvidence(run_dir, number, read.records, status, newer=newer)
+        history.attempts.append(evidence.history(commits.get(number)))
         history.are_all_incidents &= read.is_whole
         history.incidents += [record for record in read.records if record["kind"] == "incident"]
         steps = [record for record in read.records if _step_of(record, "step") is not None]

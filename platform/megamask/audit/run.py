@@ -199,12 +199,12 @@ def _check_journal(
             continue
         story = audit.see(file, number, attempt, line)
         for commit in [found for found in named.get(str(line["seq"]), []) if names_line(found, data)]:
-            stands = {
+            position = {
                 "step": story.last_step,
                 "consumed_samples": story.consumed_samples,
                 "consumed_tokens": story.consumed_tokens,
             }
-            compare_state(commit, stands, attempt, f"{file}, line {number}", report)
+            compare_state(commit, position, attempt, f"{file}, line {number}", report)
             named[str(line["seq"])].remove(commit)
     for commit in (commit for unseen in named.values() for commit in unseen):
         where, seq = f"checkpoints/{commit.folder.name}/COMMIT.json", commit.journal.get("seq")

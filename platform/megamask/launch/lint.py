@@ -57,7 +57,7 @@ def _name_length(name: str, replicated: str, job: int, nodes: int) -> Iterator[s
     longest = f"{name}-{replicated}-{job}-{nodes - 1}"
     if len(longest) + _RANDOM_SUFFIX > _MOST_CHARACTERS:
         most = len(name) - (len(longest) + _RANDOM_SUFFIX - _MOST_CHARACTERS)
-        yield f"{name}: its pods' names exceed {_MOST_CHARACTERS} characters; launch.name may have {most}"
+        yield f"{name}: its pods' names exceed {_MOST_CHARACTERS} characters; the name of the job may have {most}"
 
 
 def _patterns(jobset: Mapping[str, Any]) -> Iterator[str]:
@@ -95,7 +95,7 @@ def _pod(name: str, pod: Mapping[str, Any], stop_s: float) -> Iterator[str]:
     if grace <= stop_s:
         yield (
             f"{name}: a pod is ended after {grace} s, but stopping and saving may take {stop_s:g} s; allowed: "
-            f"launch.notice_s > launch.stop_grace_s + launch.save_budget_s"
+            "a grace period longer than launch.stop_grace_s + launch.save_budget_s"
         )
     volumes = [volume["name"] for volume in pod["volumes"]]
     for container in pod["containers"]:
@@ -121,7 +121,7 @@ def _image(name: str, container: Mapping[str, Any]) -> Iterator[str]:
 def _secrets(name: str, environment: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     for entry in environment:
         if "value" in entry and _SECRET_WORDS.search(entry["name"]) and entry["name"] not in _NOT_SECRET:
-            yield f"{name}: {entry['name']} is written out; put it under launch.secrets"
+            yield f"{name}: {entry['name']} is written out; name an entry of a secret instead"
 
 
 def _address(name: str, jobset: Mapping[str, Any], job: Mapping[str, Any]) -> Iterator[str]:

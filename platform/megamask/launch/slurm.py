@@ -126,7 +126,7 @@ def _verdict(job: Job) -> Iterator[str]:
     yield '[[ -r $counter ]] && read -r restarts < "$counter"'
     yield f"case $code in {'|'.join(map(str, FREE_CODES))}) ;; *)"
     yield f"  if (( restarts >= {job.max_restarts} )); then"
-    yield f'    echo "batch: {job.max_restarts} restarts are used up (launch.max_restarts); not requeued"'
+    yield f'    echo "batch: {job.max_restarts} restarts are used up; not requeued"'
     yield "    exit 93"
     yield "  fi"
     yield '  echo $((restarts + 1)) > "$counter" ;;'
