@@ -100,7 +100,7 @@ class Shape:
             tokens=torch.randint(0, self.vocab_size - 3, (size, self.sequence_length), generator=generator),
             is_eligible=torch.ones(size, self.sequence_length, dtype=torch.bool),
             sample_index=torch.arange(first, first + size),
-            place=torch.arange(size),
+            batch_position=torch.arange(size),
             content_sum=0,
         )
 

@@ -15,7 +15,7 @@ from megamask.runs.configs import newest_config
 from megamask.runs.record import read_run
 from megamask.runs.status import read_status
 from megamask.tracking.mlflow.points import RunStatus, status_after_exit
-from megamask.tracking.mlflow.store import URI_KEY, check_uri, page_of, place_of, shown_uri
+from megamask.tracking.mlflow.store import URI_KEY, check_uri, page_of, shown_uri, store_of
 from megamask.tracking.mlflow.sync import compare, complete
 
 _NOTHING_SENT = "Nothing was sent."
@@ -38,7 +38,7 @@ def sync_run(run_dir: Path, *, uri: str | None = None) -> dict[str, Any]:
     folder = run_dir.resolve()
     config = _target(folder, uri)
     done = complete(folder, config, keeps_foreign_state=uri is not None, ended=lambda: _unseen_end(folder))
-    shown = shown_uri(place_of(folder, config).uri)
+    shown = shown_uri(store_of(folder, config).uri)
     page = page_of(shown, done.experiment_id, done.mlflow_run_id)
     return {
         "run_id": record.run_id,

@@ -12,9 +12,9 @@ import pytest
 
 from megamask.storage.hashing import sha256_bytes
 from megamask_pipelines.cli.main import main
+from support.journalled_run import write_journalled_run
 from support.stored_run import unpack
 from support.tiny_run import write_corpus
-from support.told_run import write_told_run
 
 FORGED = pytest.mark.promise("`megamask verify run` finds records that were forged together with their own digest")
 Check = Callable[..., dict[str, Any]]
@@ -23,7 +23,7 @@ Check = Callable[..., dict[str, Any]]
 @pytest.fixture(scope="module")
 def told(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("told")
-    return write_told_run(folder, write_corpus(folder / "data"))
+    return write_journalled_run(folder, write_corpus(folder / "data"))
 
 
 @pytest.fixture

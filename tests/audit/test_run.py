@@ -13,15 +13,15 @@ import pytest
 
 from megamask.storage.hashing import canonical_json, hash_of, sha256_bytes
 from megamask_pipelines.cli.main import main
+from support.journalled_run import JournalledRun, write_journalled_run
 from support.shards import flip_bit
 from support.tiny_run import write_corpus
-from support.told_run import ToldRun, write_told_run
 
 
 @pytest.fixture(scope="module")
 def told(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("told")
-    return write_told_run(folder, write_corpus(folder / "data"))
+    return write_journalled_run(folder, write_corpus(folder / "data"))
 
 
 @pytest.fixture
@@ -113,7 +113,7 @@ def test_run_whose_journal_is_chained_anew_unchanged_passes(run_dir: Path, verif
 def test_journal_in_many_files_passes(told: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     corpus = told.parent / "data" / "corpus"
     (tmp_path / "x").mkdir()
-    run_dir = write_told_run(tmp_path / "x", corpus, rotate_bytes=700)
+    run_dir = write_journalled_run(tmp_path / "x", corpus, rotate_bytes=700)
     assert len(list((run_dir / "journal").iterdir())) > 8
     assert main(["verify", "run", str(run_dir)]) == 0
     assert "everything agrees. Checked: " in capsys.readouterr().out
@@ -421,7 +421,7 @@ def test_folder_that_is_no_run_is_a_usage_error(tmp_path: Path, capsys: pytest.C
 def test_commit_that_the_next_attempt_told_of_is_whole_when_it_is_the_one_resumed_from(
     told: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], change: dict[str, Any], problem: str | None
 ) -> None:
-    run = ToldRun(tmp_path, told.parent / "data" / "corpus")
+    run = JournalledRun(tmp_path, told.parent / "data" / "corpus")
     run.start(None)
     run.step(1)
     run.step(2)

@@ -333,7 +333,7 @@ def test_claim_of_a_newer_attempt_stops_a_save_beside_training_on_every_rank(
 
 @pytest.mark.promise("a newer attempt's claim stops a pending save; a superseded attempt cancels its pending saves")
 @pytest.mark.parametrize("together", [True, False])
-def test_abandoned_save_writes_no_more_and_leaves_no_folder(
+def test_aborted_save_writes_no_more_and_leaves_no_folder(
     request_for: RequestFor, run_dir: Path, together: bool
 ) -> None:
     world = ThreadWorld(2)

@@ -25,7 +25,7 @@ def _source(folder):
         dtypes={name: value.dtype for name, value in stored.items()},
         documents={"config.json": json.dumps(hub.config).encode()},
         source_digest="0" * 64,
-        most_shard_bytes=40_000,
+        max_shard_bytes=40_000,
     )
     return {canonical[name]: value.float() for name, value in stored.items()}, plan, stored
 

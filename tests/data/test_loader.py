@@ -68,7 +68,7 @@ def joined(batches: list[Batch]) -> dict[int, tuple[list[int], int]]:
     return {
         int(place): (tokens.tolist(), int(index))
         for batch in batches
-        for place, tokens, index in zip(batch.place, batch.tokens, batch.sample_index, strict=True)
+        for place, tokens, index in zip(batch.batch_position, batch.tokens, batch.sample_index, strict=True)
     }
 
 
@@ -81,7 +81,7 @@ def test_batch_holds_the_rows_that_the_order_law_names(shared_corpus: Path, load
     assert batch.rows == [("main", row) for row in expected]
     assert batch.tokens.tolist() == [ROWS[row] for row in expected]
     assert batch.sample_index.tolist() == list(range(first, first + 12))
-    assert batch.place.tolist() == list(range(12))
+    assert batch.batch_position.tolist() == list(range(12))
     assert (batch.tokens.dtype, batch.is_eligible.dtype) == (torch.int64, torch.bool)
 
 
@@ -119,7 +119,7 @@ def test_global_batch_is_the_same_however_ranks_share_it(
         shares = [loader.batch(first, size, places[rank::ranks]) for rank in range(ranks)]
     assert joined(shares) == joined([whole])
     assert add_content(*(share.content_sum for share in shares)) == whole.content_sum
-    assert [int(place) for share in shares for place in share.place] == [
+    assert [int(place) for share in shares for place in share.batch_position] == [
         p for r in range(ranks) for p in places[r::ranks]
     ]
 
@@ -193,7 +193,7 @@ def test_error_of_a_prefetch_that_nobody_asked_for_is_dropped(corpus: Path) -> N
         place = [row for _, row in loader.rows(0, loader.num_rows)].index(0)
         loader.prefetch(0, loader.num_rows, [place])
         other = (place + 1) % loader.num_rows
-        assert loader.batch(0, loader.num_rows, [other]).place.tolist() == [other]
+        assert loader.batch(0, loader.num_rows, [other]).batch_position.tolist() == [other]
 
 
 def damage_first_row(corpus: Path) -> None:

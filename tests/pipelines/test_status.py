@@ -15,8 +15,8 @@ from megamask.tracking.journal import lines as journal_lines
 from megamask.tracking.journal.writer import Journal
 from megamask_pipelines.cli.main import main
 from megamask_pipelines.cli.status import duration
+from support.journalled_run import write_journalled_run
 from support.tiny_run import write_corpus
-from support.told_run import write_told_run
 
 RUN_JSON = {
     "format": "megamask-run",
@@ -136,7 +136,7 @@ def text_of(run_dir, capsys) -> list[str]:
 @pytest.fixture(scope="module")
 def told_once(tmp_path_factory):
     folder = tmp_path_factory.mktemp("told")
-    return write_told_run(folder, write_corpus(folder / "data"))
+    return write_journalled_run(folder, write_corpus(folder / "data"))
 
 
 @pytest.fixture

@@ -125,7 +125,7 @@ def test_file_is_read_only_if_plain_and_of_bounded_size(tmp_path: Path) -> None:
     path.write_bytes(encode_document(PLAIN, {"a": 1}))
     assert read_document(PLAIN, path)["a"] == 1
     (tmp_path / "link").symlink_to(path)
-    small = DocumentKind(format="thing", version=1, damage=CheckpointIntegrityError, most_bytes=8)
+    small = DocumentKind(format="thing", version=1, damage=CheckpointIntegrityError, max_bytes=8)
     found: list[MegamaskError] = []
     for kind, place in ((PLAIN, tmp_path / "link"), (PLAIN, tmp_path), (PLAIN, tmp_path / "none"), (small, path)):
         with pytest.raises(CheckpointIntegrityError) as caught:

@@ -56,7 +56,7 @@ class SyntheticBatch:
     tokens: torch.Tensor
     is_eligible: torch.Tensor
     sample_index: torch.Tensor
-    place: torch.Tensor
+    batch_position: torch.Tensor
     content_sum: int
 
 
@@ -165,7 +165,7 @@ def batch(members: list[int], step: int) -> SyntheticBatch:
         tokens=torch.stack(rows),
         is_eligible=torch.stack(eligible),
         sample_index=torch.tensor(indices),
-        place=torch.tensor(members),
+        batch_position=torch.tensor(members),
         content_sum=sum((index + 1) * 0x9E3779B97F4A7C15 % 2**64 for index in indices) % 2**64,
     )
 

@@ -103,10 +103,10 @@ def test_checkpoint_that_cannot_be_looked_at_is_an_incident_and_nothing_is_prune
 ) -> None:
     real = documents.read_plain
 
-    def unreadable(path: Path, most_bytes: int) -> bytes:
+    def unreadable(path: Path, max_bytes: int) -> bytes:
         if path.parent.name == folder(10):
             raise OSError(errno.EIO, "Input/output error")
-        return real(path, most_bytes)
+        return real(path, max_bytes)
 
     with monkeypatch.context() as broken:
         broken.setattr(documents, "read_plain", unreadable)

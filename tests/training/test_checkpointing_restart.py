@@ -18,7 +18,7 @@ from support.saving import save_once
 from support.thread_world import ThreadEngine, ThreadWorld
 
 
-class Told(FollowerAttempt):
+class RecordedFollower(FollowerAttempt):
     """An attempt that remembers what it was to journal; a newer one may come before the n-th look at the claims."""
 
     def __init__(self, run_dir: Path, *, superseded_at: int | None = None) -> None:
@@ -66,7 +66,7 @@ def steps(run_dir: Path) -> list[int]:
     "skipped remain"
 )
 def test_restart_prunes_by_the_present_policy_before_it_trains_and_journals_it(commits: list[Commit]) -> None:
-    attempt = Told(commits[0].folder.parents[1])
+    attempt = RecordedFollower(commits[0].folder.parents[1])
     prune(attempt, commits[3], keep_last=3)
     assert steps(attempt.run_dir) == [40, 30, 20]
     prune(attempt, commits[3], keep_last=1)
@@ -80,7 +80,7 @@ def test_restart_prunes_by_the_present_policy_before_it_trains_and_journals_it(c
 )
 def test_restart_never_prunes_what_it_resumed_from_nor_what_it_passed_over(commits: list[Commit]) -> None:
     """40 did not verify, 30 was restored; a policy that counted differently would still leave both."""
-    attempt = Told(commits[0].folder.parents[1])
+    attempt = RecordedFollower(commits[0].folder.parents[1])
     mark_damaged(commits[3].folder)
     prune(attempt, commits[2])
     assert steps(attempt.run_dir) == [40, 30]
@@ -95,7 +95,7 @@ def test_restart_never_prunes_what_it_resumed_from_nor_what_it_passed_over(commi
 def test_prune_that_the_storage_refuses_before_training_is_an_incident_and_no_more(
     commits: list[Commit], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    attempt = Told(commits[0].folder.parents[1])
+    attempt = RecordedFollower(commits[0].folder.parents[1])
     unlink = Path.unlink
 
     def refuse(path: Path, **options: bool) -> None:
@@ -114,7 +114,7 @@ def test_prune_that_the_storage_refuses_before_training_is_an_incident_and_no_mo
     "a storage that refuses a removal before training is only an incident; a newer attempt's claim ends the pruning"
 )
 def test_restart_stops_pruning_when_a_newer_attempt_has_claimed_the_run(commits: list[Commit]) -> None:
-    attempt = Told(commits[0].folder.parents[1], superseded_at=2)
+    attempt = RecordedFollower(commits[0].folder.parents[1], superseded_at=2)
     prune(attempt, commits[3])
     assert attempt.lines == [("checkpoint_pruned", commits[0].folder.name)]
     assert steps(attempt.run_dir) == [40, 30, 20]
@@ -124,6 +124,6 @@ def test_restart_stops_pruning_when_a_newer_attempt_has_claimed_the_run(commits:
     "a storage that refuses a removal before training is only an incident; a newer attempt's claim ends the pruning"
 )
 def test_only_rank_0_prunes_before_training(commits: list[Commit]) -> None:
-    attempt = Told(commits[0].folder.parents[1])
+    attempt = RecordedFollower(commits[0].folder.parents[1])
     prune(attempt, commits[3], rank=1)
     assert (steps(attempt.run_dir), attempt.lines) == ([40, 30, 20, 10], [])

@@ -12,7 +12,7 @@ from megamask.errors import ExitCode, MegamaskError, error_with_code
 Result = TypeVar("Result")
 
 
-class Place(Protocol):
+class RankInfo(Protocol):
     """This rank among all."""
 
     @property
@@ -52,7 +52,7 @@ class CheckpointEngine(Protocol):
         """Whether this is global rank 0."""
 
     @property
-    def mesh(self) -> Place:
+    def mesh(self) -> RankInfo:
         """Where this rank stands."""
 
     def state_share(self, *, copy: bool) -> StateShare:

@@ -44,7 +44,7 @@ COMMIT = DocumentKind(
     own_digest=OwnDigest.REQUIRED,
     damage=CheckpointIntegrityError,
     damage_hint="restore the folder from a copy, or use another checkpoint",
-    most_bytes=1 << 28,
+    max_bytes=1 << 28,
 )
 _HEX = frozenset("0123456789abcdef")
 

@@ -30,8 +30,8 @@ T = TypeVar("T", TrainConfig, PrepareConfig)
 DEFAULT_ORIGIN = "default"
 OVERRIDE_ORIGIN = "override"
 # Far beyond any config; a file without an end, or defaults that name each other twice, must end too.
-_MOST_BYTES = 1 << 20
-_MOST_LAYERS = 100
+_MAX_BYTES = 1 << 20
+_MAX_LAYERS = 100
 _COMMANDS: dict[type, str] = {TrainConfig: "megamask train", PrepareConfig: "megamask prepare"}
 
 
@@ -83,8 +83,8 @@ def read_layers(path: str | Path) -> Iterator[tuple[str, Node | None]]:
         UsageError: a file cannot be read or is absurdly large, or the files' defaults form a cycle or too many layers.
     """
     for number, layer in enumerate(_read_layers(find_config(str(path)), asked_by=None, above=()), start=1):
-        if number > _MOST_LAYERS:
-            raise UsageError(f"{path} and its defaults are more than {_MOST_LAYERS} files. Nothing was started.")
+        if number > _MAX_LAYERS:
+            raise UsageError(f"{path} and its defaults are more than {_MAX_LAYERS} files. Nothing was started.")
         yield layer
 
 
@@ -122,9 +122,9 @@ def _read_text(path: str, asked_by: str | None) -> str:
     where = f" (named in {asked_by})" if asked_by else ""
     try:
         with Path(path).open("rb") as file:  # perhaps a pipe, perhaps a device that never ends
-            data = file.read(_MOST_BYTES + 1)
-        if len(data) > _MOST_BYTES:
-            raise UsageError(f"{path}{where} is larger than {_MOST_BYTES} bytes, so no config. Nothing was started.")
+            data = file.read(_MAX_BYTES + 1)
+        if len(data) > _MAX_BYTES:
+            raise UsageError(f"{path}{where} is larger than {_MAX_BYTES} bytes, so no config. Nothing was started.")
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UsageError(f"{path}{where} is not UTF-8 text. Nothing was started.") from error

@@ -42,7 +42,7 @@ def _refuse_first(config: TrainConfig | PrepareConfig, origins: Mapping[str, str
     problems = itertools.chain(variant_problems(config, origins, default_origin=DEFAULT_ORIGIN), all_problems(config))
     for problem in problems:
         raise UsageError(
-            f"{problem.sentence(value_of(config, problem.key))}. Nothing was started.",
+            f"{problem.description(value_of(config, problem.key))}. Nothing was started.",
             hint=_where_to_change(problem.key, origins),
         )
 

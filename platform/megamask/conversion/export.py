@@ -18,7 +18,7 @@ from megamask.storage.durable import fsync_directory, storage_errors, write_atom
 from megamask.storage.hashing import hash_of
 
 PARTIAL_SUFFIX = ".partial"
-MOST_SHARD_BYTES = 5 * 10**9
+MAX_SHARD_BYTES = 5 * 10**9
 _PLAN_NAME = "plan.sha256"
 
 
@@ -48,14 +48,14 @@ class ExportPlan:
         dtypes: published name -> number format.
         documents: file name -> content of everything that is not weights: config.json, the tokenizer, ...
         source_digest: identifies the weights that are read, so that an interrupted export of others is not resumed.
-        most_shard_bytes: size of a weight file.
+        max_shard_bytes: size of a weight file.
     """
 
     names: NameMap
     dtypes: Mapping[str, torch.dtype]
     documents: Mapping[str, bytes]
     source_digest: str
-    most_shard_bytes: int = MOST_SHARD_BYTES
+    max_shard_bytes: int = MAX_SHARD_BYTES
 
     def shards(self) -> dict[str, list[PlannedTensor]]:
         """File name -> tensors."""
@@ -63,7 +63,7 @@ class ExportPlan:
             PlannedTensor(name=name, shape=shape, dtype=self.dtypes[name])
             for name, shape in self.names.hub_shapes().items()
         ]
-        return plan_shards(tensors, self.most_shard_bytes)
+        return plan_shards(tensors, self.max_shard_bytes)
 
     def digest(self) -> str:
         """H of everything that decides the bytes of the weight files."""

@@ -32,7 +32,7 @@ TOKENIZER_NAMES = (
     "tokenizer.model",
 )
 
-_MOST_DOCUMENT_BYTES = 1 << 28
+_MAX_DOCUMENT_BYTES = 1 << 28
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _DERIVED_SUFFIXES = (".rotary_emb.inv_freq",)  # old Llama files store the rotary frequencies, which follow from theta
 
@@ -155,7 +155,7 @@ class HubFolder:
     def _document(self, name: str) -> dict[str, Any]:
         try:
             with read_errors(self.path / name):
-                if (size := (self.path / name).stat().st_size) > _MOST_DOCUMENT_BYTES:
+                if (size := (self.path / name).stat().st_size) > _MAX_DOCUMENT_BYTES:
                     raise ValueError(f"it has {size} bytes")
                 value = json.loads((self.path / name).read_bytes())
         except (OSError, ValueError, RecursionError) as error:

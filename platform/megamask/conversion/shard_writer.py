@@ -36,12 +36,12 @@ class PlannedTensor:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-def plan_shards(tensors: Sequence[PlannedTensor], most_bytes: int) -> dict[str, list[PlannedTensor]]:
-    """File name -> its tensors, in order; a file exceeds `most_bytes` only for a single larger tensor."""
+def plan_shards(tensors: Sequence[PlannedTensor], max_bytes: int) -> dict[str, list[PlannedTensor]]:
+    """File name -> its tensors, in order; a file exceeds `max_bytes` only for a single larger tensor."""
     groups: list[list[PlannedTensor]] = []
     size = 0
     for tensor in tensors:
-        if not groups or size + tensor.num_bytes > most_bytes:
+        if not groups or size + tensor.num_bytes > max_bytes:
             groups.append([])
             size = 0
         groups[-1].append(tensor)

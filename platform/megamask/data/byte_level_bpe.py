@@ -18,7 +18,7 @@ from megamask.errors import UsageError
 
 # The pattern of Hugging Face's ByteLevel pre-tokenizer, first published with GPT-2.
 BYTE_LEVEL_PATTERN = r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
-MOST_IDS = 1 << 24
+MAX_IDS = 1 << 24
 _WHOLE_TEXT_PATTERN = r"(?s:.)+"
 _SUPPORTED = "supported is a byte-level BPE without normalizer (pre-tokenizer ByteLevel, or Split by Regex + ByteLevel)"
 
@@ -135,8 +135,8 @@ def _check_ids(data: Mapping[str, Any], model: Mapping[str, Any], name: str) -> 
         if ids.setdefault(token["content"], token["id"]) != token["id"]:
             raise refuse(name, f"the entry {token['content']!r} has two ids")
     for entry, number in ids.items():
-        if type(number) is not int or not 0 <= number < MOST_IDS:
-            raise refuse(name, f"the entry {entry!r} has the id {str(number)[:40]}, allowed are 0 to {MOST_IDS - 1}")
+        if type(number) is not int or not 0 <= number < MAX_IDS:
+            raise refuse(name, f"the entry {entry!r} has the id {str(number)[:40]}, allowed are 0 to {MAX_IDS - 1}")
     if len(set(ids.values())) != len(ids):
         raise refuse(name, "two entries have one id")
 

@@ -32,7 +32,7 @@ class Batch:
     tokens: torch.Tensor  # int64 [b, L], clean ids, padding included
     is_eligible: torch.Tensor  # bool [b, L]: every real token, end-of-document included; not padding
     sample_index: torch.Tensor  # int64 [b], global
-    place: torch.Tensor  # int64 [b], place j in the global batch
+    batch_position: torch.Tensor  # int64 [b], position j in the global batch
     rows: list[tuple[str, int]]  # (source, row) of each member
     content_sum: int  # sum modulo 2^64 of the members' content hashes
 
@@ -181,7 +181,7 @@ class Loader:
             tokens=tokens,
             is_eligible=tokens != self.manifest.pad_token_id,
             sample_index=torch.tensor(indices, dtype=torch.int64),
-            place=torch.tensor(share.members, dtype=torch.int64),
+            batch_position=torch.tensor(share.members, dtype=torch.int64),
             rows=[(self.source, row) for row in rows],
             content_sum=add_content(*hashes),
         )

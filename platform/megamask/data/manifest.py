@@ -43,7 +43,7 @@ PROVENANCE_NAME = "provenance.json"
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _SPLITS = ("train", "validation")
-_MOST_BYTES = 1 << 31
+_MAX_BYTES = 1 << 31
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,7 +184,7 @@ class Manifest:
         """
         path = Path(corpus_dir) / MANIFEST_NAME
         try:
-            data = read_plain(path, _MOST_BYTES)
+            data = read_plain(path, _MAX_BYTES)
         except NotPlainError as error:
             raise _damaged(path, str(error)) from error
         except (FileNotFoundError, NotADirectoryError):
@@ -244,7 +244,7 @@ def provenance_problem(path: Path, corpus_id: str) -> str | None:
     """What is wrong with a corpus' provenance.json, or None; a corpus that lost it still has all its content."""
     try:
         with storage_errors(f"reading {path}"):
-            named = json.loads(read_plain(path, _MOST_BYTES))["corpus_id"]
+            named = json.loads(read_plain(path, _MAX_BYTES))["corpus_id"]
     except (FileNotFoundError, NotADirectoryError):
         return None
     except NotPlainError as error:

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 # Counts are below what a 64-bit sum of them can hold; ids and lengths below what a table of them takes.
-_MOST = 1 << 53
-_MOST_IDS = 1 << 24
+_MAX_INTEGER = 1 << 53
+_MAX_IDS = 1 << 24
 _LONGEST_ROW = 1 << 24
 _FRACTION = re.compile(r"0(\.[0-9]{1,400})?")
 _TABLE = re.compile(r"documents/[0-9]{6,9}\.parquet")
@@ -17,7 +17,7 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 def is_count(value: Any) -> bool:
     """Whether a value is a whole number that can count bytes, rows or documents."""
-    return type(value) is int and 0 <= value < _MOST
+    return type(value) is int and 0 <= value < _MAX_INTEGER
 
 
 def odd_value(content: Mapping[str, Any]) -> str | None:
@@ -28,7 +28,7 @@ def odd_value(content: Mapping[str, Any]) -> str | None:
     """
     tokenizer = content["tokenizer"]
     for name in ("vocab_size", "eod_token_id", "pad_token_id", "mask_token_id"):
-        if not is_count(tokenizer[name]) or tokenizer[name] > _MOST_IDS:
+        if not is_count(tokenizer[name]) or tokenizer[name] > _MAX_IDS:
             return f"tokenizer.{name} is {_shown(tokenizer[name])}"
     if not is_count(content["sequence_length"]) or content["sequence_length"] > _LONGEST_ROW:
         return f"sequence_length is {_shown(content['sequence_length'])}"

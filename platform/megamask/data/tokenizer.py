@@ -37,7 +37,7 @@ VERSION = 1
 
 _BYTES = 256
 _NUM_SPECIAL = 3
-_MOST_BYTES = 1 << 28
+_MAX_BYTES = 1 << 28
 _LONG_SPACES = 200_000
 _LONG_SPACE = re.compile(rf"\s{{{_LONG_SPACES}}}")
 NASTY_TEXTS = (
@@ -216,7 +216,7 @@ class CorpusTokenizer:
         folder = Path(folder)
         try:
             json_bytes, table_bytes = (
-                read_plain(folder / name, _MOST_BYTES) for name in (TOKENIZER_NAME, SPECIAL_TOKENS_NAME)
+                read_plain(folder / name, _MAX_BYTES) for name in (TOKENIZER_NAME, SPECIAL_TOKENS_NAME)
             )
         except FileNotFoundError as error:
             raise UsageError(

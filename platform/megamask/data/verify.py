@@ -25,7 +25,7 @@ from megamask.data.index import block_name
 from megamask.data.manifest import MANIFEST_NAME, PROVENANCE_NAME, Manifest, provenance_problem
 from megamask.data.manifest_values import odd_record
 from megamask.data.tokenizer import SPECIAL_TOKENS_NAME, TOKENIZER_DIR, TOKENIZER_NAME, CorpusTokenizer
-from megamask.data.verify_shard import CheckedBlock, damage, plain_file_size, verify_shard
+from megamask.data.verify_shard import CheckedRowGroup, damage, plain_file_size, verify_shard
 from megamask.errors import MegamaskError, UsageError
 
 Progress = Callable[[int, int], object]
@@ -208,7 +208,7 @@ class _SplitRows:
         self._is_used = is_used
         self._position = 0  # tokens, padding included, of the blocks before
 
-    def check(self, block: CheckedBlock) -> None:
+    def check(self, block: CheckedRowGroup) -> None:
         """Compares the next block."""
         length = self._manifest.sequence_length
         flat = block.tokens.reshape(-1)
@@ -256,7 +256,7 @@ class _SplitRows:
         marks[positions[np.searchsorted(positions, begin) : np.searchsorted(positions, end)] - begin] = True
         return marks
 
-    def _wrong(self, block: CheckedBlock, is_wrong: npt.NDArray[np.bool_], what: str) -> MegamaskError:
+    def _wrong(self, block: CheckedRowGroup, is_wrong: npt.NDArray[np.bool_], what: str) -> MegamaskError:
         row, place = divmod(int(np.flatnonzero(is_wrong)[0]), self._manifest.sequence_length)
         return damage(
             f"{block.shard}: member {block_name(block.number)}.tokens.npy, "

@@ -26,7 +26,7 @@ from megamask.storage.hashing import sha256_bytes, sha256_file
 
 
 @dataclass(frozen=True, kw_only=True)
-class CheckedBlock:
+class CheckedRowGroup:
     """One block whose checksums hold; tokens [rows, L], docs int64 [n, 3], number counted through the split."""
 
     shard: Path
@@ -42,7 +42,9 @@ def damage(what: str) -> DataIntegrityError:
     )
 
 
-def verify_shard(corpus_dir: Path, manifest: Manifest, entry: ShardEntry, first_block: int) -> Iterator[CheckedBlock]:
+def verify_shard(
+    corpus_dir: Path, manifest: Manifest, entry: ShardEntry, first_block: int
+) -> Iterator[CheckedRowGroup]:
     """Yields the blocks of a shard, each after its own checks; exhausting it completes the checks of the file.
 
     Args:
@@ -95,7 +97,7 @@ def check_digest(path: Path, expected: str) -> None:
         raise damage(f"{path}: sha256 is {found}, the manifest says {expected}")
 
 
-def _check_block(path: Path, file: BinaryIO, manifest: Manifest, index: ShardIndex, block: int) -> CheckedBlock:
+def _check_block(path: Path, file: BinaryIO, manifest: Manifest, index: ShardIndex, block: int) -> CheckedRowGroup:
     record = index.blocks[block]
     name = block_name(index.first_block + block)
     tokens = _read(file, int(record["tokens_offset"]), int(record["tokens_bytes"]))
@@ -114,7 +116,7 @@ def _check_block(path: Path, file: BinaryIO, manifest: Manifest, index: ShardInd
         found, expected = crc32c(data), int(record[f"{kind}_crc32c"])
         if found != expected or len(data) != int(record[f"{kind}_bytes"]):
             raise damage(f"{path}: member {name}.{kind}.npy: crc32c is {found:08x}, the index says {expected:08x}")
-    return CheckedBlock(
+    return CheckedRowGroup(
         shard=path,
         number=index.first_block + block,
         tokens=np.frombuffer(tokens, dtype=manifest.dtype).reshape(-1, manifest.sequence_length),

@@ -19,7 +19,7 @@ from torch import Tensor
 from megamask.diffusion.philox import Purpose, philox4x32
 from megamask.errors import UsageError
 
-MOST_ELEMENTS = 1 << 34
+MAX_ELEMENTS = 1 << 34
 """Elements position * vocabulary + token that the noise law's counter can number."""
 
 
@@ -78,7 +78,7 @@ def gumbel_noise(
     Raises:
         UsageError: more elements than the noise law numbers.
     """
-    if num_positions * vocab_size >= MOST_ELEMENTS:
+    if num_positions * vocab_size >= MAX_ELEMENTS:
         raise UsageError(f"{num_positions} positions x {vocab_size} tokens do not fit the noise law's counter")
     count = vocab_size - first_token if num_tokens is None else num_tokens
     element = positions[:, None] * vocab_size + first_token + torch.arange(count, device=positions.device)

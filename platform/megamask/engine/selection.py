@@ -38,22 +38,22 @@ def select_rows(is_scored: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
     return indices, torch.arange(capacity, device=flat.device) < num_scored
 
 
-def check_capacity(largest_count: int, capacity: int, *, micro_batch_size: int) -> None:
+def check_capacity(max_count: int, capacity: int, *, micro_batch_size: int) -> None:
     """Refuses a micro-batch with more scored positions than the head computes; none may be dropped.
 
     Args:
-        largest_count: scored positions of the fullest micro-batch, over all ranks.
+        max_count: scored positions of the fullest micro-batch, over all ranks.
         capacity: positions that the head computes for a micro-batch.
 
     Raises:
         UsageError: naming training.head_capacity and a value that would have been enough.
     """
-    if largest_count <= capacity:
+    if max_count <= capacity:
         return
-    enough = -(-largest_count // micro_batch_size)
+    enough = -(-max_count // micro_batch_size)
     raise UsageError(
         f"training.head_capacity is {capacity // micro_batch_size} rows per sample, but a micro-batch of "
-        f"{micro_batch_size} samples has {largest_count} scored positions; this step needs at least {enough}. "
+        f"{micro_batch_size} samples has {max_count} scored positions; this step needs at least {enough}. "
         "The step was not taken.",
         hint="raise training.head_capacity, or set it to null: then every batch fits",
     )

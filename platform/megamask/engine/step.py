@@ -82,8 +82,8 @@ class StepShare:
             tokens=batch.tokens.to(device),
             is_eligible=batch.is_eligible.to(device),
             sample_index=batch.sample_index.to(device),
-            batch_position=batch.place.tolist(),
-            global_batch_size=len(batch.place) * mesh.data_parallel_size,
+            batch_position=batch.batch_position.tolist(),
+            global_batch_size=len(batch.batch_position) * mesh.data_parallel_size,
         )
         key = run_key(settings.seed)
         # The first stage reads the inputs and the last one the targets; both make them alike, and no rank sends any.
@@ -115,7 +115,7 @@ class StepShare:
 
     @property
     def _num_micro_batches(self) -> int:
-        return len(self._batch.place) // self._settings.micro_batch_size
+        return len(self._batch.batch_position) // self._settings.micro_batch_size
 
     @property
     def _rows_per_pass(self) -> int:

@@ -21,7 +21,7 @@ from megamask.errors import UsageError
 from megamask.objectives.base import Bound, Rows
 
 LIKELIHOOD_LAW_VERSION = 1
-_MAXIMUM_DRAWS = 1 << 24  # the draw shares a 32-bit word with the purpose
+_MAX_DRAWS = 1 << 24  # the draw shares a 32-bit word with the purpose
 
 Score = Callable[[Rows], Tensor]
 """Rows -> float64 [r]: sum of weight * cross entropy over each row's scored positions, in nats; forward only."""
@@ -122,10 +122,8 @@ def _check(is_scored: Tensor, *, draws: int, replicates: int, batch_rows: int, i
     ):
         if value < least:
             raise UsageError(f"{name} is {value}; allowed: >= {least}. Nothing was scored.")
-    if draws * replicates > _MAXIMUM_DRAWS:
-        raise UsageError(
-            f"draws * replicates is {draws * replicates}; allowed: <= {_MAXIMUM_DRAWS}. Nothing was scored."
-        )
+    if draws * replicates > _MAX_DRAWS:
+        raise UsageError(f"draws * replicates is {draws * replicates}; allowed: <= {_MAX_DRAWS}. Nothing was scored.")
     if len(is_scored) and not bool(is_scored.any()):
         raise UsageError("no row has a token to score, so there is no bound. Nothing was scored.")
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 _DNS_LABEL = re.compile(r"[a-z]([a-z0-9-]*[a-z0-9])?")
-_MOST_CHARACTERS = 63
+_MAX_CHARACTERS = 63
 _RANDOM_SUFFIX = len("-abcde")
 _SECRET_WORDS = re.compile(r"PASSWORD|TOKEN|SECRET|CREDENTIAL|API_?KEY|ACCESS_?KEY", re.IGNORECASE)
 _NOT_SECRET = frozenset({"MEGAMASK_LAUNCH_TOKEN"})
@@ -55,9 +55,9 @@ def _problems_of(found: Mapping[str, Any], stop_s: float) -> Iterator[str]:
 
 def _name_length(name: str, replicated: str, job: int, nodes: int) -> Iterator[str]:
     longest = f"{name}-{replicated}-{job}-{nodes - 1}"
-    if len(longest) + _RANDOM_SUFFIX > _MOST_CHARACTERS:
-        most = len(name) - (len(longest) + _RANDOM_SUFFIX - _MOST_CHARACTERS)
-        yield f"{name}: its pods' names exceed {_MOST_CHARACTERS} characters; the name of the job may have {most}"
+    if len(longest) + _RANDOM_SUFFIX > _MAX_CHARACTERS:
+        most = len(name) - (len(longest) + _RANDOM_SUFFIX - _MAX_CHARACTERS)
+        yield f"{name}: its pods' names exceed {_MAX_CHARACTERS} characters; the name of the job may have {most}"
 
 
 def _patterns(jobset: Mapping[str, Any]) -> Iterator[str]:

@@ -158,7 +158,7 @@ def _refuse_first(
         num_query_groups=num_query_groups,
         head_dim=head_dim,
     ):
-        raise _refusal(problem.sentence(values[problem.key]))
+        raise _refusal(problem.description(values[problem.key]))
 
 
 def _refusal(message: str) -> UsageError:

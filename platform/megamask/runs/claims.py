@@ -21,7 +21,7 @@ from megamask.storage.documents import DocumentKind, encode_document, read_docum
 from megamask.storage.durable import create_exclusive, make_folders, storage_errors
 
 _KIND = DocumentKind(
-    format="megamask-claim", version=1, is_canonical=False, damage=CheckpointIntegrityError, most_bytes=1 << 20
+    format="megamask-claim", version=1, is_canonical=False, damage=CheckpointIntegrityError, max_bytes=1 << 20
 )
 # A killed process may need this long to vanish, with its memory or while a device holds it; then its run is free.
 _VANISH_S = 5.0

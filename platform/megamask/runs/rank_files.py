@@ -18,7 +18,7 @@ from megamask.storage.documents import DocumentKind, encode_document, read_docum
 from megamask.storage.durable import create_exclusive
 
 _KIND = DocumentKind(
-    format="megamask-rank", version=1, is_canonical=False, damage=CheckpointIntegrityError, most_bytes=1 << 20
+    format="megamask-rank", version=1, is_canonical=False, damage=CheckpointIntegrityError, max_bytes=1 << 20
 )
 _FILE_NAME = re.compile(r"rank-(\d{5,})\.json")
 _log = logging.getLogger(__name__)

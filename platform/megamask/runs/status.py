@@ -16,7 +16,7 @@ from megamask.storage.documents import DocumentKind, encode_document, read_docum
 from megamask.storage.durable import write_atomic
 
 _KIND = DocumentKind(
-    format="megamask-status", version=1, is_canonical=False, damage=CheckpointIntegrityError, most_bytes=1 << 20
+    format="megamask-status", version=1, is_canonical=False, damage=CheckpointIntegrityError, max_bytes=1 << 20
 )
 
 Phase = Literal["starting", "running", "done", "stopped", "preempted", "failed"]

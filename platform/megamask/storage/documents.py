@@ -51,7 +51,7 @@ class DocumentKind:
             canonical kind, the sha256 of the file without that key for an indented one.
         damage: error class of a damaged document; it decides the exit code.
         damage_hint: how to go on after damage.
-        most_bytes: a larger file is refused unread.
+        max_bytes: a larger file is refused unread.
     """
 
     format: str
@@ -61,7 +61,7 @@ class DocumentKind:
     own_digest: OwnDigest = OwnDigest.NONE
     damage: type[MegamaskError]
     damage_hint: str | None = None
-    most_bytes: int = 1 << 24
+    max_bytes: int = 1 << 24
 
     def damaged(self, path: Path, problem: str) -> MegamaskError:
         """Return the error for a damaged document; `problem` continues the path, e.g. "is not a JSON object"."""
@@ -100,7 +100,7 @@ def read_document_bytes(kind: DocumentKind, path: Path) -> bytes:
     """
     try:
         with read_errors(path):
-            return read_plain(path, kind.most_bytes)
+            return read_plain(path, kind.max_bytes)
     except NotPlainError as error:
         raise kind.damaged(path, str(error).removeprefix(f"{path} ")) from error
     except OSError as error:

@@ -34,10 +34,10 @@ def open_plain(path: Path) -> int:
     return descriptor
 
 
-def read_plain(path: Path, most_bytes: int) -> bytes:
+def read_plain(path: Path, max_bytes: int) -> bytes:
     """Return the bytes of a plain file, which is refused by its size before any is read; raises as `open_plain`."""
     with os.fdopen(open_plain(path), "rb") as file:
         size = os.fstat(file.fileno()).st_size
-        if size > most_bytes:
-            raise NotPlainError(f"{path} has {size} bytes, more than the {most_bytes} that such a file can have")
+        if size > max_bytes:
+            raise NotPlainError(f"{path} has {size} bytes, more than the {max_bytes} that such a file can have")
         return file.read(size)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from megamask.config.schema.roots import TrainConfig
 from megamask.data.loader import Loader
-from megamask.diffusion.sampling import MOST_ELEMENTS
+from megamask.diffusion.sampling import MAX_ELEMENTS
 from megamask.errors import UsageError
 from megamask.generation.confidence import DecodingOptions, check_decoding, decode
 from megamask.generation.prompt import TextTokenizer, until_end
@@ -79,7 +79,7 @@ def open_previews(config: TrainConfig, objective: Objective, corpus: Loader) -> 
     preview, length, manifest = config.preview, config.training.sequence_length, corpus.manifest
     if preview.every_steps is None:
         return None
-    if preview.temperature > 0 and length * manifest.vocab_size >= MOST_ELEMENTS:
+    if preview.temperature > 0 and length * manifest.vocab_size >= MAX_ELEMENTS:
         raise UsageError(
             f"preview.temperature is {preview.temperature}, but {length} positions x {manifest.vocab_size} tokens are "
             "more than the noise law numbers; allowed: 0. Nothing was started."

@@ -6,7 +6,7 @@ import pytest
 
 from megamask.config.schema.tracking import MLflowConfig
 from megamask.errors import UsageError
-from megamask.tracking.mlflow.store import check_uri, place_of, shown_uri, without_credentials
+from megamask.tracking.mlflow.store import check_uri, shown_uri, store_of, without_credentials
 
 
 @pytest.mark.parametrize(
@@ -41,10 +41,10 @@ def test_text_of_others_is_told_without_the_uris_credential(uri: str, text: str,
 
 
 def test_default_store_is_a_file_beside_the_run_directories(tmp_path: Path) -> None:
-    place = place_of(tmp_path / "runs" / "one", MLflowConfig())
-    assert place.uri == f"sqlite:///{tmp_path}/runs/mlflow.db"
-    assert place.artifacts == f"file://{tmp_path}/runs/mlartifacts"
-    assert place_of(tmp_path, MLflowConfig(uri="http://h:5000")).artifacts is None
+    store = store_of(tmp_path / "runs" / "one", MLflowConfig())
+    assert store.uri == f"sqlite:///{tmp_path}/runs/mlflow.db"
+    assert store.artifacts == f"file://{tmp_path}/runs/mlartifacts"
+    assert store_of(tmp_path, MLflowConfig(uri="http://h:5000")).artifacts is None
 
 
 @pytest.mark.parametrize("uri", ["http://h:5000", "https://h", "sqlite:///x.db", "postgresql://h/db", "databricks"])

@@ -23,7 +23,7 @@ class Problem:
     because: str
     allowed: str
 
-    def sentence(self, value: object) -> str:
+    def description(self, value: object) -> str:
         """The message without its end: key, value, reason and allowed values."""
         return f"{self.key} is {shown(value)}, {self.because}; allowed: {self.allowed}"
 

@@ -74,7 +74,7 @@ class Encoder:
         seen: Tally[str] = Tally()
         with ExitStack() as cleanup:
             for writer in self._writers.values():
-                cleanup.callback(writer.abandon)
+                cleanup.callback(writer.abort)
             self._tokenizer.check_parity([])
             for number, file, text in self._scanned.texts(count):
                 kind = file.path.suffix

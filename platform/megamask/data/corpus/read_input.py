@@ -33,7 +33,7 @@ from megamask.errors import DataIntegrityError, UsageError
 _PIECE = 1 << 16
 _PARQUET_ROWS = 256
 # UTF-16 text of any language that uses spaces and digits has far more zero bytes than this; UTF-8 text has none.
-_MOST_NULS = 8  # one byte in so many
+_MAX_NULS = 8  # one byte in so many
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -252,7 +252,7 @@ def _bad(what: str) -> DataIntegrityError:
 
 def _decode(data: bytes, where: str) -> str:
     """Decode UTF-8, and refuse what only looks like it: UTF-16 without a mark is valid UTF-8 full of zero bytes."""
-    if data.count(0) * _MOST_NULS > len(data):
+    if data.count(0) * _MAX_NULS > len(data):
         raise _bad(
             f"{where}: {data.count(0)} of {len(data)} bytes are zero, so this is not UTF-8 text but probably UTF-16 "
             "or binary"

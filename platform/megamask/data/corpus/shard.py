@@ -69,10 +69,10 @@ class _HashedFile:
         self.size = 0
         self._sha256 = hashlib.sha256()
         self._file = path.open("xb")
-        self._is_abandoned = False
+        self._is_aborted = False
 
     def write(self, data: bytes) -> int:
-        if not self._is_abandoned:  # the library writes what its buffer holds even while it is garbage-collected
+        if not self._is_aborted:  # the library writes what its buffer holds even while it is garbage-collected
             self._file.write(data)
             self._sha256.update(data)
             self.size += len(data)
@@ -85,9 +85,9 @@ class _HashedFile:
         self._file.close()
         return self._sha256.hexdigest()
 
-    def abandon(self) -> None:
+    def abort(self) -> None:
         """Close the file as it is; later writes have no effect."""
-        self._is_abandoned = True
+        self._is_aborted = True
         with contextlib.suppress(OSError):  # a full disk fails the last flush once more
             self._file.close()
 
@@ -138,9 +138,9 @@ class _OpenShard:
         self._tar.close()
         return end, self._file.size, self._file.close_flushed()
 
-    def abandon(self) -> None:
+    def abort(self) -> None:
         """Close the file without ending the archive."""
-        self._file.abandon()
+        self._file.abort()
 
 
 class ShardWriter:
@@ -183,10 +183,10 @@ class ShardWriter:
         if self._open is not None:
             self._close_shard()
 
-    def abandon(self) -> None:
+    def abort(self) -> None:
         """Closes the file being written after a failure; what is on the disk is to be deleted."""
         if self._open is not None:
-            self._open.abandon()
+            self._open.abort()
             self._open = None
 
     def _shard_name(self) -> str:

@@ -25,11 +25,11 @@ FORMAT = "megamask-state"
 VERSION = 1
 PREFIX_BYTES = 8
 # What the safetensors library reads at most. A rank of a large job writes a few hundred KiB.
-MOST_HEADER_BYTES = 100_000_000
+MAX_HEADER_BYTES = 100_000_000
 _FILE_NAME = re.compile(r"state-\d{5,9}\.safetensors")
 _KEY = re.compile(r"(.{1,1000})#(?:0|[1-9]\d{0,8})", re.DOTALL)
 _ENTRY = {"dtype", "shape", "data_offsets"}
-_MOST_ELEMENTS = 1 << 62
+_MAX_ELEMENTS = 1 << 62
 # The index of version 0.1.0's states, which is a pickle.
 _OLD_INDEX_NAME = ".metadata"
 
@@ -140,7 +140,7 @@ def _read_header(path: Path) -> tuple[dict[str, Any], int, int]:
     with os.fdopen(open_plain(path), "rb") as file:
         size = os.fstat(file.fileno()).st_size
         num_bytes = int.from_bytes(file.read(PREFIX_BYTES), "little")
-        if size < PREFIX_BYTES or not 2 <= num_bytes <= min(MOST_HEADER_BYTES, size - PREFIX_BYTES):
+        if size < PREFIX_BYTES or not 2 <= num_bytes <= min(MAX_HEADER_BYTES, size - PREFIX_BYTES):
             raise HeaderError(f"its header would have {num_bytes} bytes, the file has {size}")
         header = parse_json(file.read(num_bytes))
     if not isinstance(header, dict):
@@ -200,7 +200,7 @@ def _place(key: str, text: Any, sizes: tuple[int, ...]) -> tuple[str, tuple[int,
 def _counts(key: str, value: Any, *, at_least: int) -> tuple[int, ...]:
     if not isinstance(value, list) or len(value) > 8:
         raise HeaderError(f"{key} has something else where a shape belongs")
-    if not all(type(number) is int and at_least <= number < _MOST_ELEMENTS for number in value):
+    if not all(type(number) is int and at_least <= number < _MAX_ELEMENTS for number in value):
         raise HeaderError(f"{key} has the numbers {str(value)[:80]}")
     return tuple(value)
 

@@ -68,27 +68,27 @@ class RangePart:
         return math.prod(self.sizes)
 
 
-def range_parts(blocks: Sequence[TensorSlice], *, columns: int, start: int, stop: int) -> Iterator[RangePart]:
+def range_parts(slices: Sequence[TensorSlice], *, columns: int, start: int, stop: int) -> Iterator[RangePart]:
     """Yield the rectangles that elements [start, stop) of a flattened local parameter consist of.
 
     Args:
-        blocks: of the parameter; elements in no block (vocabulary padding) are skipped.
+        slices: of the parameter; elements in no slice (vocabulary padding) are skipped.
         columns: elements of one row of the parameter; 1 for a vector.
     """
-    for block in blocks:
-        begin = max(start, block.first_row * columns)
-        end = min(stop, (block.first_row + block.sizes[0]) * columns)
+    for piece in slices:
+        begin = max(start, piece.first_row * columns)
+        end = min(stop, (piece.first_row + piece.sizes[0]) * columns)
         while begin < end:
             row, column = divmod(begin, columns)
             if column == 0 and end - begin >= columns:
                 num_rows, num_columns = (end - begin) // columns, columns
             else:  # the rest of a row, or the beginning of one
                 num_rows, num_columns = 1, min(columns - column, end - begin)
-            position, extent = (row - block.first_row, column), (num_rows, num_columns)
-            dims = len(block.offsets)
+            position, extent = (row - piece.first_row, column), (num_rows, num_columns)
+            dims = len(piece.offsets)
             yield RangePart(
-                name=block.name,
-                offsets=tuple(offset + position[dim] for dim, offset in enumerate(block.offsets)),
+                name=piece.name,
+                offsets=tuple(offset + position[dim] for dim, offset in enumerate(piece.offsets)),
                 sizes=extent[:dims],
                 first=begin - start,
             )

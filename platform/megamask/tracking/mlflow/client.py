@@ -24,7 +24,7 @@ from megamask.tracking.mlflow.entries import (
     Point,
 )
 from megamask.tracking.mlflow.points import RunStatus
-from megamask.tracking.mlflow.store import create_database, place_of, silence
+from megamask.tracking.mlflow.store import create_database, silence, store_of
 
 _METRICS_PER_BATCH = 1000
 _PARAMS_OR_TAGS_PER_BATCH = 100
@@ -261,11 +261,11 @@ def open_run(
     silence()
     from mlflow import MlflowClient
 
-    place = place_of(run_dir, config)
-    if place.database is not None and not place.database.exists():
-        create_database(place.database, lambda uri: _make_schema(uri, place.artifacts))
-    client = MlflowClient(tracking_uri=place.uri)
-    experiment_id = _experiment(client, config.experiment, place.artifacts)
+    store = store_of(run_dir, config)
+    if store.database is not None and not store.database.exists():
+        create_database(store.database, lambda uri: _make_schema(uri, store.artifacts))
+    client = MlflowClient(tracking_uri=store.uri)
+    experiment_id = _experiment(client, config.experiment, store.artifacts)
     runs = _runs_of(client, experiment_id, run_id)
     run = next((found for found in runs if (experiment_id, found.info.run_id) == known), None)
     if run is not None:
@@ -286,10 +286,10 @@ def find_run(run_dir: Path, config: MLflowConfig, *, run_id: str) -> MLflowRun |
     silence()
     from mlflow import MlflowClient
 
-    place = place_of(run_dir, config)
-    if place.database is not None and not place.database.exists():
+    store = store_of(run_dir, config)
+    if store.database is not None and not store.database.exists():
         return None
-    client = MlflowClient(tracking_uri=place.uri)
+    client = MlflowClient(tracking_uri=store.uri)
     experiment = client.get_experiment_by_name(config.experiment)
     if experiment is None:
         return None

@@ -23,7 +23,7 @@ from megamask.tracking.mlflow.client import MLflowRun, open_run
 from megamask.tracking.mlflow.description import description_of
 from megamask.tracking.mlflow.points import Memory, RunStatus, Update, milliseconds, update_of
 from megamask.tracking.mlflow.state import SinkState, load_state, save_state, sending
-from megamask.tracking.mlflow.store import place_of, shown_uri
+from megamask.tracking.mlflow.store import shown_uri, store_of
 
 # One piece is a few requests, so that a server that answers only now and then still gets on.
 _PIECE_BYTES = 1 << 17
@@ -60,7 +60,7 @@ class Session:
             Exception: whatever MLflow, its database or the network raise.
         """
         record = json.loads((run_dir / "run.json").read_bytes())
-        uri = shown_uri(place_of(run_dir, config).uri)
+        uri = shown_uri(store_of(run_dir, config).uri)
         with sending(run_dir):
             stored = load_state(run_dir)
             is_here = stored is not None and stored.uri == uri

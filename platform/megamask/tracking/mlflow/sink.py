@@ -17,7 +17,7 @@ from megamask.config.schema.tracking import MLflowConfig
 from megamask.errors import UsageError
 from megamask.tracking.mlflow.session import Session
 from megamask.tracking.mlflow.state import BusyError
-from megamask.tracking.mlflow.store import place_of, prepare_environment, without_credentials
+from megamask.tracking.mlflow.store import prepare_environment, store_of, without_credentials
 
 _SEND_EVERY_S = 2.0
 _LONGEST_PAUSE_S = 30.0
@@ -131,5 +131,5 @@ def outage_text(
     """What an error of MLflow says, on one line, without what its uri may show of a credential."""
     text = " ".join(str(error).split())
     with contextlib.suppress(UsageError):  # a variable that is not set has no credential to hide
-        text = without_credentials(text, place_of(run_dir, config).uri)
+        text = without_credentials(text, store_of(run_dir, config).uri)
     return redact(text)[:500]  # in this order: half a credential is not recognised

@@ -27,7 +27,7 @@ _SHORTEST_SECRET = 4  # a shorter piece of a URI would hide ordinary text
 
 
 @dataclass(frozen=True, kw_only=True)
-class Place:
+class Store:
     """A tracking store.
 
     Args:
@@ -41,7 +41,7 @@ class Place:
     database: Path | None = None
 
 
-def place_of(run_dir: Path, config: MLflowConfig) -> Place:
+def store_of(run_dir: Path, config: MLflowConfig) -> Store:
     """The store of a run: tracking.mlflow.uri, or a SQLite file beside the run directories.
 
     Raises:
@@ -50,12 +50,12 @@ def place_of(run_dir: Path, config: MLflowConfig) -> Place:
     if config.uri is None:
         database = run_dir.parent / "mlflow.db"
         artifacts = (run_dir.parent / "mlartifacts").as_uri()
-        return Place(uri=f"{_SQLITE}{database}", artifacts=artifacts, database=database)
+        return Store(uri=f"{_SQLITE}{database}", artifacts=artifacts, database=database)
     uri = resolve_secret(URI_KEY, config.uri)
     if not uri.startswith(_SQLITE):
-        return Place(uri=uri)
+        return Store(uri=uri)
     database = Path(uri.removeprefix(_SQLITE).partition("?")[0]).absolute()
-    return Place(uri=uri, artifacts=(database.parent / "mlartifacts").as_uri(), database=database)
+    return Store(uri=uri, artifacts=(database.parent / "mlartifacts").as_uri(), database=database)
 
 
 def check_uri(key: str, uri: str, *, after: str) -> None:

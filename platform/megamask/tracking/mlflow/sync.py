@@ -19,7 +19,7 @@ from megamask.tracking.mlflow.points import RunStatus, milliseconds
 from megamask.tracking.mlflow.session import Session
 from megamask.tracking.mlflow.sink import outage_text
 from megamask.tracking.mlflow.state import BusyError
-from megamask.tracking.mlflow.store import place_of, prepare_environment, shown_uri
+from megamask.tracking.mlflow.store import prepare_environment, shown_uri, store_of
 
 # Nobody waits but the person who asked: a slow server gets more time than during training.
 _REQUEST_TIMEOUT_S = 30
@@ -191,4 +191,4 @@ def _refused(error: Exception, run_dir: Path, config: MLflowConfig) -> StorageEr
 
 
 def _shown(run_dir: Path, config: MLflowConfig) -> str:
-    return shown_uri(place_of(run_dir, config).uri)
+    return shown_uri(store_of(run_dir, config).uri)

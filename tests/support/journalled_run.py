@@ -31,7 +31,7 @@ from support.tiny_run import CONFIG, SEED, InitialWeights
 RAMP = "{batch_size_ramp_start: 2, batch_size_ramp_increment: 1, batch_size_ramp_samples: 4}"
 
 
-class ToldRun:
+class JournalledRun:
     """Writes what training writes, line by line, without a network.
 
     Attempt 1 takes steps 1 to 5 and commits 2 and 4, then dies. Attempt 2 goes on from 4, repeats step 5, takes step 6,
@@ -180,9 +180,9 @@ class ToldRun:
         self.journal.append("run_completed", step=step, consumed_tokens=tokens)
 
 
-def write_told_run(folder: Path, corpus: Path, *, rotate_bytes: int = 2**20) -> Path:
-    """The whole story of `ToldRun`; returns the run directory."""
-    run = ToldRun(folder, corpus, rotate_bytes=rotate_bytes)
+def write_journalled_run(folder: Path, corpus: Path, *, rotate_bytes: int = 2**20) -> Path:
+    """The whole story of `JournalledRun`; returns the run directory."""
+    run = JournalledRun(folder, corpus, rotate_bytes=rotate_bytes)
     run.start(None)
     run.step(1)
     run.step(2)
