@@ -56,7 +56,7 @@ def source_digest(folder: Path, split: str = "train") -> str:
 
 
 def same(first: Batch, second: Batch) -> bool:
-    tensors = ("tokens", "is_eligible", "sample_index", "place")
+    tensors = ("tokens", "is_eligible", "sample_index", "batch_position")
     return (
         all(torch.equal(getattr(first, name), getattr(second, name)) for name in tensors)
         and first.rows == second.rows
