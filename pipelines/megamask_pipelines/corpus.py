@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from typing import Any
 
 from megamask.config.schema.corpus import CorpusConfig
 from megamask.data.corpus.prepare import build
 from megamask.data.corpus.scan import Progress
+from megamask_pipelines import standard_streams
 
 
 def prepare_corpus(config: CorpusConfig) -> dict[str, Any]:
-    """Prepares a corpus, with a progress bar on a terminal.
+    """Prepare a corpus, with a progress bar on a terminal and lines elsewhere.
 
     Args:
         config: what to make of which inputs.
@@ -34,21 +36,59 @@ def prepare_corpus(config: CorpusConfig) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def progress_display() -> Iterator[Progress]:
-    """A bar per phase on stderr if that is a terminal; nothing elsewhere."""
+    """A bar per phase on stderr if that is a terminal, a line every 10 seconds elsewhere."""
     if not sys.stderr.isatty():
-        yield lambda phase, done, total: None
+        yield ProgressLines(lambda line: standard_streams.write_line(line, sys.stderr))
         return
     from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+    from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
     from rich.progress import Progress as Bars
 
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeElapsedColumn())
     with Bars(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as bars:
         tasks: dict[str, Any] = {}
 
-        def show(phase: str, done: int, total: int) -> None:
+        def show(phase: str, documents: int, done: int, total: int | None) -> None:
+            del documents
             if phase not in tasks:
                 tasks[phase] = bars.add_task(phase, total=total)
             bars.update(tasks[phase], completed=done, total=total)
 
         yield show
+
+
+class ProgressLines:
+    """Progress as lines: documents, bytes and the time that is probably left, at most one line in `every_s`.
+
+    Args:
+        write: takes a line without its end.
+        every_s: seconds between two lines; a preparation that takes less prints none.
+    """
+
+    def __init__(
+        self, write: Callable[[str], None], *, every_s: float = 10.0, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._write = write
+        self._every_s = every_s
+        self._clock = clock
+        self._shown = clock()
+        self._phase = ""
+        self._began = 0.0
+
+    def __call__(self, phase: str, documents: int, done: int, total: int | None) -> None:
+        """Note where a phase is."""
+        now = self._clock()
+        if phase != self._phase:
+            self._phase, self._began = phase, now
+        if now - self._shown < self._every_s:
+            return
+        self._shown = now
+        spent = now - self._began
+        if total is None:
+            self._write(f"{phase}: {spent:.0f} s so far")
+            return
+        left = f"about {spent * (total - done) / done:.0f} s left" if done and spent else "time left unknown"
+        self._write(
+            f"{phase}: {documents} documents, {done / 1e6:.1f} of {total / 1e6:.1f} MB "
+            f"({100 * done / total if total else 100:.0f} %), {left}"
+        )

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from megamask.data.byte_level_bpe import build, letter_of_byte
 from megamask.data.tokenizer import CorpusTokenizer, SpecialTokens
+from megamask.data.train_bpe import words_to_learn_from
 from megamask.errors import DataIntegrityError, ExitCode, UsageError
 from megamask.storage.hashing import hash_of, sha256_bytes
 
@@ -82,6 +83,32 @@ def test_training_gives_the_same_bytes_in_another_process() -> None:
             [sys.executable, "-c", program], input=texts, env=environment, capture_output=True, text=True, check=True
         )
         assert done.stdout == TOKENIZER.digest
+
+
+@pytest.mark.promise("one very long word does not stop the training of a tokenizer")
+def test_very_long_word_is_learned_from_in_pieces() -> None:
+    """The trainer never sees a longer word: its time grows with the square of the length (300,000: minutes)."""
+    texts = [*TEXTS, "x" * 300_000, "日本語" * 20_000]
+    words = [word for text in texts for word, _ in words_to_learn_from().pre_tokenize_str(text)]
+    assert max(map(len, words)) == 4096
+    tokenizer = CorpusTokenizer.train(texts, vocab_size=300, special=SPECIAL)
+    assert json.loads(tokenizer.files()["tokenizer.json"])["pre_tokenizer"]["type"] == "ByteLevel"
+    assert tokenizer.decode(tokenizer.encode(texts[2])) == texts[2]
+
+
+def test_words_of_ordinary_length_are_learned_from_as_they_are() -> None:
+    whole: Any = tokenizers.Tokenizer(tokenizers.models.BPE())
+    whole.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=597,
+        min_frequency=2,
+        show_progress=False,
+        initial_alphabet=sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()),
+    )
+    texts = [*TEXTS, "ab" * 2048, "aba" * 1000]
+    whole.train_from_iterator(iter(texts), trainer=trainer)
+    trained = CorpusTokenizer.train(texts, vocab_size=600, special=SPECIAL)
+    assert json.loads(trained.files()["tokenizer.json"])["model"] == json.loads(whole.to_str())["model"]
 
 
 def test_training_on_little_text_records_the_true_size() -> None:

@@ -3,6 +3,9 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import random
+import signal
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,7 +16,8 @@ import yaml
 
 from megamask.data.manifest import Manifest
 from megamask_pipelines.cli import prepare
-from megamask_pipelines.corpus import prepare_corpus, progress_display
+from megamask_pipelines.corpus import ProgressLines, prepare_corpus, progress_display
+from support.command import environment
 from support.texts import corpus_config, write_inputs
 
 CONTRACT = {"corpus_id", "documents", "tokens", "sequences", "shards", "bytes"}
@@ -43,10 +47,58 @@ def test_shards_of_a_prepared_corpus_are_plain_webdatasets(tmp_path: Path) -> No
     assert keys == [f"{number:06d}" for number in range(manifest.split("train").num_blocks)]
 
 
-def test_progress_is_silent_when_stderr_is_no_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_short_preparation_prints_no_progress_when_stderr_is_no_terminal(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     prepare_corpus(corpus_config(write_inputs(tmp_path / "inputs"), tmp_path / "corpus"))
     captured = capsys.readouterr()
     assert (captured.out, captured.err) == ("", "")
+
+
+@pytest.mark.promise("prepare without a terminal prints a line every 10 s: documents, bytes, time left")
+def test_progress_without_a_terminal_is_a_line_every_10_seconds() -> None:
+    lines: list[str] = []
+    now = 100.0
+    progress = ProgressLines(lines.append, clock=lambda: now)
+    for second in range(41):
+        now = 100.0 + second
+        progress("encoding", 2 * second, second * 1_000_000, 80_000_000)
+    assert len(lines) == 4
+    assert lines[1] == "encoding: 40 documents, 20.0 of 80.0 MB (25 %), about 60 s left"
+    progress("training the tokenizer", 0, 0, None)
+    now += 12
+    progress("training the tokenizer", 0, 0, None)
+    assert lines[4:] == ["training the tokenizer: 12 s so far"]
+
+
+@pytest.mark.multiprocess
+@pytest.mark.promise("Ctrl-C ends prepare, also while the tokenizer is being trained (130)")
+def test_interrupt_ends_a_preparation_that_trains_its_tokenizer(tmp_path: Path) -> None:
+    letters = random.Random(1).choices("abcdefghijklmnop", k=1_500_000)  # merges of it take minutes
+    (tmp_path / "a.txt").write_text("".join(letters))
+    section = {"inputs": [str(tmp_path / "a.txt")], "output_dir": str(tmp_path / "corpus"), "sequence_length": 16}
+    section |= {"validation_fraction": 0.0, "tokenizer": {"vocab_size": 100_000}}
+    (tmp_path / "corpus.yaml").write_text(yaml.safe_dump({"corpus": section}))
+    program = (
+        "import sys\n"
+        "from megamask_pipelines import corpus\n"
+        "from megamask_pipelines.cli.main import main\n"
+        "corpus.ProgressLines.__init__.__kwdefaults__['every_s'] = 0\n"
+        f"sys.argv = ['megamask', 'prepare', {str(tmp_path / 'corpus.yaml')!r}]\n"
+        "sys.exit(main())\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.PIPE, text=True, env=environment())
+    assert process.stderr is not None
+    while "training the tokenizer" not in (line := process.stderr.readline()):
+        assert line, "it ended before it trained"
+    process.send_signal(signal.SIGINT)
+    try:
+        _, stderr = process.communicate(timeout=20)
+    finally:
+        process.kill()
+    assert process.returncode == 130, stderr
+    assert "Traceback" not in stderr
+    assert not (tmp_path / "corpus").exists()
 
 
 def test_progress_names_each_phase_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -58,8 +110,9 @@ def test_progress_names_each_phase_on_a_terminal(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(sys, "stderr", terminal)
     monkeypatch.setenv("TERM", "xterm")
     with progress_display() as progress:
-        progress("reading the inputs", 0, 10)
-        progress("encoding", 10, 10)
+        progress("reading the inputs", 0, 0, 10)
+        progress("training the tokenizer", 0, 0, None)
+        progress("encoding", 3, 10, 10)
     assert "reading the inputs" in terminal.getvalue()
     assert "encoding" in terminal.getvalue()
 

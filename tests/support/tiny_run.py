@@ -54,7 +54,7 @@ def write_corpus(folder: Path, *, words: Sequence[str] = WORDS, sequence_length:
         rows_per_block=4,
         tokenizer=TokenizerConfig(vocab_size=270),
     )
-    build(config, lambda phase, done, total: None)
+    build(config)
     return folder / "corpus"
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -24,6 +24,7 @@ import numpy.typing as npt
 import tokenizers
 
 from megamask.data.byte_level_bpe import ByteLevelBpe, build, refuse
+from megamask.data.train_bpe import train_byte_level_bpe
 from megamask.errors import DataIntegrityError, UsageError
 from megamask.storage.durable import storage_errors, write_atomic
 from megamask.storage.hashing import canonical_json, hash_of, sha256_bytes
@@ -254,13 +255,21 @@ class CorpusTokenizer:
         return cls(_with_special(data, special, str(path)), special, name=str(path))
 
     @classmethod
-    def train(cls, texts: Iterable[str], *, vocab_size: int, special: SpecialTokens) -> CorpusTokenizer:
+    def train(
+        cls,
+        texts: Iterable[str],
+        *,
+        vocab_size: int,
+        special: SpecialTokens,
+        on_wait: Callable[[], None] = lambda: None,
+    ) -> CorpusTokenizer:
         """Trains a byte-level BPE; the same texts in the same order give the same bytes.
 
         Args:
             texts: what to learn merges from.
             vocab_size: entries wanted, special tokens included; a small text may yield fewer.
             special: take the last three ids.
+            on_wait: called about once a second while the merges are being learned.
 
         Raises:
             UsageError: vocab_size is below 259, the bytes and the special tokens.
@@ -271,18 +280,9 @@ class CorpusTokenizer:
                 f"corpus.tokenizer.vocab_size is {vocab_size}; allowed: >= {_BYTES + _NUM_SPECIAL}, the 256 bytes and "
                 "three special tokens. Nothing was written."
             )
-        model: Any = tokenizers.Tokenizer(tokenizers.models.BPE())
-        model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-        model.decoder = tokenizers.decoders.ByteLevel()
-        trainer = tokenizers.trainers.BpeTrainer(
-            vocab_size=vocab_size - _NUM_SPECIAL,
-            min_frequency=2,
-            show_progress=False,
-            initial_alphabet=sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()),
-        )
-        model.train_from_iterator(iter(texts), trainer=trainer)
         name = "the trained tokenizer"
-        return cls(_with_special(json.loads(model.to_str()), special, name), special, name=name)
+        data = json.loads(train_byte_level_bpe(texts, vocab_size - _NUM_SPECIAL, on_wait=on_wait))
+        return cls(_with_special(data, special, name), special, name=name)
 
 
 def verify_files(folder: Path, digest: str) -> None:

@@ -228,10 +228,15 @@ def test_vocabulary_above_16_bits_is_stored_in_32(tmp_path: Path) -> None:
 def test_progress_ends_at_the_whole_of_every_phase(tmp_path: Path) -> None:
     inputs = write_inputs(tmp_path / "inputs")
     seen: dict[str, list[tuple[int, int]]] = {}
-    build(
-        corpus_config(inputs, tmp_path / "corpus"),
-        lambda phase, done, total: seen.setdefault(phase, []).append((done, total)),
-    )
+    documents: dict[str, int] = {}
+
+    def note(phase: str, num_documents: int, done: int, total: int | None) -> None:
+        assert total is not None
+        seen.setdefault(phase, []).append((done, total))
+        documents[phase] = num_documents
+
+    report = build(corpus_config(inputs, tmp_path / "corpus"), note)
+    assert 0 < documents["reading text for the tokenizer"] < documents["encoding"] < report.documents + 1
     assert list(seen) == ["reading the inputs", "reading text for the tokenizer", "encoding"]
     for steps in seen.values():
         assert steps[0][0] == 0
@@ -352,7 +357,7 @@ def test_input_that_cannot_be_used_is_refused_and_leaves_nothing(
 def test_input_that_changes_meanwhile_is_refused_and_leaves_nothing(tmp_path: Path) -> None:
     inputs = write_inputs(tmp_path / "inputs")
 
-    def meddle(phase: str, done: int, total: int) -> None:
+    def meddle(phase: str, _documents: int, done: int, total: int | None) -> None:
         if phase == "encoding" and done == 0:
             (tmp_path / "inputs" / "11.txt").write_text("changed")
 
@@ -364,7 +369,7 @@ def test_input_that_changes_meanwhile_is_refused_and_leaves_nothing(tmp_path: Pa
 def test_input_that_changes_between_its_documents_is_refused(tmp_path: Path) -> None:
     inputs = write_inputs(tmp_path / "inputs")
 
-    def meddle(phase: str, done: int, total: int) -> None:
+    def meddle(phase: str, _documents: int, done: int, total: int | None) -> None:
         if phase == "encoding" and done == 0:
             with (tmp_path / "inputs" / "lines.jsonl").open("a") as file:
                 file.write("\n")
@@ -429,7 +434,7 @@ folder, action, place = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
 if action == "limit":
     resource.setrlimit(resource.RLIMIT_FSIZE, (place, place))
 calls = 0
-def watch(phase, done, total):
+def watch(*_):
     global calls
     calls += 1
     if action == "kill" and calls == place:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter as Tally
-from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -13,7 +12,7 @@ import numpy.typing as npt
 from megamask.config.schema.corpus import CorpusConfig
 from megamask.data.corpus.inputs import InputFile
 from megamask.data.corpus.pack import RowPacker, token_dtype
-from megamask.data.corpus.scan import ScannedCorpus
+from megamask.data.corpus.scan import Counter, ScannedCorpus
 from megamask.data.corpus.shard import ShardWriter
 from megamask.data.corpus.splits import TRAIN, VALIDATION
 from megamask.data.manifest import SplitEntry
@@ -62,7 +61,7 @@ class Encoder:
             for name in names
         }
 
-    def write(self, count: Callable[[int], None]) -> None:
+    def write(self, count: Counter) -> None:
         """Reads, encodes, packs and writes all documents.
 
         Raises:
@@ -82,6 +81,7 @@ class Encoder:
                 if seen[kind] <= _PARITY_FIRST or seen[kind].bit_count() == 1:
                     self._tokenizer.check_text(text[:_PARITY_CHARACTERS])
                 tokens = self._encode(text, file)
+                count.document()
                 documents.tokens.append(len(tokens))
                 split = documents.split_of(number)
                 for block in self._packers[split].add(number, tokens):

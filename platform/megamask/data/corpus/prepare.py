@@ -78,12 +78,12 @@ class PrepareReport:
         )
 
 
-def build(config: CorpusConfig, progress: Progress = lambda phase, done, total: None) -> PrepareReport:
+def build(config: CorpusConfig, progress: Progress = lambda *_: None) -> PrepareReport:
     """Prepares a corpus, or finds the same one already there.
 
     Args:
         config: what to make of which inputs.
-        progress: told (phase, bytes done, bytes in all).
+        progress: told (phase, documents done, bytes done, bytes in all or None).
 
     Raises:
         UsageError: the config cannot be done, or the output folder holds something else; nothing was touched.
@@ -267,4 +267,5 @@ def _tokenizer(job: _Job) -> CorpusTokenizer:
         job.scanned.training_texts(asked.training_bytes, job.progress),
         vocab_size=asked.vocab_size or 0,
         special=_special_tokens(asked),
+        on_wait=lambda: job.progress("training the tokenizer", 0, 0, None),
     )

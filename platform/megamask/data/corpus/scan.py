@@ -12,8 +12,8 @@ from megamask.data.corpus.read_input import InputReader, reading
 from megamask.data.corpus.splits import TRAIN, choose_validation
 from megamask.errors import DataIntegrityError, UsageError
 
-# (phase, bytes done, bytes in all); for a person to watch, without influence on the result.
-Progress = Callable[[str, int, int], None]
+# (phase, documents done, bytes done, bytes in all or None); for a person to watch, without influence on the result.
+Progress = Callable[[str, int, int, int | None], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +51,7 @@ class TextNotes:
 
 
 class Counter:
-    """Adds up the bytes of a phase for a progress display.
+    """Adds up the documents and bytes of a phase for a progress display.
 
     Args:
         progress: the display.
@@ -64,12 +64,17 @@ class Counter:
         self._phase = phase
         self._total = total
         self._done = 0
-        progress(phase, 0, total)
+        self._documents = 0
+        progress(phase, 0, 0, total)
 
     def __call__(self, count: int) -> None:
-        """Notes `count` more bytes."""
+        """Note `count` more bytes."""
         self._done += count
-        self._progress(self._phase, self._done, self._total)
+        self._progress(self._phase, self._documents, self._done, self._total)
+
+    def document(self) -> None:
+        """Note one more document; shown with the next bytes."""
+        self._documents += 1
 
 
 class ScannedCorpus:
@@ -127,6 +132,7 @@ class ScannedCorpus:
                 continue
             size = documents.text_bytes[number]
             yield text if size <= left else text.encode()[:left].decode(errors="ignore")
+            count.document()
             count(min(size, left))
             left -= size
             if left <= 0:
@@ -159,6 +165,7 @@ def scan(files: list[InputFile], *, jsonl_text_key: str, validation_fraction: st
         first = len(documents)
         for document in reader.documents():
             notes.add(document.text)
+            count.document()
             documents.append(
                 input_index=place, offset=document.offset, num_bytes=document.bytes, text=document.text.encode()
             )
