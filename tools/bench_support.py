@@ -16,6 +16,9 @@ cases to `alternate`, takes `ratio` of what comes back, puts rows into a `Report
 from __future__ import annotations
 
 import argparse
+import contextlib
+import ctypes
+import gc
 import json
 import os
 import platform
@@ -97,6 +100,25 @@ def ratio(values: Sequence[float], reference: Sequence[float]) -> Spread:
     if len(values) != len(reference):
         raise ValueError(f"{len(values)} numbers beside {len(reference)} of the reference")
     return spread([value / other for value, other in zip(values, reference, strict=True)])
+
+
+def peak_memory_mib(case: Callable[[], None]) -> float | None:
+    """Resident memory that a call needs beyond what the process holds; None where the system does not provide it."""
+    gc.collect()
+    with contextlib.suppress(AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)  # else freed memory that the process still holds would hide the call's
+    try:
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # forgets the peak so far
+    except OSError:
+        return None
+    before = _status("VmRSS")
+    case()
+    return round((_status("VmHWM") - before) / 1024, 1)
+
+
+def _status(key: str) -> int:
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    return int(next(line for line in lines if line.startswith(key)).split()[1])
 
 
 def environment() -> dict[str, Any]:

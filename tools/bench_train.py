@@ -6,7 +6,6 @@ Sections (`--only`, several with commas; all by default):
     plain   a step of the engine beside a plain loop at equal shape: the reference network, torch's AdamW, the same
             batches and masks, the same masked-row loss
     views   the complementary pair beside two independent views and one view, by time for each scored token
-    head    the masked-row head beside the head over every position, by time and by peak memory
     run     whole runs of `megamask train`: how long a step waits for data, for its journal line, for a checkpoint
 
 Everything is measured in turns on one process; ratios are of measurements that followed one another.
@@ -15,13 +14,9 @@ Everything is measured in turns on one process; ratios are of measurements that 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import ctypes
 import dataclasses
-import gc
 import time
 from collections.abc import Callable
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -46,7 +41,7 @@ SEED = 1
 OPTIMIZER = OptimizerConfig(learning_rate=1e-3)
 # CPU time leaves out what other programs take; on one thread without waiting it is the time that the work needs
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
-SECTIONS = ("plain", "views", "head", "run")
+SECTIONS = ("plain", "views", "run")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -293,49 +288,6 @@ def compare_views(report: Report, shape: Shape, arguments: argparse.Namespace) -
         case.engine.close()
 
 
-def compare_heads(report: Report, shape: Shape, arguments: argparse.Namespace) -> None:
-    """Section `head`: forward and backward pass of the head alone, on hidden states of one micro-batch of pairs."""
-    stage = EngineCase(shape, compute="fp32").engine._rank_model
-    num_rows, length = 2 * shape.micro_batch_size, shape.sequence_length
-    hidden = torch.randn(length, num_rows, shape.hidden_size, requires_grad=True)
-    x_0 = torch.randint(0, shape.vocab_size - 3, (num_rows, length))
-    everything = torch.arange(num_rows * length)
-
-    def score(indices: torch.Tensor) -> Callable[[], None]:
-        def run() -> None:
-            stage.head.score(stage.network, hidden, x_0, indices)[0].sum().backward()
-
-        return run
-
-    cases = {"masked rows": score(everything[::2]), "every position": score(everything)}
-    seconds = alternate({name: timed(case, arguments.clock) for name, case in cases.items()}, blocks=arguments.blocks)
-    table = report.table("The head alone", ["case", "rows", "s", "time to masked rows", "peak memory, MiB"])
-    for name, case in cases.items():
-        rows = num_rows * length // (2 if name == "masked rows" else 1)
-        peak = peak_memory_mib(case)
-        table.add(name, rows, spread(seconds[name]), ratio(seconds[name], seconds["masked rows"]), peak)
-    report.keep("head", seconds)
-
-
-def peak_memory_mib(case: Callable[[], None]) -> float | None:
-    """Resident memory that a call needs beyond what the process holds; None where the kernel does not tell."""
-    gc.collect()
-    with contextlib.suppress(AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)  # else freed memory that the process still holds would hide the call's
-    try:
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # forgets the peak so far
-    except OSError:
-        return None
-    before = _status("VmRSS")
-    case()
-    return round((_status("VmHWM") - before) / 1024, 1)
-
-
-def _status(key: str) -> int:
-    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-    return int(next(line for line in lines if line.startswith(key)).split()[1])
-
-
 def main() -> int:
     """Runs the chosen sections."""
     parser = benchmark_parser(__doc__)
@@ -355,7 +307,7 @@ def main() -> int:
     shape, report = SHAPES[arguments.shape], Report("bench_train", "Training's speed", arguments)
     report.keep("shape", dataclasses.asdict(shape))
     init_process_group(select_backend())
-    sections = {"plain": compare_with_plain, "views": compare_views, "head": compare_heads}
+    sections = {"plain": compare_with_plain, "views": compare_views}
     for name in arguments.only.split(","):
         if name in sections:
             sections[name](report, shape, arguments)

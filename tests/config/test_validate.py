@@ -105,8 +105,7 @@ REFUSED_RAMPS = [
         ("layout.data_parallel_size=8",),
         ("training.steps=1", "optimizer.warmup_steps=10", "optimizer.decay_steps=100"),
         ("training.stop_after_step=20",),
-        ("training.head_capacity=128",),
-        ("training.head_capacity=64", "objective.complementary=false"),
+        ("training.head_chunk_rows=1",),
         ("model.head_dim=10",),
         ("optimizer.min_learning_rate=3e-3", "optimizer.decay_steps=5"),
         ("optimizer.lr_schedule=constant", "optimizer.warmup_steps=5"),
@@ -188,8 +187,6 @@ REFUSED = [
         "optimizer.min_learning_rate is 0.01, but optimizer.learning_rate is 0.003",
     ),
     (("optimizer.min_learning_rate=1e-4",), "optimizer.decay_steps is 0, so that the rate never falls"),
-    (("training.head_capacity=129",), "training.head_capacity is 129, but a sample has training.sequence_length = 128"),
-    (("training.head_capacity=127",), "objective.complementary scores every token of a full row"),
     (("preview.every_steps=2", "preview.prompts=[]"), "preview.prompts is [], so there is nothing to continue"),
     (
         ("preview.every_steps=2", "preview.num_tokens=129"),

@@ -9,11 +9,10 @@ import torch.distributed as dist
 EXCLUDED = [3, 8, 9]
 
 
-def scored(logits, targets, is_excluded, first_id=0):
-    from megamask.engine.cross_entropy import sharded_cross_entropy
+def softmax_of(logits, targets, is_excluded, first_id=0):
+    from megamask.engine.cross_entropy import ShardedSoftmax
 
-    # times 1: the function may use its input's memory up, a leaf's it may not
-    return sharded_cross_entropy(logits * 1, targets, is_excluded, first_id, dist.group.WORLD)
+    return ShardedSoftmax(logits.clone(), targets, is_excluded, first_id, dist.group.WORLD)  # its memory is used up
 
 
 @pytest.fixture
@@ -23,41 +22,40 @@ def rows():
     logits[1] -= 300.0
     is_excluded = torch.zeros(10, dtype=torch.bool)
     is_excluded[EXCLUDED] = True
-    return logits.requires_grad_(), torch.tensor([0, 1, 2, 4, 5, 6, 7]), is_excluded
+    return logits, torch.tensor([0, 1, 2, 4, 5, 6, 7]), is_excluded
 
 
 @pytest.mark.promise("cross entropy and its gradient equal log-softmax, in float32 also for bf16 logits")
 def test_values_and_gradients_are_those_of_log_softmax_in_float64(job, rows):
     logits, targets, is_excluded = rows
-    cross_entropy, log_normalizer = scored(logits, targets, is_excluded)
-    (cross_entropy.sum() + (0.1 * log_normalizer**2).sum()).backward()
+    softmax = softmax_of(logits, targets, is_excluded)
+    gradient = softmax.logit_gradient(torch.ones(7), 0.2 * softmax.log_normalizer)
 
-    wide = logits.detach().double().requires_grad_()
+    wide = logits.double().requires_grad_()
     expected = wide.masked_fill(is_excluded, float("-inf"))
     entropy = torch.nn.functional.cross_entropy(expected, targets, reduction="none")
     normalizer = expected.logsumexp(dim=1)
     (entropy.sum() + (0.1 * normalizer**2).sum()).backward()
 
-    torch.testing.assert_close(cross_entropy.double(), entropy, rtol=1e-5, atol=1e-4)
-    torch.testing.assert_close(log_normalizer.double(), normalizer, rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(logits.grad.double(), wide.grad, rtol=1e-4, atol=1e-5)
-    assert not logits.grad[:, EXCLUDED].any()
+    torch.testing.assert_close(softmax.cross_entropy.double(), entropy, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(softmax.log_normalizer.double(), normalizer, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(gradient.double(), wide.grad, rtol=1e-4, atol=1e-5)
+    assert not gradient[:, EXCLUDED].any()
 
 
 def test_columns_are_numbered_from_the_shards_first_id(job, rows):
     logits, targets, is_excluded = rows
-    here, _ = scored(logits, targets, is_excluded)
-    there, _ = scored(logits, targets + 1000, is_excluded, first_id=1000)
-    assert torch.equal(here, there)
+    here = softmax_of(logits, targets, is_excluded)
+    there = softmax_of(logits, targets + 1000, is_excluded, first_id=1000)
+    assert torch.equal(here.cross_entropy, there.cross_entropy)
 
 
 @pytest.mark.promise("cross entropy and its gradient equal log-softmax, in float32 also for bf16 logits")
 def test_bfloat16_logits_are_scored_in_float32(job, rows):
     logits, targets, is_excluded = rows
-    rounded = logits.detach().bfloat16().requires_grad_()
-    cross_entropy, log_normalizer = scored(rounded, targets, is_excluded)
-    expected = scored(rounded.detach().float(), targets, is_excluded)
-    assert cross_entropy.dtype == log_normalizer.dtype == torch.float32
-    assert torch.equal(cross_entropy, expected[0]) and torch.equal(log_normalizer, expected[1])
-    cross_entropy.sum().backward()
-    assert rounded.grad.dtype == torch.bfloat16
+    rounded = logits.bfloat16()
+    softmax, expected = (softmax_of(given, targets, is_excluded) for given in (rounded, rounded.float()))
+    assert softmax.cross_entropy.dtype == softmax.log_normalizer.dtype == torch.float32
+    assert torch.equal(softmax.cross_entropy, expected.cross_entropy)
+    assert torch.equal(softmax.log_normalizer, expected.log_normalizer)
+    assert softmax.logit_gradient(torch.ones(7), torch.zeros(7)).dtype == torch.bfloat16

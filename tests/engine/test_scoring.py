@@ -11,7 +11,7 @@ from support.engine_cases import OPTIONS, PLAIN
 @pytest.mark.parametrize("goal", [cases.objective(), cases.objective(complementary=False, mask_logit="included")])
 def test_row_sums_equal_the_reference_networks(build, spec, goal):
     """Five rows in passes of two or four: the last pass is filled up."""
-    engine = build(spec, goal=goal, micro_batch_size=2, head_capacity=3)
+    engine = build(spec, goal=goal, micro_batch_size=2, head_chunk_rows=24)
     x_t, x_0, is_masked = cases.probe_rows(5, spec)
     sums = cases.masked_scores(engine, x_t, x_0, is_masked)
     with torch.no_grad():

@@ -6,7 +6,6 @@ import math
 import pytest
 import torch
 
-from megamask.errors import UsageError
 from support import engine_cases as cases
 from support.engine_cases import OPTIONS, PLAIN
 
@@ -145,24 +144,6 @@ def test_nothing_is_updated_when_the_loss_is_not_finite(build, poison):
     assert not (math.isfinite(report.loss) and math.isfinite(report.grad_norm))
     assert engine.parameter_digest() == before
     assert engine._optimizer.num_updates == updates == 1
-
-
-def test_head_capacity_changes_nothing_when_it_suffices(build):
-    wanted = cases.report_fields(cases.take_step(build(), 1))
-    enough = cases.SEQUENCE_LENGTH - 1  # every row of step 1 is either shorter or masks fewer in the pair
-    goal = cases.objective(complementary=False)
-    single = cases.report_fields(cases.take_step(build(goal=goal), 1))
-    assert cases.take_step(build(goal=goal, head_capacity=enough), 1).loss == pytest.approx(single["loss"], rel=1e-6)
-    assert cases.take_step(build(head_capacity=10 * cases.SEQUENCE_LENGTH), 1).loss == wanted["loss"]
-
-
-@pytest.mark.promise("a head capacity that is too small is refused; no position is dropped")
-def test_head_capacity_is_refused_when_masks_do_not_fit_and_nothing_is_updated(build):
-    engine = build(head_capacity=20)
-    before = engine.parameter_digest()
-    with pytest.raises(UsageError, match=r"training\.head_capacity is 20 rows per sample.*32 scored.*at least 32"):
-        cases.take_step(engine, 1)
-    assert engine.parameter_digest() == before
 
 
 NORMS, BIASES, EMBEDDINGS = "weight_decay_on_norms", "weight_decay_on_biases", "weight_decay_on_embeddings"

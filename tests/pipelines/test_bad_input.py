@@ -124,7 +124,7 @@ def test_explaining_an_unknown_key_names_the_nearest(refuse: Refuse) -> None:
         ("model.num_query_groups=3", ("model.num_query_groups is 3", "num_attention_heads is 4", "1, 2, 4")),
         ("data.corpora.more=x", ("data.corpora", "2 entries", "exactly one")),
         ("data.corpora.main=null", ("does not set data.corpora",)),
-        ("training.head_capacity=65", ("training.head_capacity is 65", "1 to 64")),
+        ("training.head_chunk_rows=0", ("training.head_chunk_rows is 0", ">= 1")),
     ],
 )
 def test_value_that_a_run_cannot_have_is_refused(

@@ -97,7 +97,7 @@ class Engine:
             objective=objective,
         )
         self._settings = StepSettings(
-            micro_batch_size=training.micro_batch_size, head_capacity=training.head_capacity, seed=seed
+            micro_batch_size=training.micro_batch_size, head_chunk_rows=training.head_chunk_rows, seed=seed
         )
         # forward-only passes have the shape of training's, so that a layout that can train can score
         self._rows_per_pass = training.micro_batch_size * objective.shape(training.sequence_length).num_views
@@ -137,9 +137,6 @@ class Engine:
         Args:
             step: 1-based number of the step, which the noise law asks for.
             learning_rate: of this step.
-
-        Raises:
-            UsageError: a micro-batch scores more positions than training.head_capacity, on every rank alike.
         """
         rank_model, optimizer = self._rank_model, self._optimizer
         began = time.perf_counter()
@@ -176,7 +173,12 @@ class Engine:
 
         Returns: float64 [r] on the CPU, nats, the same on all ranks of this data-parallel coordinate.
         """
-        return scoring.score(self._rank_model, rows, rows_per_pass=self._rows_per_pass)
+        return scoring.score(
+            self._rank_model,
+            rows,
+            rows_per_pass=self._rows_per_pass,
+            chunk_rows=self._settings.head_chunk_rows,
+        )
 
     def predict(self, reading: Reading, draw: Draw) -> Prediction:
         """A token for each position read, row by row; forward only, training is not touched.

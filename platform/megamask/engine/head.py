@@ -1,17 +1,31 @@
-"""The head: logits only at the positions that are scored.
+"""The head: logits, cross entropy and their gradients at the scored positions only, chunk by chunk.
 
-Shapes: r rows, i input positions, h hidden, m scored positions (fixed), v padded vocabulary, tp ranks.
+Each chunk of `training.head_chunk_rows` rows is finished before the next one begins: its logits, its softmax, its share
+of the loss and the gradients that follow from it. Logits of a micro-batch never exist together, the backward pass
+computes no matrix product twice, and chunks without a scored row are not computed.
+
+Shapes: r rows, i input positions, h hidden, m rows of the head (selection.py), c rows of a chunk, v padded vocabulary,
+tp ranks.
 """
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Callable, Iterator
+from typing import Any
 
-from megamask.engine.cross_entropy import sharded_cross_entropy
+import torch
+import torch.distributed as dist
+
+from megamask.engine.cross_entropy import ShardedSoftmax
 from megamask.engine.mesh import Mesh, ProcessGroups
 from megamask.engine.network import DiffusionNetwork
+from megamask.engine.selection import ScoredRows
 from megamask.models.vocabulary import Vocabulary
 from megamask.objectives.base import is_excluded
+from megamask.objectives.terms import Scores
+
+Share = Callable[[Scores], torch.Tensor]
+"""Scores of some positions -> their share of the loss, a scalar with gradients; shares of disjoint positions add up."""
 
 
 class ScoredRowHead:
@@ -31,7 +45,7 @@ class ScoredRowHead:
         device: torch.device,
     ) -> None:
         shard = vocabulary.padded_vocab_size // mesh.tensor_parallel_size
-        self._group = groups.tensor
+        self.group = groups.tensor
         self.first_id = mesh.tensor_parallel_rank * shard
         self._ids = torch.arange(self.first_id, self.first_id + shard, device=device)
         self._vocabulary = vocabulary
@@ -41,28 +55,148 @@ class ScoredRowHead:
         """Bool [v/tp]: columns of this rank that take no part in a softmax without these ids."""
         return is_excluded(self._ids, self._vocabulary, excluded_ids)
 
-    def score(
-        self, network: DiffusionNetwork, hidden: torch.Tensor, targets: torch.Tensor, indices: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cross entropy of the targets at the chosen positions, and log Z of the softmax there, in nats.
+    def loss(
+        self, network: DiffusionNetwork, hidden: torch.Tensor, scored: ScoredRows, share: Share
+    ) -> tuple[torch.Tensor, Scores]:
+        """Share of the loss, a scalar with gradients of the hidden states and of the output layer, and the scores.
 
-        Shapes: hidden [i, r, h]; targets [r, i]; indices [m] into the flattened r*i positions; returns float32 [m]
-        twice.
+        All tensor-parallel ranks call this together, with the same rows. Shapes: hidden [i, r, h].
         """
-        return sharded_cross_entropy(
-            self.logits(network, hidden, indices),
-            targets.reshape(-1).index_select(0, indices),
-            self._is_excluded,
-            self.first_id,
-            self._group,
+        chunks = list[Scores]()
+        total: torch.Tensor = _ChunkedLoss.apply(  # type: ignore[no-untyped-call]
+            hidden, network.output_weight(), self, scored, share, chunks
         )
+        return total, _joined(chunks)
+
+    @torch.no_grad()
+    def score(self, network: DiffusionNetwork, hidden: torch.Tensor, scored: ScoredRows) -> Scores:
+        """Scores of the rows, without gradients. Shapes: hidden [i, r, h]."""
+        return _joined([scores for _, _, scores, _ in self.chunks(hidden, network.output_weight(), scored)])
 
     def logits(self, network: DiffusionNetwork, hidden: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
         """Logits of this rank's slice of the vocabulary at the chosen positions, its padding columns included.
 
         Shapes: hidden [i, r, h]; indices [m] into the flattened r*i positions; returns [m, v/tp].
         """
-        sequence_length, num_rows = hidden.shape[:2]
-        # the network keeps the sequence first: place (row, position) of [r, i] is place (position, row) of [i, r]
-        in_sequence_order = indices % sequence_length * num_rows + indices // sequence_length
-        return network.project(hidden.reshape(-1, hidden.size(-1)).index_select(0, in_sequence_order))
+        return _rows_of(hidden, indices) @ network.output_weight().t()
+
+    def chunks(
+        self, hidden: torch.Tensor, weight: torch.Tensor, scored: ScoredRows
+    ) -> Iterator[tuple[slice, torch.Tensor, Scores, ShardedSoftmax]]:
+        """Place, hidden rows [c, h], scores and softmax of one chunk after the other."""
+        for chunk in scored.chunks():
+            rows = _rows_of(hidden, scored.indices[chunk])
+            softmax = ShardedSoftmax(
+                rows @ weight.t(), scored.targets[chunk], self._is_excluded, self.first_id, self.group
+            )
+            scores = Scores(
+                cross_entropy=softmax.cross_entropy,
+                log_normalizer=softmax.log_normalizer,
+                weight=scored.weight[chunk],
+                part=None if scored.part is None else scored.part[chunk],
+                is_used=scored.is_used[chunk],
+            )
+            yield chunk, rows, scores, softmax
+
+
+class _ChunkedLoss(torch.autograd.Function):
+    """Computes the gradients beside the loss, so that the backward pass only scales and distributes them."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        head: ScoredRowHead,
+        scored: ScoredRows,
+        share: Share,
+        found: list[Scores],
+    ) -> torch.Tensor:
+        of_rows = hidden.new_empty(len(scored.indices), hidden.size(-1))
+        of_weight: torch.Tensor | None = None
+        total = hidden.new_zeros((), dtype=torch.float32)
+        pending = list[Any]()
+        for chunk, rows, scores, softmax in head.chunks(hidden, weight, scored):
+            part, of_cross_entropy, of_log_normalizer = _differentiate(share, scores)
+            total += part
+            found.append(scores)
+            of_logits = softmax.logit_gradient(of_cross_entropy, of_log_normalizer)  # [c, v/tp]
+            torch.mm(of_logits, weight, out=of_rows[chunk])
+            if dist.get_world_size(head.group) > 1:  # each rank has its own columns; the next chunk need not wait
+                pending.append(dist.all_reduce(of_rows[chunk], group=head.group, async_op=True))
+            of_weight = _add_product(of_weight, of_logits, rows)
+        for work in pending:
+            work.wait()
+        ctx.weight, ctx.shape = weight, hidden.shape
+        ctx.save_for_backward(of_rows, of_weight, scored.indices)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, None, None, None, None]:
+        of_rows, of_weight, indices = ctx.saved_tensors
+        sequence_length, num_rows, width = ctx.shape
+        # The inverse permutation: each position reads its row of the head, so no order of sums is involved.
+        place = torch.full((sequence_length * num_rows,), len(indices), device=indices.device)
+        place[_in_sequence_order(indices, ctx.shape)] = torch.arange(len(indices), device=indices.device)
+        is_computed = (place < len(indices)).unsqueeze(-1)
+        of_hidden = of_rows.mul_(scale).index_select(0, place.clamp_(max=len(indices) - 1))
+        of_hidden = torch.where(is_computed, of_hidden, 0.0).view(sequence_length, num_rows, width)
+        weight = ctx.weight
+        if weight.dtype == torch.float32:
+            return of_hidden, of_weight.mul_(scale), None, None, None, None
+        if hasattr(weight, "main_grad"):  # the float32 sum stays float32
+            weight.main_grad.addcmul_(of_weight, scale)
+            return of_hidden, None, None, None, None, None
+        return of_hidden, of_weight.mul_(scale).to(weight.dtype), None, None, None, None
+
+
+def _differentiate(share: Share, scores: Scores) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Share of the loss, and its gradients by cross entropy and by log Z, float32 [c] each."""
+    with torch.enable_grad():
+        cross_entropy = scores.cross_entropy.detach().requires_grad_()
+        log_normalizer = scores.log_normalizer.detach().requires_grad_()
+        part = share(
+            Scores(
+                cross_entropy=cross_entropy,
+                log_normalizer=log_normalizer,
+                weight=scores.weight,
+                part=scores.part,
+                is_used=scores.is_used,
+            )
+        )
+        of_cross_entropy, of_log_normalizer = torch.autograd.grad(
+            part, (cross_entropy, log_normalizer), allow_unused=True, materialize_grads=True
+        )
+    return part.detach(), of_cross_entropy, of_log_normalizer
+
+
+def _add_product(total: torch.Tensor | None, of_logits: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """Float32 total + of_logits^T rows, [v/tp, h]."""
+    if of_logits.dtype != torch.float32:
+        product = (of_logits.t() @ rows).float()
+        return product if total is None else total.add_(product)
+    return of_logits.t() @ rows if total is None else total.addmm_(of_logits.t(), rows)
+
+
+def _rows_of(hidden: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+    """Hidden states at places of the flattened r*i positions. Shapes: [i, r, h], int64 [m] -> [m, h]."""
+    return hidden.reshape(-1, hidden.size(-1)).index_select(0, _in_sequence_order(indices, hidden.shape))
+
+
+def _in_sequence_order(indices: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+    """Places (position, row) of [i, r], in which the network keeps its states, for places (row, position) of [r, i]."""
+    sequence_length, num_rows = shape[:2]
+    return indices % sequence_length * num_rows + indices // sequence_length
+
+
+def _joined(chunks: list[Scores]) -> Scores:
+    first = chunks[0]
+    if len(chunks) == 1:
+        return first
+    return Scores(
+        cross_entropy=torch.cat([scores.cross_entropy for scores in chunks]),
+        log_normalizer=torch.cat([scores.log_normalizer for scores in chunks]),
+        weight=torch.cat([scores.weight for scores in chunks]),
+        part=None if first.part is None else torch.cat([s.part for s in chunks if s.part is not None]),
+        is_used=torch.cat([scores.is_used for scores in chunks]),
+    )

@@ -29,14 +29,6 @@ from megamask.models.spec import ModelSpec
 class DiffusionNetwork(GPTModel):  # type: ignore[misc]
     """One pipeline stage. The last stage returns hidden states, not logits: the head scores masked rows only."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        if self.post_process:
-            # The head gathers the sequence itself; each tensor-parallel rank then holds every row, so the gradient
-            # of the rows is a sum over the ranks' vocabulary shards.
-            self.output_layer.sequence_parallel = False
-            self.output_layer.allreduce_dgrad = self.config.tensor_model_parallel_size > 1
-
     def encode(self, inputs: torch.Tensor | None, context: Context = Context()) -> torch.Tensor:  # noqa: B008 - frozen
         """Run this stage on the rows of one micro-batch.
 
@@ -51,11 +43,11 @@ class DiffusionNetwork(GPTModel):  # type: ignore[misc]
         )
         return hidden
 
-    def project(self, rows: torch.Tensor) -> torch.Tensor:
-        """Logits of this rank's vocabulary shard. Shapes: rows [m, h] -> [m, padded vocabulary / tp]."""
-        weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
-        logits: torch.Tensor = self.output_layer(rows.unsqueeze(1), weight=weight)[0].squeeze(1)
-        return logits
+    def output_weight(self) -> torch.Tensor:
+        """Weight of the output layer, on the last stage; a tied embedding is its own. Shape: [vocabulary/tp, h]."""
+        if self.share_embeddings_and_output_weights:
+            return self.shared_embedding_or_output_weight()  # type: ignore[no-any-return]
+        return self.output_layer.weight  # type: ignore[no-any-return]
 
     def _postprocess(self, hidden_states: torch.Tensor, **unused: Any) -> torch.Tensor:
         if self.post_process and self.config.sequence_parallel:

@@ -16,14 +16,14 @@ from megamask.diffusion.sampling import Draw, Prediction, choose, score_slice
 from megamask.engine import passes
 from megamask.engine.network import DiffusionNetwork
 from megamask.engine.passes import PassInput, RankModel
-from megamask.engine.selection import select_rows
+from megamask.engine.selection import ScoredRows, scored_counts
 from megamask.objectives.base import Reading, Rows, filled_up, never_written
 
 _LOGIT_ROWS = 128  # rows of [.., v] float64 logits and noise at a time
 
 
 @torch.no_grad()
-def score(rank_model: RankModel, rows: Rows, *, rows_per_pass: int) -> torch.Tensor:
+def score(rank_model: RankModel, rows: Rows, *, rows_per_pass: int, chunk_rows: int) -> torch.Tensor:
     """Sum of weight * cross entropy over each row's scored positions; training's state is unchanged.
 
     All ranks of a data-parallel coordinate call this with the same rows; coordinates may have different ones.
@@ -36,13 +36,16 @@ def score(rank_model: RankModel, rows: Rows, *, rows_per_pass: int) -> torch.Ten
     # every pass has the same shape; nothing is scored in rows that fill it up
     rows = filled_up(rows.to(rank_model.backend.device), -num_rows % rows_per_pass)
     slices = _passes(len(rows.inputs), rows_per_pass)
+    num_scored = scored_counts(rows.is_scored, len(slices))
 
     def row_sums(network: DiffusionNetwork, hidden: torch.Tensor, number: int) -> torch.Tensor:
         part = rows.rows(slices[number])
-        indices, is_used = select_rows(part.is_scored, part.is_scored.numel())
-        cross_entropy, _ = rank_model.head.score(network, hidden, part.targets, indices)
+        scored = ScoredRows.of(
+            part, capacity=part.is_scored.numel(), num_scored=num_scored[number], chunk_rows=chunk_rows
+        )
+        scores = rank_model.head.score(network, hidden, scored)
         flat = torch.zeros(part.is_scored.numel(), dtype=torch.float64, device=hidden.device)
-        flat[indices] = torch.where(is_used, cross_entropy, 0.0).double()
+        flat[scored.indices] = torch.where(scores.is_used, scores.cross_entropy, 0.0).double()
         weighted = flat.reshape(part.is_scored.shape) * part.weight.to(torch.float64)
         return weighted.sum(dim=1)
 

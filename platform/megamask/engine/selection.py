@@ -1,18 +1,73 @@
-"""Which positions the head computes, in a shape that depends on the capacity alone."""
+"""Which positions the head computes, in shapes that depend on the config alone.
+
+Shapes: r rows, i input positions, m rows of the head.
+"""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from megamask.errors import UsageError
+from megamask.objectives.base import Rows
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoredRows:
+    """The head's rows of one micro-batch: the scored positions first and in order, then others that fill a chunk.
+
+    Args:
+        indices: int64 [m] places in the flattened r * i positions, each at most once.
+        is_used: bool [m], true for scored ones.
+        targets, weight, group, part: of the positions, as in Rows, [m].
+        chunk_rows: rows that the head computes at a time; the last chunk may be smaller.
+    """
+
+    indices: Tensor
+    is_used: Tensor
+    targets: Tensor
+    weight: Tensor
+    group: Tensor
+    part: Tensor | None
+    chunk_rows: int
+
+    @classmethod
+    def of(cls, rows: Rows, *, capacity: int, num_scored: int, chunk_rows: int) -> ScoredRows:
+        """Choose the rows of a micro-batch.
+
+        Args:
+            capacity: most positions that a micro-batch may score.
+            num_scored: scored positions of this one, alike on all tensor-parallel ranks.
+            chunk_rows: training.head_chunk_rows.
+        """
+        chunk_rows = min(chunk_rows, capacity)
+        num_chunks = max(1, -(-num_scored // chunk_rows))  # at least one: the network's backward pass needs a gradient
+        indices, is_used = select_rows(rows.is_scored, min(num_chunks * chunk_rows, capacity))
+
+        def chosen(values: Tensor) -> Tensor:
+            return values.reshape(-1).index_select(0, indices)
+
+        return cls(
+            indices=indices,
+            is_used=is_used,
+            targets=chosen(rows.targets),
+            weight=chosen(rows.weight),
+            group=chosen(rows.group),
+            part=None if rows.part is None else chosen(rows.part),
+            chunk_rows=chunk_rows,
+        )
+
+    def chunks(self) -> list[slice]:
+        """Places of the chunks in [m]."""
+        return [slice(first, first + self.chunk_rows) for first in range(0, len(self.indices), self.chunk_rows)]
 
 
 def select_rows(is_scored: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
-    """Chooses the positions that the head computes: the scored ones in order, then others as filling.
+    """Choose the positions that the head computes: the scored ones in order, then others as filling.
 
     The shapes depend on the capacity alone and nothing is copied to the host, so a GPU never waits for a count. More
-    scored positions than the capacity would be dropped without an error: the caller has checked the count.
+    scored positions than the capacity would be dropped without an error: the caller knows the count.
 
     Args:
         is_scored: bool [r, i].
@@ -38,22 +93,7 @@ def select_rows(is_scored: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
     return indices, torch.arange(capacity, device=flat.device) < num_scored
 
 
-def check_capacity(max_count: int, capacity: int, *, micro_batch_size: int) -> None:
-    """Refuses a micro-batch with more scored positions than the head computes; none may be dropped.
-
-    Args:
-        max_count: scored positions of the fullest micro-batch, over all ranks.
-        capacity: positions that the head computes for a micro-batch.
-
-    Raises:
-        UsageError: naming training.head_capacity and a value that would have been enough.
-    """
-    if max_count <= capacity:
-        return
-    enough = -(-max_count // micro_batch_size)
-    raise UsageError(
-        f"training.head_capacity is {capacity // micro_batch_size} rows per sample, but a micro-batch of "
-        f"{micro_batch_size} samples has {max_count} scored positions; this step needs at least {enough}. "
-        "The step was not taken.",
-        hint="raise training.head_capacity, or set it to null: then every batch fits",
-    )
+def scored_counts(is_scored: Tensor, num_micro_batches: int) -> list[int]:
+    """Scored positions of each micro-batch: one copy to the host, before any forward pass. Shapes: bool [n*r, i]."""
+    counts: list[int] = is_scored.reshape(num_micro_batches, -1).sum(dim=1).tolist()
+    return counts

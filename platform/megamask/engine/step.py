@@ -15,7 +15,7 @@ from megamask.engine import passes
 from megamask.engine.measures import BatchCounts, Losses, count_share, num_counts, num_sums, sum_scores
 from megamask.engine.network import DiffusionNetwork
 from megamask.engine.passes import PassInput, RankModel
-from megamask.engine.selection import check_capacity, select_rows
+from megamask.engine.selection import ScoredRows, scored_counts
 from megamask.objectives.base import Rows, Samples
 from megamask.objectives.shapes import ObjectiveShape
 from megamask.objectives.terms import Scores
@@ -61,12 +61,12 @@ class StepSettings:
 
     Args:
         micro_batch_size: samples of one forward pass.
-        head_capacity: positions per sample that the head computes; None means as many as the objective may score.
+        head_chunk_rows: positions that the head computes at a time.
         seed: run.seed, the key of the noise.
     """
 
     micro_batch_size: int
-    head_capacity: int | None
+    head_chunk_rows: int
     seed: int
 
 
@@ -98,20 +98,7 @@ class StepShare:
         rank_model, counts = self._rank_model, [0] * num_counts(self._rank_model.objective)
         if rank_model.mesh.is_metrics_rank and self._rows is not None:
             counts = count_share(self._batch, self._rows, rank_model.objective)
-        summed = rank_model.collectives.sum_integers(counts)
-        if self._settings.head_capacity is not None:
-            self._agree_on_capacity(self._settings.head_capacity)
-        return BatchCounts.from_sums(summed)
-
-    def _agree_on_capacity(self, head_capacity: int) -> None:
-        micro_batch_size, largest = self._settings.micro_batch_size, 0
-        if self._rows is not None:
-            largest = int(self._rows.is_scored.reshape(self._num_micro_batches, -1).sum(dim=1).max())
-        check_capacity(
-            self._rank_model.collectives.max_integer(largest),
-            head_capacity * micro_batch_size,
-            micro_batch_size=micro_batch_size,
-        )
+        return BatchCounts.from_sums(rank_model.collectives.sum_integers(counts))
 
     @property
     def _num_micro_batches(self) -> int:
@@ -134,20 +121,31 @@ class StepShare:
         Gradients in the buffers are of the loss: each micro-batch's share of a term was divided by that term's N.
         """
         rank_model, objective = self._rank_model, self._rank_model.objective
-        most = self._shape.scored_positions
-        capacity = min(self._settings.head_capacity or most, most) * self._settings.micro_batch_size
+        capacity = self._shape.scored_positions * self._settings.micro_batch_size
         normalizers = [term.normalizer(counts.of_terms) for term in objective.terms]
         slices, sums = self._micro_batches(), list[torch.Tensor]()
+        num_scored = list[int]()
+        if rank_model.mesh.is_last_stage and self._rows is not None:
+            num_scored = scored_counts(self._rows.is_scored, len(slices))
 
-        def loss_share(network: DiffusionNetwork, hidden: torch.Tensor, number: int) -> torch.Tensor:
-            assert self._rows is not None  # the last stage made them
-            scores, group = _score(rank_model, network, hidden, self._rows.rows(slices[number]), capacity)
-            sums.append(sum_scores(objective, scores, group))
+        def share(scores: Scores) -> torch.Tensor:
             shares = [
                 term.factor * term.share(scores) / count
                 for term, count in zip(objective.terms, normalizers, strict=True)
             ]
             return sum(shares[1:], start=shares[0])
+
+        def loss_share(network: DiffusionNetwork, hidden: torch.Tensor, number: int) -> torch.Tensor:
+            assert self._rows is not None  # the last stage made them
+            scored = ScoredRows.of(
+                self._rows.rows(slices[number]),
+                capacity=capacity,
+                num_scored=num_scored[number],
+                chunk_rows=self._settings.head_chunk_rows,
+            )
+            loss, scores = rank_model.head.loss(network, hidden, scored, share)
+            sums.append(sum_scores(objective, scores, scored.group))
+            return loss
 
         passes.train(
             rank_model,
@@ -159,23 +157,3 @@ class StepShare:
         if rank_model.mesh.is_metrics_rank:
             of_rank = torch.stack(sums).sum(dim=0)
         return Losses.from_sums(rank_model.collectives.sum_doubles(of_rank), counts, objective)
-
-
-def _score(
-    rank_model: RankModel, network: DiffusionNetwork, hidden: torch.Tensor, rows: Rows, capacity: int
-) -> tuple[Scores, torch.Tensor]:
-    """Scores and noise levels [m] of a micro-batch; hidden [i, r, h]."""
-    indices, is_used = select_rows(rows.is_scored, capacity)
-    cross_entropy, log_normalizer = rank_model.head.score(network, hidden, rows.targets, indices)
-
-    def chosen(values: torch.Tensor) -> torch.Tensor:
-        return values.reshape(-1).index_select(0, indices)
-
-    scores = Scores(
-        cross_entropy=cross_entropy,
-        log_normalizer=log_normalizer,
-        weight=chosen(rows.weight),
-        part=None if rows.part is None else chosen(rows.part),
-        is_used=is_used,
-    )
-    return scores, chosen(rows.group)

@@ -56,9 +56,10 @@ class TrainingConfig(Section):
         unit="samples",
     )
     sequence_length: int = identity("tokens of a row", minimum=1, unit="tokens")
-    head_capacity: int | None = operational(
-        "rows per sample that the output layer computes; null means sequence_length, which always suffices",
-        default=None,
+    head_chunk_rows: int = operational(
+        "rows that the output layer and the loss compute at a time; memory for logits grows with it, and chunks that "
+        "hold no scored token are skipped. It changes the order of sums, so the last bits of a loss",
+        default=1024,
         minimum=1,
         unit="rows",
     )
@@ -72,7 +73,7 @@ class TrainingConfig(Section):
         )
 
     def problems(self, config: TrainConfig) -> Iterator[Problem]:
-        """The length of a row, the ramp, the last step and the head's capacity."""
+        """The length of a row, the ramp and the last step."""
         yield from length_problems(
             "training.sequence_length",
             self.sequence_length,
@@ -89,27 +90,4 @@ class TrainingConfig(Section):
                 key="training.stop_after_step",
                 because=f"but training.steps is {self.steps}",
                 allowed=f"1 to {self.steps}, or null",
-            )
-        if self.head_capacity is not None:
-            yield from self._capacity_problems(self.head_capacity, config)
-
-    def _capacity_problems(self, capacity: int, config: TrainConfig) -> Iterator[Problem]:
-        length, objective = self.sequence_length, config.objective
-        if capacity > length:
-            yield Problem(
-                key="training.head_capacity",
-                because=f"but a sample has training.sequence_length = {length} tokens to score",
-                allowed=f"1 to {length}, or null",
-            )
-        if capacity < length - 1 and objective.name == "autoregressive":
-            yield Problem(
-                key="training.head_capacity",
-                because=f"but objective.name=autoregressive scores {length - 1} tokens of a full row",
-                allowed=f"{length - 1}, {length} or null",
-            )
-        if capacity < length and objective.has_meaning("complementary") and objective.complementary:
-            yield Problem(
-                key="training.head_capacity",
-                because=f"but objective.complementary scores every token of a full row, {length} of them, exactly once",
-                allowed=f"{length} or null; less only with objective.complementary=false",
             )
