@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from megamask.config.schema.objective import NAMES
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The verb's arguments."""
@@ -23,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--replicates", type=int, default=4, help="independent replicates, for the standard error (4)")
     parser.add_argument(
         "--objective",
-        choices=("masked", "autoregressive", "block"),
+        choices=NAMES,
         help="score as this objective; by default the model's own",
     )
     parser.add_argument(

@@ -102,7 +102,7 @@ def _kind(sample: Mapping[str, Any]) -> str:
 
 def render(result: Mapping[str, Any]) -> str:
     """A few lines a sample for a person."""
-    journal = {True: "as the journal says", None: "the journal has no line of this step"}[result["matches_journal"]]
+    journal = {True: "as in the journal", None: "the journal has no line of this step"}[result["matches_journal"]]
     lines = [
         f"step {result['step']}, seed {result['seed']}, {len(result['samples'])} samples, "
         f"content {result['content_digest']} ({journal})"

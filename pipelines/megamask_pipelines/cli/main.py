@@ -126,7 +126,7 @@ def _run_verb(name: str, arguments: list[str], answer: IO[str]) -> int:
     except OSError as error:
         if not getattr(verb, "ANSWER_IS_ON_DISK", False):
             raise
-        _print(f"the answer could not be written to stdout ({error.strerror}); what it says is on the disk", sys.stderr)
+        _print(f"the answer could not be written to stdout ({error.strerror}); its content is on the disk", sys.stderr)
     return int(result.get("exit_code") or ExitCode.DONE)
 
 
@@ -135,7 +135,7 @@ def _import_verb(name: str) -> Any:
         import difflib
 
         nearest = difflib.get_close_matches(name, VERBS, n=1, cutoff=0.5)
-        hint = f"did you mean {nearest[0]}?" if nearest else "`megamask --help` tells what each verb does"
+        hint = f"did you mean {nearest[0]}?" if nearest else "`megamask --help` describes each verb"
         raise UsageError(f"unknown verb {name!r}; allowed: {', '.join(VERBS)}. Nothing was started.", hint=hint)
     return importlib.import_module(f"megamask_pipelines.cli.{name.replace('-', '_')}")
 

@@ -13,7 +13,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", help="a run directory (its newest checkpoint) or a checkpoint folder")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--prompt", metavar="TEXT", help="text to continue; without it and --infill, text from nothing")
-    what.add_argument("--infill", metavar="TEXT", help="text in which each <|mask:N|> stands for N tokens to fill")
+    what.add_argument("--infill", metavar="TEXT", help="text in which each <|mask:N|> is N tokens to fill")
     parser.add_argument("--length", type=int, metavar="N", help="tokens after the prompt (64, or what fits)")
     parser.add_argument("--steps", type=int, metavar="N", help="denoising steps (one for each masked token)")
     parser.add_argument("--block-length", type=int, metavar="N", help="masked tokens finished at a time (all)")

@@ -34,5 +34,5 @@ def render(result: dict[str, Any]) -> str:
         f"in {result['page'] or result['uri']} (experiment {result['experiment']}, run {result['mlflow_run_id']})",
     ]
     if result["doubled_steps"]:
-        lines.append(f"{result['doubled_steps']} steps stand there more than once: something else wrote to this run")
+        lines.append(f"{result['doubled_steps']} steps are stored more than once: something else wrote to this run")
     return "\n".join(lines)

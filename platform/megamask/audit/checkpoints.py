@@ -43,7 +43,7 @@ def check_checkpoints(run_dir: Path, record: RunRecord, report: Report) -> list[
             ("the sha256 of run.json", commit.run_sha256 or record.sha256, record.sha256),
         ):
             if found != expected:
-                report.find(f"{name}/COMMIT.json", f"{what} is {found!r}; run.json says {expected!r}")
+                report.find(f"{name}/COMMIT.json", f"{what} is {found!r}; run.json has {expected!r}")
         intact.append(commit)
     return intact
 
@@ -91,7 +91,7 @@ def check_what_is_gone(run_dir: Path, audit: JournalAudit, report: Report) -> No
     pins = checkpoints_folder(run_dir).glob(f"*{PIN_SUFFIX}")
     pinned = {path.name.removesuffix(PIN_SUFFIX) for path in pins}
     for name in sorted(pinned - visible):
-        report.find(f"{CHECKPOINTS}/{name}{PIN_SUFFIX}", f"{name} is pinned, but there is no such checkpoint")
+        report.find(f"{CHECKPOINTS}/{name}{PIN_SUFFIX}", f"{name} is pinned, but it does not exist")
     if missing := newest_commit_missing(audit, visible):
         report.findings.append(missing)
     for name in sorted(audit.commits.keys() - visible - audit.pruned - pinned):

@@ -126,7 +126,7 @@ def open_loader(run: RecordedRun) -> Loader:
         loader = Loader(data.corpora, data, run.value("training.sequence_length"))
     except UsageError as error:
         names = " ".join(f"--corpus {name}=FOLDER" for name in run.corpora)
-        raise UsageError(error.message, hint=f"tell where the run's corpus is now: {names}") from error
+        raise UsageError(error.message, hint=f"name the present folder of the run's corpus: {names}") from error
     for name, corpus_id in loader.corpus_ids.items():
         if corpus_id != run.corpus_ids[name]:
             loader.close()

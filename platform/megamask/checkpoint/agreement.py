@@ -25,7 +25,7 @@ class RankInfo(Protocol):
 
 
 class StateShare(Protocol):
-    """What one rank writes of the state; its methods make no collective call, so that any thread may call them."""
+    """One rank's share of the state to write; its methods make no collective call, so that any thread may call them."""
 
     def write(self, folder: Path, gate: Callable[[], None]) -> list[str]:
         """Write this rank's share; `gate` is called between tensors and raises to stop.
@@ -42,24 +42,24 @@ class StateShare(Protocol):
 
 
 class CheckpointEngine(Protocol):
-    """What saving and loading ask of the engine.
+    """The engine as saving and loading use it.
 
     Every method but `is_main` and `state_share` is called by all ranks together.
     """
 
     @property
     def is_main(self) -> bool:
-        """Whether this is global rank 0."""
+        """True if this is global rank 0."""
 
     @property
     def mesh(self) -> RankInfo:
-        """Where this rank stands."""
+        """Rank and number of processes."""
 
     def state_share(self, *, copy: bool) -> StateShare:
         """This rank's share of the state: a copy as it is now, or the state itself, which must not change meanwhile."""
 
     def load_state(self, folder: Path) -> None:
-        """Reads the sharded state under this engine's own layout."""
+        """Read the sharded state under this engine's own layout."""
 
     def gather_objects(self, value: Any) -> list[Any]:
         """The values of all ranks in rank order, at least on rank 0."""
@@ -73,7 +73,7 @@ class CheckpointEngine(Protocol):
 
 @contextmanager
 def captured(failures: list[BaseException]) -> Iterator[None]:
-    """Keeps this rank's failure in a list, so that the rank still comes to the next collective call."""
+    """Keep this rank's failure in a list, so that the rank still comes to the next collective call."""
     try:
         yield
     except Exception as error:  # noqa: BLE001 - re-raised on every rank by agree()

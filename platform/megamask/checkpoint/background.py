@@ -14,17 +14,17 @@ from megamask.resilience import daemon_threads
 Result = TypeVar("Result")
 Gate = Callable[[], None]
 
-# A write that hangs is left behind so long after it was called off; its thread ends with the process. Well below the
+# A write that hangs is abandoned this long after it was cancelled; its thread ends with the process. Well below the
 # time that launchers leave a rank whose peer has failed (30 s here and in torchrun).
 _STOP_S = 5.0
 
 
 class WorkStopped(Exception):
-    """The work was called off between two of its parts; nobody is told."""
+    """The work was cancelled between two of its parts; this is not reported as a failure."""
 
 
 class WorkState(IntEnum):
-    """Of one rank's work; the largest over all ranks is that of the whole."""
+    """State of one rank's work; the largest over all ranks is the state of the job."""
 
     DONE = 0
     RUNNING = 1
@@ -37,7 +37,7 @@ class Work(Generic[Result]):
     The thread dies with its process, however that ends, and never keeps it from ending.
 
     Args:
-        action: gets a function to call between two of its parts, which raises WorkStopped once the work is called off.
+        action: gets a function to call between two of its parts, which raises WorkStopped once the work is cancelled.
         in_thread: false runs the action before the constructor returns.
     """
 
@@ -59,10 +59,10 @@ class Work(Generic[Result]):
     def _run(self) -> None:
         try:
             self._results.append(self._action(self._gate))
-        except Exception as error:  # noqa: BLE001  told by `failures`, on every rank
+        except Exception as error:  # noqa: BLE001  `failures` raises it on every rank
             self._failure = error
         finally:
-            del self._action  # and with it whatever memory it held
+            del self._action  # frees the memory that it holds
             self._is_over.set()
 
     def _gate(self) -> None:
@@ -71,14 +71,14 @@ class Work(Generic[Result]):
 
     @property
     def state(self) -> WorkState:
-        """How far this rank's work is."""
+        """State of this rank's work."""
         if not self._is_over.is_set():
             return WorkState.RUNNING
         return WorkState.DONE if self._results else WorkState.FAILED
 
     @property
     def failures(self) -> list[BaseException]:
-        """What this rank's work failed with, if it did by itself."""
+        """The error of this rank's work, if it failed without being cancelled."""
         failure = self._failure
         return [] if failure is None or isinstance(failure, WorkStopped) else [failure]
 
@@ -88,30 +88,30 @@ class Work(Generic[Result]):
         return self._results[0]
 
     def wait(self) -> None:
-        """Waits for the end, whichever it is."""
+        """Wait for the end of the work, successful or not."""
         self._is_over.wait()
 
     def cancel(self) -> None:
-        """Asks the work to end at its next gate, and waits for nothing."""
+        """Ask the work to end at its next gate, without waiting for it."""
         self._is_stopped.set()
         if self._deadline is None:
             self._deadline = time.monotonic() + _STOP_S
 
     def stop(self) -> bool:
-        """Calls the work off and waits a few seconds, in all calls together; returns whether it has ended."""
+        """Cancel the work and wait a few seconds, over all calls together. Return whether it has ended."""
         self.cancel()
         deadline = self._deadline or 0.0
         return self._is_over.wait(max(0.0, deadline - time.monotonic()))
 
 
 def all_done(engine: CheckpointEngine, work: Work[Result], *, wait: bool) -> bool:
-    """Collective: whether the work of every rank is done.
+    """Return whether the work of every rank is done; collective.
 
     Args:
         wait: for this rank's own work, before asking the others.
 
     Raises:
-        MegamaskError: some rank's work failed; every rank raises, after it called its own off.
+        MegamaskError: some rank's work failed; every rank raises, after it cancelled its own.
     """
     if wait:
         work.wait()

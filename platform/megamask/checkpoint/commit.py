@@ -59,7 +59,7 @@ class FileDigest:
 
 @dataclass(frozen=True, kw_only=True)
 class Commit:
-    """What a COMMIT.json says.
+    """Content of a COMMIT.json.
 
     Args:
         folder: the checkpoint folder it was read from.
@@ -113,7 +113,7 @@ class CommitFields:
 
 
 def begin(run_dir: Path, step: int, attempt: int) -> Path:
-    """Makes the empty folder of a checkpoint that is not visible yet.
+    """Make the empty folder of a checkpoint that is not visible yet.
 
     What an earlier, failed save of the same attempt and step left there is removed first.
 
@@ -134,7 +134,7 @@ def begin(run_dir: Path, step: int, attempt: int) -> Path:
 
 
 def publish(folder: Path, files: Mapping[str, FileDigest], fields: CommitFields) -> Commit:
-    """Makes a checkpoint visible; every file in `files` must be flushed and hashed before.
+    """Make a checkpoint visible; every file in `files` must be flushed and hashed before.
 
     Raises:
         FileExistsError: the folder has a COMMIT.json already; it is not touched.
@@ -161,13 +161,13 @@ def publish(folder: Path, files: Mapping[str, FileDigest], fields: CommitFields)
     data = encode_document(COMMIT, content)
     commit = parse_commit(data, folder)  # what is written is what a reader accepts
     create_exclusive(folder / COMMIT_NAME, data)
-    with contextlib.suppress(StorageError):  # only a hint: the commit stands without it
+    with contextlib.suppress(StorageError):  # only a hint: the commit is valid without it
         write_atomic(folder.parent / LATEST_NAME, f"{folder.name}\n".encode())
     return commit
 
 
 def read_commit_bytes(folder: Path) -> bytes:
-    """The bytes of a folder's COMMIT.json.
+    """Return the bytes of a folder's COMMIT.json.
 
     Raises:
         CheckpointIntegrityError: it is missing, a link, not a file or absurdly large.
@@ -177,7 +177,7 @@ def read_commit_bytes(folder: Path) -> bytes:
 
 
 def load_commit(folder: Path) -> Commit:
-    """Reads and checks a folder's COMMIT.json; the files it names are not looked at.
+    """Read and check a folder's COMMIT.json; the files it names are not looked at.
 
     Raises:
         CheckpointIntegrityError: it is damaged.
@@ -231,7 +231,7 @@ def _from_document(document: dict[str, Any], folder: Path, digest: str) -> Commi
 
 
 def _are_numbers(values: Iterable[object]) -> bool:
-    """Whether each is text that `float` reads."""
+    """Return whether each is text that `float` reads."""
     for value in values:
         if not isinstance(value, str):
             return False

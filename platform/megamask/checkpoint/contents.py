@@ -25,11 +25,11 @@ _LONGEST_ROW = 1 << 24
 
 @dataclass(frozen=True, kw_only=True)
 class TrainerState:
-    """Where training stands after a step; all that resuming needs beside the engine's own tensors.
+    """Position of training after a step: all that resuming needs beside the engine's own tensors.
 
     Args:
         step: completed updates.
-        consumed_samples: the whole state of the data pipeline.
+        consumed_samples: the complete state of the data pipeline.
         consumed_tokens: clean eligible tokens, each counted once.
         seed: run.seed; evaluation of a copied checkpoint takes its masks from it.
         schedule: positions of schedules, integers and strings (training_steps, ...).
@@ -42,7 +42,7 @@ class TrainerState:
     schedule: Mapping[str, int | str] = field(default_factory=dict)
 
     def scalars(self) -> dict[str, Any]:
-        """What COMMIT.json repeats; the seed as text, because 64 bits are more than some JSON readers keep."""
+        """Return the fields that COMMIT.json repeats; the seed as text: some JSON readers keep less than 64 bits."""
         return {
             "step": self.step,
             "consumed_samples": self.consumed_samples,
@@ -57,7 +57,7 @@ class TrainerState:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelDocument:
-    """What model.json says: enough to rebuild the network, its vocabulary and the objective it was trained for."""
+    """Content of model.json: enough to rebuild the network, its vocabulary and the objective it was trained for."""
 
     spec: ModelSpec
     vocabulary: Vocabulary
@@ -85,7 +85,7 @@ class ModelDocument:
 
 
 def read_state(folder: Path) -> TrainerState:
-    """The trainer's state of a verified checkpoint folder.
+    """Return the trainer's state of a verified checkpoint folder.
 
     Raises:
         CheckpointIntegrityError: it is damaged. UsageError: a newer megamask wrote it.
@@ -107,13 +107,16 @@ def read_state(folder: Path) -> TrainerState:
 
 
 def read_model(folder: Path) -> ModelDocument:
-    """The model document of a verified checkpoint folder. Raises as `read_state`, and UsageError for other laws."""
+    """Return the model document of a verified checkpoint folder.
+
+    Raises: as `read_state`, and UsageError for other laws.
+    """
     path = folder / MODEL_NAME
     document = read_document(MODEL, path)
     try:
         refuse_other_laws(document["laws"], path)
         if document["shift"] is not False:
-            raise UsageError(f"{path} says shift: {document['shift']}; this megamask builds unshifted models only")
+            raise UsageError(f"{path} has shift: {document['shift']}; this megamask builds unshifted models only")
         return _model_of(document)
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise _misstated(path, error) from error
@@ -143,7 +146,7 @@ def _model_of(document: dict[str, Any]) -> ModelDocument:
 
 
 def check_size(commit: Commit, model: ModelDocument) -> None:
-    """Refuses a model.json whose network has more weights than the checkpoint has bytes for, before it is built.
+    """Refuse a model.json whose network has more weights than the checkpoint has bytes for, before it is built.
 
     Raises:
         CheckpointIntegrityError: names both numbers.
@@ -156,13 +159,13 @@ def check_size(commit: Commit, model: ModelDocument) -> None:
         )
     if model.spec.max_sequence_length > _LONGEST_ROW:
         raise CheckpointIntegrityError(
-            f"{path} says rows of {model.spec.max_sequence_length} tokens; at most {_LONGEST_ROW} are read. "
+            f"{path} has rows of {model.spec.max_sequence_length} tokens; at most {_LONGEST_ROW} are read. "
             "Nothing was loaded from it."
         )
 
 
 def check_state(commit: Commit, state: TrainerState) -> None:
-    """The scalars that COMMIT.json repeats must be those of state.json."""
+    """Check that the scalars in COMMIT.json equal those of state.json."""
     if dict(commit.state) != state.scalars() or commit.step != state.step:
         raise CheckpointIntegrityError(
             f"{commit.folder}: {STATE_NAME} and COMMIT.json state different positions. Nothing was loaded from it."
@@ -170,7 +173,7 @@ def check_state(commit: Commit, state: TrainerState) -> None:
 
 
 def refuse_other_laws(laws: Mapping[str, Any], path: Path) -> None:
-    """Training and decoding know one version of each law.
+    """Refuse a version of a law that this program does not implement.
 
     Raises:
         UsageError: the document was made under another version.

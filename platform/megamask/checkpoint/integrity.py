@@ -1,4 +1,4 @@
-"""Do the files of a checkpoint still have the bytes that were committed?"""
+"""Verification of a checkpoint's files against the digests that were committed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _READ_BYTES = 1 << 20
 
 
 def digest_and_flush(folder: Path, name: str, gate: Callable[[], None] = lambda: None) -> FileDigest:
-    """Size and sha256 of a file that this process wrote, after forcing it to the disk.
+    """Flush a file that this process wrote; return its size and sha256.
 
     Args:
         gate: called before each MiB is hashed; what it raises ends the reading.
@@ -45,23 +45,23 @@ def _digest(descriptor: int, gate: Callable[[], None] = lambda: None) -> FileDig
 
 
 def share(commit: Commit, rank: int, world_size: int) -> list[str]:
-    """The files that one rank verifies: dealt round robin from the largest down, so that shares weigh alike."""
+    """Return the files that one rank verifies: dealt round robin from the largest down, so that shares weigh alike."""
     names = sorted(commit.files, key=lambda name: (-commit.files[name].num_bytes, name))
     return names[rank::world_size]
 
 
 def problems(commit: Commit, names: Iterable[str]) -> list[str]:
-    """What is wrong with these files, one sentence for each damaged file; empty if all are whole.
+    """Return a sentence for each damaged file; empty if all are intact.
 
     Raises:
-        StorageError: the storage does not let a file be read, which is no damage.
+        StorageError: the storage refuses to read a file, which is not damage.
     """
     found = (_problem(commit.folder, name, commit.files[name]) for name in names)
     return [problem for problem in found if problem is not None]
 
 
 def link_problems(folder: Path) -> list[str]:
-    """Names every symbolic link below a checkpoint folder: a link may lead outside it, so none is followed."""
+    """Name every symbolic link below a checkpoint folder: a link may lead outside it, so none is followed."""
     found = []
     for parent, folders, files in os.walk(folder, followlinks=False):
         for name in (*folders, *files):
@@ -90,17 +90,17 @@ def _difference(folder: Path, name: str, expected: FileDigest) -> str | None:
         if not stat.S_ISREG(status.st_mode):
             return f"{name} is not a plain file"
         if status.st_size != expected.num_bytes:
-            return f"{name} has {status.st_size} bytes, COMMIT.json says {expected.num_bytes}"
+            return f"{name} has {status.st_size} bytes, COMMIT.json has {expected.num_bytes}"
         actual = _digest(descriptor)
     finally:
         os.close(descriptor)
     if actual != expected:
-        return f"{name} has sha256 {actual.sha256[:12]}..., COMMIT.json says {expected.sha256[:12]}..."
+        return f"{name} has sha256 {actual.sha256[:12]}..., COMMIT.json has {expected.sha256[:12]}..."
     return None
 
 
 def verify_folder(folder: Path) -> Commit:
-    """Reads every byte of a checkpoint and returns its commit.
+    """Read every byte of a checkpoint and return its commit.
 
     Raises:
         CheckpointIntegrityError: a file is missing, damaged or a link; the message names it.

@@ -32,7 +32,7 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True, kw_only=True)
 class Loaded:
-    """Where a run stands when an attempt begins.
+    """Position of a run when an attempt begins.
 
     Args:
         commit, state: of the checkpoint the engine now holds; both None on a fresh start.
@@ -45,7 +45,7 @@ class Loaded:
 
 
 def load(engine: CheckpointEngine, run_dir: Path, *, model: ModelDocument, owner: Owner) -> Loaded:
-    """Restores the engine from the newest checkpoint of a run that verifies; collective.
+    """Restore the engine from the newest checkpoint of a run that verifies; collective.
 
     Those passed over are marked as damaged, so that retention does not count them, in later attempts neither.
 
@@ -56,7 +56,7 @@ def load(engine: CheckpointEngine, run_dir: Path, *, model: ModelDocument, owner
     Returns: the same on every rank; `commit` is None if the run has no checkpoint at all.
     Raises:
         CheckpointIntegrityError: checkpoints exist and none verifies.
-        StorageError: the storage does not let one be read; nothing is said of it, and no older one is taken instead.
+        StorageError: the storage refuses to read one: it may be intact, so no older one is loaded instead.
         UsageError: the checkpoint is of another run or model, or a newer megamask wrote it.
     """
     folders = on_main(engine, lambda: candidates(run_dir))

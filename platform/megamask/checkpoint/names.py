@@ -32,7 +32,7 @@ def parse_folder_name(name: str) -> tuple[int, int] | None:
 
 
 def is_plain_name(name: str) -> bool:
-    """Whether a file name of a COMMIT stays inside its folder: relative, in normal form, without '..' or '\\'."""
+    """Return whether a file name of a COMMIT is relative, in normal form and in its folder: without '..' or '\\'."""
     if not name or "\\" in name or "\0" in name or any(ord(letter) < 32 for letter in name):
         return False
     path = PurePosixPath(name)

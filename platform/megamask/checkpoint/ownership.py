@@ -1,4 +1,4 @@
-"""Whose checkpoint is it: a folder of another run that lies among a run's own is refused, never taken for the run's."""
+"""Ownership of a checkpoint: a folder of another run among a run's own is refused, never resumed from."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from megamask.runs.record import RunRecord
 
 @dataclass(frozen=True, kw_only=True)
 class Owner:
-    """What all checkpoints of one run have in common.
+    """Fields that all checkpoints of one run have in common.
 
     Args:
         run_id: as in run.json.
@@ -25,7 +25,7 @@ class Owner:
     corpora: Mapping[str, str]
 
     def refuse_foreign(self, commit: Commit) -> None:
-        """Refuses the commit of another run, or one that another seed or other corpora led to.
+        """Refuse the commit of another run, or one that another seed or other corpora led to.
 
         Raises:
             UsageError: names the folder and what differs.
@@ -33,7 +33,7 @@ class Owner:
         if commit.run_id != self.run_id:
             raise _foreign(commit, f"belongs to run {commit.run_id}, this is run {self.run_id}")
         seed = commit.state.get("seed")
-        if seed is not None and seed != str(self.seed):  # one without is damage, which its reader tells
+        if seed is not None and seed != str(self.seed):  # a missing one is damage, which its reader reports
             raise _foreign(commit, f"was made with run.seed {seed}, this run has {self.seed}")
         if dict(commit.corpora) != dict(self.corpora):
             raise _foreign(commit, f"was made on corpora {dict(commit.corpora)}, this run has {dict(self.corpora)}")

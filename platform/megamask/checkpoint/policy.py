@@ -1,4 +1,4 @@
-"""Which checkpoints stay, decided from what is known of them; nothing here touches a file."""
+"""Retention policy: the checkpoints to keep, from their facts alone; nothing here touches a file."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class Candidate:
-    """What the decision must know of a committed checkpoint.
+    """Facts of a committed checkpoint that the policy depends on.
 
     Args:
         is_good: it is not known to be damaged.
-        is_pinned: somebody asked that it stays.
+        is_pinned: a user asked to keep it.
         bound: nats per token, measured at its own step; None if it was not.
     """
 

@@ -1,4 +1,4 @@
-"""Which checkpoint a path means: the commits of a run, newest first, and the newest one that verifies."""
+"""Checkpoint that a path names: the commits of a run, newest first, and the newest one that verifies."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ def _is_own_folder(path: Path) -> bool:
 
 
 def has_commit(folder: Path) -> bool:
-    """Whether a folder shows a COMMIT.json of any kind; a dangling link counts, so that it is refused and not lost."""
+    """Return whether a folder has a COMMIT.json of any kind; a dangling link counts, so that it is refused."""
     path = folder / COMMIT_NAME
     return path.is_symlink() or path.exists()
 
 
 def incident(folder: Path, error: CheckpointIntegrityError) -> dict[str, Any]:
-    """What the journal says of a checkpoint that was passed over."""
+    """Return the incident of a checkpoint that was skipped, for the journal."""
     return {"incident": "checkpoint_damaged", "checkpoint": folder.name, "problem": error.message}
 
 

@@ -1,4 +1,4 @@
-"""How checkpoints go: COMMIT.json first, so that nothing half-deleted is ever visible."""
+"""Removal of checkpoints: COMMIT.json first, so that nothing half-deleted is ever visible."""
 
 from __future__ import annotations
 
@@ -36,16 +36,16 @@ def prune(
     gate: Callable[[], None] = lambda: None,
     on_refusal: Callable[[Path, StorageError], None] | None = None,
 ) -> list[str]:
-    """Removes the checkpoints of a run that `policy.retained` does not keep, oldest first. Called by one rank.
+    """Remove the checkpoints of a run that `policy.retained` does not keep, oldest first. Called by one rank.
 
     A checkpoint that is marked as damaged, or whose COMMIT.json or file sizes are wrong, is not good. A pin is a file
     beside the checkpoint's folder, named after it. What another run has committed is neither counted nor removed.
 
     Args:
         run_id: of the run itself.
-        spared: names of folders that stay this time, whatever the policy says.
+        spared: names of folders to keep this time, regardless of the policy.
         gate: called before each removal; what it raises ends the pruning.
-        on_refusal: told each folder that the storage does not let go, and why, and the others go all the same; without
+        on_refusal: called with each folder that cannot be removed and the reason; the others are still removed. Without
             it the first one ends the pruning.
 
     Returns: the names of the removed folders.
@@ -75,7 +75,7 @@ def prune(
 
 
 def is_pinned(folder: Path) -> bool:
-    """Whether somebody asked that a checkpoint is never pruned."""
+    """Return whether a user pinned a checkpoint."""
     return os.path.lexists(folder.with_name(f"{folder.name}{PIN_SUFFIX}"))
 
 
@@ -89,7 +89,7 @@ def mark_damaged(folder: Path) -> None:
 
 
 def unmark_damaged(folder: Path) -> None:
-    """Forgets the mark of a checkpoint that has verified since; it was restored from a copy.
+    """Forget the mark of a checkpoint that has verified since; it was restored from a copy.
 
     Raises: StorageError: the storage refused.
     """
@@ -99,7 +99,7 @@ def unmark_damaged(folder: Path) -> None:
 
 
 def is_marked_damaged(folder: Path) -> bool:
-    """Whether a checkpoint did not verify when an attempt wanted to load it."""
+    """Return whether a checkpoint did not verify when an attempt wanted to load it."""
     return os.path.lexists(_damage_mark(folder))
 
 
@@ -136,13 +136,13 @@ def _candidate(folder: Path, run_id: str, *, is_known_damaged: bool) -> Candidat
 
 
 def remove_committed(folder: Path) -> None:
-    """Makes a checkpoint invisible, durably, and only then frees its space."""
+    """Make a checkpoint invisible, durably, and only then frees its space."""
     with storage_errors(f"removing {folder}"):
         (folder / COMMIT_NAME).unlink(missing_ok=True)
         reached("prune.commit_removed")
         fsync_directory(folder)
         reached("prune.invisible")
-        shutil.rmtree(folder, ignore_errors=True)  # invisible now: what somebody holds open is swept by a later attempt
+        shutil.rmtree(folder, ignore_errors=True)  # invisible now: files still held open are swept by a later attempt
         reached("prune.content_removed")
         unmark_damaged(folder)
         fsync_directory(folder.parent)
@@ -150,7 +150,7 @@ def remove_committed(folder: Path) -> None:
 
 
 def sweep(run_dir: Path, attempt: int) -> list[str]:
-    """Removes what older attempts left without a COMMIT.json: saves and removals that did not finish.
+    """Remove what older attempts left without a COMMIT.json: saves and removals that did not finish.
 
     Called by the newest claimed attempt, on one rank, before it saves. A folder of this attempt or a newer one is never
     touched. A folder is renamed away before its content goes: a writer of an older attempt that is still alive then
@@ -197,7 +197,7 @@ def _remove_uncommitted(folder: Path, original: Path) -> bool:
     folder.rename(trash)
     reached("sweep.renamed")
     if has_commit(trash):
-        with contextlib.suppress(OSError):  # the name is taken again: by a whole checkpoint, or by one that will be
+        with contextlib.suppress(OSError):  # a new checkpoint already uses the name
             trash.rename(original)
         return False
     shutil.rmtree(trash, ignore_errors=True)

@@ -24,7 +24,7 @@ from megamask.storage.fault_points import reached
 
 @dataclass(frozen=True, kw_only=True)
 class SaveRequest:
-    """What a checkpoint holds beside the engine's state.
+    """Content of a checkpoint beside the engine's state.
 
     Args:
         journal_head: sequence number and sha256 of the journal's last line, which is flushed.
@@ -47,7 +47,7 @@ class SaveRequest:
     run_sha256: str | None = None
 
     def fields(self) -> CommitFields:
-        """What COMMIT.json carries of it."""
+        """Return the fields of COMMIT.json."""
         return CommitFields(
             run_id=self.run_id,
             parent=self.parent,
@@ -80,7 +80,7 @@ class Save:
 
     Raises:
         StorageError: the storage refused; nothing became visible and earlier commits are intact.
-        SupersededError: as `check_claim` says; nothing became visible.
+        SupersededError: raised by `check_claim`; nothing became visible.
     """
 
     def __init__(self, engine: CheckpointEngine, run_dir: Path, request: SaveRequest, *, in_background: bool) -> None:
@@ -93,36 +93,36 @@ class Save:
         self._published: list[_Published] = []
         self._publishing: Work[None] | None = None
         failures: list[BaseException] = []
-        with captured(failures):  # told at the next poll, as every other failure
+        with captured(failures):  # raised at the next poll, on every rank, as every other failure
             self._shares.append(engine.state_share(copy=in_background))
         self._writing = Work(lambda gate: self._write(failures, gate), in_thread=in_background and not failures)
 
     @property
     def step(self) -> int:
-        """Of the state that is saved."""
+        """Step of the state that is saved."""
         return self._request.state.step
 
     @property
     def seconds(self) -> float:
-        """From the beginning to the moment it became visible; known on rank 0, 0 elsewhere."""
+        """Seconds from the start until it became visible; known on rank 0, 0 elsewhere."""
         return self._published[0].seconds if self._published else 0.0
 
     def poll(self) -> Commit | None:
-        """The commit, on every rank, once it is visible; None while it is on its way."""
+        """Return the commit, on every rank, once it is visible; None while the save is pending."""
         return self._guarded(lambda: self._advance(wait=False))
 
     def wait(self) -> Commit:
-        """Waits for the commit."""
+        """Wait for the commit."""
         while (commit := self._guarded(lambda: self._advance(wait=True))) is None:
             pass
         return commit
 
     def cancel(self) -> None:
-        """Asks what is on its way on this rank to end, and waits for nothing; `abort` follows."""
+        """Ask this rank's pending work to end, without waiting for it; `abort` follows."""
         (self._publishing or self._writing).cancel()
 
     def abort(self, *, together: bool) -> None:
-        """Gives the save up: nothing of it becomes visible unless it is already.
+        """Abort the save: nothing of it becomes visible unless it is already.
 
         Args:
             together: all ranks call this, so that no rank writes any more when rank 0 removes the folder.
@@ -138,7 +138,7 @@ class Save:
         except BaseException as error:
             self._remove(self._stop())
             if self._engine.is_main and not self._published and not isinstance(error, SupersededError):
-                self._request.check_claim()  # a newer attempt may have swept the folder: then that is what happened
+                self._request.check_claim()  # a newer attempt may have swept the folder: then it is the cause
             raise
 
     def _advance(self, *, wait: bool) -> Commit | None:
@@ -159,10 +159,10 @@ class Save:
         return (self._publishing or self._writing).stop()
 
     def _remove(self, has_stopped: bool) -> None:
-        """Rank 0 removes what is not visible; after a thread that hangs it is left to the next attempt's sweep."""
+        """Remove the invisible folder, on rank 0; if the writer hangs, the next attempt sweeps it."""
         if self._engine.is_main and has_stopped and not self._published:
-            with contextlib.suppress(OSError, StorageError):  # what cannot be removed is swept by the next attempt
-                remove_committed(self._folder)  # COMMIT.json may stand if only its last flush failed
+            with contextlib.suppress(OSError, StorageError):  # the next attempt sweeps it
+                remove_committed(self._folder)  # COMMIT.json may exist if only its last flush failed
 
     def _write(self, failures: Sequence[BaseException], gate: Gate) -> Files:
         """Write, flush and hash everything that this rank contributes."""
@@ -185,7 +185,7 @@ class Save:
         return files
 
     def _publish(self, gathered: Sequence[Files], gate: Gate) -> None:
-        """The rest, on rank 0: the headers, the folders, the claim, COMMIT.json."""
+        """Check headers, flush folders, check the claim and create COMMIT.json; on rank 0."""
         if not self._engine.is_main:
             return
         folder = self._folder
@@ -206,7 +206,7 @@ class Save:
 
 
 def save(engine: CheckpointEngine, run_dir: Path, **request: Any) -> Commit:
-    """Commits a checkpoint of the engine's present state; collective and blocking, nothing is copied.
+    """Commit a checkpoint of the engine's present state; collective and blocking, nothing is copied.
 
     Args:
         request: the fields of SaveRequest.
@@ -233,7 +233,7 @@ def _tokenizer_files(source: Path) -> dict[str, bytes]:
         with storage_errors(f"reading {source}"):
             paths = sorted(source.iterdir())
             for path in paths:
-                if path.is_symlink():  # it may lead to what is nobody's business
+                if path.is_symlink():  # it may lead outside the folder
                     raise DataIntegrityError(f"{path} is a link; a tokenizer folder holds plain files only")
             return {f"{TOKENIZER_NAME}/{path.name}": path.read_bytes() for path in paths if path.is_file()}
     except (FileNotFoundError, NotADirectoryError) as error:
@@ -244,7 +244,7 @@ def _tokenizer_files(source: Path) -> dict[str, bytes]:
 
 
 def _union(gathered: Sequence[Mapping[str, FileDigest]], folder: Path) -> dict[str, FileDigest]:
-    """All ranks' files; each must have exactly one writer."""
+    """Merge all ranks' files; each must have exactly one writer."""
     files: dict[str, FileDigest] = {}
     for rank, own in enumerate(gathered):
         for name, digest in own.items():
@@ -257,4 +257,4 @@ def _union(gathered: Sequence[Mapping[str, FileDigest]], folder: Path) -> dict[s
 def _refuse_unclaimed(folder: Path, files: Mapping[str, FileDigest]) -> None:
     present = {str((Path(parent) / name).relative_to(folder)) for parent, _, names in os.walk(folder) for name in names}
     if unclaimed := sorted(present - set(files)):
-        raise MegamaskError(f"no rank says that it wrote {unclaimed[0]} of {folder}; nothing was published")
+        raise MegamaskError(f"no rank reports that it wrote {unclaimed[0]} of {folder}; nothing was published")

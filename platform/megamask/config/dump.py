@@ -50,7 +50,7 @@ def to_yaml(config: Any, *, hide: Callable[[Any], Any] | None = None) -> str:
     """A config as YAML: every key, no layers, the same text for equal configs; loading it gives an equal config.
 
     Args:
-        hide: gets the plain tree and returns what may be written of it (the redactor, which stands above this room).
+        hide: gets the plain tree and returns what may be written of it (the redactor, which is in a higher layer).
     """
     plain = to_plain(config)
     shown = plain if hide is None else hide(plain)

@@ -1,4 +1,4 @@
-"""What a setting means, what it may be, what it is, and who set it."""
+"""Explanation of a setting: meaning, allowed values, present value and its origin."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ _KINDS = {
 
 
 def explain(name: str | None, path: str | None = None, overrides: Sequence[str] = ()) -> list[dict[str, Any]]:
-    """Explains a key, the keys of a section, or every key.
+    """Explain a key, the keys of a section, or every key.
 
     Args:
         name: a dotted key, an entry of a mapping (data.corpora.main), a section, or None for everything.
-        path: a config whose values and their origins are wanted too; with name None it tells the tree.
+        path: a config whose values and their origins are wanted too; with name None it decides the tree.
         overrides: key.path=value, on top of that config.
 
     Returns:
@@ -54,7 +54,7 @@ def _root_of(name: str) -> type:
 
 
 def _root_of_file(path: str) -> type:
-    """Which of the two trees a file's layers are about."""
+    """Return which of the two trees a file's layers describe."""
     names = {key for _, document in read_layers(path) if document is not None for key, _, _ in entries_of(document)}
     return max(ROOTS.values(), key=lambda root: len(names & set(all_sections(root))))
 
@@ -92,5 +92,5 @@ def _describe(key: Key, shown_as: str, root: type, loaded: Loaded[Any] | None) -
     if loaded is not None:
         value = value_of(loaded.config, key.name)
         description["value"] = value.get(entry) if entry else value
-        description["set_by"] = loaded.origins.get(shown_as, "nobody")
+        description["set_by"] = loaded.origins.get(shown_as, "nothing")
     return description

@@ -1,4 +1,4 @@
-"""What makes a run this run: the fields that run.json keeps, and their comparison on resuming.
+"""Identity of a run: the fields that run.json keeps, and their comparison on resuming.
 
 Values are JSON's own types. Floats are written by Python's json as their shortest decimal form that reads back as the
 same float, so 1e-3 stays 1e-3; non-finite numbers never occur in a config.
@@ -45,9 +45,9 @@ def _fields_of_kind(config: TrainConfig, kind: Kind) -> dict[str, Any]:
 
 
 def compare_identity(stored: Mapping[str, Any], config: TrainConfig, *, where: str = "run.json") -> None:
-    """Refuses a config that is not the run that was recorded.
+    """Refuse a config that is not the run that was recorded.
 
-    A field that the record does not have yet must stand at its default, which is what the older version did. Corpora
+    A field that the record does not have yet must have its default, which is what the older version did. Corpora
     may be appended to, never renamed, reordered or taken away.
 
     Args:

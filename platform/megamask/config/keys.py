@@ -47,7 +47,7 @@ class Key:
 
     @property
     def is_required(self) -> bool:
-        """Whether a config must set it."""
+        """True if a config must set it."""
         return self.default is MISSING
 
     @property
@@ -146,7 +146,7 @@ def _parse_annotation(annotation: Any) -> tuple[Base, bool]:
     if isinstance(annotation, types.UnionType):
         members = [member for member in typing.get_args(annotation) if member is not types.NoneType]
         if len(members) != 1:
-            raise TypeError(f"a setting has one type, or null; the schema says {annotation}")
+            raise TypeError(f"a setting has one type, or null; the schema has {annotation}")
         return _parse_annotation(members[0])[0], True
     simple: dict[Any, Base] = {int: "int", float: "float", bool: "bool", str: "str"}
     if annotation in simple:

@@ -93,7 +93,7 @@ def expand_home(name: str, text: str, where: str) -> str:
     """Replace a leading ~ or ~user by that home folder.
 
     Raises:
-        UsageError: there is no such home folder.
+        UsageError: the home folder does not exist.
     """
     if not text.startswith("~"):
         return text

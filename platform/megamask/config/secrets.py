@@ -1,4 +1,4 @@
-"""Secrets never stand in a config: only the name of the environment variable that holds one does."""
+"""Secrets by reference: a config contains the name of an environment variable, never its value."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SECRET_NAME = re.compile(
 # Repetitions are bounded, so that a long text of nearly such shapes costs no more than its length.
 SCHEME = r"(?<![A-Za-z0-9+.-])[A-Za-z][A-Za-z0-9+.-]{0,30}://"
 _URI = re.compile(SCHEME + r"[^\s'\"]+")
-# A password may hold what ends a host name: what follows the first colon and is no port is a password.
+# A password may hold what ends a host name: what follows the first colon, unless it is a port, is a password.
 _BEFORE_PASSWORD = rf"(?P<scheme>{SCHEME})(?P<user>[^\s/@?#:]{{0,200}}:(?![/\s])(?!\d{{1,5}}(?:[/?#\s]|$))"
 LOOSE_USERINFO = re.compile(_BEFORE_PASSWORD + r"[^@\s]{0,500})@")
 _SPACED_USERINFO = re.compile(_BEFORE_PASSWORD + r"[^@\n]{0,500})@")
@@ -31,8 +31,8 @@ TOKEN_SHAPES = re.compile(
 
 
 def carries_credential(text: str) -> bool:
-    """Whether a text shows a credential: a URI with a user part before '@' or with a query or fragment field of that
-    kind, or anything that has the shape of a known issuer's tokens.
+    """Return whether a text shows a credential: a URI with a user part before '@', with a query or fragment field
+    of that kind, or anything that has the shape of a known issuer's tokens.
 
     A bare user name counts too: many services take a token in its place.
     """
@@ -62,12 +62,12 @@ def shown(value: object) -> str:
 
 
 def is_reference(value: str) -> bool:
-    """Whether a string names an environment variable, as env:NAME."""
+    """Return whether a string names an environment variable, as env:NAME."""
     return value.startswith(_REFERENCE_PREFIX)
 
 
 def check_no_secret(key: str, value: str, where: str) -> None:
-    """Refuses a URI that carries a credential and a reference without a proper name; the credential is not shown.
+    """Refuse a URI that carries a credential and a reference without a proper name; the credential is not shown.
 
     Raises:
         UsageError: names the key and where it was given.
@@ -75,12 +75,12 @@ def check_no_secret(key: str, value: str, where: str) -> None:
     if carries_credential(value):
         raise UsageError(
             f"{key} carries a credential ({where}); its value is not shown. Nothing was started.",
-            hint=f"put the whole value into an environment variable and set {key}=env:NAME",
+            hint=f"put the complete value into an environment variable and set {key}=env:NAME",
         )
 
 
 def check_reference(key: str, value: str, where: str) -> None:
-    """Refuses env: without a proper variable name behind it.
+    """Refuse env: without a proper variable name behind it.
 
     Raises:
         UsageError: names the key and where it was given.

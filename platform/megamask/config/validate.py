@@ -1,4 +1,4 @@
-"""Whether the settings of a config fit one another. Checked before any process or device is taken."""
+"""Validation of a config's settings against one another, before any process or device is used."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """AdamW with FusedAdam's interface and state layout, for machines without Transformer Engine or Apex.
 
 The layout matters more than the arithmetic: FusedAdam keeps one step count per parameter group, torch.optim.AdamW one
-tensor per parameter. With ours a checkpoint reads the same whichever Adam wrote it.
+tensor per parameter. With ours a checkpoint does not depend on which Adam wrote it.
 """
 
 from __future__ import annotations

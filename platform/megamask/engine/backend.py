@@ -1,4 +1,4 @@
-"""What differs between a GPU and a laptop, in one object: device, collectives, and which Adam updates the weights.
+"""Differences between a GPU and a laptop in one object: device, collectives, and which Adam updates the weights.
 
 Nothing else in the house asks which device it runs on, but for one kernel of operators.py.
 """
@@ -26,11 +26,11 @@ STORE_DESCRIPTOR = "MEGAMASK_STORE_FD"
 _log = logging.getLogger(__name__)
 _TORCHRUN_JOB = "TORCHELASTIC_RUN_ID"  # set by torchrun, which shows each process all GPUs of the node
 
-# What megatron-core 0.16 makes torch say, about choices that are made here or are harmless: message, category.
+# Warnings of torch under megatron-core 0.16 about choices that are made here or are harmless: message, category.
 _KNOWN_WARNINGS: tuple[tuple[str, type[Warning]], ...] = (
     ("Transformer Engine and Apex are not installed", UserWarning),
     ("Apex is not installed", UserWarning),
-    ("full scope is deprecated. Use empty cuda_graph_scope", UserWarning),  # its own default says so
+    ("full scope is deprecated. Use empty cuda_graph_scope", UserWarning),  # from its own default
     # in float32 the optimizer's shards are views of the parameters; it sets their .grad itself
     ("The .grad attribute of a Tensor that is not a leaf Tensor is being accessed", UserWarning),
     ("`torch.distributed.reduce_scatter_tensor` is deprecated", FutureWarning),
@@ -67,11 +67,11 @@ class Backend:
     adam: str
 
     def synchronize(self) -> None:
-        """Waits until the device has done what it was asked, so that a clock can be read."""
+        """Wait until the device has done what it was asked, so that a clock can be read."""
         torch.cuda.synchronize()  # on the CPU answered by cpu_backend: nothing is pending
 
     def pin(self, memory: torch.Tensor) -> None:
-        """Locks host memory so that the device copies to it at full speed; torch's own way takes a power of two of it.
+        """Lock host memory so that the device copies to it at full speed; torch's own way takes a power of two of it.
 
         Where the system refuses, copying is only slower.
         """
@@ -89,8 +89,8 @@ class Backend:
 def select_device(environment: Mapping[str, str] = os.environ) -> torch.device:
     """The device of this process; with several on a node, LOCAL_RANK of the launcher's environment picks one.
 
-    A scheduler may show each of its tasks only a GPU of the task's own; then that one is taken, whatever LOCAL_RANK
-    says. `init_process_group` refuses two processes that were shown the same one.
+    A scheduler may show each of its tasks only a GPU of the task's own; then that one is used, regardless of
+    LOCAL_RANK. `init_process_group` refuses two processes that were shown the same one.
 
     Raises:
         UsageError: the node has fewer GPUs than processes.
@@ -111,7 +111,7 @@ def select_device(environment: Mapping[str, str] = os.environ) -> torch.device:
 
 
 def has_gpu_of_its_own(environment: Mapping[str, str]) -> bool:
-    """Whether a scheduler may have given this process its GPU: launchers of whole nodes show every process all GPUs."""
+    """Return whether a scheduler may have given this process its GPU: node launchers show every process all GPUs."""
     is_launched = STORE_DESCRIPTOR in environment or _TORCHRUN_JOB in environment
     return torch.cuda.device_count() == 1 and not is_launched
 
@@ -169,7 +169,7 @@ def _choose_kernels(*, has_cuda: bool) -> str:
         Adam=adam,
         USING_PYTORCH_OPTIMIZER=False,
     )
-    # these names say that "step" is kept per group, as FusedAdam keeps it
+    # under these names megatron-core keeps "step" per group, as FusedAdam does
     _replace(
         "megatron.core.optimizer.distrib_optimizer",
         Adam=adam,

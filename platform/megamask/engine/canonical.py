@@ -1,4 +1,4 @@
-"""Which part of which canonical tensor each local parameter holds: integer arithmetic on a model and a mesh.
+"""Slices of canonical tensors that each local parameter holds: integer arithmetic on a model and a mesh.
 
 Canonical names and shapes are those of models/shapes.py. A local parameter is a stack of row groups; each is a
 rectangle of one canonical tensor. The initial weights, the checkpoint and the tests read the same slices, so a layout

@@ -33,7 +33,7 @@ class Collectives:
 
     @property
     def is_main(self) -> bool:
-        """Whether this is global rank 0."""
+        """True if this is global rank 0."""
         return self.rank == 0
 
     def sum_integers(self, values: Sequence[int]) -> list[int]:
@@ -67,7 +67,7 @@ class Collectives:
         return values
 
     def raise_alike(self, failures: Sequence[BaseException], kind: type[MegamaskError]) -> None:
-        """Returns if no rank failed; otherwise raises on every rank, so that none waits for one that has gone.
+        """Return if no rank failed; otherwise raises on every rank, so that none waits for one that has gone.
 
         A rank that failed raises its own error; the others raise one that quotes the first rank's: of `kind` if the
         storage or the state was to blame, else a plain one (a bug).
@@ -80,7 +80,7 @@ class Collectives:
                 raise error_with_code(entry[0], f"rank {rank}: {entry[1]}")
 
     def barrier(self) -> None:
-        """Waits until every rank has come here."""
+        """Wait until every rank has come here."""
         self.max_integer(0)
 
 

@@ -1,8 +1,8 @@
 """Lets megatron-core 0.16 run on CPU tensors and gloo by answering its `torch.cuda` calls.
 
 megatron-core names the CUDA device in literals. `install` runs before its first import and patches torch, never
-megatron-core's files. Nothing here computes: each patch only says "that device is the CPU", "that stream is idle" or
-"that generator is the default one". Where a CUDA device exists this module is not used at all.
+megatron-core's files. Nothing here computes: each patch only declares "that device is the CPU", "that stream is idle"
+or "that generator is the default one". Where a CUDA device exists this module is not used at all.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _STATE = {"installed": False}
 
 
 class _IdleStream:
-    """Stands in for a stream and for an event: everything has already happened."""
+    """Stand-in for a stream and for an event: everything has already happened."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         pass
@@ -48,7 +48,7 @@ class _IdleStream:
         return 0
 
     def query(self) -> bool:
-        """Whether the work is done: always."""
+        """Return whether the work is done: always."""
         return True
 
     def _nothing(self, *args: Any, **kwargs: Any) -> _IdleStream:
@@ -58,7 +58,7 @@ class _IdleStream:
 
 
 class _DefaultGenerators:
-    """Stands in for torch.cuda.default_generators: device i's generator is the CPU's."""
+    """Stand-in for torch.cuda.default_generators: device i's generator is the CPU's."""
 
     def __getitem__(self, index: int) -> torch.Generator:
         return torch.default_generator
@@ -68,7 +68,7 @@ class _DefaultGenerators:
 
 
 def install() -> None:
-    """Patches torch once per process; must run before the first `import megatron.core`."""
+    """Patch torch once per process; must run before the first `import megatron.core`."""
     if _STATE["installed"]:
         return
     if any(name.startswith("megatron.core") for name in sys.modules):
@@ -105,7 +105,7 @@ def _patch_device_queries() -> None:
     }
     for name, value in answers.items():
         setattr(torch.cuda, name, _constant(value))
-    setattr(torch.cuda, "Stream", _IdleStream)  # noqa: B010 - assigning to a class name is no error of ours
+    setattr(torch.cuda, "Stream", _IdleStream)  # noqa: B010 - mypy refuses the assignment to a class name
     setattr(torch.cuda, "Event", _IdleStream)  # noqa: B010
     setattr(torch.cuda, "stream", _null_context)  # noqa: B010
     setattr(torch.cuda, "device", _null_context)  # noqa: B010
@@ -176,7 +176,7 @@ def _patch_tensors() -> None:
     plain_type = torch.Tensor.type
 
     def type_as_on_cuda(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        # megatron.core.optimizer sorts parameters by the literal 'torch.cuda.FloatTensor'; nobody else may see it
+        # megatron.core.optimizer sorts parameters by the literal 'torch.cuda.FloatTensor'; no other caller may see it
         name = plain_type(self, *args, **kwargs)
         caller = sys._getframe(1).f_globals.get("__name__", "")
         if args or kwargs or not caller.startswith("megatron.core.optimizer"):
@@ -187,9 +187,9 @@ def _patch_tensors() -> None:
 
 
 class _WithoutCompiler(importlib.abc.MetaPathFinder):
-    """Imports megatron-core, whenever somebody asks for it, with torch.compile as a decorator that changes nothing.
+    """Import hook of megatron-core, with torch.compile as a decorator that changes nothing.
 
-    megatron-core decorates its fused functions when it is imported, which loads the whole compiler: more than a second
+    megatron-core decorates its fused functions when it is imported, which loads the compiler: more than a second
     of every start. The layers built here call none of them, and on a CPU each would ask for a C++ compiler.
     """
 

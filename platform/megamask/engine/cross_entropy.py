@@ -13,12 +13,12 @@ class ShardedSoftmax:
     """Softmax of each position over the columns of all ranks of a group, kept for one backward pass.
 
     log Z = max + log(sum exp(x - max)); d log Z / d x = softmax, d CE / d x = softmax - one-hot. All ranks of the group
-    construct it together, each with its own columns. Everything is computed in float32, whatever the logits' format;
+    construct it together, each with its own columns. Everything is computed in float32;
     float32 logits are used up: their memory holds the exponentials afterwards.
 
     Args:
         logits: [m, v], this rank's columns; without a gradient of its own.
-        targets: int64 [m], ids in the whole vocabulary, alike on every rank; none may be an excluded one.
+        targets: int64 [m], ids in the full vocabulary, the same on every rank; none may be an excluded one.
         is_excluded: bool [v], columns that never enter the softmax.
         first_id: vocabulary id of column 0.
         group: the tensor-parallel ranks.

@@ -124,7 +124,7 @@ class Engine:
 
     @property
     def is_main(self) -> bool:
-        """Whether this is global rank 0."""
+        """True if this is global rank 0."""
         return self._collectives.is_main
 
     def members(self, global_batch_size: int) -> list[int]:
@@ -201,11 +201,11 @@ class Engine:
         return self._collectives.gather_objects(value)
 
     def barrier(self) -> None:
-        """Waits until every rank has come here."""
+        """Wait until every rank has come here."""
         self._collectives.barrier()
 
     def state_share(self, *, copy: bool) -> Share:
-        """What this rank writes of the present weights and Adam's state; no collective call.
+        """Return this rank's share of the present weights and Adam's state; no collective call.
 
         Args:
             copy: into memory of the host, so that training may go on while the share is written; the share before is
@@ -215,7 +215,7 @@ class Engine:
         return share(self._optimizer, rank=self.rank, memory=memory)
 
     def load_state(self, folder: Path) -> None:
-        """Restore the state from all ranks' files, under this engine's layout, whichever layout wrote them.
+        """Restore the state from all ranks' files, under this engine's layout; any layout may have written them.
 
         Raises:
             CheckpointIntegrityError: the folder does not hold the complete state of this network.
@@ -235,7 +235,7 @@ class Engine:
         return hash_of(*self.gather_objects(digest.hexdigest()))
 
     def close(self) -> None:
-        """Forgets the groups of this layout, so that an engine of another one can be made; the process group stays."""
+        """Forget the groups of this layout, so that an engine of another one can be made; the process group stays."""
         ProcessGroups.release()
 
 

@@ -1,4 +1,4 @@
-"""What a step reports: exact counts, known before the forward pass, and float64 sums of what the head scored.
+"""Figures that a step reports: exact counts, known before the forward pass, and float64 sums of what the head scored.
 
 Both are vectors of a fixed length, so that one reduction each makes them global. Shapes: r rows, i positions, m scored
 positions.
@@ -37,7 +37,7 @@ class BatchCounts:
 
     @classmethod
     def from_sums(cls, sums: Sequence[int]) -> BatchCounts:
-        """Reads a vector of `count_share`, summed over the ranks."""
+        """Read a vector of `count_share`, summed over the ranks."""
         num_eligible, masked_tokens, low, high, *others = sums
         return cls(
             num_eligible=num_eligible,
@@ -49,7 +49,7 @@ class BatchCounts:
 
     @property
     def of_terms(self) -> Counts:
-        """What the normalisers of the loss are made of."""
+        """Counts that the normalisers of the loss are made of."""
         return Counts(num_eligible=self.num_eligible, num_scored=self.num_scored)
 
 
@@ -104,12 +104,12 @@ class Losses:
 
     @property
     def total(self) -> float:
-        """What is minimised."""
+        """The loss that is minimised."""
         return sum(self.terms.values())
 
     @classmethod
     def from_sums(cls, sums: Sequence[float], counts: BatchCounts, objective: Objective) -> Losses:
-        """Reads a vector of `sum_scores`, summed over micro-batches and ranks."""
+        """Read a vector of `sum_scores`, summed over micro-batches and ranks."""
         num_terms = len(objective.terms)
         by_term = list(zip(objective.terms, sums[:num_terms], strict=True))
         terms = {term.name: term.factor * total / term.normalizer(counts.of_terms) for term, total in by_term}

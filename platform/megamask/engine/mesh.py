@@ -101,17 +101,17 @@ class Mesh:
 
     @property
     def is_first_stage(self) -> bool:
-        """Whether this rank holds the embedding."""
+        """True if this rank holds the embedding."""
         return self.pipeline_parallel_rank == 0
 
     @property
     def is_last_stage(self) -> bool:
-        """Whether this rank holds the output layer."""
+        """True if this rank holds the output layer."""
         return self.pipeline_parallel_rank == self.pipeline_parallel_size - 1
 
     @property
     def is_metrics_rank(self) -> bool:
-        """Whether this rank adds its rows' figures to global sums: one rank for each part of the rows."""
+        """True if this rank adds its rows' figures to global sums: one rank for each part of the rows."""
         return self.tensor_parallel_rank == 0 and self.is_last_stage
 
     def layers(self, num_layers: int) -> range:

@@ -110,7 +110,7 @@ class ShardedAdamW:
 
     @property
     def has_masters(self) -> bool:
-        """Whether Adam updates master weights beside the network's own."""
+        """True if Adam updates master weights beside the network's own."""
         return self._compute != torch.float32
 
     @property

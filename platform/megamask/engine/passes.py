@@ -28,7 +28,7 @@ from megamask.objectives.base import Objective
 
 @dataclass(frozen=True, kw_only=True)
 class RankModel:
-    """What one rank holds of the network, where it is on the mesh, and what is minimised.
+    """One rank's part of the network, its coordinates on the mesh, and the objective.
 
     Args:
         network: this rank's pipeline stage.
@@ -48,7 +48,7 @@ class RankModel:
 
 @dataclass(frozen=True, kw_only=True)
 class PassInput:
-    """What a stage reads of a micro-batch.
+    """Input of a pipeline stage from one micro-batch.
 
     Args:
         inputs: int64 [r, i] token ids; None on stages that have no embedding.
@@ -86,7 +86,7 @@ def train(
 def forward_only(
     rank_model: RankModel, micro_batches: Sequence[PassInput], look: LastStage, *, shape: tuple[int, int]
 ) -> list[torch.Tensor]:
-    """What `look` makes of each micro-batch on the last stage, nothing on the others; training's state is unchanged.
+    """Return the result of `look` for each micro-batch on the last stage; training's state is unchanged.
 
     Arguments as for `train`.
     """

@@ -1,4 +1,4 @@
-"""What the device under a run can do, as far as planning and metrics need it."""
+"""Capabilities of the device under a run that planning and metrics need."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ def peak_flops_per_second(device_name: str, compute: str) -> float | None:
     """The named peak of one device that mfu is a share of.
 
     Args:
-        device_name: as torch.cuda.get_device_name tells it.
+        device_name: as torch.cuda.get_device_name returns it.
         compute: precision.compute.
 
-    Returns: FLOP/s, or None where no data sheet says (any CPU, other devices, other formats).
+    Returns: FLOP/s, or None where no data sheet names it (any CPU, other devices, other formats).
     """
     return next((peak for part, peak in _PEAKS.get(compute, ()) if part in device_name), None)
 

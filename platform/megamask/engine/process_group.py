@@ -1,6 +1,6 @@
 """The process group of a job: ranks meet at a store of rank 0 and build their collectives.
 
-Whatever waits here for another rank waits in Python, a moment at a time, so that a signal is answered. The building of
+Every wait for another rank is in Python, a moment at a time, so that a signal is answered. The building of
 the collectives is a library's own wait; it begins when all ranks have met.
 """
 
@@ -25,7 +25,7 @@ from megamask.engine.backend import STORE_DESCRIPTOR, Backend, has_gpu_of_its_ow
 from megamask.errors import ExitCode, MegamaskError, UsageError, error_with_code
 
 DEFAULT_TIMEOUT_S = 1800.0
-# After so long without an answer of rank 0 a line says for what this rank waits.
+# After this long without an answer of rank 0, a line on stderr names what this rank waits for.
 _PATIENCE_S = 10.0
 _POLL_S = 0.1
 # Rank 0 refuses: it serves its refusal for so long, so that every rank ends with the same words and code.
@@ -46,7 +46,7 @@ def init_process_group(
     timeout_s: float = DEFAULT_TIMEOUT_S,
     check: Callable[[], None] = _never,
 ) -> None:
-    """Joins the job that a launcher's environment describes, or makes a job of one process, without any port.
+    """Join the job that a launcher's environment describes, or makes a job of one process, without any port.
 
     Environment: RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT as torchrun sets them. If MEGAMASK_STORE_FD is set, rank
     0 listens on that inherited socket instead of opening the port itself.
@@ -75,12 +75,12 @@ def init_process_group(
 
 
 def collective_timeout_s() -> float:
-    """How long a collective call of this process's job waits for the other ranks, in seconds."""
+    """Return the seconds that a collective call of this process's job waits for the other ranks."""
     return _joined[0] if _joined else DEFAULT_TIMEOUT_S
 
 
 def destroy_process_group() -> None:
-    """Leaves the job; harmless if none was joined."""
+    """Leave the job; harmless if none was joined."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -190,7 +190,7 @@ def _is_reachable(address: str, port: int) -> bool:
 
 
 def _resolve(address: str) -> None:
-    """Refuses a name that does not resolve, before anything waits for it."""
+    """Refuse a name that does not resolve, before anything waits for it."""
     try:
         socket.getaddrinfo(address, None)
     except OSError as error:
@@ -222,7 +222,7 @@ def _network_error(address: str, port: int, problem: str) -> MegamaskError:
 
 
 def _claim_gpu(store: Store, uuid: str) -> None:
-    """Takes a GPU for this process in the job's store.
+    """Take a GPU for this process in the job's store.
 
     Raises:
         UsageError: another process of the job has it.
@@ -243,7 +243,7 @@ def _listening_descriptor(environment: Mapping[str, str]) -> int:
             port = inherited.getsockname()[1]
     except OSError as error:
         raise UsageError(
-            f"{STORE_DESCRIPTOR} is {descriptor}, which is no listening socket of this process. Nothing was started.",
+            f"{STORE_DESCRIPTOR} is {descriptor}, not a listening socket of this process. Nothing was started.",
             hint=f"unset {STORE_DESCRIPTOR}, or start the processes with `megamask train`",
         ) from error
     if port != int(environment["MASTER_PORT"]):

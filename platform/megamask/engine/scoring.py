@@ -61,7 +61,7 @@ def score(rank_model: RankModel, rows: Rows, *, rows_per_pass: int, chunk_rows: 
 
 @torch.no_grad()
 def predict(rank_model: RankModel, reading: Reading, draw: Draw, *, rows_per_pass: int) -> Prediction:
-    """Chooses a token for every position read; training's state is unchanged.
+    """Choose a token for every position read; training's state is unchanged.
 
     All ranks of a data-parallel coordinate call this with the same rows; coordinates may have different ones, or call
     it more or less often. Neither the mask token nor padding is ever chosen or takes part in the probabilities.

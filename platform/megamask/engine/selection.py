@@ -1,4 +1,4 @@
-"""Which positions the head computes, in shapes that depend on the config alone.
+"""Selection of the positions that the head computes, in shapes that depend on the config alone.
 
 Shapes: r rows, i input positions, m rows of the head.
 """

@@ -23,7 +23,7 @@ from megamask.objectives.terms import Scores
 
 @dataclass(frozen=True, kw_only=True)
 class StepReport:
-    """What a step did; the same on every rank, except for the seconds.
+    """Report of a step; the same on every rank, except for the seconds.
 
     Args:
         loss: what was minimised, the sum of `loss_terms`, before the update.
@@ -57,7 +57,7 @@ class StepReport:
 
 @dataclass(frozen=True, kw_only=True)
 class StepSettings:
-    """What the steps of a run have in common.
+    """Settings that the steps of a run have in common.
 
     Args:
         micro_batch_size: samples of one forward pass.

@@ -85,7 +85,7 @@ def _refuse_bare_step(environment: Mapping[str, str]) -> None:
     tasks = environment.get("SLURM_STEP_NUM_TASKS", "1")
     if "SLURM_PROCID" in environment and tasks.isdecimal() and int(tasks) > 1:
         raise UsageError(
-            f"this is one of the {tasks} tasks of a Slurm step, and each of them would start a whole training run. "
+            f"this is one of the {tasks} tasks of a Slurm step, and each would start a training run of its own. "
             f"{_NOTHING}",
             hint="start one task a node with `srun --ntasks-per-node=1 megamask launch node CONFIG`; "
             "`megamask launch slurm CONFIG` writes the batch script",
@@ -139,7 +139,7 @@ def node_place(environment: Mapping[str, str] = os.environ) -> NodePlace:
         )
     places = set(found.values())
     if len(places) > 1:
-        told = ", ".join(f"{name} says node {node} of {count}" for name, (node, count) in found.items())
+        told = ", ".join(f"{name} names node {node} of {count}" for name, (node, count) in found.items())
         raise UsageError(f"the environment contradicts itself: {told}. {_NOTHING}", hint="unset what is left over")
     node, num_nodes = places.pop() if places else (0, 1)
     if node >= num_nodes:

@@ -137,11 +137,11 @@ class BoundRows:
 
 
 class Bound(Protocol):
-    """What evaluation computes: always an upper bound on the negative log-likelihood, whatever is trained."""
+    """Bound that evaluation computes: always an upper bound on the negative log-likelihood, for any training loss."""
 
     @property
     def is_exact(self) -> bool:
-        """Whether one draw gives the negative log-likelihood itself."""
+        """True if one draw gives the negative log-likelihood itself."""
 
     def scored(self, is_eligible: Tensor) -> Tensor:
         """Bool [b, s]: the tokens whose cost is counted."""
@@ -182,11 +182,11 @@ class GivenFirst:
 
 
 class Decoder(Protocol):
-    """How sampling sees an objective."""
+    """An objective as sampling uses it."""
 
     @property
     def opening(self) -> tuple[int, ...]:
-        """What an empty prompt is replaced by."""
+        """Replacement of an empty prompt."""
 
     def blocks(self, tokens: Tensor, wanted: Tensor, block_length: int | None) -> list[Tensor]:
         """The wanted positions (int64 [w], ascending) of a row [s] in groups that are finished one after another.
@@ -200,7 +200,7 @@ class Decoder(Protocol):
 
 
 class Objective(Protocol):
-    """What is minimised."""
+    """Terms of the loss that is minimised."""
 
     @property
     def name(self) -> str:
@@ -224,26 +224,26 @@ class Objective(Protocol):
 
     @property
     def bound(self) -> Bound:
-        """What evaluation computes."""
+        """Bound that evaluation computes."""
 
     @property
     def decoder(self) -> Decoder:
-        """How sampling reads the network."""
+        """Decoder that sampling uses."""
 
     def shape(self, sequence_length: int) -> ObjectiveShape:
         """Sizes of a step, in integers."""
 
     def context(self, samples: Samples, step: int, key: Key) -> Context:
-        """What every pipeline stage needs; needs no token ids."""
+        """Return the context that every pipeline stage needs; made without token ids."""
 
     def rows(self, samples: Samples, step: int, key: Key) -> Rows:
-        """What the first and the last pipeline stage need: the rows of these samples at a step (from 1)."""
+        """Return the input of the first and the last pipeline stage: the rows of these samples at a step (from 1)."""
 
     def details(self, samples: Samples, step: int, key: Key) -> list[dict[str, Any]]:
-        """What inspect shows of each sample, in JSON types."""
+        """Return the facts of each sample that inspect shows, in JSON types."""
 
     def record(self) -> dict[str, Any]:
-        """What sampling, evaluation and conversion must know, for model.json; JSON types."""
+        """Return the settings for model.json that sampling, evaluation and conversion need, in JSON types."""
 
 
 def never_written(vocabulary: Vocabulary) -> frozenset[int]:

@@ -200,7 +200,7 @@ class BlockBound:
 
     @property
     def is_exact(self) -> bool:
-        """Whether each block has one token, which is then always masked."""
+        """True if each block has one token, which is then always masked."""
         return self.pattern.block_size == 1
 
     def scored(self, is_eligible: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ DEFAULT_NAME = "masked"
 
 @dataclass(frozen=True, kw_only=True)
 class ObjectiveShape:
-    """What one sample becomes.
+    """Sizes of what one sample becomes.
 
     Args:
         num_views: rows of the network for each sample.

@@ -31,13 +31,13 @@ class Counts:
 
 @dataclass(frozen=True, kw_only=True)
 class Scores:
-    """What the head found at the scored positions of a micro-batch; all [m].
+    """Results of the head at the scored positions of a micro-batch; all [m].
 
     Args:
         cross_entropy, log_normalizer: float32 nats: of the target, and log Z of the softmax.
         weight: float, of each position's cross entropy.
         part: int64, which part of the loss a position belongs to; None where there is one part.
-        is_used: bool; other rows of the head count nothing, whatever they hold.
+        is_used: bool; other rows of the head count nothing, with any content.
     """
 
     cross_entropy: Tensor
@@ -62,7 +62,7 @@ class Term(Protocol):
 
     @property
     def factor(self) -> float:
-        """Multiplies the sum in the loss."""
+        """Multiplie the sum in the loss."""
 
     @property
     def normalizer(self) -> Callable[[Counts], int]:
@@ -70,7 +70,7 @@ class Term(Protocol):
 
     @property
     def is_bound(self) -> bool:
-        """Whether factor * sum / N estimates a bound on the negative log-likelihood, in nats per token."""
+        """True if factor * sum / N estimates a bound on the negative log-likelihood, in nats per token."""
 
     def share(self, scores: Scores) -> Tensor:
         """This micro-batch's share of the sum: scalar float32 with a gradient at used positions only."""
@@ -132,7 +132,7 @@ class PerEligibleToken:
     num_views: int
 
     def __call__(self, counts: Counts) -> int:
-        """Raises ValueError when there is no eligible token, so that the loss would not be defined."""
+        """Raise ValueError if no token is eligible: the loss would be undefined."""
         return _at_least_one(counts.num_eligible * self.num_views, "eligible")
 
 
@@ -143,7 +143,7 @@ class PerScoredToken:
     part: int = 0
 
     def __call__(self, counts: Counts) -> int:
-        """Raises ValueError when no position is scored, so that the loss would not be defined."""
+        """Raise ValueError when no position is scored, so that the loss would not be defined."""
         return _at_least_one(counts.num_scored[self.part], "scored")
 
 

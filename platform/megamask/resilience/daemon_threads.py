@@ -1,7 +1,7 @@
 """Daemon threads that may still run when a process has finished its work.
 
 Where the interpreter shuts down while such a thread is inside a C++ library, the thread is killed at its next step
-into Python, and the process aborts (SIGABRT) whatever exit code was meant. A process with such a thread therefore
+into Python, and the process aborts (SIGABRT) in place of its exit code. A process with such a thread therefore
 ends through `os._exit`.
 """
 
@@ -15,13 +15,13 @@ _watched: list[threading.Thread] = []
 
 
 def watch(thread: threading.Thread) -> None:
-    """Registers a daemon thread before it starts."""
+    """Register a daemon thread before it starts."""
     _watched[:] = [known for known in _watched if known.is_alive()]
     _watched.append(thread)
 
 
 def any_alive() -> bool:
-    """Whether a registered thread still runs."""
+    """Return whether a registered thread still runs."""
     for thread in _watched:
         if thread.is_alive():
             thread.join(_VANISH_S)

@@ -1,4 +1,4 @@
-"""Which exit code a whole job ends with, from what its ranks left behind."""
+"""Exit code of a job, from the codes of its ranks."""
 
 from __future__ import annotations
 

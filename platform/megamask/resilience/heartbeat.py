@@ -26,7 +26,7 @@ _SIZE = 64
 
 @dataclass(frozen=True, kw_only=True)
 class Mark:
-    """Where a rank is.
+    """Progress of a rank.
 
     Args:
         step: the step it is taking, or has completed last.
@@ -68,7 +68,7 @@ class Heartbeat:
         return cls(Path(name) if name else None)
 
     def enter(self, section: str, step: int | None = None) -> None:
-        """Marks the beginning of a section; `step` None keeps the step."""
+        """Mark the beginning of a section; `step` None keeps the step."""
         step = self.mark.step if step is None else step
         self.mark = Mark(step=step, section=section, since=time.monotonic())
         self._write()
@@ -83,7 +83,7 @@ class Heartbeat:
 
 
 def make_file(path: Path) -> None:
-    """Makes the file of a rank that is about to start."""
+    """Make the file of a rank that is about to start."""
     path.write_bytes(bytes(_SIZE))
 
 

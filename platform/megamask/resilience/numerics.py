@@ -1,4 +1,4 @@
-"""What to say when a loss or a gradient is not finite."""
+"""Error and incident of a loss or gradient that is not finite."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class NotFiniteError(NumericsError):
     """A step whose loss or gradient norm is not finite.
 
     Args:
-        incident: the fields of the journal's incident, for whoever ends the attempt.
+        incident: the fields of the journal's incident, which the end of the attempt records.
     """
 
     def __init__(self, message: str, *, hint: str, incident: dict[str, Any]) -> None:

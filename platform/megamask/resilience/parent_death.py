@@ -11,14 +11,14 @@ _PR_SET_PDEATHSIG = 1
 
 
 def die_with_parent(expected_parent: int | None = None) -> bool:
-    """Asks the kernel to kill this process (SIGKILL) when the thread that started it ends; Linux only.
+    """Ask the kernel to kill this process (SIGKILL) when the thread that started it ends; Linux only.
 
     Called first thing in a child. The parent may have died before the call; then this process ends here, with a
     SIGKILL to itself, as it would have a moment later.
 
     Args:
-        expected_parent: the parent's process id as the parent knows it; None takes the present one, which cannot
-            tell a parent that died before.
+        expected_parent: the parent's process id as the parent knows it; None takes the present one, which does
+            not detect a parent that died before.
 
     Returns:
         Whether the kernel will do so; False where it cannot (not Linux), and the child goes on unprotected.

@@ -1,4 +1,4 @@
-"""Who a process is, so that another one can tell later whether it still runs."""
+"""Identity of a process, by which another one decides later whether it still runs."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ _PROC = Path("/proc")
 
 @dataclass(frozen=True, kw_only=True)
 class ProcessFacts:
-    """What tells one process from every other, over reboots, containers and reused process ids.
+    """Facts that distinguish a process from every other, over reboots, containers and reused process ids.
 
     Facts that the system does not give are None.
 
     Args:
         host: node name.
         boot_id: changes with every boot of the machine.
-        pid_namespace: process ids of different namespaces (containers) say nothing about one another.
+        pid_namespace: process ids of different namespaces (containers) are unrelated.
         pid: process id inside that namespace.
-        process_start_time: clock ticks after boot; tells a reused process id.
+        process_start_time: clock ticks after boot; detects a reused process id.
     """
 
     host: str
@@ -33,13 +33,13 @@ class ProcessFacts:
     process_start_time: int | None
 
     def is_running_here(self) -> bool:
-        """Whether exactly this process runs on this host, in this pid namespace; zombies do not run."""
+        """Return whether exactly this process runs on this host, in this pid namespace; zombies do not run."""
         here = facts_of(self.pid)
         return here is not None and here == self
 
 
 def node_name() -> str:
-    """This node as its scheduler calls it: NODE_NAME (pods are told so), SLURMD_NODENAME, or the host name."""
+    """This node as its scheduler calls it: NODE_NAME (set in pods), SLURMD_NODENAME, or the host name."""
     return os.environ.get("NODE_NAME") or os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
@@ -83,7 +83,7 @@ def facts_of(pid: int) -> ProcessFacts | None:
 
 
 def _parse_stat(stat: bytes) -> tuple[str, int]:
-    """State and start time; the command name stands in parentheses and may itself hold spaces and parentheses."""
+    """State and start time; the command name is in parentheses and may itself contain spaces and parentheses."""
     fields = stat[stat.rindex(b")") + 2 :].split()
     return fields[0].decode(), int(fields[19])  # fields 3 and 22 of proc(5)
 

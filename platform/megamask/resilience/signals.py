@@ -18,7 +18,7 @@ STOP_SIGNALS = (*PREEMPTION_SIGNALS, signal.SIGINT)
 
 
 def is_ignored(number: signal.Signals) -> bool:
-    """Whether this process was started with a signal ignored, as nohup does with SIGHUP; it then stays so."""
+    """Return whether this process was started with a signal ignored, as nohup does with SIGHUP; it then stays so."""
     return number == signal.SIGHUP and signal.getsignal(number) is signal.SIG_IGN
 
 
@@ -42,7 +42,7 @@ class StopRequest:
         self.restore()
 
     def install(self) -> None:
-        """Installs the handlers; a second call does nothing.
+        """Install the handlers; a second call does nothing.
 
         A launcher starts its ranks with these signals blocked, so that one that arrives before the handlers are
         installed stays pending. This call unblocks them.
@@ -59,7 +59,7 @@ class StopRequest:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
 
     def restore(self) -> None:
-        """Restores the previous handlers; a second call does nothing."""
+        """Restore the previous handlers; a second call does nothing."""
         while self._previous:
             number, handler = self._previous.popitem()
             signal.signal(number, signal.SIG_DFL if handler is None else handler)

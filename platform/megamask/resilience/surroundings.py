@@ -17,7 +17,7 @@ _IMPORT_ERRORS = (ImportError, AttributeError, SyntaxError, TypeError, NameError
 
 
 def raise_descriptor_limit() -> None:
-    """Raises this process's limit of open files to what the system allows.
+    """Raise this process's limit of open files to what the system allows.
 
     Raises:
         UsageError: the system allows too few.
@@ -56,7 +56,7 @@ def explained(error: BaseException) -> MegamaskError | None:
 
 
 def _has_no_descriptors(error: BaseException) -> bool:
-    """Whether the process has used up its descriptors; C libraries say so in words only."""
+    """Return whether the process has used up its descriptors; C libraries report it only as text."""
     seen: set[int] = set()
     cause: BaseException | None = error
     while cause is not None and id(cause) not in seen:

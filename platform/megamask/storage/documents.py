@@ -30,7 +30,7 @@ class DuplicateKeyError(ValueError):
 
 
 class OwnDigest(Enum):
-    """Whether a kind of document carries a digest of itself."""
+    """Presence of a document's digest of itself."""
 
     NONE = "none"
     OPTIONAL = "optional"  # checked where present: documents of an older program have none

@@ -1,4 +1,4 @@
-"""Small files that survive a crash: written whole, flushed, then made visible by one atomic act.
+"""Small files that survive a crash: written, flushed, then made visible by one atomic act.
 
 Safe on local disks and on NFS (link and rename are atomic there; O_APPEND is not relied upon). Every function takes
 plain paths; an object store would implement the same four verbs with conditional puts.
@@ -36,7 +36,7 @@ def storage_errors(
     outcome: str = "Nothing was published.",
     hint: str = "free space or choose another folder, then run again",
 ) -> Iterator[None]:
-    """Turns an OSError that the storage is to blame for into a StorageError that names the action.
+    """Turn an OSError that the storage is to blame for into a StorageError that names the action.
 
     Args:
         action: what was being done, as "writing PATH"; it opens the message.
@@ -56,9 +56,9 @@ def storage_errors(
 
 
 def read_errors(path: Path) -> contextlib.AbstractContextManager[None]:
-    """`storage_errors` while a file is read: a storage that refuses says nothing about what is stored.
+    """Apply `storage_errors` to reading a file: a refusal of the storage is not damage of the file.
 
-    An OSError that tells of the file itself (it is not there, it is no file) is left as it is.
+    An OSError about the file itself (missing, not a file) is left as it is.
     """
     return storage_errors(
         f"reading {path}", outcome="Nothing was loaded.", hint="make the storage readable, then run again"
@@ -66,7 +66,7 @@ def read_errors(path: Path) -> contextlib.AbstractContextManager[None]:
 
 
 def fsync_directory(path: Path) -> None:
-    """Flushes a folder's entries, so that names created in it survive a power cut."""
+    """Flush a folder's entries, so that names created in it survive a power cut."""
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)
@@ -75,7 +75,7 @@ def fsync_directory(path: Path) -> None:
 
 
 def make_folders(path: Path) -> None:
-    """Makes a folder and those above it that are missing, each flushed into its parent: what is in it can be found.
+    """Make a folder and those above it that are missing, each flushed into its parent: what is in it can be found.
 
     Raises:
         OSError: one cannot be made; FileExistsError and NotADirectoryError where a file is in the way.
@@ -85,13 +85,13 @@ def make_folders(path: Path) -> None:
         missing.append(path)
         path = path.parent
     for folder in reversed(missing):
-        folder.mkdir(exist_ok=True)  # somebody else may have made it meanwhile
+        folder.mkdir(exist_ok=True)  # another process may have made it meanwhile
         with contextlib.suppress(PermissionError):  # a parent that may be written but not read cannot be flushed
             fsync_directory(folder.parent)
 
 
 def fsync_file(path: Path) -> None:
-    """Flushes a file that somebody else wrote."""
+    """Flush a file that other code wrote."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -115,7 +115,7 @@ def _write_temporary(path: Path, data: bytes) -> Path:
 
 
 def write_atomic(path: Path, data: bytes) -> None:
-    """Replaces a file by a whole, flushed one; a reader sees the old or the new content, never a mixture.
+    """Replace a file by a complete, flushed one; a reader sees the old or the new content, never a mixture.
 
     Raises:
         StorageError: the storage refused; the old file is intact.
@@ -133,7 +133,7 @@ def write_atomic(path: Path, data: bytes) -> None:
 
 
 def create_exclusive(path: Path, data: bytes) -> None:
-    """Creates a file with its whole, flushed content, or fails if the name exists; exactly one of many callers wins.
+    """Create a file with complete, flushed content, or fail if the name exists; exactly one of many callers wins.
 
     Raises:
         FileExistsError: the name exists; its content is not touched.

@@ -1,4 +1,4 @@
-"""One life of a run, as rank 0 tells it: the claim, the journal and its readers, status.json."""
+"""One attempt of a run, as rank 0 records it: the claim, the journal and its readers, status.json."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from megamask.training.stopping import StopReason
 
 # Claims are looked at between steps, at most this often; a commit looks at them again.
 _CLAIM_CHECK_S = 0.2
-# How long an attempt waits for MLflow when it failed or was told to leave: schedulers kill after 30 seconds.
+# Seconds that an attempt waits for MLflow after a failure or a stop request: schedulers kill after 30 seconds.
 _HASTY_DRAIN_S = 10.0
 # Records that carry sentences which a library, a system or a person wrote.
 _IN_WORDS = frozenset({"incident", "attempt_ended"})
@@ -46,7 +46,7 @@ _log = logging.getLogger(__name__)
 
 
 class FollowerAttempt:
-    """What every rank knows of the attempt; rank 0's Attempt also writes."""
+    """An attempt as every rank knows it; rank 0's Attempt also writes."""
 
     def __init__(self, run_dir: Path, run_id: str, number: int, run_sha256: str | None = None) -> None:
         self.run_dir = run_dir
@@ -62,11 +62,11 @@ class FollowerAttempt:
         return 0, "0" * 64
 
     def is_superseded(self) -> bool:
-        """Whether a newer attempt has claimed the run; rank 0 looks, the ranks agree on its answer."""
+        """Return whether a newer attempt has claimed the run; rank 0 looks, the ranks agree on its answer."""
         return False
 
     def check_claim(self) -> None:
-        """Raises SupersededError when a newer attempt has claimed the run; only rank 0 looks."""
+        """Raise SupersededError when a newer attempt has claimed the run; only rank 0 looks."""
 
 
 def _user() -> str | None:
@@ -77,7 +77,7 @@ def _user() -> str | None:
 
 
 def claim_run(run_dir: Path) -> int:
-    """Claims a run for this process; returns the number of the new attempt.
+    """Claim a run for this process. Return the number of the new attempt.
 
     Raises:
         UsageError: another live process holds the run; nothing was written.
@@ -87,7 +87,7 @@ def claim_run(run_dir: Path) -> int:
 
 
 def record_failure(view: FollowerAttempt, error: BaseException, exit_code: int, *, step: int | None = None) -> None:
-    """Puts the end of an attempt whose journal could not even be opened into status.json, where it is still its own."""
+    """Put the end of an attempt whose journal could not even be opened into status.json, where it is still its own."""
     try:
         if not is_superseded(view.run_dir, view.number):
             reason = redact(reason_of(error))
@@ -120,7 +120,7 @@ class Attempt(FollowerAttempt):
         number: what `claim_run` returned.
 
     Raises:
-        StorageError: the run directory refuses; `record_failure` tells it.
+        StorageError: the run directory refuses; `record_failure` records it.
     """
 
     def __init__(
@@ -154,7 +154,7 @@ class Attempt(FollowerAttempt):
         )
 
     def append(self, kind: str, **fields: Any) -> None:
-        """Journals a record; the console and MLflow read it from there. What others said in words is redacted."""
+        """Journals a record; the console and MLflow read it from there. Text that others wrote is redacted."""
         self.journal.append(kind, **(redact_values(fields) if kind in _IN_WORDS else fields))
 
     def write(self, record: JournalRecord) -> None:
@@ -169,7 +169,7 @@ class Attempt(FollowerAttempt):
         return self.journal.durable_head()
 
     def is_superseded(self) -> bool:
-        """Looks at the claims, at most five times a second."""
+        """Look at the claims, at most five times a second."""
         now = time.monotonic()
         if now - self._last_check < _CLAIM_CHECK_S:
             return False
@@ -177,7 +177,7 @@ class Attempt(FollowerAttempt):
         return is_superseded(self.run_dir, self.number)
 
     def check_claim(self) -> None:
-        """Raises SupersededError when a newer attempt has claimed the run."""
+        """Raise SupersededError when a newer attempt has claimed the run."""
         refuse_if_superseded(self.run_dir, self.number)
 
     def started(
@@ -241,13 +241,13 @@ class Attempt(FollowerAttempt):
         return training.global_batch_size // (self._config.layout.data_parallel_size * training.micro_batch_size)
 
     def running(self, step: int) -> None:
-        """Replaces status.json by phase running at this step."""
+        """Replace status.json by phase running at this step."""
         self.write_status("running", step=step)
 
     def write_status(
         self, phase: Phase, *, step: int | None, exit_code: int | None = None, reason: str | None = None
     ) -> None:
-        """Replaces status.json, unless a newer attempt has claimed the run: then it is that one's."""
+        """Replace status.json, unless a newer attempt has claimed the run: then it is that one's."""
         if is_superseded(self.run_dir, self.number):
             return
         told = None if reason is None else redact(reason)
@@ -255,7 +255,7 @@ class Attempt(FollowerAttempt):
         write_status(self.run_dir, status)
 
     def close(self, reason: StopReason, progress: Progress) -> None:
-        """The attempt ends as all ranks agreed; a superseded one leaves its last words in its own folder only."""
+        """Record an end that all ranks agreed on; a superseded attempt writes to its own folder only."""
         if reason is StopReason.SUPERSEDED:
             newest = max(claimed_attempts(self.run_dir, after=self.number), default=None)
             told = reason.description if newest is None else f"superseded by attempt {newest}"
@@ -275,7 +275,7 @@ class Attempt(FollowerAttempt):
             if not isinstance(error, SupersededError):
                 self._end(_phase_of(exit_code), exit_code, progress.step, reason)
             self._shut(is_hasty=True)
-        except Exception as refusal:  # noqa: BLE001  the attempt's own error is told, whatever else fails now
+        except Exception as refusal:  # noqa: BLE001  the attempt's own error is reported, even if more fails now
             _log.warning("the end of attempt %d could not be written: %r", self.number, refusal)
 
     def _end(self, phase: Phase, exit_code: int, step: int, reason: str) -> None:
@@ -289,5 +289,5 @@ class Attempt(FollowerAttempt):
         if is_hasty:
             patience = min(patience, _HASTY_DRAIN_S)
         if self._is_tracked and self.sink is not None and not self.sink.drain(patience):
-            _log.warning("MLflow has not got everything within %g s; the journal has", patience)
+            _log.warning("MLflow did not receive everything within %g s; the journal has", patience)
         self.journal.close()

@@ -64,7 +64,7 @@ class AttemptScope:
         return self.known
 
     def claim(self, config: TrainConfig, data: RunData) -> None:
-        """Claim the run, on rank 0; whatever can be refused is refused before the claim.
+        """Claim the run, on rank 0; every refusal comes before the claim.
 
         Raises:
             UsageError: another run is in the folder, the schedule would change the past, or the run is in use.

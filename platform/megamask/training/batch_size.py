@@ -2,7 +2,7 @@
 
 The ramp is the one of Megatron-LM's `--rampup-batch-size` (GPT-3 grew its batch so too; Brown et al., arXiv:2005.14165,
 appendix B): sizes from `training.batch_size_ramp_start` in equal increments up to `training.global_batch_size`. Here
-every size below the last takes the same share of `training.batch_size_ramp_samples`, rounded up to whole batches, so
+every size below the last takes the same share of `training.batch_size_ramp_samples`, rounded up to full batches, so
 that a step's first sample and its size have a closed form and no size is left out.
 """
 
@@ -53,7 +53,7 @@ def _levels_of(training: TrainingConfig) -> _Levels:
 @lru_cache(maxsize=8)
 def _ramp(start: int, increment: int, samples: int, last: int) -> _Levels:
     below = range(start, last, increment)
-    # samples / len(below) for each of them, in whole batches: an exact division, rounded up
+    # samples / len(below) for each of them, in full batches: an exact division, rounded up
     steps = [-(-samples // (len(below) * size)) for size in below]
     return _Levels(
         sizes=(*below, last),

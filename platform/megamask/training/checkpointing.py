@@ -1,4 +1,4 @@
-"""Checkpoints beside the loop: journal before, save, announce when visible, prune. At most one is on its way."""
+"""Checkpoints beside the loop: journal before, save, announce when visible, prune. At most one save is pending."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Stall:
 
     @contextlib.contextmanager
     def counted(self) -> Iterator[None]:
-        """Adds the time of a block."""
+        """Add the time of a block."""
         started = time.monotonic()
         try:
             yield
@@ -47,7 +47,7 @@ class Stall:
 
 @dataclass(frozen=True, kw_only=True)
 class _PendingSave:
-    """A save on its way."""
+    """A pending save."""
 
     save: Save
     stall: Stall = field(default_factory=Stall)
@@ -99,10 +99,10 @@ class CheckpointCommitter:
         self._pruning: tuple[int, Work[_Pruned]] | None = None
 
     def prune_before_training(self, resumed: Commit) -> None:
-        """Removes what the present policy does not keep, on rank 0: on a full disk the next save needs that space.
+        """Remove what the present policy does not keep, on rank 0: on a full disk the next save needs that space.
 
         The checkpoint that was resumed from stays, and so do those that did not verify: until there is a newer commit
-        somebody may want to look at them. A storage that refuses is an incident and no more.
+        a person may want to look at them. A refusal of the storage is an incident, not a failure.
         """
         if not self._engine.is_main:
             return
@@ -117,7 +117,7 @@ class CheckpointCommitter:
         self._journal_pruned(resumed.step, _Pruned(removed=gone, refused=pruned.refused))
 
     def begin(self, progress: Progress, evaluation: Mapping[str, float] | None) -> None:
-        """Starts saving the present state, after the end of the save before; blocks if saving is not asynchronous.
+        """Start saving the present state, after the end of the save before; blocks if saving is not asynchronous.
 
         Args:
             evaluation: the bound measured at this very step, if it was.
@@ -129,26 +129,26 @@ class CheckpointCommitter:
             self.finish()
 
     def poll(self) -> None:
-        """Once a step: announces what has become visible; raises what failed since the last step."""
+        """Announce a save that has become visible; raise its failure. Called once a step."""
         if self._pending is not None:
             self._announce_if_committed(self._pending, wait=False)
         elif self._pruning is not None:
             self._journal_if_pruned(self._pruning, wait=False)
 
     def finish(self) -> None:
-        """Waits for everything that is on its way."""
+        """Wait for the pending save."""
         if self._pending is not None:
             self._announce_if_committed(self._pending, wait=True)
         if self._pruning is not None:
             self._journal_if_pruned(self._pruning, wait=True)
 
     def commit(self, progress: Progress, evaluation: Mapping[str, float] | None) -> None:
-        """Saves the present state and returns when it is visible; nothing is copied. Raises as `begin`."""
+        """Save the present state and return when it is visible; nothing is copied. Raises as `begin`."""
         self._begin(progress, evaluation, in_background=False)
         self.finish()
 
     def abort(self, *, together: bool) -> None:
-        """Gives up a save that is on its way: nothing of it becomes visible unless it is already.
+        """Abort the pending save: nothing of it becomes visible unless it is already.
 
         Args:
             together: all ranks call this.
@@ -206,7 +206,7 @@ class CheckpointCommitter:
             self._prune_into(pruned, gate, spared)
         except SupersededError:
             raise
-        except (MegamaskError, OSError) as error:  # the new commit stands: what stays is tried again after the next one
+        except (MegamaskError, OSError) as error:  # the commit is valid; pruning is tried again after the next one
             pruned.refused.append((None, reason_of(error)))
         return pruned
 

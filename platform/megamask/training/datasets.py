@@ -1,4 +1,4 @@
-"""What a run reads, as the journal names it and MLflow shows it."""
+"""Datasets of a run, as the journal names them and MLflow shows them."""
 
 from __future__ import annotations
 

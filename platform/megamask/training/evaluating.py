@@ -45,7 +45,7 @@ def validation_measure(config: TrainConfig, engine: Engine, objective: Objective
     seed = config.run.seed if evaluation.seed is None else evaluation.seed
 
     def measure() -> dict[str, Any]:
-        """Scores the rows under the network's present weights."""
+        """Score the rows under the network's present weights."""
         started = time.monotonic()
         report = evaluate_on_engine(
             engine,

@@ -1,4 +1,4 @@
-"""What a failing rank still does: it ends a save, names what the storage did, and listens for a peer's reason."""
+"""Actions of a failing rank: end a save, name the storage's fault, and look for a peer's reason."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from megamask.training.checkpointing import CheckpointCommitter
 
 LOST_PEER = "lost the connection to another rank: it died or its node is gone"
 LOST_PEER_HINT = "look at that rank's last words, and at its node's kernel log: the OOM killer leaves its name there"
-# What gloo, NCCL and the store say when the process at the other end is gone; they have no error type of their own.
+# Messages of gloo, NCCL and the store when the process at the other end is gone; they have no error type for it.
 _LOST_PEER_SIGNS = (
     "Connection closed by peer",
     "Connection reset by peer",
@@ -39,14 +39,14 @@ _log = logging.getLogger(__name__)
 
 
 def end_saving(committer: CheckpointCommitter, error: BaseException) -> None:
-    """What was being saved when the attempt failed is a good state: it is committed if all ranks can still meet."""
+    """Commit the save that was pending at the failure, whose state is good, if all ranks can still meet."""
     has_all_ranks = isinstance(error, NotFiniteError) or int(os.environ.get("WORLD_SIZE", "1")) == 1
     try:
         if has_all_ranks:
             committer.finish()
         else:
             committer.abort(together=False)
-    except Exception as refusal:  # noqa: BLE001  the attempt's own error is told, whatever else fails now
+    except Exception as refusal:  # noqa: BLE001  the attempt's own error is reported, even if more fails now
         _log.warning("the checkpoint that was being saved is lost: %r", refusal)
 
 
@@ -67,7 +67,7 @@ def as_hang(error: BaseException) -> BaseException:
 
 
 def has_lost_peer(error: BaseException) -> bool:
-    """Whether this rank failed only because the process at the other end of a connection is gone."""
+    """Return whether this rank failed only because the process at the other end of a connection is gone."""
     return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _LOST_PEER_SIGNS)
 
 
@@ -75,7 +75,7 @@ def peer_failure(run_dir: Path, attempt: int, rank: int, *, is_lost: bool) -> Me
     """The failure of another rank that explains this one's, waited for a moment.
 
     Args:
-        is_lost: this rank only lost a connection, so that whatever another rank says of itself explains more: a bug
+        is_lost: this rank only lost a connection, so that a peer's own failure record explains more: a bug
             there, or, as the launcher saw it, a signal that killed it.
     """
     deadline = time.monotonic() + (2.0 if int(os.environ.get("WORLD_SIZE", "1")) > 1 else 0.0)

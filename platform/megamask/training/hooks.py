@@ -1,4 +1,4 @@
-"""What watches training: the journal, in-training evaluation, checkpoints, status. None can change the loss."""
+"""Observers of training: the journal, in-training evaluation, checkpoints, status. None can change the loss."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from megamask.training.stopping import StopReason
 
 
 class Recorder(Protocol):
-    """Where records go: rank 0's journal; the other ranks' recorder drops them."""
+    """Destination of records: rank 0's journal; the other ranks' recorder drops them."""
 
     def append(self, kind: str, **fields: Any) -> None:
-        """Appends one record."""
+        """Append one record."""
 
 
 class StepJournal:
@@ -71,22 +71,22 @@ class PeriodicEvaluation:
 
 
 class Committer(Protocol):
-    """What saves: one checkpoint at a time, on every rank together."""
+    """Saver of checkpoints: one at a time, on every rank together."""
 
     def begin(self, progress: Progress, evaluation: Mapping[str, float] | None) -> None:
-        """Starts a save, after the end of the one before."""
+        """Start a save, after the end of the one before."""
 
     def poll(self) -> None:
-        """Announces what has become visible, raises what failed."""
+        """Announce a save that has become visible; raise its failure."""
 
     def finish(self) -> None:
-        """Waits for what is on its way."""
+        """Wait for what is on its way."""
 
     def commit(self, progress: Progress, evaluation: Mapping[str, float] | None) -> None:
-        """Saves and returns when the checkpoint is visible."""
+        """Save and return when the checkpoint is visible."""
 
     def abort(self, *, together: bool) -> None:
-        """Gives up what is on its way."""
+        """Give up what is on its way."""
 
 
 class PeriodicCheckpoint:
@@ -113,14 +113,14 @@ class PeriodicCheckpoint:
         self._saved_step = committed_step
 
     def after_step(self, progress: Progress, record: StepRecord) -> None:
-        """Looks at the save that is on its way, and starts one when it is due."""
+        """Poll the pending save, and start one when it is due."""
         self._committer.poll()
         if self._every is not None and progress.step % self._every == 0:
             self._committer.begin(progress, self._bound_at(progress.step))
             self._saved_step = progress.step
 
     def on_stop(self, progress: Progress, reason: StopReason) -> None:
-        """What is on its way is finished and the last step commits, unless a newer attempt owns the run."""
+        """Finish the pending save and commit the last step, unless a newer attempt owns the run."""
         if reason is StopReason.SUPERSEDED:
             self._committer.abort(together=True)
             return
@@ -148,7 +148,7 @@ class StatusFile:
         self._last: float | None = None
 
     def after_step(self, progress: Progress, record: StepRecord) -> None:
-        """Writes if the last write is long enough ago."""
+        """Write if the last write is long enough ago."""
         now = self._clock()
         if self._last is None or now - self._last >= self._every_s:
             self._write(progress.step)

@@ -38,7 +38,7 @@ class Hook(Protocol):
 
 @dataclass(kw_only=True)
 class TrainingRun:
-    """What the loop needs. Hooks run in order: the journal first, checkpoints last."""
+    """Parts of the loop. Hooks run in order: the journal first, checkpoints last."""
 
     config: TrainConfig
     engine: Engine
@@ -61,7 +61,7 @@ class TrainingRun:
 
 
 def train(run: TrainingRun) -> StopReason:
-    """Trains until the last step or until all ranks agree on another reason to stop; returns that reason.
+    """Train until the last step or until all ranks agree on another reason to stop. Return that reason.
 
     Raises:
         NumericsError: a loss or a gradient is not finite, on every rank alike; the network was not updated.

@@ -1,4 +1,4 @@
-"""What one step is recorded as: the fields of a journal's step line, the same on every rank."""
+"""Record of one step: the fields of a journal's step line, the same on every rank."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ class PhaseClock:
         self.seconds = dict.fromkeys(PHASES, 0.0)
 
     def lap(self, phase: str) -> None:
-        """Adds the time since the last lap to a phase."""
+        """Add the time since the last lap to a phase."""
         now = time.monotonic()
         self.seconds[phase] += now - self._mark
         self._mark = now
 
     def lap_step(self, report: StepReport) -> None:
-        """Splits the time since the last lap as the engine measured it; the rest of it is `other`."""
+        """Split the time since the last lap as the engine measured it; the rest of it is `other`."""
         now = time.monotonic()
         elapsed, self._mark = now - self._mark, now
         self.seconds["forward_backward"] += report.forward_backward_s

@@ -59,7 +59,7 @@ class PreviewRows:
         return (place >= start) & (place < start + self.num_tokens)
 
     def text(self, row: int, ids: list[int]) -> str:
-        """What a filled row says after its prompt, up to the first end of document; no bytes make it fail."""
+        """Return the text of a filled row after its prompt, up to the first end of document."""
         answer = ids[self.starts[row] : self.starts[row] + self.num_tokens]
         return self.tokenizer.decode(until_end(answer, self.eod_token_id))
 
@@ -130,7 +130,7 @@ def preview_on_engine(
     mine = list(range(mesh.data_parallel_rank, len(rows.prompts), mesh.data_parallel_size))
 
     def measure() -> dict[str, Any]:
-        """Decodes every prompt under the network's present weights."""
+        """Decode every prompt under the network's present weights."""
         started = time.monotonic()
         decoded: dict[int, tuple[list[int], int]] = {}
         if mine:

@@ -1,4 +1,4 @@
-"""How far a run is: the mutable state of training besides the network and its optimizer."""
+"""Progress of a run: the mutable state of training besides the network and its optimizer."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Progress:
         return self.consumed_tokens * self.num_views
 
     def advance(self, *, global_batch_size: int, num_eligible: int, loss: float) -> None:
-        """Counts one completed step."""
+        """Count one completed step."""
         self.step += 1
         self.consumed_samples += global_batch_size
         self.consumed_tokens += num_eligible

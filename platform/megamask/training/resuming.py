@@ -1,4 +1,4 @@
-"""How far a run directory has come, as a new attempt must know before it starts."""
+"""Position of a run directory, as a new attempt must know it before it starts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a training job reads: its corpora, opened and checked before the run is claimed."""
+"""Data of a training job: its corpora, opened and checked before the run is claimed."""
 
 from __future__ import annotations
 

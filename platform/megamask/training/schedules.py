@@ -39,7 +39,7 @@ def learning_rate(step: int, optimizer: OptimizerConfig, training: TrainingConfi
 def check_extension(
     optimizer: OptimizerConfig, training: TrainingConfig, *, recorded_steps: int, completed: int
 ) -> None:
-    """Refuses a change of training.steps that would change the past.
+    """Refuse a change of training.steps that would change the past.
 
     Decided by where the schedule begins to depend on training.steps, not by going through the steps.
 
@@ -134,14 +134,14 @@ def _curve(optimizer: OptimizerConfig, training: TrainingConfig) -> _Curve:
 
 
 def _position(step: int, optimizer: OptimizerConfig, training: TrainingConfig) -> int:
-    """Where the schedule stands after a step."""
+    """Return the position of the schedule after a step."""
     if optimizer.schedule_unit == "steps":
         return step
     return consumed_before(step + 1, training) * training.sequence_length
 
 
 def _why_fixed(optimizer: OptimizerConfig, before: _Curve, now: _Curve) -> tuple[str, str]:
-    """Why an extension would change the past, and what to do instead."""
+    """Return the error of an extension that would change steps already taken, with the way out."""
     unit = optimizer.schedule_unit
     if before.warmup != now.warmup:
         return (
@@ -162,6 +162,6 @@ def _why_fixed(optimizer: OptimizerConfig, before: _Curve, now: _Curve) -> tuple
 
 
 def _shown(before: float, now: float) -> str:
-    """Two rates with as many digits as tell them apart."""
+    """Format two rates with as many digits as distinguish them."""
     digits = next((n for n in (6, 9, 12) if f"{before:.{n}g}" != f"{now:.{n}g}"), 17)
     return f"{before:.{digits}g}, now {now:.{digits}g}"

@@ -1,4 +1,4 @@
-"""How long an attempt takes to start, by phase, counted from the start of its process."""
+"""Duration of an attempt's start by phase, counted from the start of its process."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class StartupClock:
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Adds the time of a block to a phase: imports, engine or restore."""
+        """Add the time of a block to a phase: imports, engine or restore."""
         started = time.monotonic()
         try:
             yield

@@ -1,4 +1,4 @@
-"""Why a run stops, agreed by all ranks at the same step."""
+"""Reasons to stop, agreed by all ranks at the same step."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from megamask.runs.status import Phase
 
 
 class StopReason(IntEnum):
-    """Why an attempt ended; a larger one wins when ranks see different reasons at the same step."""
+    """Reason of an attempt's end; a larger one wins when ranks see different reasons at the same step."""
 
     NONE = 0
     STOP_AFTER_STEP = 1
@@ -48,7 +48,7 @@ class StopReason(IntEnum):
 
 
 class Collective(Protocol):
-    """What agreement needs of the engine."""
+    """The engine as the agreement uses it."""
 
     def max_over_ranks(self, value: int) -> int:
         """The largest value over all ranks."""
@@ -63,7 +63,7 @@ class SignalSource(Protocol):
 
 
 class SupersededCheck(Protocol):
-    """Whether a newer attempt has claimed the run."""
+    """Return whether a newer attempt has claimed the run."""
 
     def __call__(self) -> bool:
         """True when this attempt must stop without writing."""

@@ -110,7 +110,7 @@ def started(**fields: Any) -> dict[str, Any]:
     return record("attempt_started", attempt=1, datasets=[{**train, "text_bytes": 250}, held_out], **fields)
 
 
-@pytest.mark.promise("no series stands in MLflow twice, and constants are parameters")
+@pytest.mark.promise("no series is in MLflow twice, and constants are parameters")
 def test_series_that_equal_another_one_are_not_sent() -> None:
     lines = [
         record(

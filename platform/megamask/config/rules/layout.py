@@ -89,6 +89,6 @@ def layout_problems(
     if sequence_parallel and tensor == 1:
         yield Problem(
             key="layout.sequence_parallel",
-            because="but layout.tensor_parallel_size is 1, so there are no ranks to share a sequence",
+            because="but layout.tensor_parallel_size is 1, so no ranks share a sequence",
             allowed="false, or a layout.tensor_parallel_size above 1",
         )

@@ -20,6 +20,6 @@ class DeviceConfig(Section):
     )
     deterministic: bool = operational(
         "the same layout on the same GPU type repeats a run bit for bit; false lets the libraries choose faster "
-        "kernels whose sums have no fixed order. On a CPU every run repeats itself, whatever is set",
+        "kernels whose sums have no fixed order. On a CPU every run repeats itself, for either value",
         default=True,
     )

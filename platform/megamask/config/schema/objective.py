@@ -12,13 +12,14 @@ from megamask.config.schema.section import Section
 
 MASKED = ("masked",)
 BLOCK = ("block",)
+NAMES = ("masked", "autoregressive", "block")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ObjectiveConfig(Section):
     """The objective by name, and its settings: noise schedule, views and the logits that count."""
 
-    name: str = identity("what is minimised", default="masked", choices=("masked", "autoregressive", "block"))
+    name: str = identity("what is minimised", default="masked", choices=NAMES)
     noise_schedule: str = identity(
         "how the mask probability p depends on t",
         default="linear",
@@ -101,7 +102,7 @@ class ObjectiveConfig(Section):
         ):
             yield Problem(
                 key="objective.diffusion_weight",
-                because=f"but objective.clean_half is {self.clean_half}, which is no autoregressive model",
+                because=f"but objective.clean_half is {self.clean_half}, which is not an autoregressive model",
                 allowed="null; or any weight > 0 with objective.clean_half=token_causal",
             )
         if self.recipe is None or not self.has_meaning("recipe"):

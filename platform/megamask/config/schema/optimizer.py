@@ -53,7 +53,7 @@ class OptimizerConfig(Section):
         unit="tokens",
     )
     weight_decay: float = identity(
-        "decoupled weight decay; the next keys say of which tensors beside matrices", default=0.1, minimum=0
+        "decoupled weight decay; the next keys choose the tensors beside matrices", default=0.1, minimum=0
     )
     weight_decay_on_norms: bool = identity("whether weight decay applies to the weights of norms", default=False)
     weight_decay_on_biases: bool = identity("whether weight decay applies to biases", default=False)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 class TrainingConfig(Section):
     """Steps and batch shapes; batch sizes count samples (a complementary pair is one sample)."""
 
-    steps: int = extendable("optimizer steps of the whole run", minimum=1, unit="steps")
+    steps: int = extendable("optimizer steps of the run", minimum=1, unit="steps")
     stop_after_step: int | None = operational(
         "end this attempt cleanly after this step, with a checkpoint; the schedule still aims at training.steps",
         default=None,
@@ -43,7 +43,7 @@ class TrainingConfig(Section):
         unit="samples",
     )
     batch_size_ramp_samples: int | None = identity(
-        "samples of the ramp, shared equally by the levels below the last, each share rounded up to whole batches",
+        "samples of the ramp, shared equally by the levels below the last, each share rounded up to full batches",
         default=None,
         minimum=1,
         unit="samples",

@@ -122,7 +122,7 @@ def damaged(folder: Path, reason: str) -> CheckpointIntegrityError:
 
 
 def is_old_state(names: Iterable[str]) -> bool:
-    """Whether these are the files of a checkpoint that version 0.1.0 wrote."""
+    """Return whether these are the files of a checkpoint that version 0.1.0 wrote."""
     return _OLD_INDEX_NAME in names
 
 

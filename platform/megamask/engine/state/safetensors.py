@@ -78,7 +78,7 @@ def _header(slices: Sequence[StoredSlice]) -> bytes:
 
 @dataclass(frozen=True)
 class _Copy:
-    """What to copy from a stored part to a slice: the rectangle both contain."""
+    """Rectangle to copy from a stored part to a slice: the one that both contain."""
 
     part: StoredPart
     target: StoredSlice

@@ -1,4 +1,4 @@
-"""What one rank writes of the state, and the check of all ranks' files before the commit."""
+"""One rank's share of the state on disk, and the check of all ranks' files before the commit."""
 
 from __future__ import annotations
 

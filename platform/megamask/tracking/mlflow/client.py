@@ -50,7 +50,7 @@ class MLflowRun:
         self.experiment_id = str(run.info.experiment_id)
 
     def log_params(self, values: Mapping[str, Any]) -> None:
-        """Adds the parameters that are missing; MLflow never changes one."""
+        """Add the parameters that are missing; MLflow never changes one."""
         from mlflow.entities import Param
 
         missing = [Param(key, text_of(value)) for key, value in values.items() if key not in self._known_params]
@@ -59,7 +59,7 @@ class MLflowRun:
         self._known_params |= values.keys()
 
     def set_tags(self, values: Mapping[str, Any]) -> None:
-        """Sets tags, whatever they were."""
+        """Set tags, replacing earlier values."""
         from mlflow.entities import RunTag
 
         tags = [RunTag(key, text_of(value)) for key, value in values.items()]
@@ -67,7 +67,7 @@ class MLflowRun:
             self._client.log_batch(self.run_id, tags=piece)
 
     def log_points(self, points: Sequence[Point], model_id: str | None = None) -> None:
-        """Adds points; one that stands there with its time and value stands there once."""
+        """Add points; a repeated point with the same time and value is stored once."""
         from mlflow.entities import Metric
 
         for piece in _pieces(points, _METRICS_PER_BATCH):
@@ -86,14 +86,14 @@ class MLflowRun:
             self._client.log_batch(self.run_id, metrics=metrics)
 
     def set_status(self, status: RunStatus, time_ms: int) -> None:
-        """Sets the run's status; RUNNING has no end time."""
+        """Set the run's status; RUNNING has no end time."""
         if status == "RUNNING":
             self._client.update_run(self.run_id, status)
         else:
             self._client.set_terminated(self.run_id, status, end_time=time_ms)
 
     def log_datasets(self, entries: Sequence[DatasetEntry]) -> None:
-        """Adds the datasets that the run does not name yet."""
+        """Add the datasets that the run does not name yet."""
         from mlflow.entities import Dataset, DatasetInput, InputTag
 
         inputs = [
@@ -113,7 +113,7 @@ class MLflowRun:
             self._client.log_inputs(self.run_id, datasets=inputs)
 
     def log_checkpoint(self, entry: CheckpointEntry, commit_file: Path) -> None:
-        """Enters a commit among the run's models: once, whatever is repeated. READY is a whole entry.
+        """Enter a commit among the run's models, once, however often it is sent. READY is a complete entry.
 
         Args:
             commit_file: its COMMIT.json, kept beside the entry if it is still there.
@@ -138,7 +138,7 @@ class MLflowRun:
         self._known_models()[entry.checkpoint] = self._client.finalize_logged_model(model.model_id, _READY)
 
     def mark_checkpoint(self, checkpoint: str, tags: Mapping[str, str]) -> None:
-        """Sets tags of a commit's entry; one that was never entered stays so."""
+        """Set tags of a commit's entry; one that was never entered stays so."""
         model = self._known_models().get(checkpoint)
         if model is None:
             return
@@ -154,15 +154,15 @@ class MLflowRun:
             self.set_tags({NOTE_TAG: text})
 
     def log_text(self, path: str, text: str) -> None:
-        """Stores a text as the run's artifact `path`, in place of an earlier one."""
+        """Store a text as the run's artifact `path`, in place of an earlier one."""
         self._client.log_text(self.run_id, text, path)
 
     def log_file(self, path: Path, folder: str) -> None:
-        """Stores a file as an artifact of the run."""
+        """Store a file as an artifact of the run."""
         self._client.log_artifact(self.run_id, str(path), folder)
 
     def history(self, key: str) -> list[Point]:
-        """Every point of a metric, as it stands there."""
+        """Return every stored point of a metric."""
         return [
             Point(key, float(point.value), int(point.timestamp), int(point.step))
             for point in self._client.get_metric_history(self.run_id, key)
@@ -195,16 +195,16 @@ class MLflowRun:
             return Path(path).read_bytes()
 
     def num_checkpoints(self) -> int:
-        """How many commits are entered, looked up anew; doubles are removed on the way."""
+        """Return the number of entered commits, looked up anew; remove duplicates."""
         self._models = None
         return len(self._known_models())
 
     def status(self) -> str:
-        """The run's status as it stands there."""
+        """Return the stored status of the run."""
         return str(self._client.get_run(self.run_id).info.status)
 
     def _link(self, model_id: str, step: int) -> None:
-        """Names a model as the run's output, which MLflow refuses to do twice."""
+        """Name a model as the run's output, which MLflow refuses to do twice."""
         from mlflow.entities import LoggedModelOutput
         from mlflow.exceptions import MlflowException
 
@@ -245,7 +245,7 @@ class MLflowRun:
 def open_run(
     run_dir: Path, config: MLflowConfig, *, run_id: str, known: tuple[str, str] | None, start_ms: int | None
 ) -> tuple[MLflowRun, bool]:
-    """Imports MLflow, opens or creates the store, and finds a run there or creates it.
+    """Import MLflow, open or create the store, and find a run in it or create it.
 
     Args:
         run_id: the run's own id, by which it is found.
@@ -298,7 +298,7 @@ def find_run(run_dir: Path, config: MLflowConfig, *, run_id: str) -> MLflowRun |
 
 
 def is_refusal(error: BaseException) -> bool:
-    """Whether an error came from MLflow, its database or the network, and not from a fault of this program."""
+    """Return whether an error came from MLflow, its database or the network, and not from a fault of this program."""
     return isinstance(error, OSError) or type(error).__module__.partition(".")[0] in _FOREIGN
 
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from megamask.tracking.records import AttemptStarted, CheckpointCommitted, CheckpointPruned, Incident, SamplePreview
 
-# MLflow refuses a longer digest of a dataset; the whole corpus id stands in the profile and in a tag.
+# MLflow refuses a longer digest of a dataset; the full corpus id is in the profile and in a tag.
 DATASET_DIGEST_CHARACTERS = 36
 COMMITTED, PRUNED, DAMAGED = "committed", "pruned", "damaged"
 CHECKPOINT_TAG = "checkpoint"
@@ -42,8 +42,8 @@ class DatasetEntry:
         name: corpus and split, as "main/train".
         digest: the beginning of the corpus id.
         source: the corpus' folder.
-        profile: rows, tokens, sequence_length, tokenizer digest and the whole corpus id.
-        tags: of the input: its context ("training" or "validation") and the whole corpus id.
+        profile: rows, tokens, sequence_length, tokenizer digest and the full corpus id.
+        tags: of the input: its context ("training" or "validation") and the full corpus id.
     """
 
     name: str
@@ -58,7 +58,7 @@ class CheckpointEntry:
     """One commit as MLflow shows it among a run's models.
 
     Args:
-        checkpoint: name of its folder, which tells it from every other commit of the run.
+        checkpoint: name of its folder, unique among the commits of the run.
         name: what a list shows, as "step-00000200".
         location: its folder, relative to the run directory.
         params, tags: text by name; params never change, `megamask.state` does.

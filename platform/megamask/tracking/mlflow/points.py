@@ -60,7 +60,7 @@ _ASKED_TO_STOP = frozenset({75, 93, 130})
 
 @dataclass(kw_only=True)
 class Memory:
-    """What must outlive a process so that the next one goes on without doubling anything.
+    """State that outlives a process, so that the next one continues without duplicates.
 
     Args:
         sent_through: highest step already sent, by kind of record.
@@ -86,14 +86,14 @@ class Memory:
 
 @dataclass(kw_only=True)
 class Update:
-    """What some records change.
+    """Changes that some records make.
 
     Args:
         points: to add.
         tags: to set.
         datasets: what the run reads.
         checkpoints: commits to enter.
-        marks: tags to set on commits that stand there already, by folder name.
+        marks: tags to set on commits that are entered already, by folder name.
         texts: artifacts, by path.
         params: of an attempt.
         is_described_anew: the description is out of date.
@@ -279,7 +279,7 @@ def _evaluation_points(record: Evaluation, memory: Memory) -> list[Point]:
 
 
 def _start_points(record: AttemptStarted) -> list[Point]:
-    """How long an attempt took to its first step, at the step that it resumed from."""
+    """Return the time from an attempt's start to its first step, at the step that it resumed from."""
     step = (record.resumed_from or {}).get("step", 0)
     phases = {"restore": record.restore_s} | (record.startup_s or {})
     return _numbers({f"startup_s/{phase}": value for phase, value in phases.items()}, record, step)

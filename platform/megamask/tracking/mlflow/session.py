@@ -1,8 +1,8 @@
 """Sending a run's journal to MLflow piece by piece, from the place that tracking/mlflow.json remembers.
 
 The state is read again before each piece and replaced after it, under a lock: a training and a `megamask sync`, or two
-of them, take turns and go on where the other one stopped. Whatever happens between sending a piece and remembering it,
-sending it again changes nothing.
+of them, take turns and go on where the other one stopped. Sending a piece again, after an interruption before it was
+remembered, changes nothing.
 """
 
 from __future__ import annotations
@@ -50,14 +50,14 @@ class Session:
 
     @classmethod
     def open(cls, run_dir: Path, config: MLflowConfig, *, keeps_foreign_state: bool = False) -> Session:
-        """Finds the run in MLflow or creates it, and describes it there.
+        """Find the run in MLflow or create it, and describe it there.
 
         Args:
             keeps_foreign_state: a stored state of another server stays as it is, and this session's is not stored.
 
         Raises:
             BusyError: another process is sending just now.
-            Exception: whatever MLflow, its database or the network raise.
+            Exception: any error of MLflow, its database or the network.
         """
         record = json.loads((run_dir / "run.json").read_bytes())
         uri = shown_uri(store_of(run_dir, config).uri)
@@ -85,13 +85,13 @@ class Session:
         return session
 
     def send_new(self) -> None:
-        """Sends every record that was added since the last call, remembering the place after each piece.
+        """Send every record that was added since the last call, remembering the place after each piece.
 
         `num_sent` counts them.
 
         Raises:
             BusyError: another process is sending just now.
-            Exception: whatever MLflow, its database or the network raise.
+            Exception: any error of MLflow, its database or the network.
         """
         while True:
             with sending(self._run_dir):
@@ -106,19 +106,19 @@ class Session:
             self.num_sent += len(records)
 
     def forget(self) -> None:
-        """Begins with the journal's first line again: MLflow lost something that it had taken."""
+        """Begin with the journal's first line again: MLflow lost something that it had taken."""
         with sending(self._run_dir):
             self._state.position, self._state.memory, self._state.artifacts = Position(), Memory(), []
             self._kept_times = {point.step: point.timestamp_ms for point in self.run.history("loss")}
             self._save()
 
     def end(self, status: RunStatus, time_ms: int) -> None:
-        """Sets the status that an attempt without a last line leaves behind."""
+        """Set the status that an attempt without a last line leaves behind."""
         with sending(self._run_dir):
             self.run.set_status(status, time_ms)
 
     def count_checkpoints(self) -> int:
-        """How many commits are entered; an entry that a late answer doubled is removed."""
+        """Return the number of entered commits; remove an entry that a late answer duplicated."""
         with sending(self._run_dir):
             return self.run.num_checkpoints()
 

@@ -36,7 +36,7 @@ class MLflowSink:
     Args:
         run_dir: the run directory; its run.json gives parameters and tags.
         config: where to send; a null uri is a SQLite file beside the run directories.
-        on_incident: told (name, sentence) once per outage, from the sink's thread; Journal.incident fits.
+        on_incident: called with (name, sentence) once per outage, from the sink's thread; Journal.incident fits.
         redact: hides credentials in error texts that others wrote.
     """
 
@@ -60,14 +60,14 @@ class MLflowSink:
         self._has_sent_all = False
 
     def start(self) -> None:
-        """Starts the thread; MLflow is imported there (it takes seconds)."""
+        """Start the thread; MLflow is imported there (it takes seconds)."""
         if self._thread is None:
             prepare_environment(timeout_s=_REQUEST_TIMEOUT_S, retries=_REQUEST_RETRIES)
             self._thread = threading.Thread(target=self._run, name="megamask-mlflow", daemon=True)
             self._thread.start()
 
     def drain(self, timeout_s: float) -> bool:
-        """Waits until everything journalled so far is sent, a dead server has been tried twice, or the time is up.
+        """Wait until everything journalled so far is sent, a dead server has been tried twice, or the time is up.
 
         Returns:
             Whether everything was sent; if not, the next attempt of the run sends the rest.
@@ -103,7 +103,7 @@ class MLflowSink:
         except BusyError:  # a `megamask sync` sends the same just now: no outage
             self._is_busy = True
             return False
-        except Exception as error:  # noqa: BLE001  whatever MLflow, its database or the network raise: training goes on
+        except Exception as error:  # noqa: BLE001  any error of MLflow, its database or the network: training continues
             self._is_busy = False
             self._session = None  # a new connection asks the server again which run this is
             self._report(error)
@@ -121,14 +121,14 @@ class MLflowSink:
         if self._on_incident is not None:
             try:
                 self._on_incident("mlflow_outage", problem)
-            except Exception as failure:  # noqa: BLE001  the journal may be closed or its disk full; it says so itself
+            except Exception as failure:  # noqa: BLE001  the journal may be closed or its disk full; it reports that itself
                 _log.warning("the outage was not journalled: %r", failure)
 
 
 def outage_text(
     error: BaseException, run_dir: Path, config: MLflowConfig, *, redact: Callable[[str], str] = str
 ) -> str:
-    """What an error of MLflow says, on one line, without what its uri may show of a credential."""
+    """Return the text of an MLflow error on one line, without a credential that its uri may contain."""
     text = " ".join(str(error).split())
     with contextlib.suppress(UsageError):  # a variable that is not set has no credential to hide
         text = without_credentials(text, store_of(run_dir, config).uri)

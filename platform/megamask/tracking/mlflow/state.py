@@ -1,4 +1,4 @@
-"""tracking/mlflow.json: which MLflow run a run is, and how far its journal was sent; and who may send just now."""
+"""State file tracking/mlflow.json: the MLflow run, how far the journal was sent, and the lock of its sender."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class BusyError(Exception):
 
 @dataclass(kw_only=True)
 class SinkState:
-    """What the sink remembers between processes; the file may be lost, then the journal is sent again.
+    """State of the sink between processes; if the file is lost, the journal is sent again.
 
     Args:
         uri: the tracking server, without credentials.
@@ -46,7 +46,7 @@ class SinkState:
 
     @property
     def target(self) -> tuple[str, str, str]:
-        """What tells one place of a run in MLflow from another."""
+        """Server, experiment and run: together they identify a run in MLflow."""
         return self.uri, self.experiment_id, self.run_id
 
 
@@ -69,7 +69,7 @@ def load_state(run_dir: Path) -> SinkState | None:
 
 
 def save_state(run_dir: Path, state: SinkState) -> None:
-    """Replaces the stored state.
+    """Replace the stored state.
 
     Raises:
         StorageError: the storage refused; the old state is intact.
@@ -83,9 +83,9 @@ def save_state(run_dir: Path, state: SinkState) -> None:
 
 @contextlib.contextmanager
 def sending(run_dir: Path) -> Iterator[None]:
-    """Holds tracking/mlflow.lock, so that a training and a `megamask sync` take turns; a dead holder holds nothing.
+    """Hold tracking/mlflow.lock, so that a training and a `megamask sync` take turns; a dead holder holds nothing.
 
-    Where the file system knows no locks, nothing is held: what both send is the same and stands in MLflow once, but a
+    Where the file system has no locks, nothing is held: both send the same, which MLflow stores once, but a
     commit may be entered twice until one of them looks again.
 
     Raises:

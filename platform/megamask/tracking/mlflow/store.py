@@ -1,4 +1,4 @@
-"""Where the MLflow store of a run is, how a local one appears whole, and what of its address may be shown."""
+"""MLflow store of a run: its address, the creation of a local one, and the part of the address that may be shown."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from megamask.errors import UsageError
 
 URI_KEY = "tracking.mlflow.uri"
 _SQLITE = "sqlite:///"
-# MLflow prints the address of what it has stored, credential included, whoever may read the output.
+# MLflow prints the address of what it has stored, credential included.
 _NO_ADDRESS_ON_STDOUT = {
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     "MLFLOW_PRINT_MODEL_URLS_ON_CREATION": "false",
@@ -59,7 +59,7 @@ def store_of(run_dir: Path, config: MLflowConfig) -> Store:
 
 
 def check_uri(key: str, uri: str, *, after: str) -> None:
-    """Refuses what can never be a tracking store, so that it does not look like an outage.
+    """Refuse what can never be a tracking store, so that it does not look like an outage.
 
     Args:
         uri: as MLflow would get it.
@@ -78,7 +78,7 @@ def check_uri(key: str, uri: str, *, after: str) -> None:
 
 
 def create_database(database: Path, make: Callable[[str], None]) -> None:
-    """Makes the schema in a file of its own and shows it whole: runs that start at once cannot meet a half-made one.
+    """Make the schema in a file of its own and rename it: runs that start at once cannot meet a half-made one.
 
     Args:
         make: writes the schema to a SQLite uri.
@@ -94,7 +94,7 @@ def create_database(database: Path, make: Callable[[str], None]) -> None:
 
 
 def _sweep_unfinished(database: Path) -> None:
-    """Removes what a process that died while making the schema left behind."""
+    """Remove what a process that died while making the schema left behind."""
     for path in database.parent.glob(f".{database.name}.*.tmp*"):
         pid = path.name.removeprefix(f".{database.name}.").partition(".")[0]
         if not (pid.isdecimal() and Path("/proc", pid).exists()):
@@ -102,7 +102,7 @@ def _sweep_unfinished(database: Path) -> None:
 
 
 def prepare_environment(*, timeout_s: int, retries: int) -> None:
-    """Tells MLflow's client how patient to be, before it is imported; what the user has set of that stays."""
+    """Set the timeouts of MLflow's client before it is imported; keep those that the user has set."""
     for name, value in environment(timeout_s=timeout_s, retries=retries).items():
         os.environ.setdefault(name, value)
     os.environ.update(_NO_ADDRESS_ON_STDOUT)
@@ -122,7 +122,7 @@ def environment(*, timeout_s: int, retries: int) -> dict[str, str]:
 
 
 def silence() -> None:
-    """Keeps the warnings of MLflow and its database off the terminal; its errors arrive as exceptions."""
+    """Keep the warnings of MLflow and its database off the terminal; its errors arrive as exceptions."""
     for name in ("alembic", "mlflow", "urllib3.connectionpool"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module=r"(mlflow|alembic|sqlalchemy)(\.|$)")

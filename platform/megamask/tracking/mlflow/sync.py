@@ -21,7 +21,7 @@ from megamask.tracking.mlflow.sink import outage_text
 from megamask.tracking.mlflow.state import BusyError
 from megamask.tracking.mlflow.store import prepare_environment, shown_uri, store_of
 
-# Nobody waits but the person who asked: a slow server gets more time than during training.
+# Only the person who asked waits: a slow server gets more time than during training.
 _REQUEST_TIMEOUT_S = 30
 _REQUEST_RETRIES = 2
 _TURN_TIMEOUT_S = 120.0
@@ -33,13 +33,13 @@ _Answer = TypeVar("_Answer")
 
 @dataclass(frozen=True, kw_only=True)
 class Completed:
-    """What stands in MLflow after a sync.
+    """Content of MLflow after a sync.
 
     Args:
         mlflow_run_id, experiment_id: MLflow's names.
         num_records_sent: journal records that were sent now.
-        num_steps: steps of the journal, each of which stands there.
-        num_doubled_steps: steps that stand there more than once, with different times or values.
+        num_steps: steps of the journal, each of which is stored.
+        num_doubled_steps: steps that are stored more than once, with different times or values.
         num_checkpoints: commits entered.
         status: of the run in MLflow.
     """
@@ -55,7 +55,7 @@ class Completed:
 
 @dataclass(frozen=True, kw_only=True)
 class _Journalled:
-    """What a journal holds when a sync begins; `open_since_ms` is its last record's time if an attempt has no end."""
+    """Content of a journal when a sync begins; `open_since_ms` is its last record's time if an attempt has no end."""
 
     steps: frozenset[int]
     open_since_ms: int | None
@@ -64,7 +64,7 @@ class _Journalled:
 def complete(
     run_dir: Path, config: MLflowConfig, *, keeps_foreign_state: bool, ended: Callable[[], RunStatus | None]
 ) -> Completed:
-    """Sends what the journal has and MLflow has not, looks whether it arrived, and sends all of it again if not.
+    """Upload the parts of a run that MLflow is missing, verify, and upload everything again if any is lost.
 
     Args:
         keeps_foreign_state: tracking/mlflow.json speaks of another server and stays as it is.
