@@ -35,7 +35,7 @@ def train_in_local_ranks(
         num_processes,
         signals=signals,
         stop_grace_s=config.launch.stop_grace_s,
-        save_budget_s=config.launch.save_budget_s,
+        save_budget_s=config.launch.effective_save_budget_s,
         on_killed=lambda pid, rank, number: _record_killed(run_dir, before, pid=pid, rank=rank, signal=number),
     )
     if (failure := failure_of(exits)) is not None:

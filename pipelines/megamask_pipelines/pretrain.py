@@ -112,7 +112,7 @@ def pretrain(config: TrainConfig, signals: StopRequest) -> tuple[StopReason, Pro
                     signals,
                     heartbeat,
                     grace_s=config.launch.stop_grace_s,
-                    save_budget_s=config.launch.save_budget_s,
+                    save_budget_s=config.launch.effective_save_budget_s,
                     last_act=functools.partial(_record_end_by_deadline, scope),
                 )
             )

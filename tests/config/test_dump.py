@@ -14,6 +14,7 @@ from megamask.config.keys import Key, all_keys, all_sections
 from megamask.config.load import load_config
 from megamask.config.schema.corpus import CorpusConfig, TokenizerConfig
 from megamask.config.schema.roots import PrepareConfig, TrainConfig
+from megamask.config.secrets import carries_credential
 from megamask.config.variants import meaningless_keys
 
 TRICKY = ["1e3", "null", "yes", "No", "~", "", " ", "1", "0x10", "a: b", "#x", "- a", "'", '"', "a\nb\n", "é", "\u2028"]
@@ -31,6 +32,8 @@ def values(key: Key) -> st.SearchStrategy:
     strings = paths if setting.is_path else texts
     if setting.choices:
         found = st.sampled_from(setting.choices)
+    elif setting.pattern and key.name.startswith("launch."):
+        found = st.from_regex(setting.pattern, fullmatch=True).filter(lambda text: not carries_credential(text))
     elif setting.pattern:
         found = st.from_regex(r"\A[A-Za-z0-9_-][A-Za-z0-9._-]{0,20}\Z")
     elif key.base == "int":

@@ -40,7 +40,7 @@ def test_objects_are_the_recorded_ones(name):
 
 def _rendered(name):
     if name == "runtime":
-        return [trainjob.runtime(FULL)]
+        return [trainjob.runtime("megamask")]
     size, kind = name.split(".")
     return {"jobset": jobset, "trainjob": trainjob}[kind].render({"small": SMALL, "full": FULL}[size])
 
@@ -54,8 +54,8 @@ def test_objects_pass_the_published_schemas(job):
     (replicated,) = document["spec"]["replicatedJobs"]
     inner = {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "x"}, "spec": replicated["template"]["spec"]}
     kubernetes_validate.validate(inner, CORE_VERSION, strict=True)
-    _check_model(trainjob.render(job)[0], "TrainerV1alpha1TrainJob")
-    _check_model(trainjob.runtime(job), "TrainerV1alpha1ClusterTrainingRuntime")
+    _check_model(trainjob.render(job)[1], "TrainerV1alpha1TrainJob")
+    _check_model(trainjob.runtime("megamask"), "TrainerV1alpha1ClusterTrainingRuntime")
 
 
 @pytest.mark.parametrize("job", [SMALL, FULL])
@@ -63,7 +63,7 @@ def test_rendered_objects_pass_the_lint(job):
     stop_s = job.notice_s - 30
     assert lint.problems(jobset.render(job), stop_s=stop_s) == []
     assert lint.problems(trainjob.render(job), stop_s=stop_s) == []
-    assert lint.problems([trainjob.runtime(job)], stop_s=stop_s) == []
+    assert lint.problems([trainjob.runtime("megamask")], stop_s=stop_s) == []
 
 
 def _action(job, message):
@@ -106,7 +106,7 @@ def test_the_command_is_a_list_that_no_shell_reads():
     _, document = jobset.render(FULL)
     (container,) = document["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]["containers"]
     assert container["command"] == ["megamask", "launch", "node", "/etc/megamask/config.yaml"]
-    assert trainjob.trainjob(FULL)["spec"]["trainer"]["command"][-2:] == list(FULL.overrides)
+    assert trainjob.render(FULL)[1]["spec"]["trainer"]["command"] == container["command"]
 
 
 def _pod(objects):

@@ -241,3 +241,37 @@ def test_death_of_a_claimant_is_known_on_its_own_host_only(
     edit_claim(tmp_path, 1, host="another")
     assert not has_died(tmp_path, 1)
     assert not has_died(tmp_path, 2)
+
+
+def test_pod_with_the_same_name_on_another_node_is_not_known_to_have_died(
+    tmp_path: Path, live_claimant: subprocess.Popen[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    live_claimant.kill()
+    live_claimant.wait()
+    edit_claim(tmp_path, 1, boot_id="of another machine", node="node-a")
+    monkeypatch.setenv("NODE_NAME", "node-b")  # the pod was made anew there and kept its host name
+    assert not has_died(tmp_path, 1)
+    monkeypatch.setenv("NODE_NAME", "node-a")
+    assert has_died(tmp_path, 1)
+
+
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        ({"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "2"}, ("SLURM_JOB_ID=7", "2")),
+        ({"JOBSET_UID": "u", "JOBSET_RESTART_ATTEMPT": "3", "POD_UID": "p"}, ("JOBSET_UID=u", "3")),
+        ({}, (None, None)),
+    ],
+)
+def test_claim_names_the_start_of_the_job(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], expected: tuple[str | None, str | None]
+) -> None:
+    for name in ("SLURM_JOB_ID", "SLURM_RESTART_COUNT", "JOBSET_UID", "JOBSET_NAME", "POD_UID"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("MEGAMASK_LAUNCH_TOKEN", "job-7.2")
+    monkeypatch.setenv("NODE_NAME", "node-a")
+    content = read_claim(tmp_path, claim(tmp_path)) or {}
+    assert (content["scheduler_id"], content["scheduler_restart"]) == expected
+    assert (content["token"], content["node"]) == ("job-7.2", "node-a")

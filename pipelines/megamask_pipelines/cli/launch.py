@@ -1,4 +1,4 @@
-"""`megamask launch node CONFIG`: run one node's ranks of a training job and leave with the job's exit code."""
+"""`megamask launch slurm|jobset|trainjob CONFIG`: make a run's job; `launch node CONFIG`: run one node of it."""
 
 from __future__ import annotations
 
@@ -15,27 +15,56 @@ if TYPE_CHECKING:
     from megamask.launch.placement import NodePlace
     from megamask.resilience.signals import StopRequest
 
-# A stdout that cannot take the answer does not undo the work.
-ANSWER_IS_ON_DISK = True
+
+def ANSWER_IS_ON_DISK(result: dict[str, Any]) -> bool:
+    """Whether a stdout that cannot take the answer loses nothing: a job is nowhere else unless it was written."""
+    return "target" not in result or result["written"] is not None or result["submitted"] is not None
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the verb's arguments."""
-    parser.add_argument("what", choices=["node"], help="node: one node of a job, as a Slurm task, a pod or a machine")
+    parser.add_argument(
+        "what",
+        choices=["node", "slurm", "jobset", "trainjob"],
+        help="node: run one node of a job, as a Slurm task, a pod or a machine; "
+        "slurm, jobset, trainjob: make the job of a config for Slurm, Kubernetes or Kubeflow Trainer, and print it",
+    )
     parser.add_argument("config", help="a run config, as configs/run/tiny.yaml")
     parser.add_argument("overrides", nargs="*", default=[], help="key.path=value, later ones win")
+    parser.add_argument("--output", metavar="FILE", help="write the job to FILE instead of stdout")
+    parser.add_argument("--check", action="store_true", help="ask the scheduler, if it is here; submit nothing")
+    parser.add_argument("--submit", action="store_true", help="submit the job")
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Start this node's share of the layout's ranks and wait for the whole job.
+    """Make the job of a run; or start this node's share of the layout's ranks and wait for the job's end.
 
-    Returns: run_dir, node, num_nodes, step, attempt, exit_code.
+    Returns: of a job the answer of `render_job`; of a node run_dir, node, num_nodes, step, attempt, exit_code.
     Raises:
+        UsageError: the config makes no job, or the scheduler refuses it.
         MegamaskError: a rank of this node failed, or the nodes could not meet.
     """
     from megamask.resilience.signals import StopRequest
     from megamask.resilience.surroundings import raise_descriptor_limit
 
+    if arguments.check and arguments.submit:
+        raise UsageError("--check submits nothing, and --submit asks for it; allowed: one of the two.")
+    if arguments.what != "node":
+        from megamask_pipelines.render_job import render_job
+
+        return render_job(
+            arguments.what,
+            arguments.config,
+            arguments.overrides,
+            output=arguments.output,
+            submit=arguments.submit,
+            check=arguments.check,
+        )
+    if given := [name for name in ("output", "check", "submit") if getattr(arguments, name)]:
+        raise UsageError(
+            f"`launch node` has no --{given[0]}: it runs a node. Nothing was started.",
+            hint="--output, --check and --submit belong to `launch slurm`, `launch jobset` and `launch trainjob`",
+        )
     raise_descriptor_limit()
     with StopRequest() as signals:
         return _run_node(arguments, signals)
@@ -68,7 +97,8 @@ def _run_node(arguments: argparse.Namespace, signals: StopRequest) -> dict[str, 
             ranks_per_node=_ranks_per_node(loaded.config, place),
             signals=signals,
             stop_grace_s=loaded.config.launch.stop_grace_s,
-            save_budget_s=loaded.config.launch.save_budget_s,
+            save_budget_s=loaded.config.launch.effective_save_budget_s,
+            no_progress_attempts=loaded.config.launch.no_progress_attempts,
         )
     except MegamaskError as error:
         if place.node == 0:  # the other nodes wait for a verdict
@@ -104,8 +134,14 @@ def _ranks_per_node(config: TrainConfig, place: NodePlace) -> int:
 
 
 def render(result: dict[str, Any]) -> str:
-    """Return the last line for a person."""
-    return (
-        f"node {result['node']} of {result['num_nodes']}: run {result['run_dir']}, step {result['step']} "
-        f"(exit code {result['exit_code']})"
-    )
+    """Return the job itself or what became of it, and of a node its last line."""
+    if "target" not in result:
+        return (
+            f"node {result['node']} of {result['num_nodes']}: run {result['run_dir']}, step {result['step']} "
+            f"(exit code {result['exit_code']})"
+        )
+    told = [f"{result['target']} job {result['name']} is in {result['written']}"] if result["written"] else []
+    told += [f"submitted: {result['submitted']}"] if result["submitted"] is not None else []
+    if result["asked"] is not None:
+        told.append(f"the scheduler accepts it: {result['asked']}")
+    return "\n".join(told) or result["text"].rstrip("\n")

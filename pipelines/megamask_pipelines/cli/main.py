@@ -25,7 +25,7 @@ from megamask_pipelines import standard_streams
 VERBS: Mapping[str, str] = {
     "prepare": "make a corpus from text files",
     "train": "train a run, or resume it",
-    "launch": "run one node of a job under Slurm, Kubernetes or SkyPilot",
+    "launch": "make or submit the job of a run for Slurm or Kubernetes; run one node of it",
     "evaluate": "measure the likelihood bound of a run or checkpoint on held-out text",
     "sample": "continue a prompt, or fill the gaps of a text",
     "convert": "export a checkpoint in Hugging Face layout",
@@ -124,7 +124,8 @@ def _run_verb(name: str, arguments: list[str], answer: IO[str]) -> int:
             render: Callable[[dict[str, Any]], str] = getattr(verb, "render", _render_plainly)
             _print(render(result), answer)
     except OSError as error:
-        if not getattr(verb, "ANSWER_IS_ON_DISK", False):
+        on_disk = getattr(verb, "ANSWER_IS_ON_DISK", False)
+        if not (on_disk(result) if callable(on_disk) else on_disk):
             raise
         _print(f"the answer could not be written to stdout ({error.strerror}); its content is on the disk", sys.stderr)
     return int(result.get("exit_code") or ExitCode.DONE)

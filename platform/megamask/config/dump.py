@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import operator
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import reduce
 from typing import Any
 
@@ -31,7 +31,18 @@ def _represent_string(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
     return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=None if is_plain else '"')
 
 
+class _BlockDumper(_Dumper):
+    """Writes a text of several lines as a block that people can read."""
+
+
+def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    if "\n" in text:
+        return dumper.represent_scalar("tag:yaml.org,2002:str", text, style="|")
+    return _represent_string(dumper, text)
+
+
 _Dumper.add_representer(str, _represent_string)
+_BlockDumper.add_representer(str, _represent_text)
 
 
 def to_plain(config: Any) -> dict[str, Any]:
@@ -55,3 +66,8 @@ def to_yaml(config: Any, *, hide: Callable[[Any], Any] | None = None) -> str:
     plain = to_plain(config)
     shown = plain if hide is None else hide(plain)
     return yaml.dump(shown, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=2**31)
+
+
+def documents_to_yaml(documents: Sequence[Mapping[str, Any]]) -> str:
+    """Documents of plain values as one YAML stream, as kubectl reads it; long texts as blocks."""
+    return yaml.dump_all(documents, Dumper=_BlockDumper, sort_keys=False, allow_unicode=True, width=2**31)

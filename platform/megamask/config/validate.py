@@ -23,12 +23,12 @@ def validate_train(config: TrainConfig, origins: Mapping[str, str] | None = None
     Raises:
         UsageError: the first problem: key and value, reason, allowed values, where to change it.
     """
-    _refuse_first(config, origins)
+    refuse_first(_checked(config, origins), config, origins)
 
 
 def validate_prepare(config: PrepareConfig, origins: Mapping[str, str] | None = None) -> None:
     """Refuse a config of a corpus' preparation whose parts do not fit; raises like `validate_train`."""
-    _refuse_first(config, origins)
+    refuse_first(_checked(config, origins), config, origins)
 
 
 def all_problems(config: TrainConfig | PrepareConfig) -> Iterator[Problem]:
@@ -38,13 +38,23 @@ def all_problems(config: TrainConfig | PrepareConfig) -> Iterator[Problem]:
         yield from value_of(config, name).problems(config)
 
 
-def _refuse_first(config: TrainConfig | PrepareConfig, origins: Mapping[str, str] | None) -> None:
-    problems = itertools.chain(variant_problems(config, origins, default_origin=DEFAULT_ORIGIN), all_problems(config))
+def refuse_first(
+    problems: Iterator[Problem], config: TrainConfig | PrepareConfig, origins: Mapping[str, str] | None
+) -> None:
+    """Raise the first of the problems.
+
+    Raises:
+        UsageError: key and value, reason, allowed values, and where to change it.
+    """
     for problem in problems:
         raise UsageError(
             f"{problem.description(value_of(config, problem.key))}. Nothing was started.",
             hint=_where_to_change(problem.key, origins),
         )
+
+
+def _checked(config: TrainConfig | PrepareConfig, origins: Mapping[str, str] | None) -> Iterator[Problem]:
+    return itertools.chain(variant_problems(config, origins, default_origin=DEFAULT_ORIGIN), all_problems(config))
 
 
 def _where_to_change(key: str, origins: Mapping[str, str] | None) -> str | None:

@@ -47,7 +47,7 @@ class SlurmOptions:
     """What only Slurm knows.
 
     Args:
-        gpus: value of --gpus-per-node, as 8 or h100:8; None asks for no GPU.
+        gpu_type: type of GPU, as h100; None where the cluster names none.
         container: how the image is started: pyxis, apptainer or none.
         extra: further options, each one word `--name=value`.
     """
@@ -57,7 +57,7 @@ class SlurmOptions:
     qos: str | None = None
     constraint: str | None = None
     reservation: str | None = None
-    gpus: str | None = None
+    gpu_type: str | None = None
     container: str = "none"
     exclude: tuple[str, ...] = ()
     mail: str | None = None
@@ -72,7 +72,7 @@ class KubernetesOptions:
         queue: Kueue's local queue; the job is then created suspended and Kueue starts it.
         required_topology, preferred_topology: node label that all pods share, for Kueue's topology-aware scheduling.
         tolerations: keys of taints that are tolerated.
-        gpu_resource, gpus: name of the device resource and number per node.
+        gpu_resource: name of the GPU resource.
         rdma_resource: name of the RDMA resource, one for each GPU; None for none.
         claims: PersistentVolumeClaim -> path in the container.
         runtime: name of the ClusterTrainingRuntime of a TrainJob.
@@ -86,7 +86,6 @@ class KubernetesOptions:
     node_selector: Mapping[str, str] = field(default_factory=dict)
     tolerations: tuple[str, ...] = ()
     gpu_resource: str = "nvidia.com/gpu"
-    gpus: int = 0
     rdma_resource: str | None = None
     shm_gib: int = 16
     tmp_gib: int = 10
@@ -107,6 +106,7 @@ class Job:
         config_text: the composed config, for jobs whose nodes do not share the submitter's files.
         overrides: key=value words after the config.
         run_dir: the run directory, where the verdict is read beside.
+        gpus_per_node: GPUs that are asked for; 0 for training on CPUs.
         cpus_per_rank, memory_gib: per rank and per node.
         time_limit_s: of one attempt; None for the partition's.
         notice_s: seconds before a time limit at which the ranks are asked to save; also the grace period of a pod.
@@ -119,6 +119,7 @@ class Job:
     name: str
     nodes: int
     ranks_per_node: int
+    gpus_per_node: int = 0
     cpus_per_rank: int = 1
     memory_gib: int | None = None
     time_limit_s: int | None = None

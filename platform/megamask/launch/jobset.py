@@ -15,13 +15,18 @@ from megamask.launch.job import COUNTED_CODES, FREE_CODES, RENDEZVOUS_PORT, STOP
 CONFIG_FOLDER = "/etc/megamask"
 CONFIG_NAME = "config.yaml"
 CONTAINER = "node"  # the name under which Kubeflow Trainer fills in the container, too
-_REPLICATED_JOB = "node"
+REPLICATED_JOB = "node"
 _LABEL = "jobset.sigs.k8s.io"
 
 
 def render(job: Job) -> list[dict[str, Any]]:
     """Return the objects of a job: the ConfigMap with its config, and the JobSet."""
-    return [config_map(job), jobset(replace(job, config=f"{CONFIG_FOLDER}/{CONFIG_NAME}", overrides=()))]
+    return [config_map(job), jobset(with_mounted_config(job))]
+
+
+def with_mounted_config(job: Job) -> Job:
+    """Return the job as its pods start it: with the composed config, which the ConfigMap brings."""
+    return replace(job, config=f"{CONFIG_FOLDER}/{CONFIG_NAME}", overrides=())
 
 
 def config_map(job: Job) -> dict[str, Any]:
@@ -46,9 +51,9 @@ def jobset(job: Job) -> dict[str, Any]:
         spec["suspend"] = True
     spec |= {
         "network": {"enableDNSHostnames": True, "publishNotReadyAddresses": True, "subdomain": job.name},
-        "successPolicy": {"operator": "All", "targetReplicatedJobs": [_REPLICATED_JOB]},
+        "successPolicy": {"operator": "All", "targetReplicatedJobs": [REPLICATED_JOB]},
         "failurePolicy": _failure_policy(job.max_restarts),
-        "replicatedJobs": [{"name": _REPLICATED_JOB, "replicas": 1, "template": {"spec": _indexed_job(job)}}],
+        "replicatedJobs": [{"name": REPLICATED_JOB, "replicas": 1, "template": {"spec": _indexed_job(job)}}],
     }
     return {"apiVersion": f"{_LABEL.replace('sigs.k8s', 'x-k8s')}/v1alpha2", "kind": "JobSet", "metadata": metadata} | {
         "spec": spec
@@ -176,7 +181,7 @@ def _environment(job: Job) -> list[dict[str, Any]]:
         return {"fieldRef": {"fieldPath": f"metadata.labels['{_LABEL}/{name}']"}}
 
     entries: list[dict[str, Any]] = [
-        {"name": "MASTER_ADDR", "value": f"{job.name}-{_REPLICATED_JOB}-0-0.{job.name}"},
+        {"name": "MASTER_ADDR", "value": f"{job.name}-{REPLICATED_JOB}-0-0.{job.name}"},
         {"name": "MASTER_PORT", "value": str(RENDEZVOUS_PORT)},
         {"name": "MEGAMASK_NUM_NODES", "value": str(job.nodes)},
         {"name": "NODE_NAME", "valueFrom": {"fieldRef": {"fieldPath": "spec.nodeName"}}},
@@ -201,10 +206,10 @@ def _resources(job: Job) -> dict[str, str]:
     resources = {"cpu": str(job.cpus_per_node), "ephemeral-storage": f"{options.tmp_gib}Gi"}
     if job.memory_gib is not None:
         resources["memory"] = f"{job.memory_gib}Gi"
-    if options.gpus:
-        resources[options.gpu_resource] = str(options.gpus)
+    if job.gpus_per_node:
+        resources[options.gpu_resource] = str(job.gpus_per_node)
         if options.rdma_resource is not None:
-            resources[options.rdma_resource] = str(options.gpus)
+            resources[options.rdma_resource] = str(job.gpus_per_node)
     return resources
 
 

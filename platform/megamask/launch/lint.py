@@ -11,10 +11,11 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from megamask.config.rules.launch import SECRET_VARIABLE
+
 _DNS_LABEL = re.compile(r"[a-z]([a-z0-9-]*[a-z0-9])?")
 _MAX_CHARACTERS = 63
 _RANDOM_SUFFIX = len("-abcde")
-_SECRET_WORDS = re.compile(r"PASSWORD|TOKEN|SECRET|CREDENTIAL|API_?KEY|ACCESS_?KEY", re.IGNORECASE)
 _NOT_SECRET = frozenset({"MEGAMASK_LAUNCH_TOKEN"})
 # Go's RE2, which the controller uses, has neither look-around nor back-references; Python's module has both.
 _NOT_RE2 = re.compile(r"\(\?(=|!|<=|<!|P=)|\\[1-9]")
@@ -40,6 +41,12 @@ def _problems_of(found: Mapping[str, Any], stop_s: float) -> Iterator[str]:
     if kind == "TrainJob":
         yield from _name_length(name, "node", 0, spec["trainer"]["numNodes"])
         yield from _image(name, spec["trainer"])
+        yield from _secrets(name, spec["trainer"]["env"])
+        for patch in spec["runtimePatches"]:
+            (replicated,) = patch["trainingRuntimeSpec"]["template"]["spec"]["replicatedJobs"]
+            pod = replicated["template"]["spec"]["template"]["spec"]
+            yield from _grace(name, pod, stop_s)
+            yield from _volumes(name, pod)
         return
     jobset = spec if kind == "JobSet" else spec["template"]["spec"]
     for pattern in _patterns(jobset):
@@ -91,12 +98,24 @@ def _exit_codes(name: str, job: Mapping[str, Any]) -> Iterator[str]:
 def _pod(name: str, pod: Mapping[str, Any], stop_s: float) -> Iterator[str]:
     if pod["restartPolicy"] != "Never":
         yield f"{name}: restartPolicy is {pod['restartPolicy']}; the JobSet restarts all pods together"
+    if "volumes" in pod:  # a runtime has none: each TrainJob brings its own, and its grace period
+        yield from _grace(name, pod, stop_s)
+        yield from _volumes(name, pod)
+    for container in pod["containers"]:
+        yield from _image(name, container)
+        yield from _secrets(name, container.get("env", ()))
+
+
+def _grace(name: str, pod: Mapping[str, Any], stop_s: float) -> Iterator[str]:
     grace = pod["terminationGracePeriodSeconds"]
     if grace <= stop_s:
         yield (
             f"{name}: a pod is ended after {grace} s, but stopping and saving may take {stop_s:g} s; allowed: "
             "a grace period longer than launch.stop_grace_s + launch.save_budget_s"
         )
+
+
+def _volumes(name: str, pod: Mapping[str, Any]) -> Iterator[str]:
     volumes = [volume["name"] for volume in pod["volumes"]]
     for container in pod["containers"]:
         mounts = [mount["name"] for mount in container["volumeMounts"]]
@@ -109,8 +128,6 @@ def _pod(name: str, pod: Mapping[str, Any], stop_s: float) -> Iterator[str]:
             yield f"{name}: two volumes are mounted at {path}"
         if container["securityContext"]["readOnlyRootFilesystem"] and "/tmp" not in paths:
             yield f"{name}: the root file system is read-only and nothing is mounted at /tmp"
-        yield from _image(name, container)
-        yield from _secrets(name, container.get("env", ()))
 
 
 def _image(name: str, container: Mapping[str, Any]) -> Iterator[str]:
@@ -120,7 +137,7 @@ def _image(name: str, container: Mapping[str, Any]) -> Iterator[str]:
 
 def _secrets(name: str, environment: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     for entry in environment:
-        if "value" in entry and _SECRET_WORDS.search(entry["name"]) and entry["name"] not in _NOT_SECRET:
+        if "value" in entry and SECRET_VARIABLE.search(entry["name"]) and entry["name"] not in _NOT_SECRET:
             yield f"{name}: {entry['name']} is written out; name an entry of a secret instead"
 
 

@@ -11,7 +11,9 @@ import errno
 import logging
 import os
 import socket
+import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from megamask.errors import ExitCode, MegamaskError, StorageError, UsageError, error_with_code
@@ -19,6 +21,8 @@ from megamask.launch.placement import NodePlace
 from megamask.launch.ranks import Gang, RankExit, failure_of, killed_by, run_ranks
 from megamask.launch.verdict import (
     Verdict,
+    append_history,
+    is_without_progress,
     job_code,
     launch_folder,
     read_codes,
@@ -37,6 +41,8 @@ from megamask.runs.rank_files import read_rank_failures, write_rank_failure
 from megamask.runs.status import Status, read_status, write_status
 
 _MEETING_S = 300.0  # nodes of one job may start minutes apart: images are pulled, file systems mounted
+_NAME_POLL_S = 0.5
+_NAME_S = 120.0  # a pod's name is published some time after the pod has started
 _CODES_S = 5.0
 _VERDICT_S = 20.0
 _SUSPECT_CODES = (ExitCode.MEGATRON_RERUN_RESUME, ExitCode.MEGATRON_RERUN_FAILED, ExitCode.HARDWARE)
@@ -52,6 +58,7 @@ def run_node(
     signals: StopRequest,
     stop_grace_s: float,
     save_budget_s: float,
+    no_progress_attempts: int = 3,
     module: str = "megamask_pipelines.cli.main",
 ) -> tuple[Verdict, MegamaskError | None]:
     """Run this node's ranks of `megamask ARGUMENTS` to their end.
@@ -59,6 +66,7 @@ def run_node(
     Args:
         arguments: the command line of the ranks, as ["train", CONFIG, ...].
         run_dir: run directory, on storage that all nodes share.
+        no_progress_attempts: starts of the job that may fail at the same step; the last one ends with 93.
 
     Returns: the job's verdict, the same on every node that is alive, and the failure to show, if this node has one.
     Raises:
@@ -72,6 +80,8 @@ def run_node(
         if listener is not None:
             write_meeting(folder, place.address, listener.getsockname()[1])
         address, port = _meeting(folder, signals)
+        if place.num_nodes > 1:
+            _wait_for_name(address, signals)
         gang = Gang(
             first_rank=place.node * ranks_per_node,
             num_ranks=ranks_per_node,
@@ -97,6 +107,7 @@ def run_node(
     write_codes(folder, place.node, [own])
     if place.node == 0:
         verdict = _judge(folder, place, run_dir, before, own, exits)
+        verdict, failure = _after_history(folder, verdict, failure, no_progress_attempts)
         _close_status(run_dir, verdict, failure)
         write_verdict(folder, verdict)
         return verdict, failure
@@ -108,7 +119,7 @@ def _judge(folder: Path, place: NodePlace, run_dir: Path, before: int, own: int,
     """The verdict of node 0, from all nodes' codes and the failure records of the attempt that its rank 0 claimed."""
     others = range(1, place.num_nodes)
     wait_until(lambda: all(read_codes(folder, node) is not None for node in others), _CODES_S)
-    attempt = _own_attempt(run_dir, before, exits[0].pid)
+    attempt = _own_attempt(run_dir, before, place.token)
     failures = {} if attempt is None else read_rank_failures(run_dir, attempt)
     answers = [read_codes(folder, node) for node in others]
     code = job_code(own, answers, [failure.exit_code for failure in failures.values()])
@@ -119,12 +130,32 @@ def _judge(folder: Path, place: NodePlace, run_dir: Path, before: int, own: int,
     return Verdict(code=code, step=step, attempt=attempt or 0, node=node)
 
 
-def _own_attempt(run_dir: Path, before: int, pid: int) -> int | None:
-    """The attempt that this job's rank 0 claimed: a newer one may belong to another job."""
+def _own_attempt(run_dir: Path, before: int, token: str) -> int | None:
+    """The attempt that this start of the job claimed: a newer one may belong to another job."""
     for attempt in reversed(claimed_attempts(run_dir, after=before)):
-        if (read_claim(run_dir, attempt) or {}).get("pid") == pid:
+        if (read_claim(run_dir, attempt) or {}).get("token") == token:
             return attempt
     return None
+
+
+def _after_history(
+    folder: Path, verdict: Verdict, failure: MegamaskError | None, attempts: int
+) -> tuple[Verdict, MegamaskError | None]:
+    """The verdict and the failure, or 93 where the run's last starts all failed at this step."""
+    is_stuck = is_without_progress(folder, verdict, attempts)
+    append_history(folder, verdict)
+    if not is_stuck:
+        return verdict, failure
+    where = "before the run was claimed" if verdict.step < 0 else f"at step {verdict.step}"
+    last = "" if failure is None else f" The last one: {failure.message}"
+    error = error_with_code(
+        int(ExitCode.DO_NOT_REQUEUE),
+        f"{attempts} starts of this job in a row failed {where}, the last with exit code {verdict.code}; it is not "
+        f"started again.{last}",
+        hint="remove the cause and submit the job again, which counts anew; launch.no_progress_attempts is the number",
+    )
+    append_history(folder, replace(verdict, code=int(ExitCode.DO_NOT_REQUEUE)))  # the next start counts anew
+    return replace(verdict, code=int(ExitCode.DO_NOT_REQUEUE)), error
 
 
 def _record_killed(run_dir: Path, before: int, rank: int, number: int) -> None:
@@ -187,10 +218,38 @@ def _meeting(folder: Path, signals: StopRequest) -> tuple[str, int]:
     if (meeting := read_meeting(folder)) is not None:
         return meeting
     if signals.requested:
-        error = MegamaskError("asked for an end while this node waited for node 0; nothing was lost")
-        error.exit_code = ExitCode(signals.requested)
-        raise error
+        raise _stopped(signals, "node 0")
     raise StorageError(
         f"node 0 did not announce itself in {folder} within {_MEETING_S:.0f} s. Nothing was started.",
         hint="run.output_dir must be on storage that all nodes share",
     )
+
+
+def _wait_for_name(address: str, signals: StopRequest) -> None:
+    """Wait until this node can resolve the name of node 0."""
+    refusal: list[OSError] = []
+
+    def is_over() -> bool:
+        try:
+            socket.getaddrinfo(address, None)
+        except OSError as error:
+            refusal[:] = [error]
+            time.sleep(_NAME_POLL_S)
+            return bool(signals.requested)
+        refusal.clear()
+        return True
+
+    if not wait_until(is_over, _NAME_S):
+        raise UsageError(
+            f"MASTER_ADDR is {address!r}, which this node could not resolve within {_NAME_S:.0f} s: "
+            f"{refusal[0].strerror}. Nothing was started.",
+            hint="it must be the name or address of node 0; in a JobSet, network.subdomain publishes it",
+        )
+    if refusal:
+        raise _stopped(signals, "the name of node 0")
+
+
+def _stopped(signals: StopRequest, awaited: str) -> MegamaskError:
+    error = MegamaskError(f"asked for an end while this node waited for {awaited}; nothing was lost")
+    error.exit_code = ExitCode(signals.requested)
+    return error

@@ -47,7 +47,7 @@ def _header(job: Job) -> Iterator[str]:
         "qos": options.qos,
         "constraint": options.constraint,
         "reservation": options.reservation,
-        "gpus-per-node": options.gpus,
+        "gpus-per-node": _gpus(job),
         "exclude": ",".join(options.exclude) or None,
         "mail-user": options.mail,
         "mail-type": "END,FAIL" if options.mail else None,
@@ -62,6 +62,12 @@ def _header(job: Job) -> Iterator[str]:
     yield "#SBATCH --requeue"
     for option in options.extra:
         yield f"#SBATCH {option}"
+
+
+def _gpus(job: Job) -> str | None:
+    if not job.gpus_per_node:
+        return None
+    return f"{job.slurm.gpu_type}:{job.gpus_per_node}" if job.slurm.gpu_type else str(job.gpus_per_node)
 
 
 def _environment(job: Job) -> Iterator[str]:
@@ -95,7 +101,7 @@ def _container(job: Job) -> list[str]:
         return []
     if job.slurm.container == "apptainer":
         bind = [f"--bind={_bound(mount.source, mount.target, mount.is_read_only)}" for mount in job.mounts]
-        gpus = ["--nv"] if job.slurm.gpus else []
+        gpus = ["--nv"] if job.gpus_per_node else []
         workdir = [f"--pwd={job.workdir}"] if job.workdir else []
         return ["apptainer", "exec", *gpus, "--no-home", *bind, *workdir, job.image]
     mounts = ",".join(_bound(mount.source, mount.target, mount.is_read_only) for mount in job.mounts)

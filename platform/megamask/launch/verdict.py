@@ -6,7 +6,9 @@
     node-K     exit codes of node K's ranks, as JSON
     verdict    "CODE STEP ATTEMPT NODE", written by node 0; step -1 and attempt 0 where they are not known
 
-The token names one start: the scheduler's job and its count of restarts.
+The token names one start: the scheduler's job and its count of restarts. Beside the folders of all starts lies
+
+    history    a line "TOKEN CODE STEP" for each verdict, oldest first
 """
 
 from __future__ import annotations
@@ -17,11 +19,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from megamask.launch.job import FREE_CODES, STOP_CODES
 from megamask.resilience.exit_codes import combine
 from megamask.storage.durable import make_folders, storage_errors, write_atomic
 
 _POLL_S = 0.05
-_VERDICT, _MEETING = "verdict", "meeting"
+_VERDICT, _MEETING, _HISTORY = "verdict", "meeting", "history"
+_NO_FAILURES = (0, *STOP_CODES, *FREE_CODES)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,6 +104,31 @@ def read_codes(folder: Path, node: int) -> list[int] | None:
         return [int(code) for code in json.loads((folder / f"node-{node}").read_bytes())]
     except (OSError, ValueError, TypeError):
         return None
+
+
+def append_history(folder: Path, verdict: Verdict) -> None:
+    """Append the verdict to the history of the run's starts; `folder` is that of this start.
+
+    Raises:
+        StorageError: the storage refuses.
+    """
+    path = folder.parent / _HISTORY
+    with storage_errors(f"writing {path}"), path.open("a", encoding="utf-8") as file:
+        file.write(f"{folder.name} {verdict.code} {verdict.step}\n")
+
+
+def is_without_progress(folder: Path, verdict: Verdict, attempts: int) -> bool:
+    """Return whether this verdict and the ones before it make `attempts` failures in a row that ended at one step.
+
+    Failures are all codes after which a job is started again but 75: a preemption says nothing of the run.
+    """
+    try:
+        lines = (folder.parent / _HISTORY).read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    ends = [(int(code), int(step)) for _, code, step in (line.split() for line in lines if len(line.split()) == 3)]
+    ends = [*ends, (verdict.code, verdict.step)][-attempts:]
+    return len(ends) == attempts and all(code not in _NO_FAILURES and step == verdict.step for code, step in ends)
 
 
 def job_code(own: int, others: list[list[int] | None], recorded: list[int]) -> int:

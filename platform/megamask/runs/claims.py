@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from megamask.errors import CheckpointIntegrityError, SupersededError, UsageError
-from megamask.resilience.process_facts import ProcessFacts, own_facts
+from megamask.resilience.process_facts import ProcessFacts, node_name, own_facts
 from megamask.runs.layout import attempts_folder, claim_path
 from megamask.storage.documents import DocumentKind, encode_document, read_document
 from megamask.storage.durable import create_exclusive, make_folders, storage_errors
@@ -26,7 +26,10 @@ _KIND = DocumentKind(
 # A killed process may need this long to vanish, with its memory or while a device holds it; then its run is free.
 _VANISH_S = 5.0
 _POLL_S = 0.1
-_SCHEDULER_VARIABLES = ("SLURM_JOB_ID", "JOBSET_NAME", "POD_UID")
+_SCHEDULER_VARIABLES = ("SLURM_JOB_ID", "JOBSET_UID", "JOBSET_NAME", "POD_UID")
+_RESTART_VARIABLES = ("SLURM_RESTART_COUNT", "JOBSET_RESTART_ATTEMPT")
+TOKEN_VARIABLE = "MEGAMASK_LAUNCH_TOKEN"
+"""Names one start of a job, the same on every node; megamask.launch.verdict keeps its verdict under that name."""
 
 
 def claimed_attempts(run_dir: Path, *, after: int = 0) -> list[int]:
@@ -64,7 +67,9 @@ def claim(run_dir: Path, *, known_attempt: int = 0, redact: Callable[[str], str]
             "attempt": number,
             **asdict(own),
             "scheduler_id": redact(scheduler) if (scheduler := _scheduler_id()) else None,
-            "scheduler_restart": os.environ.get("SLURM_RESTART_COUNT"),
+            "scheduler_restart": next(filter(None, map(os.environ.get, _RESTART_VARIABLES)), None),
+            "node": node_name(),
+            "token": redact(token) if (token := os.environ.get(TOKEN_VARIABLE)) else None,
             "time": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ"),
         }
         with storage_errors(f"claiming {run_dir}"):
@@ -91,9 +96,13 @@ def is_live(run_dir: Path, attempt: int) -> bool:
 
 
 def has_died(run_dir: Path, attempt: int) -> bool:
-    """Return whether the process that held a claim is known to have ended; False for one on another host."""
+    """Return whether the process that held a claim is known to have ended; False for one on another node.
+
+    A pod keeps its host name when it is made anew on another node, so the scheduler's name of the node counts as well.
+    """
     facts, here = _claimant(run_dir, attempt), own_facts()
-    if facts is None or facts.host != here.host:
+    node = (read_claim(run_dir, attempt) or {}).get("node", node_name())  # older claims name the host alone
+    if facts is None or facts.host != here.host or node != node_name():
         return False
     if facts.boot_id != here.boot_id:  # the host was started anew
         return facts.boot_id is not None and here.boot_id is not None

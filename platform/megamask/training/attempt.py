@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import getpass
 import logging
-import platform as host_platform
 import time
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -18,6 +17,7 @@ from megamask.models.counts import parameter_count
 from megamask.provenance.record import code_version, library_versions
 from megamask.provenance.redaction import reason_of, redact, redact_values
 from megamask.resilience.numerics import NotFiniteError
+from megamask.resilience.process_facts import node_name
 from megamask.runs.claims import claim, claimed_attempts, is_superseded, refuse_if_superseded
 from megamask.runs.configs import store_attempt_config
 from megamask.runs.rank_files import write_rank_failure
@@ -91,7 +91,7 @@ def record_failure(view: FollowerAttempt, error: BaseException, exit_code: int, 
     try:
         if not is_superseded(view.run_dir, view.number):
             reason = redact(reason_of(error))
-            node = host_platform.node()
+            node = node_name()
             write_status(
                 view.run_dir,
                 Status(
@@ -138,7 +138,7 @@ class Attempt(FollowerAttempt):
         self._config = config
         self._recorded_steps = recorded_steps
         self._last_check = time.monotonic()
-        self._node = host_platform.node()
+        self._node = node_name()
         self.config_path = store_attempt_config(run_dir, self.number, config)
         self.write_status("starting", step=None)
         self.journal = Journal.open(run_dir, self.number, rotate_bytes=config.tracking.journal_file_mib * 2**20)

@@ -1,0 +1,108 @@
+"""A run's config as a job for one scheduler: rendered, checked, written or submitted."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from megamask.config.dump import documents_to_yaml
+from megamask.config.load import load_train_config
+from megamask.config.schema.roots import TrainConfig
+from megamask.config.validate import validate_train
+from megamask.config.validate_launch import Target, validate_launch
+from megamask.errors import UsageError
+from megamask.launch import jobset, lint, slurm, trainjob
+from megamask.launch.from_config import job_from_config
+from megamask.launch.job import Job
+from megamask.storage.durable import storage_errors, write_atomic
+
+_ANSWER_S = 120.0
+_SUBMIT = {"slurm": ("sbatch", "--parsable"), "kubernetes": ("kubectl", "create", "--filename=-")}
+_TEST = {"slurm": ("sbatch", "--test-only"), "kubernetes": ("kubectl", "create", "--dry-run=server", "--filename=-")}
+
+
+def render_job(
+    target: Target, path: str, overrides: Sequence[str], *, output: str | None, submit: bool, check: bool
+) -> dict[str, Any]:
+    """Render the job of a config; write it, ask the scheduler about it, or submit it.
+
+    Returns: name, target, nodes, ranks_per_node, run_dir, text; written, the file; asked, what the scheduler answered
+        to a check, None where its command is missing; submitted, what it answered to the submission.
+    Raises:
+        UsageError: the config makes no job for this scheduler, or the scheduler refuses it.
+        StorageError: the output cannot be written.
+    """
+    loaded = load_train_config(path, overrides)
+    validate_train(loaded.config, loaded.origins)
+    validate_launch(loaded.config, loaded.origins, target)
+    job = job_from_config(loaded.config, target, path=path, overrides=overrides)
+    text = _text(job, target, loaded.config)
+    answer: dict[str, Any] = {
+        "name": job.name,
+        "target": target,
+        "nodes": job.nodes,
+        "ranks_per_node": job.ranks_per_node,
+        "run_dir": job.run_dir,
+        "text": text,
+        "written": None,
+        "asked": None,
+        "submitted": None,
+    }
+    scheduler = "slurm" if target == "slurm" else "kubernetes"
+    if check:
+        answer["asked"] = _ask(_TEST[scheduler], text, required=False)
+    if output is not None:
+        with storage_errors(f"writing {output}"):
+            write_atomic(Path(output), text.encode())
+        answer["written"] = output
+    if submit:
+        _refuse_missing_secrets(job)
+        answer["submitted"] = _ask(_SUBMIT[scheduler], text, required=True)
+    return answer
+
+
+def _text(job: Job, target: Target, config: TrainConfig) -> str:
+    if target == "slurm":
+        return slurm.render(job)
+    objects = {"jobset": jobset.render, "trainjob": trainjob.render}[target](job)
+    problems = lint.problems(objects, stop_s=config.launch.stop_grace_s + config.launch.effective_save_budget_s)
+    if problems:
+        raise UsageError(f"{problems[0]}. Nothing was started.", hint="`megamask explain launch` shows the settings")
+    return documents_to_yaml(objects)
+
+
+def _refuse_missing_secrets(job: Job) -> None:
+    """A variable that is not set here would end the job at its start, perhaps hours from now."""
+    for name, entry in sorted(job.secrets.items()):
+        if entry is None and not os.environ.get(name):
+            raise UsageError(
+                f"launch.secrets.{name} is env:{name}, but the environment variable {name} is not set. Nothing was "
+                "submitted.",
+                hint=f"export {name}=...",
+            )
+
+
+def _ask(command: Sequence[str], text: str, *, required: bool) -> str | None:
+    """Hand a job to a scheduler's command; return its answer, or None where the command is missing."""
+    if shutil.which(command[0]) is None:
+        if required:
+            raise UsageError(
+                f"{command[0]} is not on this machine. Nothing was submitted.",
+                hint="run this on a login node, or write the job with --output FILE and submit it there",
+            )
+        return None
+    try:
+        done = subprocess.run(command, input=text, capture_output=True, text=True, timeout=_ANSWER_S, check=False)
+    except subprocess.TimeoutExpired as error:
+        raise UsageError(f"{command[0]} did not answer within {_ANSWER_S:.0f} s. It may have taken the job.") from error
+    told = "\n".join(filter(None, (done.stdout.strip(), done.stderr.strip())))
+    if done.returncode != 0:
+        raise UsageError(
+            f"{' '.join(command)} refuses the job (exit code {done.returncode}): {told}. Nothing was submitted.",
+            hint="change the keys of launch that it names; `megamask explain launch` shows them",
+        )
+    return told

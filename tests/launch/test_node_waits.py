@@ -1,0 +1,54 @@
+"""The node wrapper waits for what appears late, and not for ever; a signal ends each wait."""
+
+from __future__ import annotations
+
+import signal
+import socket
+
+import pytest
+
+from megamask.errors import MegamaskError, UsageError
+from megamask.launch import node
+from megamask.resilience.signals import StopRequest
+
+
+def _unpublished(monkeypatch: pytest.MonkeyPatch, times: int) -> list[str]:
+    """Lets a name resolve only after it was asked for so many times."""
+    asked: list[str] = []
+
+    def getaddrinfo(name: str, _port: object) -> list[object]:
+        asked.append(name)
+        if len(asked) <= times:
+            raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+        return []
+
+    monkeypatch.setattr(node.socket, "getaddrinfo", getaddrinfo)
+    monkeypatch.setattr(node, "_NAME_POLL_S", 0.0)
+    return asked
+
+
+@pytest.mark.promise("A name of node 0 that is not published yet is waited for")
+def test_name_that_is_published_late_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = _unpublished(monkeypatch, 3)
+    with StopRequest() as signals:
+        node._wait_for_name("tiny-node-0-0.tiny", signals)
+    assert asked == ["tiny-node-0-0.tiny"] * 4
+
+
+def test_name_that_is_never_published_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    _unpublished(monkeypatch, 10**9)
+    monkeypatch.setattr(node, "_NAME_S", 0.2)
+    with StopRequest() as signals, pytest.raises(UsageError, match="could not resolve within") as refusal:
+        node._wait_for_name("tiny-node-0-0.tiny", signals)
+    assert "Name or service not known" in str(refusal.value)
+    assert "subdomain" in str(refusal.value.hint)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 93)])
+def test_signal_ends_the_wait_for_a_name(monkeypatch: pytest.MonkeyPatch, number: signal.Signals, code: int) -> None:
+    _unpublished(monkeypatch, 10**9)
+    with StopRequest() as signals:
+        signal.raise_signal(number)
+        with pytest.raises(MegamaskError, match="nothing was lost") as end:
+            node._wait_for_name("tiny-node-0-0.tiny", signals)
+    assert int(end.value.exit_code) == code

@@ -1,0 +1,295 @@
+"""Jobs of `megamask launch slurm --submit` on a real Slurm: each end is the contract's, each requeue continues bitwise.
+
+Each test takes one to four minutes. They share one cluster; none runs where Slurm is not installed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from megamask.launch.verdict import read_verdict
+from support.command import checkpoints, command, environment, journal, step_lines, tiny
+from support.slurm_cluster import Cluster, slurm_cluster, wait_for, why_not
+
+REASON = why_not()
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.multiprocess,
+    pytest.mark.timeout(1200),
+    pytest.mark.skipif(REASON is not None, reason=f"no promise about a real Slurm is tested: {REASON}"),
+]
+KILL_WAIT = 60
+COMPARED_STEPS = 300
+# The same schedule in every run, far longer than a test: attempts are ended, none runs out.
+ENDLESS = ("layout.data_parallel_size=2", "training.steps=1000000", "checkpoint.every_steps=10")
+ON_TWO_NODES = (
+    f'launch.command=["{sys.executable}", "-P", "-m", "megamask_pipelines.cli.main"]',
+    "launch.nodes=2",
+    "launch.gpus_per_node=0",
+    "launch.interface=eth0",
+    f"launch.slurm.kill_wait_s={KILL_WAIT}",
+    "launch.slurm.partition=low",
+)
+
+
+@pytest.fixture(scope="module")
+def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """One cluster of three nodes for all tests."""
+    with slurm_cluster(tmp_path_factory.mktemp("slurm") / "cluster", kill_wait=KILL_WAIT) as cluster:
+        yield cluster
+
+
+@pytest.fixture(autouse=True)
+def _rested(slurm: Cluster) -> Iterator[None]:
+    slurm.rest()
+    yield
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(small_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, object]]:
+    """Step lines of a run that nothing ended, on this machine's own launcher."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    arguments = tiny(small_corpus, folder, "run", *ENDLESS, f"training.stop_after_step={COMPARED_STEPS}")
+    done = subprocess.run(command("train", *arguments), env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return step_lines(folder / "run")
+
+
+class Submitted:
+    """A job on the cluster."""
+
+    def __init__(self, slurm: Cluster, corpus: Path, folder: Path, *overrides: str, expects: int = 0) -> None:
+        self.slurm, self.folder, self.run_dir = slurm, folder, folder / "run"
+        arguments = tiny(corpus, folder, "run", *ENDLESS, *ON_TWO_NODES, *overrides)
+        done = subprocess.run(
+            command("launch", "slurm", *arguments, "--submit", "--json"),
+            env=slurm.environment,
+            cwd=folder,
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == expects, done.stderr
+        self.told = done.stderr
+        self.number = "" if expects else json.loads(done.stdout.splitlines()[-1])["submitted"]
+
+    @property
+    def log(self) -> str:
+        """What the job printed."""
+        return "".join(path.read_text(errors="replace") for path in self.folder.glob(f"*-{self.number}.log"))
+
+    def state(self) -> str:
+        return self.slurm.job(self.number)["JobState"]
+
+    def verdict(self, restart: int = 0) -> int | None:
+        found = read_verdict(self.folder / "run.launch" / f"slurm-{self.number}.{restart}")
+        return None if found is None else found.code
+
+    def wait_for_state(self, *states: str, seconds: float = 400) -> None:
+        try:
+            wait_for(f"job {self.number} {states}", lambda: self.state() in states, seconds)
+        except AssertionError as error:
+            raise AssertionError(f"{error}; it is {self.state()}\n{self.log}") from error
+
+    def wait_for_commits(self, attempt: int = 1, number: int = 1, seconds: float = 400) -> None:
+        """Wait until an attempt has committed."""
+
+        def is_there() -> bool:
+            commits = [line for line in journal(self.run_dir) if line["kind"] == "checkpoint_committed"]
+            return sum(line["attempt"] == attempt for line in commits) >= number
+
+        try:
+            wait_for(f"a commit of attempt {attempt}", is_there, seconds)
+        except AssertionError as error:
+            raise AssertionError(f"{error}; the job is {self.state()}\n{self.log}") from error
+
+    def resumes(self, uninterrupted: dict[int, dict[str, object]], attempt: int = 2) -> None:
+        """Wait until the next attempt has trained on, end the job, and compare every step that was ever taken."""
+        self.slurm.start_now(self.number)
+        self.wait_for_commits(attempt)
+        self.slurm.call("scancel", self.number)
+        self.wait_for_state("CANCELLED")
+        taken = [line for line in journal(self.run_dir) if line["kind"] == "step" and line["step"] <= COMPARED_STEPS]
+        kept = set(next(iter(uninterrupted.values())))
+        assert {line["attempt"] for line in taken} >= {attempt}, "the next attempt took no step that is compared"
+        different = [line["step"] for line in taken if _kept(line, kept) != _kept(uninterrupted[line["step"]], kept)]
+        assert different == []
+
+
+def _kept(line: dict[str, object], keys: set[str]) -> dict[str, object]:
+    return {key: line.get(key) for key in keys - {"attempt"}}
+
+
+def _ranks(slurm: Cluster, node: str) -> list[int]:
+    """Process ids of the training ranks on a node."""
+    found = []
+    for pid in slurm.pids(node):
+        try:
+            variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+        except OSError:
+            continue
+        found += [pid] if any(entry.startswith(b"MEGAMASK_RANK_REPORT=") for entry in variables) else []
+    return found
+
+
+@pytest.mark.promise("Slurm: a submitted job trains on two nodes and completes")
+def test_submitted_job_trains_on_two_nodes_and_completes(
+    slurm: Cluster, small_corpus: Path, tmp_path: Path, uninterrupted: dict[int, dict[str, object]]
+) -> None:
+    job = Submitted(slurm, small_corpus, tmp_path, "training.stop_after_step=12")
+    job.wait_for_state("COMPLETED")
+    assert job.verdict() == 0
+    assert step_lines(job.run_dir)[12]["loss"] == uninterrupted[12]["loss"]
+
+
+@pytest.mark.promise("Slurm: a preempted job saves, requeues itself and continues bitwise")
+def test_preempted_job_saves_requeues_itself_and_continues_bitwise(
+    slurm: Cluster, small_corpus: Path, tmp_path: Path, uninterrupted: dict[int, dict[str, object]]
+) -> None:
+    job = Submitted(slurm, small_corpus, tmp_path)
+    job.wait_for_commits()
+    high = slurm.call("sbatch", "--parsable", "-p", "high", "-N3", "--wrap", "sleep 1").stdout.strip()
+    wait_for("the verdict", lambda: job.verdict() is not None, 200)
+    assert job.verdict() == 75, job.log
+    wait_for("the other job", lambda: slurm.job(high)["JobState"] == "COMPLETED", 200)
+    job.resumes(uninterrupted)
+    assert not list((tmp_path / "run.launch").glob("*.restarts")), "a preemption was counted"
+
+
+@pytest.mark.promise("Slurm: a cancelled job saves and stays cancelled")
+def test_cancelled_job_saves_and_stays_cancelled(slurm: Cluster, small_corpus: Path, tmp_path: Path) -> None:
+    job = Submitted(slurm, small_corpus, tmp_path)
+    job.wait_for_commits()
+    slurm.call("scancel", job.number)
+    job.wait_for_state("CANCELLED")
+    assert job.verdict() == 75, job.log
+    assert checkpoints(job.run_dir)[-1].name.endswith(str(max(step_lines(job.run_dir))))
+    assert job.state() == "CANCELLED"
+
+
+@pytest.mark.promise("Slurm: a dead node, with or without rank 0 and the batch script, costs a restart and no bit")
+@pytest.mark.parametrize("place", [0, 1], ids=["with rank 0 and the batch script", "without rank 0"])
+def test_dead_node_is_replaced_and_the_run_continues_bitwise(
+    slurm: Cluster, small_corpus: Path, tmp_path: Path, uninterrupted: dict[int, dict[str, object]], place: int
+) -> None:
+    job = Submitted(slurm, small_corpus, tmp_path)
+    job.wait_for_commits()
+    nodes = slurm.call("scontrol", "show", "hostnames", slurm.job(job.number)["NodeList"]).stdout.split()
+    slurm.kill_node(nodes[place])
+    job.resumes(uninterrupted)
+
+
+@pytest.mark.promise(
+    "Slurm: after a network cut the run continues bitwise elsewhere, and the orphan writes nothing more"
+)
+def test_network_cut_is_survived_bitwise(
+    slurm: Cluster, small_corpus: Path, tmp_path: Path, uninterrupted: dict[int, dict[str, object]]
+) -> None:
+    job = Submitted(slurm, small_corpus, tmp_path, "launch.collective_timeout_s=20")
+    job.wait_for_commits()
+    nodes = slurm.call("scontrol", "show", "hostnames", slurm.job(job.number)["NodeList"]).stdout.split()
+    slurm.network(nodes[1], "down")
+    job.resumes(uninterrupted)
+
+
+@pytest.mark.promise("Slurm: before its time limit a job saves, requeues itself and continues bitwise")
+def test_time_limit_saves_requeues_and_continues_bitwise(
+    slurm: Cluster, small_corpus: Path, tmp_path: Path, uninterrupted: dict[int, dict[str, object]]
+) -> None:
+    times = ("launch.time_limit=0:04:00", "launch.stop_grace_s=10", "launch.save_budget_s=10")
+    job = Submitted(slurm, small_corpus, tmp_path, *times)
+    job.wait_for_commits(seconds=200)
+    wait_for("the verdict", lambda: job.verdict() is not None, 400)
+    assert job.verdict() == 75, job.log
+    job.resumes(uninterrupted)
+
+
+@pytest.mark.promise("Slurm: `scontrol requeue` saves, and the run continues bitwise")
+def test_requeue_by_an_operator_saves_and_continues_bitwise(
+    slurm: Cluster, small_corpus: Path, tmp_path: Path, uninterrupted: dict[int, dict[str, object]]
+) -> None:
+    job = Submitted(slurm, small_corpus, tmp_path)
+    job.wait_for_commits()
+    slurm.call("scontrol", "requeue", job.number)
+    wait_for("the verdict", lambda: job.verdict() is not None, 200)
+    assert job.verdict() == 75, job.log
+    job.resumes(uninterrupted)
+
+
+@pytest.mark.promise("Slurm: a second job on the same run takes it over; the first ends with 93 and stays away")
+def test_second_job_on_the_same_run_takes_it_over(slurm: Cluster, small_corpus: Path, tmp_path: Path) -> None:
+    first = Submitted(slurm, small_corpus, tmp_path, "launch.nodes=1", "launch.interface=lo")
+    first.wait_for_commits()
+    second = Submitted(slurm, small_corpus, tmp_path, "launch.nodes=1", "launch.interface=lo", "run.name=run")
+    first.wait_for_state("FAILED")
+    assert first.verdict() == 93, first.log
+    assert slurm.job(first.number)["ExitCode"] == "93:0"
+    second.wait_for_commits(2)
+
+
+@pytest.mark.promise("Slurm: a refusal ends the job with 2 and is not requeued")
+def test_refusal_ends_the_job_with_2(slurm: Cluster, small_corpus: Path, tmp_path: Path) -> None:
+    first = tiny(small_corpus, tmp_path, "run", *ENDLESS, "training.stop_after_step=1")
+    assert subprocess.run(command("train", *first), env=environment(), capture_output=True).returncode == 0
+    job = Submitted(slurm, small_corpus, tmp_path, "run.seed=2")
+    job.wait_for_state("FAILED")
+    assert (job.verdict(), slurm.job(job.number)["ExitCode"]) == (2, "2:0"), job.log
+    assert "run.seed" in job.log
+
+
+@pytest.mark.promise("Slurm: a loss that is not finite ends the job with 66 and is not requeued")
+def test_loss_that_is_not_finite_ends_the_job_with_66(slurm: Cluster, small_corpus: Path, tmp_path: Path) -> None:
+    job = Submitted(slurm, small_corpus, tmp_path, "optimizer.learning_rate=1e30", "optimizer.warmup_steps=0")
+    job.wait_for_state("FAILED")
+    assert (job.verdict(), slurm.job(job.number)["ExitCode"]) == (66, "66:0"), job.log
+
+
+@pytest.mark.promise("Slurm: a hang ends with 71, is requeued and counted, and the run continues bitwise")
+def test_hang_is_requeued_and_counted(
+    slurm: Cluster, small_corpus: Path, tmp_path: Path, uninterrupted: dict[int, dict[str, object]]
+) -> None:
+    job = Submitted(slurm, small_corpus, tmp_path, "launch.collective_timeout_s=20")
+    job.wait_for_commits()
+    nodes = slurm.call("scontrol", "show", "hostnames", slurm.job(job.number)["NodeList"]).stdout.split()
+    for pid in _ranks(slurm, nodes[1]):
+        os.kill(pid, signal.SIGSTOP)
+    wait_for("the verdict", lambda: job.verdict() is not None, 300)
+    assert job.verdict() == 71, job.log
+    job.resumes(uninterrupted)
+    assert (tmp_path / "run.launch" / f"slurm-{job.number}.restarts").read_text() == "1\n"
+
+
+@pytest.mark.promise("Slurm: a request that the cluster cannot meet is refused before it is submitted (2)")
+@pytest.mark.parametrize(
+    ("override", "named"),
+    [
+        ("launch.nodes=4", "not available"),
+        ("launch.slurm.partition=absent", "partition"),
+        ("launch.memory_gib=9000", "not available"),
+        ("launch.gpus_per_node=1", ""),
+        ('launch.slurm.extra=["--no-such-option=1"]', "no-such-option"),
+    ],
+)
+def test_bad_request_is_refused(slurm: Cluster, small_corpus: Path, tmp_path: Path, override: str, named: str) -> None:
+    arguments = tiny(small_corpus, tmp_path, "run", *ENDLESS, *ON_TWO_NODES, "layout.data_parallel_size=4", override)
+    done = slurm.call(*command("launch", "slurm", *arguments, "--check"), timeout=300)
+    assert done.returncode == 2, done.stdout
+    assert "sbatch --test-only refuses the job" in done.stderr
+    assert named in done.stderr
+
+
+@pytest.mark.promise("a bare `srun -N2 megamask train` is refused (2)")
+def test_bare_srun_of_train_is_refused(slurm: Cluster, small_corpus: Path, tmp_path: Path) -> None:
+    arguments = tiny(small_corpus, tmp_path, "run", *ENDLESS)
+    done = slurm.call("srun", "-N2", *command("train", *arguments), timeout=300)
+    assert done.returncode == 2, done.stderr
+    assert re.search(r"one of the 2 tasks of a Slurm step", done.stderr)
+    assert not (tmp_path / "run").exists()
