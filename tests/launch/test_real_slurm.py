@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from megamask.launch.verdict import read_verdict
-from support.command import checkpoints, command, environment, journal, step_lines, tiny
+from support.command import VOLATILE, checkpoints, command, environment, step_lines, tiny
 from support.slurm_cluster import Cluster, slurm_cluster, wait_for, why_not
 
 REASON = why_not()
@@ -103,13 +103,22 @@ class Submitted:
         """Wait until an attempt has committed."""
 
         def is_there() -> bool:
-            commits = [line for line in journal(self.run_dir) if line["kind"] == "checkpoint_committed"]
-            return sum(line["attempt"] == attempt for line in commits) >= number
+            return sum(line["kind"] == "checkpoint_committed" for line in self.lines(attempt)) >= number
 
         try:
             wait_for(f"a commit of attempt {attempt}", is_there, seconds)
         except AssertionError as error:
             raise AssertionError(f"{error}; the job is {self.state()}\n{self.log}") from error
+
+    def lines(self, attempt: int) -> list[dict[str, object]]:
+        """Journal lines of an attempt."""
+        files = sorted((self.run_dir / "journal").glob(f"attempt-{attempt:04d}-*.jsonl"))
+        return [
+            json.loads(line)
+            for file in files
+            for line in file.read_text().splitlines(keepends=True)
+            if line[-1:] == "\n"
+        ]
 
     def resumes(self, uninterrupted: dict[int, dict[str, object]], attempt: int = 2) -> None:
         """Wait until the next attempt has trained on, end the job, and compare every step that was ever taken."""
@@ -117,15 +126,14 @@ class Submitted:
         self.wait_for_commits(attempt)
         self.slurm.call("scancel", self.number)
         self.wait_for_state("CANCELLED")
-        taken = [line for line in journal(self.run_dir) if line["kind"] == "step" and line["step"] <= COMPARED_STEPS]
-        kept = set(next(iter(uninterrupted.values())))
-        assert {line["attempt"] for line in taken} >= {attempt}, "the next attempt took no step that is compared"
-        different = [line["step"] for line in taken if _kept(line, kept) != _kept(uninterrupted[line["step"]], kept)]
-        assert different == []
+        for number in range(1, attempt + 1):
+            steps = [line for line in self.lines(number) if line["kind"] == "step" and line["step"] in uninterrupted]
+            assert steps, f"attempt {number} took no step that is compared"
+            assert [line["step"] for line in steps if _kept(line) != _kept(uninterrupted[line["step"]])] == []
 
 
-def _kept(line: dict[str, object], keys: set[str]) -> dict[str, object]:
-    return {key: line.get(key) for key in keys - {"attempt"}}
+def _kept(line: dict[str, object]) -> dict[str, object]:
+    return {key: value for key, value in line.items() if key not in VOLATILE}
 
 
 def _ranks(slurm: Cluster, node: str) -> list[int]:

@@ -108,7 +108,36 @@ def test_without_a_suspect_no_node_is_excluded(tmp_path):
     ):
         (tmp_path / str(number)).mkdir()
         _, asked = _run(tmp_path / str(number), job, verdict=verdict)
-        assert not any(line.startswith("update") for line in asked)
+        assert not any("ExcNodeList=" in line for line in asked if line.startswith("update"))
+
+
+@pytest.mark.parametrize(("code", "names"), [(17, True), (70, True), (16, False), (71, False), (1, False)])
+def test_node_to_look_at_is_named_for_the_sites_epilog(tmp_path, code, names):
+    _, asked = _run(tmp_path, SMALL, verdict=f"{code} 1 1 node2")
+    comment = f"update JobId=17 Comment=megamask: exit code {code}, suspect node2"
+    assert (comment in asked) == names
+    script = Path(__file__).parents[2] / "slurm" / "epilog.sh"
+    environment = {
+        "PATH": f"{tmp_path}/stubs:/usr/bin:/bin",
+        "STUBS": str(tmp_path / "stubs"),
+        "SLURM_JOB_ID": "17",
+        "SLURM_JOB_COMMENT": comment.partition("Comment=")[2],
+    }
+    assert subprocess.run(["bash", script], env=environment).returncode == 0
+    drained = (tmp_path / "stubs" / "scontrol.log").read_text().splitlines()[-1]
+    assert drained.startswith("update NodeName=node2 State=DRAIN") == (code in (17, 70))
+
+
+@pytest.mark.parametrize(
+    "comment", ["", "mine", "megamask: exit code 70, suspect a b", "megamask: exit code 1, suspect a"]
+)
+def test_epilog_leaves_other_jobs_alone(tmp_path, comment):
+    (tmp_path / "scontrol").write_text('#!/bin/bash\ntouch "$(dirname "$0")/asked"\n')
+    (tmp_path / "scontrol").chmod(0o755)
+    script = Path(__file__).parents[2] / "slurm" / "epilog.sh"
+    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_JOB_COMMENT": comment}
+    assert subprocess.run(["bash", script], env=environment).returncode == 0
+    assert not (tmp_path / "asked").exists()
 
 
 @pytest.mark.promise("No word of a config reaches a shell unquoted")

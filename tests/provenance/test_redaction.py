@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megamask.provenance.redaction import redact
+from megamask.provenance.redaction import forget_secrets, redact, register_environment
 
 SECRET = "pl4nted-S3cret-9f"
 
@@ -56,3 +56,12 @@ def test_harmless_text_stays(text: str) -> None:
 @given(st.text(max_size=60))
 def test_redaction_happens_once(text: str) -> None:
     assert redact(redact(text)) == redact(text)
+
+
+def test_name_of_a_job_start_is_no_secret_though_its_variable_resembles_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    forget_secrets()
+    monkeypatch.setenv("MEGAMASK_LAUNCH_TOKEN", "slurm-4711.0")
+    monkeypatch.setenv("SITE_TOKEN", "a-real-secret")
+    register_environment()
+    assert redact("slurm-4711.0 a-real-secret") == "slurm-4711.0 ***"
+    forget_secrets()

@@ -193,17 +193,20 @@ class Cluster:
         """End the jobs, the daemons and the networks."""
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.call("scancel", "--user=root", "--signal=KILL", timeout=20)
-        for node in self.nodes:
-            self.kill_node(node)
         for daemon in reversed(self.daemons.values()):
             daemon.kill()
             daemon.wait()
+        self._remove_networks()
+
+    def _remove_networks(self) -> None:
         for number, node in enumerate(self.nodes):
+            self.kill_node(node)
             _ip("link", "del", f"{_TAG}v{number}", check=False)
             _ip("netns", "del", f"{_TAG}-{node}", check=False)
         _ip("link", "del", f"{_TAG}br", check=False)
 
     def _networks(self, addresses: dict[str, str]) -> None:
+        self._remove_networks()  # of a cluster that was killed with its tests
         _ip("link", "add", f"{_TAG}br", "type", "bridge")
         _ip("addr", "add", f"{_NET}.254/24", "dev", f"{_TAG}br")
         _ip("link", "set", f"{_TAG}br", "up")

@@ -16,6 +16,9 @@ STOP_CODES = (2, 64, 65, 66, 93, 130)
 EXCLUDE_CODES = (16, 17, 70)
 """Exit codes that ask for another node."""
 
+DRAIN_CODES = (17, 70)
+"""Exit codes after which an operator should look at the node."""
+
 COUNTED_CODES = (16, 17, 70, 71, 74)
 """Exit codes, beside those of bugs and signals, after which a job is started again and the restart is counted."""
 

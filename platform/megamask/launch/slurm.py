@@ -11,7 +11,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Iterator
 
-from megamask.launch.job import EXCLUDE_CODES, FREE_CODES, STOP_CODES, Job
+from megamask.launch.job import DRAIN_CODES, EXCLUDE_CODES, FREE_CODES, STOP_CODES, Job
 
 _MINUTE_S = 60
 _HOUR_S = 3600
@@ -136,6 +136,10 @@ def _verdict(job: Job) -> Iterator[str]:
     yield "    exit 93"
     yield "  fi"
     yield '  echo $((restarts + 1)) > "$counter" ;;'
+    yield "esac"
+    yield f"case $code in {'|'.join(map(str, DRAIN_CODES))})  # for the site's epilog"
+    yield '  [[ $node != - ]] && scontrol update "JobId=$SLURM_JOB_ID" \\'
+    yield '    "Comment=megamask: exit code $code, suspect $node" ;;'
     yield "esac"
     if job.exclude_suspects:
         yield 'excluded=$(scontrol show job "$SLURM_JOB_ID" | grep -oP "ExcNodeList=\\K\\S+")'
