@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from megamask.errors import UsageError
-from megamask.launch.placement import node_place
+from megamask.launch.placement import first_host, node_place
 
 SLURM = {
     "SLURM_NODEID": "1",
@@ -22,6 +22,10 @@ TOKEN = {"MEGAMASK_LAUNCH_TOKEN": "jobset-uid.0", "MASTER_ADDR": "node1"}
     [
         (SLURM, (1, 2, "node1", "slurm-7.0")),
         ({**SLURM, "SLURM_RESTART_COUNT": "3"}, (1, 2, "node1", "slurm-7.3")),
+        (
+            {**SLURM, "MASTER_ADDR": "", "SLURM_STEP_NODELIST": "gpu-[003-004]", "SLURM_STEP_ID": "2"},
+            (1, 2, "gpu-003", "slurm-7.0.s2"),
+        ),
         ({"JOB_COMPLETION_INDEX": "2", "MEGAMASK_NUM_NODES": "4", **TOKEN}, (2, 4, "node1", "jobset-uid.0")),
         (
             {
@@ -61,3 +65,18 @@ def test_single_machine_needs_no_variables() -> None:
 def test_node_place_refuses_contradictions(environment: dict[str, str], words: str) -> None:
     with pytest.raises(UsageError, match=words):
         node_place(environment)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "first"),
+    [
+        ("node1", "node1"),
+        ("node1,node2", "node1"),
+        ("gpu-[001-004,7],login", "gpu-001"),
+        ("a[3,5]b", "a3b"),
+        ("r[1-2]n[07-09]", "r1n07"),
+        ("", ""),
+    ],
+)
+def test_first_host_of_slurms_list(nodes: str, first: str) -> None:
+    assert first_host(nodes) == first

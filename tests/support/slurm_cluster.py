@@ -17,7 +17,19 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-_NEEDED = ("munged", "slurmctld", "slurmd", "sbatch", "scontrol", "scancel", "squeue", "ip", "nsenter", "unshare")
+_NEEDED = (
+    "munged",
+    "slurmctld",
+    "slurmd",
+    "sbatch",
+    "scontrol",
+    "scancel",
+    "squeue",
+    "ip",
+    "nsenter",
+    "unshare",
+    "setpriv",
+)
 _PATH = "/usr/sbin:/usr/bin:/sbin:/bin"
 _NET = "10.213.91"
 _PORT = 27816
@@ -226,7 +238,12 @@ class Cluster:
     def _spawn(self, name: str, words: Sequence[str]) -> None:
         with (self.base / "log" / f"{name}.out").open("ab") as log:
             self.daemons[name] = subprocess.Popen(
-                words, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True, env=self.environment
+                ["setpriv", "--pdeathsig", "KILL", *words],  # a killed test leaves no daemon behind
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+                env=self.environment,
             )
 
 

@@ -145,6 +145,7 @@ def node_place(environment: Mapping[str, str] = os.environ) -> NodePlace:
     if node >= num_nodes:
         raise UsageError(f"this is node {node} of {num_nodes}: nodes are counted from 0. {_NOTHING}", hint=_UNSET)
     address = environment.get("MASTER_ADDR") or environment.get("SKYPILOT_NODE_IPS", "").partition("\n")[0]
+    address = address or first_host(environment.get("SLURM_STEP_NODELIST", ""))
     if not address and num_nodes > 1:
         raise UsageError(
             f"{num_nodes} nodes, but not MASTER_ADDR: the name of node 0. {_NOTHING}",
@@ -159,9 +160,16 @@ def node_place(environment: Mapping[str, str] = os.environ) -> NodePlace:
     return NodePlace(node=node, num_nodes=num_nodes, address=address or "127.0.0.1", token=token)
 
 
+def first_host(nodes: str) -> str:
+    """Return the first name of Slurm's list of nodes, as gpu-001 of gpu-[001-004,7],login; "" of an empty list."""
+    return re.sub(r"\[([^\],-]*)[^\]]*\]", r"\1", nodes).partition(",")[0]
+
+
 def _own_token(environment: Mapping[str, str], num_nodes: int) -> str:
     if "SLURM_JOB_ID" in environment:
-        return f"slurm-{environment['SLURM_JOB_ID']}.{environment.get('SLURM_RESTART_COUNT', '0')}"
+        # one allocation may start several steps, one after the other
+        step = f".s{environment['SLURM_STEP_ID']}" if "SLURM_STEP_ID" in environment else ""
+        return f"slurm-{environment['SLURM_JOB_ID']}.{environment.get('SLURM_RESTART_COUNT', '0')}{step}"
     if num_nodes > 1:
         raise UsageError(
             f"{num_nodes} nodes, but not MEGAMASK_LAUNCH_TOKEN: one word for this start of the job, the same on every "

@@ -110,7 +110,7 @@ class KubernetesConfig(Section):
         pattern_words=_QUALIFIED_IN_WORDS,
     )
     shm_gib: int = operational("size of /dev/shm; counts as memory of the pod", default=16, minimum=1, unit="GiB")
-    tmp_gib: int = operational("size of /tmp", default=10, minimum=1, unit="GiB")
+    tmp_gib: int = operational("size of the folder for temporary files", default=10, minimum=1, unit="GiB")
     claims: dict[str, str] = operational("name of a PersistentVolumeClaim -> its folder in the pods", default={})
     run_as: int = operational("user and group id of the processes", default=1000, minimum=1, maximum=2**31 - 1)
     service_account: str | None = operational(
