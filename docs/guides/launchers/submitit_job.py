@@ -15,4 +15,4 @@ def node() -> None:
 
 executor = submitit.AutoExecutor(folder="submitit_logs")
 executor.update_parameters(nodes=2, tasks_per_node=1, gpus_per_node=8, cpus_per_task=96, timeout_min=1440)
-print(executor.submit(node).job_id)
+job = executor.submit(node)
