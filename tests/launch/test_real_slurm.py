@@ -164,7 +164,7 @@ def test_preempted_job_saves_requeues_itself_and_continues_bitwise(
 ) -> None:
     job = Submitted(slurm, small_corpus, tmp_path)
     job.wait_for_commits()
-    high = slurm.call("sbatch", "--parsable", "-p", "high", "-N3", "--wrap", "sleep 1").stdout.strip()
+    high = slurm.call("sbatch", "--parsable", "-p", "high", "-N3", "--exclusive", "--wrap", "sleep 1").stdout.strip()
     wait_for("the verdict", lambda: job.verdict() is not None, 200)
     assert job.verdict() == 75, job.log
     wait_for("the other job", lambda: slurm.job(high)["JobState"] == "COMPLETED", 200)
