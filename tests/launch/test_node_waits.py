@@ -8,7 +8,7 @@ import socket
 import pytest
 
 from megamask.errors import MegamaskError, UsageError
-from megamask.launch import node
+from megamask.launch import meeting
 from megamask.resilience.signals import StopRequest
 
 
@@ -22,8 +22,8 @@ def _unpublished(monkeypatch: pytest.MonkeyPatch, times: int) -> list[str]:
             raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
         return []
 
-    monkeypatch.setattr(node.socket, "getaddrinfo", getaddrinfo)
-    monkeypatch.setattr(node, "_NAME_POLL_S", 0.0)
+    monkeypatch.setattr(meeting.socket, "getaddrinfo", getaddrinfo)
+    monkeypatch.setattr(meeting, "NAME_POLL_S", 0.0)
     return asked
 
 
@@ -31,15 +31,15 @@ def _unpublished(monkeypatch: pytest.MonkeyPatch, times: int) -> list[str]:
 def test_name_that_is_published_late_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = _unpublished(monkeypatch, 3)
     with StopRequest() as signals:
-        node._wait_for_name("tiny-node-0-0.tiny", signals)
+        meeting.wait_for_name("tiny-node-0-0.tiny", signals)
     assert asked == ["tiny-node-0-0.tiny"] * 4
 
 
 def test_name_that_is_never_published_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     _unpublished(monkeypatch, 10**9)
-    monkeypatch.setattr(node, "_NAME_S", 0.2)
+    monkeypatch.setattr(meeting, "NAME_S", 0.2)
     with StopRequest() as signals, pytest.raises(UsageError, match="could not resolve within") as refusal:
-        node._wait_for_name("tiny-node-0-0.tiny", signals)
+        meeting.wait_for_name("tiny-node-0-0.tiny", signals)
     assert "Name or service not known" in str(refusal.value)
     assert "subdomain" in str(refusal.value.hint)
 
@@ -50,5 +50,5 @@ def test_signal_ends_the_wait_for_a_name(monkeypatch: pytest.MonkeyPatch, number
     with StopRequest() as signals:
         signal.raise_signal(number)
         with pytest.raises(MegamaskError, match="nothing was lost") as end:
-            node._wait_for_name("tiny-node-0-0.tiny", signals)
+            meeting.wait_for_name("tiny-node-0-0.tiny", signals)
     assert int(end.value.exit_code) == code

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def ANSWER_IS_ON_DISK(result: dict[str, Any]) -> bool:
-    """Whether a stdout that cannot take the answer loses nothing: a job is nowhere else unless it was written."""
+    """True if a stdout that cannot take the answer loses nothing: a job is nowhere else unless it was written."""
     return "target" not in result or result["written"] is not None or result["submitted"] is not None
 
 

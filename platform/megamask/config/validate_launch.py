@@ -1,4 +1,4 @@
-"""Whether the settings of a run make a job for one scheduler. Checked before anything is rendered or submitted."""
+"""Rules by which the settings of a run make a job for one scheduler. Checked before anything is rendered or submitted."""
 
 from __future__ import annotations
 
@@ -169,7 +169,7 @@ def _kubernetes_problems(config: TrainConfig, target: Target) -> Iterator[Proble
 
 
 def _trainjob_problems(launch: LaunchConfig) -> Iterator[Problem]:
-    """What only the runtime decides, which an administrator installs."""
+    """Settings that only the runtime decides, which an administrator installs."""
     if launch.max_restarts != _RUNTIME_RESTARTS:
         yield Problem(
             key="launch.max_restarts",

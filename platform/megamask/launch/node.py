@@ -7,16 +7,13 @@ that node 0 holds before it announces it, so no other process can take it.
 from __future__ import annotations
 
 import contextlib
-import errno
-import logging
-import os
 import socket
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from megamask.errors import ExitCode, MegamaskError, StorageError, UsageError, error_with_code
+from megamask.errors import ExitCode, MegamaskError, error_with_code
+from megamask.launch.meeting import listening, meeting, wait_for_name
 from megamask.launch.placement import NodePlace
 from megamask.launch.ranks import Gang, RankExit, failure_of, killed_by, run_ranks
 from megamask.launch.verdict import (
@@ -26,7 +23,6 @@ from megamask.launch.verdict import (
     job_code,
     launch_folder,
     read_codes,
-    read_meeting,
     read_verdict,
     wait_until,
     write_codes,
@@ -40,13 +36,9 @@ from megamask.runs.claims import claimed_attempts, read_claim
 from megamask.runs.rank_files import read_rank_failures, write_rank_failure
 from megamask.runs.status import Status, read_status, write_status
 
-_MEETING_S = 300.0  # nodes of one job may start minutes apart: images are pulled, file systems mounted
-_NAME_POLL_S = 0.5
-_NAME_S = 120.0  # a pod's name is published some time after the pod has started
 _CODES_S = 5.0
 _VERDICT_S = 20.0
 _SUSPECT_CODES = (ExitCode.MEGATRON_RERUN_RESUME, ExitCode.MEGATRON_RERUN_FAILED, ExitCode.HARDWARE)
-_log = logging.getLogger(__name__)
 
 
 def run_node(
@@ -76,25 +68,15 @@ def run_node(
     folder = launch_folder(run_dir, place.token)
     before = max(claimed_attempts(run_dir), default=0)
     with contextlib.ExitStack() as stack:
-        listener = stack.enter_context(_listening(place)) if place.node == 0 else None
+        listener = stack.enter_context(listening(place)) if place.node == 0 else None
         if listener is not None:
             write_meeting(folder, place.address, listener.getsockname()[1])
-        address, port = _meeting(folder, signals)
+        address, port = meeting(folder, signals)
         if place.num_nodes > 1:
-            _wait_for_name(address, signals)
-        gang = Gang(
-            first_rank=place.node * ranks_per_node,
-            num_ranks=ranks_per_node,
-            world_size=place.num_nodes * ranks_per_node,
-            address=address,
-            port=port,
-            listener=listener,
-            interface="lo" if place.num_nodes == 1 else None,
-            environment={"MEGAMASK_LAUNCH_TOKEN": place.token},
-        )
+            wait_for_name(address, signals)
         exits = run_ranks(
             arguments,
-            gang,
+            _gang(place, ranks_per_node, address, port, listener),
             module=module,
             signals=signals,
             stop_grace_s=stop_grace_s,
@@ -113,6 +95,19 @@ def run_node(
         return verdict, failure
     wait_until(lambda: read_verdict(folder) is not None, _VERDICT_S)
     return read_verdict(folder) or Verdict(code=own, node=node_name()), failure
+
+
+def _gang(place: NodePlace, ranks_per_node: int, address: str, port: int, listener: socket.socket | None) -> Gang:
+    return Gang(
+        first_rank=place.node * ranks_per_node,
+        num_ranks=ranks_per_node,
+        world_size=place.num_nodes * ranks_per_node,
+        address=address,
+        port=port,
+        listener=listener,
+        interface="lo" if place.num_nodes == 1 else None,
+        environment={"MEGAMASK_LAUNCH_TOKEN": place.token},
+    )
 
 
 def _judge(folder: Path, place: NodePlace, run_dir: Path, before: int, own: int, exits: Sequence[RankExit]) -> Verdict:
@@ -181,75 +176,3 @@ def _close_status(run_dir: Path, verdict: Verdict, failure: MegamaskError | None
             reason=None if failure is None else failure.message.splitlines()[0],
         )
         write_status(run_dir, closed)
-
-
-@contextlib.contextmanager
-def _listening(place: NodePlace) -> Iterator[socket.socket]:
-    """The socket that rank 0 inherits: on MASTER_PORT, or on a free port when that one is taken."""
-    wanted = os.environ.get("MASTER_PORT", "0")
-    ports = [int(wanted), 0] if wanted.isdecimal() and 0 < int(wanted) < 65536 else [0]
-    for port in ports:
-        with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as listener:
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                listener.bind(("" if place.num_nodes > 1 else "127.0.0.1", port))
-            except OSError as error:
-                if error.errno != errno.EADDRINUSE or port == 0:
-                    raise UsageError(
-                        f"node 0 cannot listen on port {port}: {error.strerror}. Nothing was started.",
-                        hint="unset MASTER_PORT to take a free port",
-                    ) from error
-                _log.warning("port %d is taken; the ranks meet at a free one", port)
-                continue
-            listener.listen(1024)
-            yield listener
-            return
-
-
-def _meeting(folder: Path, signals: StopRequest) -> tuple[str, int]:
-    """Where rank 0 is met, as soon as node 0 has announced it."""
-
-    def is_over() -> bool:
-        return bool(signals.requested) or read_meeting(folder) is not None or read_verdict(folder) is not None
-
-    wait_until(is_over, _MEETING_S)
-    if (verdict := read_verdict(folder)) is not None:
-        raise error_with_code(verdict.code, "another node of this job has ended before this one started its ranks")
-    if (meeting := read_meeting(folder)) is not None:
-        return meeting
-    if signals.requested:
-        raise _stopped(signals, "node 0")
-    raise StorageError(
-        f"node 0 did not announce itself in {folder} within {_MEETING_S:.0f} s. Nothing was started.",
-        hint="run.output_dir must be on storage that all nodes share",
-    )
-
-
-def _wait_for_name(address: str, signals: StopRequest) -> None:
-    """Wait until this node can resolve the name of node 0."""
-    refusal: list[OSError] = []
-
-    def is_over() -> bool:
-        try:
-            socket.getaddrinfo(address, None)
-        except OSError as error:
-            refusal[:] = [error]
-            time.sleep(_NAME_POLL_S)
-            return bool(signals.requested)
-        refusal.clear()
-        return True
-
-    if not wait_until(is_over, _NAME_S):
-        raise UsageError(
-            f"MASTER_ADDR is {address!r}, which this node could not resolve within {_NAME_S:.0f} s: "
-            f"{refusal[0].strerror}. Nothing was started.",
-            hint="it must be the name or address of node 0; in a JobSet, network.subdomain publishes it",
-        )
-    if refusal:
-        raise _stopped(signals, "the name of node 0")
-
-
-def _stopped(signals: StopRequest, awaited: str) -> MegamaskError:
-    error = MegamaskError(f"asked for an end while this node waited for {awaited}; nothing was lost")
-    error.exit_code = ExitCode(signals.requested)
-    return error

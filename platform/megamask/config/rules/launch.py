@@ -166,7 +166,7 @@ def claim_problems(claims: Mapping[str, str]) -> Iterator[Problem]:
 
 
 def is_below(path: str, folders: Iterable[str]) -> bool:
-    """Whether an absolute path lies in one of the folders."""
+    """True if an absolute path lies in one of the folders."""
     return any((path.rstrip("/") + "/").startswith(folder.rstrip("/") + "/") for folder in folders)
 
 

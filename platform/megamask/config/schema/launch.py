@@ -25,7 +25,7 @@ _DEFAULT_SAVE_BUDGET_S = 60.0
 
 @dataclass(frozen=True, kw_only=True)
 class SlurmConfig(Section):
-    """What only Slurm is asked for; values are those of sbatch's options."""
+    """Options of Slurm alone; values are those of sbatch's options."""
 
     partition: str | None = operational("--partition", default=None, pattern=_WORD, pattern_words=_WORD_IN_WORDS)
     account: str | None = operational("--account", default=None, pattern=_WORD, pattern_words=_WORD_IN_WORDS)
@@ -69,7 +69,7 @@ class SlurmConfig(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class KubernetesConfig(Section):
-    """What only Kubernetes is asked for, for a JobSet and for a TrainJob."""
+    """Options of Kubernetes alone, for a JobSet and for a TrainJob."""
 
     namespace: str = operational(
         "namespace of the job", default="default", pattern=_LABEL, pattern_words=_LABEL_IN_WORDS
