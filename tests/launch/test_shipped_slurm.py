@@ -116,7 +116,7 @@ def test_dockerfile_keeps_what_the_base_brings(tmp_path: Path) -> None:
     (step,) = re.findall(r"^RUN (python -m pip freeze.*?)(?<!\\)$", _dockerfile(), re.MULTILINE | re.DOTALL)
     (tmp_path / "python").write_text(
         '#!/bin/bash\ncase "$*" in\n'
-        '*freeze*) printf "%s\\n" torch==2.9.0a0+nv numpy==2.1.0 transformer_engine==2.9 "apex @ file:///x" rich==1 ;;\n'
+        '*freeze*) printf "%s\\n" torch==2.9.0a0+nv numpy==2.1.0 transformer_engine==2.9 "apex @ file:/x" rich==1 ;;\n'
         f"*install*) cp constraints.txt {tmp_path}/kept.txt ;;\nesac\n"
     )
     (tmp_path / "python").chmod(0o755)

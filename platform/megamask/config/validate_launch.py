@@ -1,4 +1,4 @@
-"""Rules by which the settings of a run make a job for one scheduler. Checked before anything is rendered or submitted."""
+"""Rules by which the settings of a run make a job for one scheduler."""
 
 from __future__ import annotations
 
