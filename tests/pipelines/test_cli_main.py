@@ -316,3 +316,23 @@ sys.exit(cli.main())
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=240)
     assert done.returncode == 74, done.stderr
     assert json.loads(done.stdout) == {"answer": "told", "exit_code": 74}
+
+
+@pytest.mark.multiprocess
+@pytest.mark.promise("a C++ library that aborts while a process ends does not change its exit code")
+def test_abort_in_a_destructor_of_a_library_does_not_change_the_exit_code():
+    """torch is a name here; the handler runs where the destructors of C++ objects run."""
+    program = (
+        "import atexit, ctypes, sys, types\n"
+        "sys.modules['torch'] = types.ModuleType('torch')\n"
+        "libc = ctypes.CDLL(None)\n"
+        "libc.__cxa_atexit(ctypes.cast(libc.abort, ctypes.c_void_p), None, None)\n"
+        "atexit.register(lambda: print('farewell of Python', file=sys.stderr, flush=True))\n"
+        "from megamask_pipelines.cli.main import main\n"
+        "sys.argv = ['megamask', 'explain', 'run.seed']\n"
+        "sys.exit(main())\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "run.seed" in done.stdout
+    assert "farewell of Python" in done.stderr

@@ -44,6 +44,21 @@ def test_evaluation_is_due_by_step_only() -> None:
     assert [fields["step"] for _, fields in recorder.records] == [3, 6]
 
 
+def test_evaluation_that_was_cut_short_leaves_no_line_and_is_made_on_the_next_start() -> None:
+    recorder, answers = Recorder(), iter([None, {"nelbo_nats_per_token": 2.0, "standard_error": 0.1}])
+    settings = EvaluationConfig(every_steps=3)
+    hook = PeriodicEvaluation(recorder, settings, lambda: next(answers))
+    hook.after_step(at(3), RECORD)
+    assert (recorder.records, hook.bound_at(3)) == ([], None)
+    resumed = PeriodicEvaluation(recorder, settings, lambda: next(answers), lambda step: False)
+    for step in (0, 2):
+        resumed.on_start(at(step))
+    assert recorder.records == []
+    resumed.on_start(at(3))
+    PeriodicEvaluation(recorder, settings, lambda: next(answers), lambda step: True).on_start(at(3))
+    assert [(kind, fields["step"]) for kind, fields in recorder.records] == [("evaluation", 3)]
+
+
 def test_evaluation_never_happens_without_a_measure() -> None:
     recorder = Recorder()
     PeriodicEvaluation(recorder, EvaluationConfig(every_steps=1), None).after_step(at(1), RECORD)

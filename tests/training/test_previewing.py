@@ -24,7 +24,7 @@ from megamask.training.previewing import (
     preview_seed,
 )
 from megamask.training.progress import Progress
-from megamask.training.stopping import StopReason
+from megamask.training.stopping import StopFlag, StopReason
 from support.command import TINY
 from support.model_documents import model_document
 from support.thread_world import ThreadWorld
@@ -106,6 +106,9 @@ class FakeEngine:
         value = reading.inputs.sum(dim=1)[row] * 31 + place * 7 + draw.step + 5 * torch.tensor(draw.sequences)[row]
         return Prediction(tokens=value % 250, confidence=1.0 / (1 + value % 97).double())
 
+    def max_over_ranks(self, value: int) -> int:
+        return max(self._world.exchange(self._rank.rank, value))
+
     def gather_objects(self, value: Any) -> list[Any]:
         return self._world.exchange(self._rank.rank, value)
 
@@ -128,6 +131,31 @@ def test_every_layout_writes_what_one_process_writes(corpus: Loader, data: int, 
     for result in results:
         assert {**result, "seconds": None} == {**expected, "seconds": None}
     assert [engine.num_calls for engine in engines] == [4 if rank % data < 4 else 0 for rank in range(ranks)]
+
+
+@pytest.mark.promise("a signal during an evaluation or a preview ends it between two passes, on every rank")
+@pytest.mark.parametrize(("data", "ranks"), [(1, 1), (2, 4), (6, 6)])
+def test_signal_to_one_rank_cuts_the_preview_short_on_every_rank(corpus: Loader, data: int, ranks: int) -> None:
+    config, rows = opened(corpus, "preview.denoising_steps=4")
+    world = ThreadWorld(ranks)
+    engines = [FakeEngine(world, rank, data) for rank in range(ranks)]
+
+    def write(rank: Any) -> Any:
+        engine = engines[rank.rank]
+        signals = SimpleNamespace(requested=0)
+        stop = StopFlag(engine, signals=signals, is_superseded=lambda: False, num_steps=9, stop_after_step=None)
+        asked = 0
+
+        def check() -> None:
+            nonlocal asked
+            asked += 1
+            signals.requested = 75 if (asked, rank.rank) == (3, ranks - 1) else 0
+            stop.check()
+
+        return preview_on_engine(config, engine, OBJECTIVE, rows, check)()  # type: ignore[arg-type]
+
+    assert world.run(write) == [None] * ranks
+    assert max(engine.num_calls for engine in engines) == 2
 
 
 @pytest.mark.promise("a preview's record is sufficient to reproduce it")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from megamask.errors import ExitCode
-from megamask.training.stopping import StopFlag, StopReason
+from megamask.training.stopping import CutShort, StopFlag, StopReason
 
 
 class Ranks:
@@ -54,6 +54,23 @@ def test_reason_follows_from_what_this_rank_sees(stop: StopFlag, step: int, reas
 
 def test_one_rank_s_signal_stops_every_rank() -> None:
     assert flag(others=int(StopReason.PREEMPTED)).agreed(3) is StopReason.PREEMPTED
+
+
+@pytest.mark.parametrize("stop", [flag(signals=75), flag(signals=93), flag(superseded=True), flag(others=1)])
+def test_measurement_is_cut_short_on_every_rank_by_a_signal_or_a_newer_attempt(stop: StopFlag) -> None:
+    with pytest.raises(CutShort):
+        stop.check()
+
+
+def test_measurement_goes_on_while_nothing_asks_for_an_end() -> None:
+    flag(stop_after=1).check()
+
+
+def test_measurement_cut_short_at_the_last_step_asks_for_a_requeue() -> None:
+    stop = flag(signals=75)
+    with pytest.raises(CutShort):
+        stop.check()
+    assert stop.agreed(10) is StopReason.PREEMPTED
 
 
 def test_a_signal_at_the_last_step_does_not_ask_for_a_requeue() -> None:

@@ -7,6 +7,7 @@ Each verb is a module beside this one with `add_arguments(parser)`, `run(argumen
 from __future__ import annotations
 
 import argparse
+import atexit
 import contextlib
 import errno
 import importlib
@@ -96,11 +97,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         standard_streams.settle()
         if daemon_threads.any_alive():
             _leave_at_once(code)
+        if "torch" in sys.modules:
+            atexit._run_exitfuncs()
+            _leave_at_once(code)
     return code
 
 
 def _leave_at_once(code: int) -> NoReturn:
-    """Ends the process without the interpreter's farewell, which a thread inside a write would turn into SIGABRT."""
+    """End the process without the interpreter's farewell, which may turn into SIGABRT.
+
+    A thread inside a write does that, and sometimes a C++ thread of torch's that is still there when its objects are
+    destroyed ("terminate called without an active exception").
+    """
     import logging
 
     logging.shutdown()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from megamask.checkpoint.contents import ModelDocument
@@ -14,6 +15,7 @@ from megamask.objectives.shapes import ObjectiveShape
 from megamask.resilience.heartbeat import Heartbeat
 from megamask.resilience.signals import StopRequest
 from megamask.resilience.stop_deadline import StoppedBeforeTraining
+from megamask.tracking.journal.seek import has_record
 from megamask.training.attempt_scope import AttemptScope
 from megamask.training.checkpointing import CheckpointCommitter
 from megamask.training.evaluating import validation_measure
@@ -68,19 +70,20 @@ def build_run(
             data, loaded, world_size=engine.world_size, device=backend.name, startup_s=startup.seconds()
         )
         scope.leader.running(scope.progress.step)
+    stop = StopFlag(
+        engine,
+        signals=signals,
+        is_superseded=attempt.is_superseded,
+        num_steps=config.training.steps,
+        stop_after_step=config.training.stop_after_step,
+    )
     return TrainingRun(
         config=config,
         engine=engine,
         loader=data.train,
         progress=scope.progress,
-        stop=StopFlag(
-            engine,
-            signals=signals,
-            is_superseded=attempt.is_superseded,
-            num_steps=config.training.steps,
-            stop_after_step=config.training.stop_after_step,
-        ),
-        hooks=_hooks(config, data, engine, scope, model, loaded),
+        stop=stop,
+        hooks=_hooks(config, data, engine, scope, model, loaded, stop),
         shape=scope.shape,
         peak_seconds_per_token=_peak_seconds_per_token(config, data, scope.shape, backend.device, engine.world_size),
         heartbeat=heartbeat,
@@ -132,12 +135,25 @@ def _restore(progress: Progress, loaded: Loaded) -> None:
 
 
 def _hooks(
-    config: TrainConfig, data: RunData, engine: Engine, scope: AttemptScope, model: ModelDocument, loaded: Loaded
+    config: TrainConfig,
+    data: RunData,
+    engine: Engine,
+    scope: AttemptScope,
+    model: ModelDocument,
+    loaded: Loaded,
+    stop: StopFlag,
 ) -> list[Hook]:
     """The journal first, checkpoints after everything whose result a checkpoint records, status last."""
-    attempt = scope.attempt
-    measure = None if data.validation is None else validation_measure(config, engine, data.objective, data.validation)
-    preview = None if data.previews is None else preview_on_engine(config, engine, data.objective, data.previews)
+    attempt, objective = scope.attempt, data.objective
+    measure, preview = None, None
+    if data.validation is not None:
+        measure = validation_measure(config, engine, objective, data.validation, stop.check)
+    if data.previews is not None:
+        preview = preview_on_engine(config, engine, objective, data.previews, stop.check)
+
+    def has_line(kind: str) -> Callable[[int], bool]:
+        return lambda step: bool(engine.broadcast_object(scope.rank == 0 and has_record(scope.run_dir, kind, step)))
+
     scope.committer = committer = CheckpointCommitter(
         engine,
         attempt,
@@ -151,11 +167,11 @@ def _hooks(
     )
     if loaded.commit is not None:
         committer.prune_before_training(loaded.commit)
-    evaluation = PeriodicEvaluation(attempt, config.evaluation, measure)
+    evaluation = PeriodicEvaluation(attempt, config.evaluation, measure, has_line("evaluation"))
     hooks: list[Hook] = [
         StepJournal(attempt),
         evaluation,
-        PeriodicPreview(attempt, config.preview.every_steps, preview),
+        PeriodicPreview(attempt, config.preview.every_steps, preview, has_line("sample_preview")),
         PeriodicCheckpoint(
             config.checkpoint, committer, bound_at=evaluation.bound_at, committed_step=scope.progress.step
         ),

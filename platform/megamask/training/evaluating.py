@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from megamask.config.schema.roots import TrainConfig
 from megamask.data.loader import Loader
 from megamask.diffusion.philox import run_key
 from megamask.evaluation.on_engine import evaluate_on_engine
-from megamask.objectives.base import Objective
+from megamask.objectives.base import Objective, Rows
+from megamask.training.stopping import CutShort
 
 if TYPE_CHECKING:
     from megamask.engine.engine import Engine
+    from megamask.engine.mesh import Mesh
 
-Measure = Callable[[], dict[str, Any]]
+Measure = Callable[[], dict[str, Any] | None]
 
 
 def open_validation(config: TrainConfig) -> Loader | None:
@@ -32,8 +36,47 @@ def open_validation(config: TrainConfig) -> Loader | None:
     return Loader(config.data.corpora, config.data, config.training.sequence_length, split="validation")
 
 
-def validation_measure(config: TrainConfig, engine: Engine, objective: Objective, loader: Loader) -> Measure:
-    """A function that scores the first evaluation.rows validation rows; collective, the same answer on every rank."""
+@dataclass(frozen=True, kw_only=True)
+class InterruptibleEngine:
+    """An engine that asks before each pass whether the attempt must end. All coordinates make the same passes.
+
+    Args:
+        check: collective; raises CutShort on every rank.
+    """
+
+    engine: Engine
+    check: Callable[[], None]
+
+    @property
+    def mesh(self) -> Mesh:
+        """Coordinates of this rank."""
+        return self.engine.mesh
+
+    def score(self, rows: Rows) -> Tensor:
+        """As `Engine.score`."""
+        self.check()
+        return self.engine.score(rows)
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        """As `Engine.gather_objects`."""
+        return self.engine.gather_objects(value)
+
+    def broadcast_object(self, value: Any) -> Any:
+        """As `Engine.broadcast_object`."""
+        return self.engine.broadcast_object(value)
+
+
+def validation_measure(
+    config: TrainConfig,
+    engine: Engine,
+    objective: Objective,
+    loader: Loader,
+    check: Callable[[], None] = lambda: None,
+) -> Measure:
+    """Return a function that scores the first evaluation.rows validation rows.
+
+    It is collective and gives the same answer on every rank; None if `check` cut it short.
+    """
     evaluation = config.evaluation
     num_rows = min(evaluation.rows, loader.num_rows)
     values = np.stack([loader.read(loader.source, row).tokens for row in range(num_rows)])
@@ -44,20 +87,23 @@ def validation_measure(config: TrainConfig, engine: Engine, objective: Objective
     num_views = objective.shape(config.training.sequence_length).num_views
     seed = config.run.seed if evaluation.seed is None else evaluation.seed
 
-    def measure() -> dict[str, Any]:
+    def measure() -> dict[str, Any] | None:
         """Score the rows under the network's present weights."""
         started = time.monotonic()
-        report = evaluate_on_engine(
-            engine,
-            objective.bound,
-            tokens,
-            is_eligible,
-            draws=evaluation.draws,
-            replicates=evaluation.replicates,
-            key=run_key(seed),
-            batch_rows=config.training.micro_batch_size * num_views,
-            num_bytes=num_bytes,
-        )
+        try:
+            report = evaluate_on_engine(
+                InterruptibleEngine(engine=engine, check=check),
+                objective.bound,
+                tokens,
+                is_eligible,
+                draws=evaluation.draws,
+                replicates=evaluation.replicates,
+                key=run_key(seed),
+                batch_rows=config.training.micro_batch_size * num_views,
+                num_bytes=num_bytes,
+            )
+        except CutShort:
+            return None
         return {
             "nelbo_nats_per_token": report.nelbo_nats_per_token,
             "standard_error": report.standard_error,

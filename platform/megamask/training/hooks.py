@@ -28,6 +28,9 @@ class StepJournal:
     def __init__(self, recorder: Recorder) -> None:
         self._recorder = recorder
 
+    def on_start(self, progress: Progress) -> None:
+        """Nothing."""
+
     def after_step(self, progress: Progress, record: StepRecord) -> None:
         """One `step` line."""
         self._recorder.append("step", **record.fields)
@@ -39,26 +42,46 @@ class StepJournal:
 class PeriodicEvaluation:
     """Measures the likelihood bound every n steps, forward-only under the run's layout.
 
+    A measurement that a signal cut short leaves no line; the attempt that resumes at that step makes it first.
+
     Args:
-        measure: evaluates on every rank together and returns the journal's fields.
+        measure: evaluates on every rank together and returns the journal's fields, or None if it was cut short.
+        has_line: whether the journal has an `evaluation` line of a step, on every rank alike.
     """
 
     section = "evaluation"
 
     def __init__(
-        self, recorder: Recorder, evaluation: EvaluationConfig, measure: Callable[[], Mapping[str, Any]] | None
+        self,
+        recorder: Recorder,
+        evaluation: EvaluationConfig,
+        measure: Callable[[], Mapping[str, Any] | None] | None,
+        has_line: Callable[[int], bool] = lambda step: True,
     ) -> None:
         self._recorder = recorder
         self._every = evaluation.every_steps if measure is not None else None
         self._measure = measure
+        self._has_line = has_line
         self._latest: tuple[int, Mapping[str, Any]] | None = None
+
+    def on_start(self, progress: Progress) -> None:
+        """The `evaluation` line of the step that the attempt resumes at, if the attempt before left it out."""
+        if progress.step and self._is_due(progress.step) and not self._has_line(progress.step):
+            self._evaluate(progress.step)
 
     def after_step(self, progress: Progress, record: StepRecord) -> None:
         """An `evaluation` line when it is due."""
-        if self._measure is not None and self._every is not None and progress.step % self._every == 0:
-            fields = self._measure()
-            self._recorder.append("evaluation", step=progress.step, **fields)
-            self._latest = progress.step, fields
+        if self._is_due(progress.step):
+            self._evaluate(progress.step)
+
+    def _is_due(self, step: int) -> bool:
+        return self._every is not None and step % self._every == 0
+
+    def _evaluate(self, step: int) -> None:
+        fields = None if self._measure is None else self._measure()
+        if fields is not None:
+            self._recorder.append("evaluation", step=step, **fields)
+            self._latest = step, fields
 
     def on_stop(self, progress: Progress, reason: StopReason) -> None:
         """Nothing: evaluation is due by step only, so that a restart changes no record."""
@@ -112,6 +135,9 @@ class PeriodicCheckpoint:
         self._bound_at = bound_at
         self._saved_step = committed_step
 
+    def on_start(self, progress: Progress) -> None:
+        """Nothing."""
+
     def after_step(self, progress: Progress, record: StepRecord) -> None:
         """Poll the pending save, and start one when it is due."""
         self._committer.poll()
@@ -146,6 +172,9 @@ class StatusFile:
         self._clock = clock
         self._every_s = every_s
         self._last: float | None = None
+
+    def on_start(self, progress: Progress) -> None:
+        """Nothing."""
 
     def after_step(self, progress: Progress, record: StepRecord) -> None:
         """Write if the last write is long enough ago."""

@@ -29,6 +29,9 @@ class Hook(Protocol):
 
     section: str
 
+    def on_start(self, progress: Progress) -> None:
+        """Called once, before the first step of an attempt."""
+
     def after_step(self, progress: Progress, record: StepRecord) -> None:
         """Called after each completed step."""
 
@@ -67,6 +70,9 @@ def train(run: TrainingRun) -> StopReason:
         NumericsError: a loss or a gradient is not finite, on every rank alike; the network was not updated.
     """
     training, progress, clock = run.config.training, run.progress, PhaseClock()
+    for hook in run.hooks:
+        run.heartbeat.enter(hook.section)
+        hook.on_start(progress)
     while (reason := run.stop.agreed(progress.step)) is StopReason.NONE:
         step = progress.step + 1
         run.heartbeat.enter("step", step)

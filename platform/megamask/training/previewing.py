@@ -18,16 +18,16 @@ from torch import Tensor
 
 from megamask.config.schema.roots import TrainConfig
 from megamask.data.loader import Loader
-from megamask.diffusion.sampling import MAX_ELEMENTS
+from megamask.diffusion.sampling import MAX_ELEMENTS, Draw, Prediction
 from megamask.errors import UsageError
 from megamask.generation.confidence import DecodingOptions, check_decoding, decode
 from megamask.generation.prompt import TextTokenizer, until_end
-from megamask.objectives.base import Objective
+from megamask.objectives.base import Objective, Reading
 from megamask.storage.hashing import hash_of, key_of
 from megamask.training.hooks import Recorder
 from megamask.training.metrics import StepRecord
 from megamask.training.progress import Progress
-from megamask.training.stopping import StopReason
+from megamask.training.stopping import CutShort, StopReason
 
 if TYPE_CHECKING:
     from megamask.engine.engine import Engine
@@ -118,31 +118,51 @@ def open_previews(config: TrainConfig, objective: Objective, corpus: Loader) -> 
 
 
 def preview_on_engine(
-    config: TrainConfig, engine: Engine, objective: Objective, rows: PreviewRows
-) -> Callable[[], Mapping[str, Any]]:
-    """A function that lets the network write; collective, the same answer on every rank.
+    config: TrainConfig,
+    engine: Engine,
+    objective: Objective,
+    rows: PreviewRows,
+    check: Callable[[], None] = lambda: None,
+) -> Callable[[], Mapping[str, Any] | None]:
+    """Return a function that lets the network write; collective, the same answer on every rank.
 
-    Prompt i is decoded by data-parallel coordinate i mod their number; the coordinates meet only at the end.
+    Prompt i is decoded by data-parallel coordinate i mod their number. All prompts take the same number of steps, and
+    between two steps the coordinates meet to see whether the attempt must end.
+
+    Args:
+        check: collective; raises CutShort on every rank, then the function returns None.
     """
     preview, is_wanted = config.preview, rows.is_wanted
     options = _options(config, rows)
     mesh = engine.mesh
     mine = list(range(mesh.data_parallel_rank, len(rows.prompts), mesh.data_parallel_size))
 
-    def measure() -> dict[str, Any]:
+    def predict(reading: Reading, draw: Draw) -> Prediction:
+        check()
+        return engine.predict(reading, draw)
+
+    def decode_mine() -> dict[int, tuple[list[int], int]]:
+        if not mine:
+            for _ in range(preview.denoising_steps or rows.num_tokens):  # where the others ask between their steps
+                check()
+            return {}
+        found = decode(
+            predict,
+            objective.decoder,
+            rows.tokens[mine],
+            is_wanted=is_wanted[mine],
+            options=options,
+            sequences=mine,
+        )
+        return {row: (one.tokens.tolist(), one.nfe) for row, one in zip(mine, found, strict=True)}
+
+    def measure() -> dict[str, Any] | None:
         """Decode every prompt under the network's present weights."""
         started = time.monotonic()
-        decoded: dict[int, tuple[list[int], int]] = {}
-        if mine:
-            found = decode(
-                engine.predict,
-                objective.decoder,
-                rows.tokens[mine],
-                is_wanted=is_wanted[mine],
-                options=options,
-                sequences=mine,
-            )
-            decoded = {row: (one.tokens.tolist(), one.nfe) for row, one in zip(mine, found, strict=True)}
+        try:
+            decoded = decode_mine()
+        except CutShort:
+            return None
         for told in engine.gather_objects(decoded):
             decoded |= told
         return {
@@ -169,22 +189,42 @@ class PeriodicPreview:
     """Lets the network write every n steps.
 
     Args:
-        measure: decodes on every rank together and returns the journal's fields; None means never.
+        measure: decodes on every rank together and returns the journal's fields, or None if it was cut short; None
+            means never.
+        has_line: whether the journal has a `sample_preview` line of a step, on every rank alike.
     """
 
     section = "preview"
 
     def __init__(
-        self, recorder: Recorder, every_steps: int | None, measure: Callable[[], Mapping[str, Any]] | None
+        self,
+        recorder: Recorder,
+        every_steps: int | None,
+        measure: Callable[[], Mapping[str, Any] | None] | None,
+        has_line: Callable[[int], bool] = lambda step: True,
     ) -> None:
         self._recorder = recorder
         self._every = every_steps
         self._measure = measure
+        self._has_line = has_line
+
+    def on_start(self, progress: Progress) -> None:
+        """The `sample_preview` line of the step that the attempt resumes at, if the attempt before left it out."""
+        if progress.step and self._is_due(progress.step) and not self._has_line(progress.step):
+            self._write(progress.step)
 
     def after_step(self, progress: Progress, record: StepRecord) -> None:
         """A `sample_preview` line when it is due."""
-        if self._measure is not None and self._every is not None and progress.step % self._every == 0:
-            self._recorder.append("sample_preview", step=progress.step, **self._measure())
+        if self._is_due(progress.step):
+            self._write(progress.step)
+
+    def _is_due(self, step: int) -> bool:
+        return self._measure is not None and self._every is not None and step % self._every == 0
+
+    def _write(self, step: int) -> None:
+        fields = None if self._measure is None else self._measure()
+        if fields is not None:
+            self._recorder.append("sample_preview", step=step, **fields)
 
     def on_stop(self, progress: Progress, reason: StopReason) -> None:
         """Nothing: previews are due by step only, so that a restart changes no record."""

@@ -47,6 +47,10 @@ class StopReason(IntEnum):
         }[self]
 
 
+class CutShort(Exception):
+    """A measurement ends before its result, because the attempt was asked to end."""
+
+
 class Collective(Protocol):
     """The engine as the agreement uses it."""
 
@@ -92,6 +96,19 @@ class StopFlag:
         self._is_superseded = is_superseded
         self._num_steps = num_steps
         self._stop_after_step = stop_after_step
+        self._is_cut_short = False
+
+    def check(self) -> None:
+        """Let every rank leave what it is doing between two passes of a measurement; collective.
+
+        Raises:
+            CutShort: on every rank, if a signal or a newer attempt asks any of them for an end. The attempt then ends
+                as it was asked to, also at the last step.
+        """
+        is_asked = self._signals.requested != 0 or self._is_superseded()
+        if self._collective.max_over_ranks(int(is_asked)):
+            self._is_cut_short = True
+            raise CutShort
 
     def agreed(self, step: int) -> StopReason:
         """The reason to stop after this step, the same on every rank; NONE to go on."""
@@ -100,7 +117,7 @@ class StopFlag:
     def _local(self, step: int) -> StopReason:
         if self._is_superseded():
             return StopReason.SUPERSEDED
-        if step >= self._num_steps:
+        if step >= self._num_steps and not self._is_cut_short:
             return StopReason.FINISHED
         asked = self._signals.requested
         if asked == ExitCode.DO_NOT_REQUEUE:

@@ -46,6 +46,21 @@ def last_step(run_dir: Path) -> Record | None:
         budget *= 8
 
 
+def has_record(run_dir: Path, kind: str, step: int) -> bool:
+    """Return whether a record of a kind names this step; read from the journal's end back to an earlier step."""
+    budget, size = _FIRST_TAIL_BYTES, sum(file.path.stat().st_size for file in journal_files(run_dir))
+    while True:
+        for line in reversed(tail(run_dir, budget)):
+            record = line.record()
+            if record is not None and record["kind"] == kind and record.get("step") == step:
+                return True
+            if (found := _step_of(record)) is not None and found < step:
+                return False
+        if budget >= size:
+            return False
+        budget *= 8
+
+
 def newest_start(run_dir: Path, *, before: int) -> AttemptStarted | None:
     """Return the `attempt_started` record of the newest attempt below a number that has one."""
     attempts = groupby(journal_files(run_dir), key=lambda file: file.attempt)
