@@ -29,7 +29,7 @@ class StepJournal:
         self._recorder = recorder
 
     def on_start(self, progress: Progress) -> None:
-        """Nothing."""
+        """No work: a hook like this one acts after steps only."""
 
     def after_step(self, progress: Progress, record: StepRecord) -> None:
         """One `step` line."""
@@ -136,7 +136,7 @@ class PeriodicCheckpoint:
         self._saved_step = committed_step
 
     def on_start(self, progress: Progress) -> None:
-        """Nothing."""
+        """No work: a hook like this one acts after steps only."""
 
     def after_step(self, progress: Progress, record: StepRecord) -> None:
         """Poll the pending save, and start one when it is due."""
@@ -174,7 +174,7 @@ class StatusFile:
         self._last: float | None = None
 
     def on_start(self, progress: Progress) -> None:
-        """Nothing."""
+        """No work: a hook like this one acts after steps only."""
 
     def after_step(self, progress: Progress, record: StepRecord) -> None:
         """Write if the last write is long enough ago."""

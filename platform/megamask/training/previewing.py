@@ -132,35 +132,15 @@ def preview_on_engine(
     Args:
         check: collective; raises CutShort on every rank, then the function returns None.
     """
-    preview, is_wanted = config.preview, rows.is_wanted
-    options = _options(config, rows)
+    preview = config.preview
     mesh = engine.mesh
     mine = list(range(mesh.data_parallel_rank, len(rows.prompts), mesh.data_parallel_size))
-
-    def predict(reading: Reading, draw: Draw) -> Prediction:
-        check()
-        return engine.predict(reading, draw)
-
-    def decode_mine() -> dict[int, tuple[list[int], int]]:
-        if not mine:
-            for _ in range(preview.denoising_steps or rows.num_tokens):  # where the others ask between their steps
-                check()
-            return {}
-        found = decode(
-            predict,
-            objective.decoder,
-            rows.tokens[mine],
-            is_wanted=is_wanted[mine],
-            options=options,
-            sequences=mine,
-        )
-        return {row: (one.tokens.tolist(), one.nfe) for row, one in zip(mine, found, strict=True)}
 
     def measure() -> dict[str, Any] | None:
         """Decode every prompt under the network's present weights."""
         started = time.monotonic()
         try:
-            decoded = decode_mine()
+            decoded = _decode_some(config, engine, objective, rows, mine, check)
         except CutShort:
             return None
         for told in engine.gather_objects(decoded):
@@ -183,6 +163,35 @@ def preview_on_engine(
         }
 
     return measure
+
+
+def _decode_some(
+    config: TrainConfig,
+    engine: Engine,
+    objective: Objective,
+    rows: PreviewRows,
+    mine: list[int],
+    check: Callable[[], None],
+) -> dict[int, tuple[list[int], int]]:
+    """Return the ids and the NFE of this coordinate's rows, by row; a coordinate without rows only checks."""
+
+    def predict(reading: Reading, draw: Draw) -> Prediction:
+        check()
+        return engine.predict(reading, draw)
+
+    if not mine:
+        for _ in range(config.preview.denoising_steps or rows.num_tokens):
+            check()
+        return {}
+    found = decode(
+        predict,
+        objective.decoder,
+        rows.tokens[mine],
+        is_wanted=rows.is_wanted[mine],
+        options=_options(config, rows),
+        sequences=mine,
+    )
+    return {row: (one.tokens.tolist(), one.nfe) for row, one in zip(mine, found, strict=True)}
 
 
 class PeriodicPreview:
