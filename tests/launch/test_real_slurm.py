@@ -177,10 +177,11 @@ def test_cancelled_job_saves_and_stays_cancelled(slurm: Cluster, small_corpus: P
     job = Submitted(slurm, small_corpus, tmp_path)
     job.wait_for_commits()
     slurm.call("scancel", job.number)
-    job.wait_for_state("CANCELLED")
+    wait_for("the verdict", lambda: job.verdict() is not None, 200)
     assert job.verdict() == 75, job.log
-    assert checkpoints(job.run_dir)[-1].name.endswith(str(max(step_lines(job.run_dir))))
-    assert job.state() == "CANCELLED"
+    assert checkpoints(job.run_dir)[-1].name == f"step-{max(step_lines(job.run_dir)):08d}-a0001"
+    wait_for("the nodes to be idle", slurm.idle, 200)
+    assert job.state() == "CANCELLED"  # and it stays so: the batch script has ended
 
 
 @pytest.mark.promise("Slurm: a dead node, with or without rank 0 and the batch script, costs a restart and no bit")
