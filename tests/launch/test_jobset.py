@@ -102,6 +102,21 @@ def test_secrets_are_named_and_never_written():
     assert "SITE_TOKEN" not in entries
 
 
+@pytest.mark.parametrize(("job", "added"), [(SMALL, None), (FULL, ["IPC_LOCK"])])
+@pytest.mark.promise("Pods run without root, with a read-only root file system and no token of the API server")
+def test_pods_are_confined(job, added):
+    _, document = jobset.render(job)
+    pod = document["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
+    assert pod["automountServiceAccountToken"] is False
+    assert pod["enableServiceLinks"] is False
+    assert pod["securityContext"]["runAsNonRoot"] is True
+    assert not {"hostNetwork", "hostPID", "hostIPC"} & pod.keys()
+    (container,) = pod["containers"]
+    context = container["securityContext"]
+    assert (context["allowPrivilegeEscalation"], context["readOnlyRootFilesystem"]) == (False, True)
+    assert (context["capabilities"]["drop"], context["capabilities"].get("add")) == (["ALL"], added)
+
+
 def test_the_command_is_a_list_that_no_shell_reads():
     _, document = jobset.render(FULL)
     (container,) = document["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]["containers"]

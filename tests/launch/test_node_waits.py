@@ -9,6 +9,7 @@ import pytest
 
 from megamask.errors import MegamaskError, UsageError
 from megamask.launch import meeting
+from megamask.launch.placement import NodePlace
 from megamask.resilience.signals import StopRequest
 
 
@@ -52,3 +53,14 @@ def test_signal_ends_the_wait_for_a_name(monkeypatch: pytest.MonkeyPatch, number
         with pytest.raises(MegamaskError, match="nothing was lost") as end:
             meeting.wait_for_name("tiny-node-0-0.tiny", signals)
     assert int(end.value.exit_code) == code
+
+
+@pytest.mark.promise("A run on one machine is met on the loopback interface alone")
+@pytest.mark.parametrize(("num_nodes", "address"), [(1, "127.0.0.1"), (2, "0.0.0.0")])
+def test_run_on_one_machine_is_met_on_the_loopback_interface_alone(
+    monkeypatch: pytest.MonkeyPatch, num_nodes: int, address: str
+) -> None:
+    monkeypatch.delenv("MASTER_PORT", raising=False)
+    place = NodePlace(node=0, num_nodes=num_nodes, address="node1", token="job-1.0")
+    with meeting.listening(place) as listener:
+        assert listener.getsockname()[0] == address
