@@ -67,6 +67,16 @@ def small_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def journalled_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A complete run of two attempts beside its corpus in `data`, written without a network; read-only for tests."""
+    from support.journalled_run import write_journalled_run
+    from support.tiny_run import write_corpus
+
+    folder = tmp_path_factory.mktemp("journalled")
+    return write_journalled_run(folder, write_corpus(folder / "data"))
+
+
+@pytest.fixture(scope="session")
 def job() -> Iterator[None]:
     """A job of one process. Engines of one layout share its groups: gloo never frees the threads of a group."""
     from megamask.engine.backend import select_backend

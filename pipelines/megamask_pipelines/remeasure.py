@@ -10,8 +10,9 @@ from megamask.audit.corpora import corpus_folders
 from megamask.audit.report import Report
 from megamask.checkpoint.commit import load_commit
 from megamask.checkpoint.reader import candidates
+from megamask.evaluation.request import EvaluationRequest
 from megamask.runs.configs import newest_config
-from megamask_pipelines.evaluate import EvaluationRequest, evaluate
+from megamask_pipelines.evaluate import evaluate
 
 # The reference network sums in another order than the engine; both are float32.
 _SAME_BOUND = 1e-4

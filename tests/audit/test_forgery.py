@@ -12,28 +12,10 @@ import pytest
 
 from megamask.storage.hashing import sha256_bytes
 from megamask_pipelines.cli.main import main
-from support.journalled_run import write_journalled_run
 from support.stored_run import unpack
-from support.tiny_run import write_corpus
 
 FORGED = pytest.mark.promise("`megamask verify run` finds records that were forged together with their own digest")
 Check = Callable[..., dict[str, Any]]
-
-
-@pytest.fixture(scope="module")
-def told(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("told")
-    return write_journalled_run(folder, write_corpus(folder / "data"))
-
-
-@pytest.fixture
-def run_dir(told: Path, tmp_path: Path) -> Path:
-    """A copy that no process holds."""
-    copy = Path(shutil.copytree(told, tmp_path / "run"))
-    for path in copy.glob("attempts/*/claim.json"):
-        claim = json.loads(path.read_text())
-        path.write_text(json.dumps({**claim, "pid": 999999999}))
-    return copy
 
 
 @pytest.fixture

@@ -2,89 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from megamask.storage.hashing import canonical_json, hash_of, sha256_bytes
 from megamask_pipelines.cli.main import main
-from support.journalled_run import JournalledRun, write_journalled_run
+from support.journal_edits import NEWEST, Verify, found, lines_of, place, rewrite
+from support.journalled_run import write_journalled_run
 from support.shards import flip_bit
 from support.tiny_run import write_corpus
-
-
-@pytest.fixture(scope="module")
-def told(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("told")
-    return write_journalled_run(folder, write_corpus(folder / "data"))
-
-
-@pytest.fixture
-def run_dir(told: Path, tmp_path: Path) -> Path:
-    """A copy whose attempts are over: the claims name no living process."""
-    copy = Path(shutil.copytree(told, tmp_path / "run"))
-    for path in copy.glob("attempts/*/claim.json"):
-        path.write_text(path.read_text().replace(f'"pid": {os.getpid()}', '"pid": 999999999'))
-    return copy
-
-
-@pytest.fixture
-def verify(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., dict[str, Any]]:
-    """Runs the verb and returns its answer; the exit code is the answer's."""
-
-    def run(code: int) -> dict[str, Any]:
-        assert main(["verify", "run", str(run_dir), "--json"]) == code
-        answer: dict[str, Any] = json.loads(capsys.readouterr().out)
-        assert answer["exit_code"] == code
-        assert answer["ok"] is (code == 0)
-        assert bool(answer["findings"]) is (code != 0)
-        assert main(["verify", "run", str(run_dir)]) == code
-        text = capsys.readouterr().out
-        assert text.count("found: ") == len(answer["findings"])
-        return answer
-
-    return run
-
-
-Verify = Callable[..., dict[str, Any]]
-
-
-def found(answer: dict[str, Any], problem: str, file: str | None = None, line: int | None = None) -> None:
-    """One of the findings says so, there."""
-    matches = [entry for entry in answer["findings"] if problem in entry["problem"]]
-    assert matches, answer["findings"]
-    assert file is None or any(entry["file"] == file for entry in matches), matches
-    assert line is None or any(entry["line"] == line for entry in matches), matches
-
-
-def lines_of(run_dir: Path, attempt: int) -> list[dict[str, Any]]:
-    path = run_dir / "journal" / f"attempt-{attempt:04d}-000.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def rewrite(run_dir: Path, change: Callable[[int, list[dict[str, Any]]], object]) -> None:
-    """Changes journal lines and chains all of them anew, as a forger would; commits keep what they name."""
-    previous, seq = "0" * 64, 0
-    for attempt in (1, 2):
-        lines = lines_of(run_dir, attempt)
-        change(attempt, lines)
-        data = b""
-        for line in lines:
-            seq += 1
-            line.update(seq=seq, prev=previous)
-            text = json.dumps(line, separators=(",", ":"), ensure_ascii=False).encode()
-            previous = sha256_bytes(text)
-            data += text + b"\n"
-        (run_dir / "journal" / f"attempt-{attempt:04d}-000.jsonl").write_bytes(data)
-
-
-def place(lines: list[dict[str, Any]], kind: str, step: int | None = None) -> int:
-    return next(n for n, line in enumerate(lines) if line["kind"] == kind and step in (None, line.get("step")))
 
 
 @pytest.mark.promise("`megamask verify run` accepts a consistent run, and names file and line of every contradiction")
@@ -110,8 +39,8 @@ def test_run_whose_journal_is_chained_anew_unchanged_passes(run_dir: Path, verif
     verify(0)
 
 
-def test_journal_in_many_files_passes(told: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    corpus = told.parent / "data" / "corpus"
+def test_journal_in_many_files_passes(journalled_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    corpus = journalled_run.parent / "data" / "corpus"
     (tmp_path / "x").mkdir()
     run_dir = write_journalled_run(tmp_path / "x", corpus, rotate_bytes=700)
     assert len(list((run_dir / "journal").iterdir())) > 8
@@ -244,96 +173,6 @@ def test_torn_last_line_is_a_finding_unless_the_run_is_alive(run_dir: Path, veri
     assert "attempt-0002-000.jsonl, line 10 is being written" in answer["notes"]
 
 
-# Checkpoints.
-
-NEWEST = "checkpoints/step-00000006-a0002"
-
-
-@pytest.mark.parametrize("name", ["state-00000.safetensors", "state.json", "model.json", "tokenizer/tokenizer.json"])
-def test_flipped_byte_of_any_checkpoint_is_found(run_dir: Path, verify: Verify, name: str) -> None:
-    for folder in ("checkpoints/step-00000004-a0001", NEWEST):
-        path = run_dir / folder / name
-        flip_bit(path, path.stat().st_size // 2)
-        found(verify(65), name, folder)
-        flip_bit(path, path.stat().st_size // 2)
-
-
-def recommit(folder: Path, **changes: Any) -> None:
-    """A COMMIT.json that is true of its files and says something else."""
-    document = {**json.loads((folder / "COMMIT.json").read_bytes()), **changes}
-    del document["self_sha256"]
-    (folder / "COMMIT.json").write_bytes(canonical_json({**document, "self_sha256": hash_of(document)}))
-
-
-@pytest.mark.promise("`megamask verify run` accepts a consistent run, and names file and line of every contradiction")
-@pytest.mark.parametrize(
-    ("change", "problem"),
-    [
-        ({"run_id": "other"}, "run_id is 'other'"),
-        ({"corpora": {"main": "0" * 64}}, "corpora is"),
-        ({"journal": {"seq": 3, "sha256": "0" * 64}}, "line 3 of the journal"),
-        ({"journal": {"seq": [], "sha256": None}}, "line [] of the journal"),
-        ({"journal": {}}, "line None of the journal"),
-        ({"parent": None}, "parent is '"),
-        ({"parent": "f" * 64}, "parent is '"),
-    ],
-)
-def test_commit_that_contradicts_the_run_is_found(run_dir: Path, verify: Verify, change: Any, problem: str) -> None:
-    recommit(run_dir / NEWEST, **change)
-    found(verify(65), problem)
-
-
-def test_commit_that_names_another_place_of_the_journal_is_found(run_dir: Path, verify: Verify) -> None:
-    path = run_dir / "journal" / "attempt-0001-000.jsonl"
-    lines = path.read_bytes().splitlines()
-    step = next(n for n, line in enumerate(lines) if b'"kind":"step"' in line and b'"step":3' in line)
-    recommit(run_dir / NEWEST, journal={"seq": step + 1, "sha256": sha256_bytes(lines[step])})
-    answer = verify(65)
-    found(answer, "step is 6; the journal is at 3 there", f"{NEWEST}/COMMIT.json")
-    found(answer, "it names a line of attempt 1")
-
-
-@pytest.mark.promise(
-    "`megamask verify run` detects a missing pinned checkpoint, and notes a commit that is missing without a record"
-)
-def test_newest_commit_that_is_gone_is_found_and_a_pruned_one_is_not(run_dir: Path, verify: Verify) -> None:
-    shutil.rmtree(run_dir / "checkpoints" / "step-00000004-a0001")
-    answer = verify(0)  # a prune that was not journalled any more
-    note = "step-00000004-a0001 was committed and is gone, and no line records that it was pruned"
-    assert [entry for entry in answer["notes"] if "gone" in entry] == [note]
-    (run_dir / NEWEST / "COMMIT.json").unlink()
-    found(verify(65), "step-00000006-a0002 was committed and never pruned", "journal/attempt-0002-000.jsonl")
-
-
-@pytest.mark.promise(
-    "`megamask verify run` detects a missing pinned checkpoint, and notes a commit that is missing without a record"
-)
-def test_pinned_checkpoint_that_is_gone_is_found_and_one_that_is_there_is_not(run_dir: Path, verify: Verify) -> None:
-    (run_dir / "checkpoints" / "step-00000004-a0001.pinned").touch()
-    verify(0)
-    (run_dir / "checkpoints" / "step-00000004-a0001" / "COMMIT.json").unlink()
-    found(verify(65), "is pinned, but there is no such", "checkpoints/step-00000004-a0001.pinned")
-    shutil.rmtree(run_dir / "checkpoints" / "step-00000004-a0001")
-    answer = verify(65)
-    found(answer, "step-00000004-a0001 is pinned, but there is no such checkpoint")
-    assert not [entry for entry in answer["notes"] if "gone" in entry]
-
-
-@pytest.mark.promise(
-    "`megamask verify run` detects a missing pinned checkpoint, and notes a commit that is missing without a record"
-)
-def test_pin_of_a_checkpoint_that_was_pruned_or_never_was_is_found(run_dir: Path, verify: Verify) -> None:
-    for name in ("step-00000002-a0001", "step-5"):
-        pin = run_dir / "checkpoints" / f"{name}.pinned"
-        pin.touch()
-        found(verify(65), f"{name} is pinned, but there is no such checkpoint", f"checkpoints/{name}.pinned")
-        pin.unlink()
-    verify(0)
-
-
-# Attempts, configs, corpora.
-
-
 def test_claim_that_is_lost_or_of_another_attempt_is_found(run_dir: Path, verify: Verify) -> None:
     path = run_dir / "attempts" / "0001" / "claim.json"
     path.write_text(path.read_text().replace('"attempt": 1', '"attempt": 2'))
@@ -395,111 +234,3 @@ def test_damaged_run_record_ends_with_65(run_dir: Path, capsys: pytest.CaptureFi
 def test_folder_that_is_no_run_is_a_usage_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["verify", "run", str(tmp_path), "--json"]) == 2
     assert "is not a run directory" in capsys.readouterr().err
-
-
-# Commits told of late, and other versions.
-
-
-@pytest.mark.promise(
-    "a commit recorded by the attempt that resumes from it is valid; any differing field of that line is detected"
-)
-@pytest.mark.parametrize(
-    ("change", "problem"),
-    [
-        ({}, None),
-        (
-            {"checkpoint": "step-00000004-a0002"},
-            "checkpoint is 'step-00000004-a0002'; it must be 'step-00000004-a0001'",
-        ),
-        ({"step": 3}, "step is 3; it must be 4"),
-        ({"location": "/tmp/x"}, "location is '/tmp/x'"),
-        ({"digest": "0" * 64}, "digest is '0000"),
-        ({"parent": "0" * 64}, "parent is '0000"),
-        ({"bytes": 1}, "bytes is 1"),
-    ],
-)
-def test_commit_that_the_next_attempt_told_of_is_whole_when_it_is_the_one_resumed_from(
-    told: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], change: dict[str, Any], problem: str | None
-) -> None:
-    run = JournalledRun(tmp_path, told.parent / "data" / "corpus")
-    run.start(None)
-    run.step(1)
-    run.step(2)
-    run.commit(2)
-    run.step(3)
-    run.step(4)
-    last = run.commit(4, is_told=False)
-    run.journal.close()
-    run.start(last)
-    run.tell(last, stall_s=None, save_s=None, **change)
-    run.step(5)
-    run.step(6)
-    run.commit(6)
-    run.complete(6)
-    run.journal.close()
-    assert main(["verify", "run", str(run.run_dir), "--json"]) == (0 if problem is None else 65)
-    answer = json.loads(capsys.readouterr().out)
-    if problem is None:
-        assert not [note for note in answer["notes"] if "was not announced" in note]
-    else:
-        found(answer, problem, "journal/attempt-0002-000.jsonl", 2)
-
-
-@pytest.mark.promise("a commit is recorded once")
-def test_commit_that_was_told_of_already_is_not_told_of_again(run_dir: Path, verify: Verify) -> None:
-    lines = lines_of(run_dir, 1)
-    again = lines[place(lines, "checkpoint_committed", 4)]
-
-    def forge(attempt: int, lines: list[dict[str, Any]]) -> None:
-        if attempt == 2:
-            lines.insert(place(lines, "attempt_started") + 1, dict(again))
-
-    rewrite(run_dir, forge)
-    found(verify(65), "checkpoint is 'step-00000004-a0001'; it must be 'step-00000004-a0002'")
-
-
-def rewrite_record(run_dir: Path, section: str, **values: Any) -> None:
-    """A run.json that is true of itself; "gone" takes a key away."""
-    path = run_dir / "run.json"
-    content = json.loads(path.read_bytes())
-    del content["self_sha256"]
-    content[section].update(values)
-    content[section] = {name: value for name, value in content[section].items() if value != "gone"}
-
-    def to_bytes(document: dict[str, Any]) -> bytes:
-        return json.dumps(document, indent=2, sort_keys=True).encode() + b"\n"
-
-    path.write_bytes(to_bytes({**content, "self_sha256": sha256_bytes(to_bytes(content))}))
-
-
-@pytest.mark.promise("an unknown training key in run.json is a finding; a missing one has its default")
-def test_key_of_run_json_that_this_version_lacks_is_a_finding(run_dir: Path, verify: Verify) -> None:
-    rewrite_record(run_dir, "identity", **{"training.of_tomorrow": 3})
-    found(verify(65), "training.of_tomorrow is recorded as 3, but this version has no such key")
-
-
-@pytest.mark.promise("an unknown training key in run.json is a finding; a missing one has its default")
-def test_key_that_run_json_does_not_have_yet_stands_at_its_default(run_dir: Path, verify: Verify) -> None:
-    rewrite_record(run_dir, "identity", **{"objective.complementary": "gone"})
-    assert all("sha256" in entry["problem"] for entry in verify(65)["findings"])  # of the bytes, and nothing else
-
-
-@pytest.mark.promise("a run.json without an identity key ends with 2 and names the key")
-@pytest.mark.parametrize(
-    ("section", "key", "value", "problem"),
-    [
-        ("identity", "training.sequence_length", "gone", "does not say training.sequence_length"),
-        ("identity", "training.global_batch_size", "x", "has training.global_batch_size = 'x'"),
-        ("identity", "training.batch_size_ramp_start", 0, "has training.batch_size_ramp_start = 0"),
-        ("identity", "objective.complementary", 1, "has objective.complementary = 1"),
-        ("extendable", "training.steps", "gone", "does not say training.steps"),
-    ],
-)
-def test_run_json_without_what_a_run_is_ends_as_a_usage_error_that_names_the_key(
-    run_dir: Path, capsys: pytest.CaptureFixture[str], section: str, key: str, value: Any, problem: str
-) -> None:
-    rewrite_record(run_dir, section, **{key: value})
-    assert main(["verify", "run", str(run_dir)]) == 2
-    error = capsys.readouterr().err
-    assert problem in error
-    assert "Nothing was checked." in error

@@ -91,8 +91,8 @@ def test_folder_without_manifest_is_a_usage_error(tmp_path: Path) -> None:
             Manifest.load(folder)
 
 
-def test_other_format_or_newer_version_is_a_usage_error(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="format"):
+def test_other_format_is_damage_and_a_newer_version_a_usage_error(tmp_path: Path) -> None:
+    with pytest.raises(DataIntegrityError, match="has format 'other', not 'megamask-corpus'"):
         Manifest.load(write(tmp_path, content() | {"format": "other"}))
     with pytest.raises(UsageError, match="version 2"):
         Manifest.load(write(tmp_path, content() | {"version": 2}))

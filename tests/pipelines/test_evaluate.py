@@ -15,9 +15,11 @@ from megamask.checkpoint.commit import Commit
 from megamask.data.manifest import Manifest
 from megamask.data.reader import SplitReader
 from megamask.errors import CheckpointIntegrityError, DataIntegrityError, UsageError
+from megamask.evaluation.request import EvaluationRequest
+from megamask.evaluation.rows import text_rows
 from megamask_pipelines.checkpoint_loading import load_checkpoint
 from megamask_pipelines.cli import evaluate as cli
-from megamask_pipelines.evaluate import EvaluationRequest, evaluate, text_rows
+from megamask_pipelines.evaluate import evaluate
 from support.likelihood_oracle import counts, masked_positions
 from support.tiny_run import SEED, SEQUENCE_LENGTH, write_corpus, write_run
 
@@ -107,14 +109,13 @@ def test_texts_are_packed_in_file_order_with_an_end_after_each(run: tuple[Path, 
     files[1].write_text("gamma " * 40)
     checkpoint = load_checkpoint(run[0])
     tokenizer = checkpoint.tokenizer
-    rows = text_rows(checkpoint, EvaluationRequest(texts=files))
+    rows = text_rows(files, checkpoint.tokenizer, checkpoint.model.spec.max_sequence_length)
     expected = [token for file in files for token in [*tokenizer.encode(file.read_text()), tokenizer.eod_token_id]]
     flat = rows.flatten().tolist()
     assert flat[: len(expected)] == expected
     assert set(flat[len(expected) :]) <= {tokenizer.pad_token_id}
     assert rows.shape[1] == SEQUENCE_LENGTH and len(flat) - len(expected) < SEQUENCE_LENGTH
     assert tokenizer.mask_token_id not in flat
-    assert len(text_rows(checkpoint, EvaluationRequest(texts=files, rows=1))) == 1
 
 
 def test_seed_changes_the_masks_and_the_default_is_the_seed_of_the_run(run: tuple[Path, Commit]) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -14,10 +13,8 @@ import pytest
 
 from megamask.config.dump import to_yaml
 from megamask.config.load import load_train_config
-from megamask.config.schema.corpus import CorpusConfig, TokenizerConfig
 from megamask.config.schema.data import DataConfig
 from megamask.config.schema.roots import TrainConfig
-from megamask.data.corpus.prepare import build
 from megamask.data.loader import Loader
 from megamask.data.manifest import Manifest
 from megamask.data.reader import SplitReader
@@ -31,31 +28,18 @@ from megamask_pipelines.cli import inspect as cli
 from support.order_oracle import draw_rows, philox4x32_10
 from support.records import edit_run_record
 from support.shards import flip_bit
+from support.tiny_run import write_corpus
 
 SEED = 2**40 + 9
 BATCH = 6
-WORDS = ("alpha", "beta", "gamma", "delta", "h\u00e9\u00e9")
 
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("inspect")
-    generator = random.Random(4)
-    for number in range(8):
-        text = " ".join(generator.choice(WORDS) for _ in range(generator.randrange(1, 60)))
-        (folder / f"{number}.txt").write_text(text, encoding="utf-8")
-    build(
-        CorpusConfig(
-            inputs=[str(folder / "*.txt")],
-            output_dir=str(folder / "corpus"),
-            sequence_length=16,
-            validation_fraction=0.2,
-            rows_per_block=4,
-            blocks_per_shard=3,
-            tokenizer=TokenizerConfig(vocab_size=270),
-        )
+    return write_corpus(
+        folder, sequence_length=16, documents=9, lengths=(1, 60), validation_fraction=0.2, blocks_per_shard=3
     )
-    return folder / "corpus"
 
 
 CONFIG = """

@@ -15,8 +15,6 @@ from megamask.tracking.journal import lines as journal_lines
 from megamask.tracking.journal.writer import Journal
 from megamask_pipelines.cli.main import main
 from megamask_pipelines.cli.status import duration
-from support.journalled_run import write_journalled_run
-from support.tiny_run import write_corpus
 
 RUN_JSON = {
     "format": "megamask-run",
@@ -133,15 +131,9 @@ def text_of(run_dir, capsys) -> list[str]:
     return capsys.readouterr().out.splitlines()
 
 
-@pytest.fixture(scope="module")
-def told_once(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("told")
-    return write_journalled_run(folder, write_corpus(folder / "data"))
-
-
 @pytest.fixture
-def told(told_once, tmp_path):
-    copy = Path(shutil.copytree(told_once, tmp_path / "run"))
+def told(journalled_run, tmp_path):
+    copy = Path(shutil.copytree(journalled_run, tmp_path / "run"))
     end_claims(copy)
     return copy
 

@@ -9,26 +9,16 @@ from typing import Any
 
 import pytest
 
-from megamask.config.schema.corpus import CorpusConfig, TokenizerConfig
-from megamask.data.corpus.prepare import build
 from megamask.data.manifest import Manifest
 from megamask.errors import DataIntegrityError, ExitCode, UsageError
 from megamask_pipelines.cli import verify as cli
 from support.shards import flip_bit
+from support.tiny_run import write_corpus
 
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("verb")
-    for number in range(3):
-        (folder / f"{number}.txt").write_text(f"text number {number}, " * 9, encoding="utf-8")
-    tokenizer = TokenizerConfig(vocab_size=262)
-    build(
-        CorpusConfig(
-            inputs=[str(folder / "*.txt")], output_dir=str(folder / "corpus"), sequence_length=16, tokenizer=tokenizer
-        )
-    )
-    return folder / "corpus"
+    return write_corpus(tmp_path_factory.mktemp("verb"), sequence_length=16, documents=3, validation_fraction=0.0)
 
 
 def verify(*arguments: object, as_json: bool = True) -> dict[str, Any]:

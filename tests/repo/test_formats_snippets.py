@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -75,25 +76,10 @@ def test_page_holds_the_published_philox_vectors(
 def test_page_makes_the_program_s_initial_weights(page: ModuleType) -> None:
     from megamask.models.initial_weights import initial_tensor
     from megamask.models.shapes import canonical_shapes
-    from megamask.models.spec import ModelSpec
+    from support.specs import PLAIN
 
-    spec = ModelSpec(
-        num_layers=2,
-        hidden_size=16,
-        ffn_hidden_size=24,
-        num_attention_heads=2,
-        num_query_groups=1,
-        head_dim=8,
-        qk_norm=False,
-        qkv_bias=False,
-        tie_embeddings=False,
-        rope_theta=10000.0,
-        norm_eps=1e-5,
-        init_std=0.02,
-        vocab_size=37,
-        padded_vocab_size=64,
-        max_sequence_length=32,
-    )
+    sizes = {"hidden_size": 16, "ffn_hidden_size": 24, "num_attention_heads": 2, "num_query_groups": 1}
+    spec = replace(PLAIN, **sizes, init_std=0.02, vocab_size=37)
     matrices = {name: shape for name, shape in canonical_shapes(spec).items() if len(shape) == 2}
     assert len(matrices) == 2 + 7 * 2
     for name, shape in matrices.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -158,7 +159,8 @@ class JournalledRun:
 
     def tell(self, commit: Commit, **changes: Any) -> None:
         """The line of a commit."""
-        self.journal.append("checkpoint_committed", **{**commit_record(commit, stall_s=0.1, save_s=0.2), **changes})
+        record = replace(commit_record(commit, stall_s=0.1, save_s=0.2), **changes)
+        self.journal.append(record.kind, **record.to_json())
 
     def prune(self, commit: Commit, at: int) -> None:
         """Removes a checkpoint and says so."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -39,20 +40,33 @@ training: {{steps: {step}, global_batch_size: 4, sequence_length: {length}}}
 """
 
 
-def write_corpus(folder: Path, *, words: Sequence[str] = WORDS, sequence_length: int = SEQUENCE_LENGTH) -> Path:
-    """A prepared corpus of some random words, with a validation split."""
+def write_corpus(
+    folder: Path,
+    *,
+    words: Sequence[str] = WORDS,
+    sequence_length: int = SEQUENCE_LENGTH,
+    documents: int = 30,
+    lengths: tuple[int, int] = (20, 80),
+    vocab_size: int = 270,
+    **settings: Any,
+) -> Path:
+    """Prepare a corpus of random words, with a validation split; the one builder of small corpora in tests.
+
+    Args:
+        documents: texts to write. lengths: range of their numbers of words.
+        settings: further keys of the section corpus.
+    """
     (folder / "texts").mkdir(parents=True)
     generator = random.Random(3)
-    for number in range(30):
-        text = " ".join(generator.choice(words) for _ in range(generator.randrange(20, 80)))
+    for number in range(documents):
+        text = " ".join(generator.choice(words) for _ in range(generator.randrange(*lengths)))
         (folder / "texts" / f"{number:02}.txt").write_text(text, encoding="utf-8")
     config = CorpusConfig(
         inputs=[str(folder / "texts" / "*.txt")],
         output_dir=str(folder / "corpus"),
         sequence_length=sequence_length,
-        validation_fraction=0.3,
-        rows_per_block=4,
-        tokenizer=TokenizerConfig(vocab_size=270),
+        tokenizer=TokenizerConfig(vocab_size=vocab_size),
+        **{"validation_fraction": 0.3, "rows_per_block": 4, **settings},
     )
     build(config)
     return folder / "corpus"

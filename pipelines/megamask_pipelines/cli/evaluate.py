@@ -43,7 +43,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         checkpoint, digest, step, draws, replicates, seed.
     """
     from megamask.errors import UsageError
-    from megamask_pipelines.evaluate import EvaluationRequest, evaluate
+    from megamask.evaluation.request import EvaluationRequest
+    from megamask_pipelines.evaluate import evaluate
 
     if (arguments.text or arguments.token_ids) and arguments.corpus is not None:
         other = "--text" if arguments.text else "--token-ids"

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from megamask.audit.report import Report
-from megamask.audit.story import EVALUATED, JournalAudit, newest_commit_missing
+from megamask.audit.story import JournalAudit, newest_commit_missing
 from megamask.checkpoint.commit import Commit
 from megamask.checkpoint.contents import check_state, read_model, read_state
 from megamask.checkpoint.integrity import verify_folder
@@ -17,6 +17,7 @@ from megamask.runs.laws import LAWS
 from megamask.runs.layout import CHECKPOINTS, checkpoints_folder
 from megamask.runs.record import RunRecord
 from megamask.storage.hashing import sha256_bytes
+from megamask.training.announcing import commit_record
 
 
 def check_checkpoints(run_dir: Path, record: RunRecord, report: Report) -> list[Commit]:
@@ -65,7 +66,7 @@ def names_line(commit: Commit, data: bytes) -> bool:
 
 def check_commits_against(audit: JournalAudit, commits: list[Commit], report: Report, *, is_alive: bool) -> None:
     """Compare each commit on the disk with its line and evaluation, and its parent with all commits known."""
-    steps = {line.record["digest"]: line.record["step"] for line in audit.commits.values()}
+    steps = {line.record.digest: line.record.step for line in audit.commits.values()}
     steps |= {commit.digest: commit.step for commit in commits}
     for commit in commits:
         name = f"checkpoints/{commit.folder.name}/COMMIT.json"
@@ -75,10 +76,11 @@ def check_commits_against(audit: JournalAudit, commits: list[Commit], report: Re
             why = "is not announced yet" if may_come else "was not announced: its attempt ended before that"
             report.notes.append(f"{commit.folder.name} is intact and {why}")
         else:
-            found = {"digest": commit.digest, "parent": commit.parent, "bytes": commit.num_bytes, "step": commit.step}
-            for key, value in found.items():
-                if line.record.get(key) != value:
-                    problem = f"{key} is {line.record.get(key)!r}; {commit.folder.name} has {value!r}"
+            expected = commit_record(commit, stall_s=None, save_s=None)
+            for key in ("digest", "parent", "bytes", "step"):
+                found, value = getattr(line.record, key), getattr(expected, key)
+                if found != value:
+                    problem = f"{key} is {found!r}; {commit.folder.name} has {value!r}"
                     report.find(line.file, problem, line.line)
         _check_evaluation(audit, commit, report, name)
         if commit.parent is not None and not steps.get(commit.parent, commit.step) < commit.step:
@@ -106,6 +108,6 @@ def _check_evaluation(audit: JournalAudit, commit: Commit, report: Report, name:
         if measured is not None:
             report.find(name, f"it names no bound; the evaluation line of step {commit.step} has {measured}")
         return
-    found = {key: float(commit.evaluation[key]) for key in EVALUATED if key in commit.evaluation}
+    found = {key: float(value) for key, value in commit.evaluation.items()}
     if measured is None or any(str(found.get(key)) != str(value) for key, value in measured.items()):
         report.find(name, f"evaluation is {found}; the evaluation line of step {commit.step} has {measured}")

@@ -7,10 +7,12 @@ from pathlib import Path
 
 from megamask.audit.recompute import content_digest_of, open_loader, recorded_run
 from megamask.audit.report import Report
+from megamask.checkpoint.commit import Commit
 from megamask.config.schema.roots import TrainConfig
-from megamask.data.manifest import MANIFEST_NAME, Manifest
+from megamask.data.manifest import MANIFEST_NAME, Manifest, open_corpus
 from megamask.data.verify import verify_corpus
 from megamask.errors import DataIntegrityError, UsageError
+from megamask.runs.layout import record_path
 from megamask.runs.record import RunRecord
 from megamask.tracking.journal.lines import steps
 from megamask.tracking.journal.seek import newest_start
@@ -76,3 +78,32 @@ def check_data(run_dir: Path, folders: Mapping[str, Path], report: Report) -> in
                 problem = f"the journal has {line.get('content_digest')}; the corpus gives {recomputed}"
                 report.find("journal", f"content_digest of step {step}: {problem}")
     return num_steps
+
+
+def corpus_to_score(commit: Commit, given: Path | None) -> tuple[Path, Manifest]:
+    """Return the given corpus, or the one that a checkpoint's run was trained on, found through its newest config.
+
+    Raises:
+        UsageError: the checkpoint is not in a run directory, or its corpus is gone or another one.
+        DataIntegrityError: the manifest is damaged.
+    """
+    if given is not None:
+        return given, open_corpus(given, "--corpus")
+    run_dir = commit.folder.resolve().parents[1]
+    if not record_path(run_dir).is_file():
+        raise UsageError(
+            f"{commit.folder} is not in a run directory, so its corpus is not known here. Nothing was scored.",
+            hint="give --text FILE..., or --corpus FOLDER",
+        )
+    [(name, folder)] = recorded_run(run_dir).corpora.items()
+    try:
+        manifest = open_corpus(Path(folder), f"data.corpora.{name}")
+    except UsageError as error:
+        raise UsageError(error.message, hint="give --corpus FOLDER, or --text FILE...") from error
+    if manifest.corpus_id != commit.corpora.get(name):
+        raise UsageError(
+            f"data.corpora.{name} ({folder}) is corpus {manifest.corpus_id}, but the checkpoint was trained on "
+            f"{commit.corpora.get(name)}. Nothing was scored.",
+            hint="give --corpus FOLDER to score another corpus with the same tokenizer",
+        )
+    return Path(folder), manifest

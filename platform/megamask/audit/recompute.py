@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from megamask.config.load import load_train_config
+from megamask.config.load import load_stored_config
 from megamask.config.schema.data import DataConfig
 from megamask.config.schema.objective import ObjectiveConfig
 from megamask.config.schema.roots import TrainConfig
@@ -102,7 +102,7 @@ def _newest_config(folder: Path) -> TrainConfig:
         )
     path = configs[max(configs)]
     try:
-        return load_train_config(path, []).config
+        return load_stored_config(path)
     except UsageError as error:
         raise CheckpointIntegrityError(
             f"{path}, which the run wrote, cannot be read: {error.message}",

@@ -20,7 +20,7 @@ from megamask.audit.rules import rules_of
 from megamask.audit.story import AttemptStory, JournalAudit
 from megamask.checkpoint.commit import Commit
 from megamask.config.identity import compare_identity
-from megamask.config.load import load_train_config
+from megamask.config.load import load_stored_config
 from megamask.config.schema.roots import TrainConfig
 from megamask.errors import ExitCode, UsageError
 from megamask.runs.claims import claimed_attempts, is_live, read_claim
@@ -171,7 +171,7 @@ def _check_attempts(run_dir: Path, record: RunRecord, attempts: list[int], repor
                 report.notes.append(f"attempt {number} ended before it wrote its config")
             continue
         try:
-            config = load_train_config(path).config
+            config = load_stored_config(path)
             compare_identity(dict(record.content["identity"]), config)
         except UsageError as error:
             report.find(f"config/{path.name}", error.message)
@@ -262,9 +262,10 @@ def _check_end(
             problem = f"attempt {status.attempt} ended with {status.exit_code}, but the journal has no line of its end"
             report.find(_STATUS, problem)
         return
-    for key, value in (("phase", status.phase), ("exit_code", status.exit_code), ("step", status.step)):
-        if named.ended.get(key) != value:
-            problem = f"{key} is {value!r}; attempt {status.attempt} ended as {named.ended.get(key)!r}"
+    for key in ("phase", "exit_code", "step"):
+        value, ended = getattr(status, key), getattr(named.ended, key)
+        if ended != value:
+            problem = f"{key} is {value!r}; attempt {status.attempt} ended as {ended!r}"
             report.find(_STATUS, problem)
     if status.phase == "done" and not named.is_completed:
         report.find(_STATUS, "the run is done, but the journal has no run_completed line")

@@ -15,13 +15,30 @@ from megamask.audit.report import Finding
 from megamask.checkpoint.names import folder_name
 from megamask.data.content import batch_digest
 from megamask.objectives.shapes import ObjectiveShape
+from megamask.tracking.records import (
+    AttemptEnded,
+    AttemptStarted,
+    CheckpointCommitted,
+    CheckpointPruned,
+    CheckpointStarted,
+    Evaluation,
+    Incident,
+    JournalRecord,
+    RecordError,
+    ResumedFrom,
+    RunCompleted,
+    RunStarted,
+    Step,
+    read_record,
+)
 
-# A repeated step must agree in these fields; results of floating-point arithmetic may differ.
-_SAME_WHEN_REPEATED = ("batch_digest", "content_digest", "masked_tokens", "consumed_samples", "consumed_tokens")
-EVALUATED = ("nelbo_nats_per_token", "standard_error")
-_AFTER_THE_END = frozenset({"run_completed", "incident"})
+_AFTER_THE_END = (RunCompleted, Incident)
 _ROUNDING = 1e-5  # of float32 sums in another order
 _SAME_RATE = 1e-9  # of float64 arithmetic under another mathematical library
+
+
+Bound = dict[str, float | None]
+"""Bound and standard error of an evaluation, under their names in the journal and in COMMIT.json."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,15 +69,15 @@ class AttemptStory:
     """State of one attempt after the lines so far."""
 
     number: int
-    started: dict[str, Any] | None = None
+    started: AttemptStarted | None = None
     first_step: int | None = None
     last_step: int | None = None
     consumed_samples: int = 0
     consumed_tokens: int | None = None
     last_digest: str | None = None
-    ended: dict[str, Any] | None = None
+    ended: AttemptEnded | None = None
     is_completed: bool = False
-    evaluations: dict[int, dict[str, Any]] = field(default_factory=dict)
+    evaluations: dict[int, Bound] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,20 +86,28 @@ class CommitLine:
 
     file: str
     line: int
-    record: Mapping[str, Any]
+    record: CheckpointCommitted
+
+
+def bound_of(evaluation: Evaluation) -> Bound:
+    """Return the fields of an evaluation that a commit of its step repeats."""
+    return {
+        "nelbo_nats_per_token": evaluation.nelbo_nats_per_token,
+        "standard_error": evaluation.standard_error,
+    }
 
 
 class _Taken(NamedTuple):
     """Facts kept of every step; a run has millions of them."""
 
     attempt: int
-    said: int
+    fingerprint: int
     consumed_tokens: int
 
 
 @dataclass
 class JournalAudit:
-    """Checks every complete line in order; `findings` grows, and `commits` collects the commits."""
+    """Check of every complete line in order; `findings` grows, and `commits` collects the commits."""
 
     rules: Rules
     findings: list[Finding] = field(default_factory=list)
@@ -96,26 +121,53 @@ class JournalAudit:
     _file: str = ""
     _line: int = 0
 
-    def see(self, file: str, line: int, attempt: int, record: Mapping[str, Any]) -> AttemptStory:
-        """Checks the next line.
+    def see(self, file: str, line: int, attempt: int, content: Mapping[str, Any]) -> AttemptStory:
+        """Check the next line.
 
         Args:
-            file, line: of it; attempt: whose file it is.
+            file, line: of it; attempt: of its file. content: JSON object of the line.
 
         Returns: the story of its attempt, this line included.
         """
         self._file, self._line = file, line
         self.num_lines += 1
         story = self.attempts.setdefault(attempt, AttemptStory(number=attempt))
-        check = getattr(self, f"_{record['kind']}", None)
-        if story.ended is not None and record["kind"] not in _AFTER_THE_END:
-            self._find(f"a {record['kind']} line follows the end of attempt {attempt}")
-        if check is not None:
-            try:
-                check(story, record)
-            except (KeyError, TypeError, ValueError, OverflowError) as error:
-                self._find(f"a {record['kind']} line lacks or misstates a field ({error!r})")
+        try:
+            record = read_record(content, is_strict=True)
+        except RecordError as error:
+            self._find(f"a {content['kind']} line lacks or misstates a field ({error})")
+            return story
+        if record is None:  # a kind of a newer version
+            return story
+        if story.ended is not None and not isinstance(record, _AFTER_THE_END):
+            self._find(f"a {record.kind} line follows the end of attempt {attempt}")
+        try:
+            self._check(story, record)
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
+            self._find(f"a {record.kind} line lacks or misstates a field ({error!r})")
         return story
+
+    def _check(self, story: AttemptStory, record: JournalRecord) -> None:
+        match record:
+            case Step():
+                self._step(story, record)
+            case RunStarted():
+                self._run_started(record)
+            case AttemptStarted():
+                self._attempt_started(story, record)
+            case Evaluation():
+                self._is_reached(story, record.kind, record.step)
+                story.evaluations[record.step] = bound_of(record)
+            case CheckpointStarted():
+                self._is_reached(story, record.kind, record.step)
+            case CheckpointCommitted():
+                self._checkpoint_committed(story, record)
+            case CheckpointPruned():
+                self.pruned.add(record.checkpoint)
+            case AttemptEnded():
+                self._attempt_ended(story, record)
+            case RunCompleted():
+                self._run_completed(story, record)
 
     def _find(self, problem: str) -> None:
         self.findings.append(Finding(file=self._file, line=self._line, problem=problem))
@@ -124,166 +176,153 @@ class JournalAudit:
         if found != expected or isinstance(found, bool) != isinstance(expected, bool):
             self._find(f"{what} is {found!r}; it must be {expected!r}")
 
-    def _run_started(self, story: AttemptStory, record: Mapping[str, Any]) -> None:
-        self._expect("run_id", record["run_id"], self.rules.run_id)
-        self._expect("corpora", record["corpora"], dict(self.rules.corpora))
-        self._names_record(record)
+    def _run_started(self, record: RunStarted) -> None:
+        self._expect("run_id", record.run_id, self.rules.run_id)
+        self._expect("corpora", record.corpora, dict(self.rules.corpora))
+        self._names_record(record.run_sha256)
 
-    def _attempt_started(self, story: AttemptStory, record: Mapping[str, Any]) -> None:
+    def _attempt_started(self, story: AttemptStory, record: AttemptStarted) -> None:
         if story.started is not None:
             self._find(f"attempt {story.number} starts a second time")
-        self._expect("attempt", record["attempt"], story.number)
-        self._expect("run_id", record["run_id"], self.rules.run_id)
-        self._names_record(record)
-        if story.number == 1 and "code_version" in record:
-            self._expect("code_version", record["code_version"], self.rules.code_version)
-        story.started = dict(record)
-        resumed = record["resumed_from"]
-        if resumed is None:
+        self._expect("attempt", record.attempt, story.number)
+        self._expect("run_id", record.run_id, self.rules.run_id)
+        self._names_record(record.run_sha256)
+        if story.number == 1 and record.code_version is not None:
+            self._expect("code_version", record.code_version, self.rules.code_version)
+        story.started = record
+        if (resumed := record.resumed) is None:
             return
-        story.last_step, story.last_digest = resumed["step"], resumed["digest"]
-        story.consumed_samples = self.rules.consumed_before(resumed["step"] + 1)
-        story.consumed_tokens = taken.consumed_tokens if (taken := self._steps.get(resumed["step"])) else None
-        told = self.commits.get(resumed["checkpoint"])
-        if told is not None:
-            self._expect("the digest resumed from", resumed["digest"], told.record["digest"])
-            self._expect("the step resumed from", resumed["step"], told.record["step"])
+        story.last_step, story.last_digest = resumed.step, resumed.digest
+        story.consumed_samples = self.rules.consumed_before(resumed.step + 1)
+        story.consumed_tokens = taken.consumed_tokens if (taken := self._steps.get(resumed.step)) else None
+        announced = self.commits.get(resumed.checkpoint)
+        if announced is not None:
+            self._expect("the digest resumed from", resumed.digest, announced.record.digest)
+            self._expect("the step resumed from", resumed.step, announced.record.step)
 
-    def _names_record(self, record: Mapping[str, Any]) -> None:
-        """The journal names the bytes of run.json: a record that was rewritten together with its own digest differs."""
-        if (recorded := record.get("run_sha256")) is not None and recorded != self.rules.run_sha256:
+    def _names_record(self, recorded: str | None) -> None:
+        """Compare run.json with the bytes that the journal names: one rewritten with its own digest differs."""
+        if recorded is not None and recorded != self.rules.run_sha256:
             self._find(f"run.json has sha256 {self.rules.run_sha256}; when this line was written it had {recorded}")
 
-    def _step(self, story: AttemptStory, record: Mapping[str, Any]) -> None:
-        step = _count(record["step"])
+    def _step(self, story: AttemptStory, record: Step) -> None:
+        step = _count(record.step)
         self.num_steps += 1
         if story.started is None:
             self._find(f"a step precedes the start of attempt {story.number}")
         elif step != (story.last_step or 0) + 1:
             self._find(f"step {step} follows step {story.last_step or 0}")
         begin, end = self.rules.consumed_before(step), self.rules.consumed_before(step + 1)
-        size = record.get("global_batch_size", end - begin)
-        self._expect("global_batch_size", size, end - begin)
-        self._expect("consumed_samples", record["consumed_samples"], end)
-        self._expect("batch_digest", record["batch_digest"], batch_digest(begin, end - begin))
-        self._tokens(story, record, step, end - begin)
+        self._expect("global_batch_size", record.global_batch_size, end - begin)
+        self._expect("consumed_samples", record.consumed_samples, end)
+        self._expect("batch_digest", record.batch_digest, batch_digest(begin, end - begin))
+        self._tokens(story, record, end - begin)
         self._loss(record)
-        self._learning_rate(story, record, step)
-        self._repeated(story, record, step)
+        self._learning_rate(story, record)
+        self._repeated(story, record)
         story.first_step = step if story.first_step is None else story.first_step
-        story.last_step, story.consumed_samples = step, record["consumed_samples"]
-        story.consumed_tokens = record["consumed_tokens"]
+        story.last_step, story.consumed_samples = step, _count(record.consumed_samples)
+        story.consumed_tokens = record.consumed_tokens
 
-    def _tokens(self, story: AttemptStory, record: Mapping[str, Any], step: int, size: int) -> None:
-        tokens, masked = _count(record["consumed_tokens"]), _count(record["masked_tokens"])
-        self._expect("processed_tokens", record["processed_tokens"], tokens * self.rules.shape.num_views)
+    def _tokens(self, story: AttemptStory, record: Step, size: int) -> None:
+        tokens, masked = _count(record.consumed_tokens), _count(record.masked_tokens)
+        self._expect("processed_tokens", record.processed_tokens, tokens * self.rules.shape.num_views)
         most = size * self.rules.sequence_length
-        before = 0 if step == 1 else story.consumed_tokens
+        before = 0 if record.step == 1 else story.consumed_tokens
         eligible = None if before is None else tokens - before
         if eligible is not None and not 0 <= eligible <= most:
             self._find(f"consumed_tokens grew by {eligible}; a step has at most {most} tokens")
         if masked > (most if eligible is None else eligible):
             self._find(f"masked_tokens is {masked}, more than the step has")
-        levels = record.get("masked_tokens_by_noise_level")
+        levels = record.masked_tokens_by_noise_level
         if levels is not None and eligible is not None:
             expected = eligible if self.rules.shape.corrupts == "all" else masked
             self._expect("the sum of masked_tokens_by_noise_level", sum(map(_count, levels)), expected)
 
-    def _loss(self, record: Mapping[str, Any]) -> None:
-        values = [record["loss"], *record["loss_terms"].values()]
-        if all(isinstance(value, int | float) for value in values):
+    def _loss(self, record: Step) -> None:
+        if record.loss is None or record.loss_terms is None:
+            raise ValueError("loss or loss_terms")
+        values = [record.loss, *record.loss_terms.values()]
+        if all(map(math.isfinite, values)):
             total = math.fsum(values[1:])
             if not math.isclose(total, values[0], rel_tol=_ROUNDING, abs_tol=_ROUNDING):
                 self._find(f"loss is {values[0]}, its terms add up to {total}")
 
-    def _learning_rate(self, story: AttemptStory, record: Mapping[str, Any], step: int) -> None:
-        expected = self.rules.learning_rate(story.number, step)
-        if expected is None or "learning_rate" not in record:
+    def _learning_rate(self, story: AttemptStory, record: Step) -> None:
+        expected = self.rules.learning_rate(story.number, record.step)
+        if expected is None or record.learning_rate is None:
             return
-        if not math.isclose(float(record["learning_rate"]), expected, rel_tol=_SAME_RATE):
-            self._find(f"learning_rate is {record['learning_rate']}; the schedule has {expected} at step {step}")
+        if not math.isclose(record.learning_rate, expected, rel_tol=_SAME_RATE):
+            self._find(f"learning_rate is {record.learning_rate}; the schedule has {expected} at step {record.step}")
 
-    def _repeated(self, story: AttemptStory, record: Mapping[str, Any], step: int) -> None:
-        """A step that an earlier attempt took too must be the same step: the noise law knows no other."""
-        said = hash(tuple(str(record[name]) for name in _SAME_WHEN_REPEATED))
-        taken = _Taken(attempt=story.number, said=said, consumed_tokens=record["consumed_tokens"])
-        before = self._steps.setdefault(step, taken)
+    def _repeated(self, story: AttemptStory, record: Step) -> None:
+        """Compare with the same step of an earlier attempt; only results of floating-point arithmetic may differ."""
+        digests, counts = (record.batch_digest, record.content_digest), (record.masked_tokens, record.consumed_samples)
+        fingerprint = hash((*map(str, digests), *map(str, counts), str(record.consumed_tokens)))
+        taken = _Taken(attempt=story.number, fingerprint=fingerprint, consumed_tokens=_count(record.consumed_tokens))
+        before = self._steps.setdefault(record.step, taken)
         if before.attempt != story.number:
             self.num_repeated += 1
-        if before.said != said:
-            self._find(f"step {step} has other samples, tokens or masks than in attempt {before.attempt}")
+        if before.fingerprint != fingerprint:
+            self._find(f"step {record.step} has other samples, tokens or masks than in attempt {before.attempt}")
 
-    def _evaluation(self, story: AttemptStory, record: Mapping[str, Any]) -> None:
-        self._is_reached(story, record)
-        story.evaluations[_count(record["step"])] = {name: record.get(name) for name in EVALUATED}
-
-    def _checkpoint_started(self, story: AttemptStory, record: Mapping[str, Any]) -> None:
-        self._is_reached(story, record)
-
-    def _checkpoint_committed(self, story: AttemptStory, record: Mapping[str, Any]) -> None:
-        self._is_reached(story, record)
-        if "location" in record:
-            self._expect("location", record["location"], f"checkpoints/{record['checkpoint']}")
+    def _checkpoint_committed(self, story: AttemptStory, record: CheckpointCommitted) -> None:
+        self._is_reached(story, record.kind, record.step)
+        name = str(record.checkpoint)
+        self._expect("location", record.location, f"checkpoints/{name}")
         if (resumed := self._unannounced(story, record)) is not None:
-            # an earlier attempt's, so its parent is that attempt's; the commit itself is held against this line
-            self._expect("checkpoint", record["checkpoint"], resumed["checkpoint"])
-            self._expect("step", record["step"], resumed["step"])
+            # an earlier attempt's, so its parent is that attempt's; the commit itself is compared with this line
+            self._expect("checkpoint", name, resumed.checkpoint)
+            self._expect("step", record.step, resumed.step)
         else:
-            self._expect("checkpoint", record["checkpoint"], folder_name(record["step"], story.number))
-            self._expect("parent", record["parent"], story.last_digest)
-            story.last_digest = record["digest"]
-        self._evaluated(story, record)
-        self.commits[record["checkpoint"]] = CommitLine(file=self._file, line=self._line, record=dict(record))
+            self._expect("checkpoint", name, folder_name(record.step, story.number))
+            self._expect("parent", record.parent, story.last_digest)
+            story.last_digest = record.digest
+        measured = story.evaluations.get(record.step)
+        if measured is not None:
+            self._expect("evaluation", record.evaluation, measured)
+        self.commits[name] = CommitLine(file=self._file, line=self._line, record=record)
 
-    def _evaluated(self, story: AttemptStory, record: Mapping[str, Any]) -> None:
-        """The bound that a commit names is that of the evaluation at its step."""
-        measured = story.evaluations.get(record["step"])
-        if measured is not None and "evaluation" in record:
-            self._expect("evaluation", record["evaluation"], measured)
-
-    def _unannounced(self, story: AttemptStory, record: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    def _unannounced(self, story: AttemptStory, record: CheckpointCommitted) -> ResumedFrom | None:
         """Return what an attempt resumed from, if this line announces that commit because its own attempt could not.
 
         A process that is killed between COMMIT.json and its next step leaves that to the attempt that resumes.
         """
-        resumed: Mapping[str, Any] | None = (story.started or {}).get("resumed_from")
-        if resumed is None or story.first_step is not None or record["digest"] != resumed["digest"]:
+        resumed = None if story.started is None else story.started.resumed
+        if resumed is None or story.first_step is not None or record.digest != resumed.digest:
             return None
-        return None if resumed["checkpoint"] in self.commits else resumed
+        return None if resumed.checkpoint in self.commits else resumed
 
-    def _checkpoint_pruned(self, story: AttemptStory, record: Mapping[str, Any]) -> None:
-        self.pruned.add(record["checkpoint"])
+    def _is_reached(self, story: AttemptStory, kind: str, step: int) -> None:
+        if not 0 < _count(step) <= (story.last_step or 0):
+            self._find(f"a {kind} line names step {step}; the last step is {story.last_step or 0}")
 
-    def _is_reached(self, story: AttemptStory, record: Mapping[str, Any]) -> None:
-        if not 0 < _count(record["step"]) <= (story.last_step or 0):
-            self._find(f"a {record['kind']} line names step {record['step']}; the last step is {story.last_step or 0}")
-
-    def _attempt_ended(self, story: AttemptStory, record: Mapping[str, Any]) -> None:
-        self._expect("attempt", record["attempt"], story.number)
+    def _attempt_ended(self, story: AttemptStory, record: AttemptEnded) -> None:
+        self._expect("attempt", record.attempt, story.number)
         if story.started is not None:
-            self._expect("step", record["step"], story.last_step or 0)
-        story.ended = dict(record)
+            self._expect("step", record.step, story.last_step or 0)
+        story.ended = record
 
-    def _run_completed(self, story: AttemptStory, record: Mapping[str, Any]) -> None:
+    def _run_completed(self, story: AttemptStory, record: RunCompleted) -> None:
         story.is_completed = True
-        self._expect("step", record["step"], story.last_step or 0)
+        self._expect("step", record.step, story.last_step or 0)
         if story.consumed_tokens is not None:
-            self._expect("consumed_tokens", record["consumed_tokens"], story.consumed_tokens)
-        if story.ended is None or story.ended["phase"] != "done":
+            self._expect("consumed_tokens", record.consumed_tokens, story.consumed_tokens)
+        if story.ended is None or story.ended.phase != "done":
             self._find("the run is completed by an attempt that has not ended as done")
 
 
 def newest_commit_missing(audit: JournalAudit, visible: Iterable[str]) -> Finding | None:
-    """The finding of a run whose newest commit, by its journal, is not there and was not pruned; or None."""
-    kept = {name: told for name, told in audit.commits.items() if name not in audit.pruned}
+    """Return the finding of a run whose newest commit, by its journal, is missing and was not pruned; or None."""
+    kept = {name: line for name, line in audit.commits.items() if name not in audit.pruned}
     if not kept:
         return None
     newest = max(kept)  # names ascend by step, then by attempt
     if newest in visible or max(visible, default="") > newest:
         return None
-    told = kept[newest]
+    line = kept[newest]
     problem = f"{newest} was committed and never pruned, but it is not among the checkpoints"
-    return Finding(file=told.file, line=told.line, problem=problem)
+    return Finding(file=line.file, line=line.line, problem=problem)
 
 
 def _count(value: Any) -> int:

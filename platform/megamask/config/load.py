@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -32,6 +32,8 @@ OVERRIDE_ORIGIN = "override"
 # Far beyond any config; a file without an end, or defaults that name each other twice, must end too.
 _MAX_BYTES = 1 << 20
 _MAX_LAYERS = 100
+# Settings of older versions that stored configs still contain; none had an effect on results.
+REMOVED_SETTINGS = frozenset({"training.head_capacity"})
 _COMMANDS: dict[type, str] = {TrainConfig: "megamask train", PrepareConfig: "megamask prepare"}
 
 
@@ -59,15 +61,25 @@ def load_train_config(path: str | Path, overrides: Sequence[str] = ()) -> Loaded
     return load_config(TrainConfig, path, overrides)
 
 
+def load_stored_config(path: Path) -> TrainConfig:
+    """Return the config that an attempt of a run stored, which may contain settings of an older version.
+
+    Raises: as `load_train_config`.
+    """
+    return load_config(TrainConfig, path, ignored=REMOVED_SETTINGS).config
+
+
 def load_prepare_config(path: str | Path, overrides: Sequence[str] = ()) -> Loaded[PrepareConfig]:
     """Return the config of a corpus' preparation; raises like `load_train_config`."""
     return load_config(PrepareConfig, path, overrides)
 
 
-def load_config(root: type[T], path: str | Path, overrides: Sequence[str] = ()) -> Loaded[T]:
-    """Return the config of either root; raises like `load_train_config`."""
+def load_config(
+    root: type[T], path: str | Path, overrides: Sequence[str] = (), *, ignored: Set[str] = frozenset()
+) -> Loaded[T]:
+    """Return the config of either root, without the keys in `ignored`; raises like `load_train_config`."""
     sources = []
-    composer = _Composer(root)
+    composer = _Composer(root, ignored)
     for source, document in read_layers(path):
         sources.append(source)
         composer.add_layer(document, source)
@@ -136,8 +148,9 @@ def _read_text(path: str, asked_by: str | None) -> str:
 class _Composer:
     """Checks each key of each layer, remembers its origin and merges the layer over those before it."""
 
-    def __init__(self, root: type) -> None:
+    def __init__(self, root: type, ignored: Set[str]) -> None:
         self._root = root
+        self._ignored = ignored
         self._tree = Tree(root)
         self._origins: dict[str, str] = {}
 
@@ -181,6 +194,8 @@ class _Composer:
         key = find_key(name, self._root)
         if name in all_sections(self._root):
             self._add_section(name, node, source)
+        elif key is None and name in self._ignored:
+            return
         elif key is None:
             raise self._unknown(name, _where(source, line))
         elif key.base != "dict":

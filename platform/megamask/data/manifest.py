@@ -20,7 +20,7 @@
 
 from __future__ import annotations
 
-import json
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -32,18 +32,31 @@ import numpy as np
 from megamask.data.index import index_name, tar_index_name
 from megamask.data.manifest_values import is_count, odd_value
 from megamask.errors import DataIntegrityError, UsageError
-from megamask.storage.durable import storage_errors
+from megamask.storage.documents import DocumentKind, decode_document, read_document, read_document_bytes
 from megamask.storage.hashing import canonical_json, hash_of, sha256_bytes
-from megamask.storage.plain_files import NotPlainError, read_plain
 
-FORMAT = "megamask-corpus"
-VERSION = 1
 MANIFEST_NAME = "manifest.json"
 PROVENANCE_NAME = "provenance.json"
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _SPLITS = ("train", "validation")
-_MAX_BYTES = 1 << 31
+
+MANIFEST = DocumentKind(
+    format="megamask-corpus",
+    version=1,
+    damage=DataIntegrityError,
+    damage_hint="restore the file or prepare the corpus again",
+    outcome="No sample of the corpus was used.",
+    max_bytes=1 << 31,
+)
+PROVENANCE = DocumentKind(
+    format="megamask-corpus-provenance",
+    version=1,
+    damage=DataIntegrityError,
+    damage_hint="restore the file or prepare the corpus again",
+    outcome="No sample of the corpus was used.",
+    max_bytes=1 << 31,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,28 +196,25 @@ class Manifest:
             DataIntegrityError: the manifest is damaged or contradicts itself.
         """
         path = Path(corpus_dir) / MANIFEST_NAME
-        try:
-            data = read_plain(path, _MAX_BYTES)
-        except NotPlainError as error:
-            raise _damaged(path, str(error)) from error
-        except (FileNotFoundError, NotADirectoryError):
+        if not os.path.lexists(path):
             raise UsageError(
                 f"{corpus_dir} is not a prepared corpus: it has no {MANIFEST_NAME}. Nothing was read.",
                 hint="make one with: megamask prepare CONFIG corpus.output_dir=FOLDER",
-            ) from None
+            )
+        data = read_document_bytes(MANIFEST, path)
         try:
-            content = _parse(data, path)
+            content = decode_document(MANIFEST, data, path)
         except UsageError:
-            _refuse_other_than_prepared(path, sha256_bytes(data))  # damage looks like another format, too
+            _refuse_other_than_prepared(path, sha256_bytes(data))  # damage may look like another version
             raise
         try:
             manifest = cls.from_content(content)
             problem = odd_value(content) or _contradiction(manifest)
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             problem = f"a field is missing or has the wrong type ({error!r})"
-            raise _damaged(path, problem) from error
+            raise MANIFEST.damaged(path, f"contradicts itself: {problem}") from error
         if problem is not None:
-            raise _damaged(path, problem)
+            raise MANIFEST.damaged(path, f"contradicts itself: {problem}")
         return manifest
 
 
@@ -234,23 +244,18 @@ def open_corpus(folder: Path, key: str) -> Manifest:
     return manifest
 
 
-def _damaged(path: Path, problem: str) -> DataIntegrityError:
-    return DataIntegrityError(
-        f"{path}: {problem}. No sample of the corpus was used.", hint="restore the file or prepare the corpus again"
-    )
-
-
 def provenance_problem(path: Path, corpus_id: str) -> str | None:
-    """What is wrong with a corpus' provenance.json, or None; a corpus that lost it still has all its content."""
-    try:
-        with storage_errors(f"reading {path}"):
-            named = json.loads(read_plain(path, _MAX_BYTES))["corpus_id"]
-    except (FileNotFoundError, NotADirectoryError):
+    """Return the fault of a corpus' provenance.json, or None; a corpus that lost it still has all its content.
+
+    Raises:
+        StorageError: the storage refuses to read it.
+    """
+    if not os.path.lexists(path):
         return None
-    except NotPlainError as error:
-        return str(error)
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        return f"{path} cannot be read ({error!r})"
+    try:
+        named = read_document(PROVENANCE, path).get("corpus_id")
+    except (DataIntegrityError, UsageError) as error:
+        return error.message.removesuffix(f". {PROVENANCE.outcome}")
     return None if named == corpus_id else f"{path} is about corpus {named}, the manifest's is {corpus_id}"
 
 
@@ -261,27 +266,6 @@ def _refuse_other_than_prepared(path: Path, corpus_id: str) -> None:
             f"{path} is not the manifest that was prepared: {problem}. No sample of the corpus was used.",
             hint="restore the two files, or prepare the corpus again",
         )
-
-
-def _parse(data: bytes, path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(data)
-        is_canonical = isinstance(content, dict) and canonical_json(content) == data
-    except (ValueError, TypeError, RecursionError) as error:
-        raise _damaged(path, f"not canonical JSON ({error})") from error
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise UsageError(
-            f"{path}: its format is not {FORMAT!r}. Nothing was read.", hint="name a folder made by megamask prepare"
-        )
-    version = content.get("version")
-    if isinstance(version, int) and version > VERSION:
-        raise UsageError(
-            f"{path} has version {version}; this program reads versions up to {VERSION}. Nothing was read.",
-            hint="use the program that made the corpus, or a newer one",
-        )
-    if not is_canonical or version != VERSION:
-        raise _damaged(path, "the bytes are not the canonical form of a known version")
-    return content
 
 
 def _split_of(value: Mapping[str, Any]) -> SplitEntry:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from megamask.config.dump import to_yaml
-from megamask.config.load import load_train_config
+from megamask.config.load import load_stored_config
 from megamask.config.schema.roots import TrainConfig
 from megamask.provenance.redaction import redact_values
 from megamask.runs.layout import config_path, configs_folder
@@ -40,4 +40,4 @@ def newest_config(run_dir: Path) -> TrainConfig | None:
         UsageError: the file is damaged, or a newer megamask wrote it.
     """
     configs = attempt_configs(run_dir)
-    return load_train_config(configs[max(configs)], []).config if configs else None
+    return load_stored_config(configs[max(configs)]) if configs else None

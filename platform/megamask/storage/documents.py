@@ -50,7 +50,8 @@ class DocumentKind:
         own_digest: whether `self_sha256` is written and checked. It is H of the document without that key for a
             canonical kind, the sha256 of the file without that key for an indented one.
         damage: error class of a damaged document; it decides the exit code.
-        damage_hint: how to go on after damage.
+        damage_hint: how to continue after damage.
+        outcome: sentence that closes an error: what did not happen.
         max_bytes: a larger file is refused unread.
     """
 
@@ -61,11 +62,12 @@ class DocumentKind:
     own_digest: OwnDigest = OwnDigest.NONE
     damage: type[MegamaskError]
     damage_hint: str | None = None
+    outcome: str = "Nothing was loaded from it."
     max_bytes: int = 1 << 24
 
     def damaged(self, path: Path, problem: str) -> MegamaskError:
         """Return the error for a damaged document; `problem` continues the path, e.g. "is not a JSON object"."""
-        return self.damage(f"{path} {problem}. Nothing was loaded from it.", hint=self.damage_hint)
+        return self.damage(f"{path} {problem}. {self.outcome}", hint=self.damage_hint)
 
 
 def encode_document(kind: DocumentKind, fields: Mapping[str, Any]) -> bytes:

@@ -79,6 +79,15 @@ class RunStarted(JournalRecord):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ResumedFrom:
+    """Commit that an attempt resumed from: its step, folder name and digest."""
+
+    step: int
+    checkpoint: str
+    digest: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class AttemptStarted(JournalRecord):
     """First line of an attempt.
 
@@ -113,6 +122,18 @@ class AttemptStarted(JournalRecord):
     run_sha256: str | None = None
     user: str | None = None
     num_parameters: int | None = None
+
+    @property
+    def resumed(self) -> ResumedFrom | None:
+        """The commit in `resumed_from`.
+
+        Raises:
+            KeyError: a field is missing.
+        """
+        found = self.resumed_from
+        if found is None:
+            return None
+        return ResumedFrom(step=found["step"], checkpoint=found["checkpoint"], digest=found["digest"])
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -27,7 +27,7 @@ from megamask.tracking.console import Console
 from megamask.tracking.journal.seek import newest_start
 from megamask.tracking.journal.writer import Journal
 from megamask.tracking.mlflow.sink import MLflowSink
-from megamask.tracking.records import AttemptStarted, JournalRecord, RunStarted
+from megamask.tracking.records import AttemptEnded, AttemptStarted, JournalRecord, RunCompleted, RunStarted
 from megamask.training.announcing import commit_record, is_announced
 from megamask.training.batch_size import consumed_before
 from megamask.training.datasets import described_datasets
@@ -55,7 +55,11 @@ class FollowerAttempt:
         self.run_sha256 = run_sha256
 
     def append(self, kind: str, **fields: Any) -> None:
-        """Journals a record; on every rank but 0 nothing happens, rank 0 writes it."""
+        """Journal a record; only rank 0 writes it."""
+
+    def write(self, record: JournalRecord) -> None:
+        """Journal a typed record; only rank 0 writes it."""
+        self.append(record.kind, **record.to_json())
 
     def durable_journal_head(self) -> tuple[int, str]:
         """(seq, sha256) of the journal's last line, flushed; only rank 0's is used."""
@@ -154,12 +158,8 @@ class Attempt(FollowerAttempt):
         )
 
     def append(self, kind: str, **fields: Any) -> None:
-        """Journals a record; the console and MLflow read it from there. Text that others wrote is redacted."""
+        """Journal a record; the console and MLflow read it from there. Text that others wrote is redacted."""
         self.journal.append(kind, **(redact_values(fields) if kind in _IN_WORDS else fields))
-
-    def write(self, record: JournalRecord) -> None:
-        """Journal a typed record."""
-        self.append(record.kind, **record.to_json())
 
     def _incident(self, incident: str, problem: str) -> None:
         self.append("incident", incident=incident, problem=problem)
@@ -214,7 +214,7 @@ class Attempt(FollowerAttempt):
             )
         )
         if commit is not None and not is_announced(self.run_dir, commit):
-            self.append("checkpoint_committed", **commit_record(commit, stall_s=None, save_s=None))
+            self.write(commit_record(commit, stall_s=None, save_s=None))
         for incident in loaded.incidents:
             self.append("incident", **incident)
         if self.sink is not None:
@@ -263,7 +263,7 @@ class Attempt(FollowerAttempt):
         else:
             self._end(reason.phase, int(reason.exit_code), progress.step, reason.description)
             if reason is StopReason.FINISHED:
-                self.append("run_completed", step=progress.step, consumed_tokens=progress.consumed_tokens)
+                self.write(RunCompleted(step=progress.step, consumed_tokens=progress.consumed_tokens))
         self._shut(is_hasty=reason.exit_code != ExitCode.DONE)
 
     def fail(self, error: BaseException, exit_code: int, progress: Progress) -> None:
@@ -279,7 +279,7 @@ class Attempt(FollowerAttempt):
             _log.warning("the end of attempt %d could not be written: %r", self.number, refusal)
 
     def _end(self, phase: Phase, exit_code: int, step: int, reason: str) -> None:
-        self.append("attempt_ended", attempt=self.number, phase=phase, exit_code=exit_code, step=step, reason=reason)
+        self.write(AttemptEnded(attempt=self.number, phase=phase, exit_code=exit_code, step=step, reason=reason))
         self.journal.sync()
         self.write_status(phase, step=step, exit_code=exit_code, reason=reason)
 

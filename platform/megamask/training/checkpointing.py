@@ -19,6 +19,7 @@ from megamask.checkpoint.saver import Save, SaveRequest
 from megamask.config.schema.checkpoint import CheckpointConfig
 from megamask.errors import MegamaskError, SupersededError
 from megamask.provenance.redaction import reason_of
+from megamask.tracking.records import CheckpointPruned, CheckpointStarted, Incident
 from megamask.training.announcing import commit_record
 from megamask.training.attempt import FollowerAttempt
 from megamask.training.progress import Progress
@@ -165,7 +166,7 @@ class CheckpointCommitter:
         self.finish()
         attempt, stall = self._attempt, Stall()
         with stall.counted():
-            attempt.append("checkpoint_started", step=progress.step)
+            attempt.write(CheckpointStarted(step=progress.step))
             request = SaveRequest(
                 attempt=attempt.number,
                 state=self._state(progress),
@@ -228,8 +229,8 @@ class CheckpointCommitter:
         pruned.removed.extend(removed)
 
     def _announce(self, commit: Commit, pending: _PendingSave) -> None:
-        record = commit_record(commit, stall_s=round(pending.stall.seconds, 6), save_s=round(pending.save.seconds, 6))
-        self._attempt.append("checkpoint_committed", **record)
+        stall_s, save_s = round(pending.stall.seconds, 6), round(pending.save.seconds, 6)
+        self._attempt.write(commit_record(commit, stall_s=stall_s, save_s=save_s))
 
     def _journal_if_pruned(self, pruning: tuple[int, Work[_Pruned]], *, wait: bool) -> None:
         step, work = pruning
@@ -239,9 +240,9 @@ class CheckpointCommitter:
 
     def _journal_pruned(self, step: int, pruned: _Pruned) -> None:
         for name in pruned.removed:
-            self._attempt.append("checkpoint_pruned", step=step, checkpoint=name)
+            self._attempt.write(CheckpointPruned(step=step, checkpoint=name))
         for refused, problem in pruned.refused:
-            self._attempt.append("incident", incident="prune_failed", problem=problem, checkpoint=refused)
+            self._attempt.write(Incident(incident="prune_failed", problem=problem, checkpoint=refused))
 
     def _state(self, progress: Progress) -> TrainerState:
         return TrainerState(

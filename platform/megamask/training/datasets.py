@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from megamask.data.loader import Loader
-from megamask.data.manifest import PROVENANCE_NAME
+from megamask.data.manifest import PROVENANCE, PROVENANCE_NAME
+from megamask.errors import MegamaskError
+from megamask.storage.documents import read_document
 
 
 def _origin(folder: Path) -> dict[str, Any]:
     """Return origin and licence of a corpus' inputs; empty where its provenance cannot be read."""
     try:
-        provenance = json.loads((folder / PROVENANCE_NAME).read_bytes())
+        provenance = read_document(PROVENANCE, folder / PROVENANCE_NAME)
         return {name: provenance.get(name) for name in ("origin", "licence")}
-    except (OSError, ValueError, AttributeError):
+    except MegamaskError:
         return {}
 
 

@@ -27,7 +27,7 @@ from megamask.data.corpus.publish import exclusive, folder_being_built
 from megamask.data.corpus.scan import Counter, Progress, ScannedCorpus, scan
 from megamask.data.corpus.shard import SHARDS_DIR, write_flushed
 from megamask.data.corpus.splits import decimal_text
-from megamask.data.manifest import FORMAT, MANIFEST_NAME, PROVENANCE_NAME, VERSION, Manifest
+from megamask.data.manifest import MANIFEST, MANIFEST_NAME, PROVENANCE_NAME, Manifest
 from megamask.data.tokenizer import TOKENIZER_DIR, CorpusTokenizer, SpecialTokens
 from megamask.errors import DataIntegrityError, UsageError
 from megamask.storage.durable import storage_errors
@@ -145,8 +145,8 @@ def _plan(config: CorpusConfig, scanned: ScannedCorpus) -> dict[str, Any]:
     else:
         tokenizer["json_sha256"] = sha256_file(Path(asked.path).expanduser())
     return {
-        "format": FORMAT,
-        "version": VERSION,
+        "format": MANIFEST.format,
+        "version": MANIFEST.version,
         "sequence_length": config.sequence_length,
         "packer": {"name": PACKER_NAME, "version": PACKER_VERSION},
         "options": {

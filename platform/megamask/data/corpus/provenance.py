@@ -11,11 +11,10 @@ from pathlib import Path
 
 from megamask.config.schema.corpus import CorpusConfig
 from megamask.data.corpus.inputs import InputFile
+from megamask.data.manifest import PROVENANCE
 from megamask.provenance.redaction import redact_values
-from megamask.storage.hashing import canonical_json
+from megamask.storage.documents import encode_document
 
-FORMAT = "megamask-corpus-provenance"
-VERSION = 1
 _LIBRARIES = ("numpy", "tokenizers", "tiktoken", "pyarrow", "crc32c")
 
 
@@ -50,8 +49,6 @@ def provenance(config: CorpusConfig, files: Sequence[InputFile], corpus_id: str)
         corpus_id: the corpus that the record is about.
     """
     record = {
-        "format": FORMAT,
-        "version": VERSION,
         "corpus_id": corpus_id,
         "origin": config.origin,
         "licence": config.licence,
@@ -63,4 +60,4 @@ def provenance(config: CorpusConfig, files: Sequence[InputFile], corpus_id: str)
         "libraries": {name: package_version(name) for name in _LIBRARIES},
         "prepared_at": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
     }
-    return canonical_json(redact_values(record))
+    return encode_document(PROVENANCE, redact_values(record))

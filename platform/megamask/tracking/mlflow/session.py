@@ -8,7 +8,6 @@ remembered, changes nothing.
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from typing import Any
 from megamask.config.schema.tracking import MLflowConfig
 from megamask.errors import UsageError
 from megamask.runs.configs import attempt_configs, newest_config
+from megamask.runs.record import read_run
 from megamask.storage.hashing import sha256_bytes
 from megamask.tracking.journal.lines import read_journal
 from megamask.tracking.journal.tail import Position, read_new
@@ -59,7 +59,7 @@ class Session:
             BusyError: another process is sending just now.
             Exception: any error of MLflow, its database or the network.
         """
-        record = json.loads((run_dir / "run.json").read_bytes())
+        record = read_run(run_dir)
         uri = shown_uri(store_of(run_dir, config).uri)
         with sending(run_dir):
             stored = load_state(run_dir)
@@ -68,7 +68,7 @@ class Session:
             run, is_known = open_run(
                 run_dir,
                 config,
-                run_id=str(record["run_id"]),
+                run_id=record.run_id,
                 known=(stored.experiment_id, stored.run_id) if stored is not None and is_here else None,
                 start_ms=None if first is None else milliseconds(first["time"]),
             )
@@ -80,7 +80,7 @@ class Session:
                 state = SinkState(uri=uri, experiment_id=run.experiment_id, run_id=run.run_id)
                 kept_times = {point.step: point.timestamp_ms for point in run.history("loss")}
             session = cls(run, run_dir, state, keeps_state=keeps_state, kept_times=kept_times)
-            session._describe(record)
+            session._describe(record.content)
             session._save()
         return session
 
@@ -132,7 +132,7 @@ class Session:
         if self._keeps_state:
             save_state(self._run_dir, self._state)
 
-    def _describe(self, record: dict[str, Any]) -> None:
+    def _describe(self, record: Mapping[str, Any]) -> None:
         """Set parameters and tags from run.json and the newest config."""
         self._record = record
         self.run.log_params(record.get("identity", {}))

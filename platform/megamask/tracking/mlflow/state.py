@@ -5,19 +5,19 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
-import json
 import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from megamask.errors import DataIntegrityError, UsageError
 from megamask.runs.layout import mlflow_state_path
+from megamask.storage.documents import DocumentKind, encode_document, read_document
 from megamask.storage.durable import storage_errors, write_atomic
 from megamask.tracking.journal.tail import Position
 from megamask.tracking.mlflow.points import Memory
 
-FORMAT = "megamask-mlflow"
-VERSION = 1
+STATE = DocumentKind(format="megamask-mlflow", version=1, is_canonical=False, damage=DataIntegrityError)
 _NO_LOCKS = frozenset({errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL})
 
 
@@ -53,9 +53,7 @@ class SinkState:
 def load_state(run_dir: Path) -> SinkState | None:
     """The stored state, or None when there is none or it cannot be read: the run is then found again by its tag."""
     try:
-        content = json.loads(mlflow_state_path(run_dir).read_bytes())
-        if content["format"] != FORMAT or content["version"] != VERSION:
-            return None
+        content = read_document(STATE, mlflow_state_path(run_dir))
         return SinkState(
             uri=str(content["uri"]),
             experiment_id=str(content["experiment_id"]),
@@ -64,7 +62,7 @@ def load_state(run_dir: Path) -> SinkState | None:
             memory=Memory(**content["memory"]),
             artifacts=[str(name) for name in content["artifacts"]],
         )
-    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError):
+    except (DataIntegrityError, UsageError, ValueError, KeyError, TypeError):
         return None
 
 
@@ -77,8 +75,7 @@ def save_state(run_dir: Path, state: SinkState) -> None:
     path = mlflow_state_path(run_dir)
     with storage_errors(f"creating {path.parent}"):
         path.parent.mkdir(exist_ok=True)
-    content = {"format": FORMAT, "version": VERSION, **asdict(state)}
-    write_atomic(path, json.dumps(content, indent=1).encode() + b"\n")
+    write_atomic(path, encode_document(STATE, asdict(state)))
 
 
 @contextlib.contextmanager

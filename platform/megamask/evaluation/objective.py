@@ -1,0 +1,25 @@
+"""Objective under which a model is scored."""
+
+from __future__ import annotations
+
+from megamask.errors import UsageError
+from megamask.models.vocabulary import Vocabulary
+from megamask.objectives.base import Objective
+from megamask.objectives.registry import build_objective
+
+
+def scored_objective(trained: Objective, name: str | None, vocabulary: Vocabulary) -> Objective:
+    """Return the objective to score with: the one that was trained, or another one by name.
+
+    Raises:
+        UsageError: the other objective needs settings that the model does not record.
+    """
+    if name is None or name == trained.name:
+        return trained
+    try:
+        return build_objective({"name": name, "mask_logit": trained.record()["mask_logit"]}, vocabulary)
+    except TypeError as error:
+        raise UsageError(
+            f"--objective is {name}, but the model was trained as {trained.name} and does not record the settings of "
+            f"{name}; allowed: {trained.name}, autoregressive. Nothing was scored."
+        ) from error
