@@ -11,7 +11,6 @@ from megamask.objectives.shapes import shape_of
 from megamask.runs.layout import run_path
 from megamask.training.batch_size import consumed_before
 from megamask.training.run_data import RunData
-from megamask_pipelines.pretrain import num_processes
 
 _BYTES_PER_WEIGHT = 12  # float32 weight and the two moments of Adam
 
@@ -38,7 +37,7 @@ def check_run(config: TrainConfig) -> dict[str, Any]:
     batch, parameters = training.global_batch_size, parameter_count(data.spec)
     return {
         "run_dir": str(run_path(config.run.output_dir, config.run.name)),
-        "processes": num_processes(layout),
+        "processes": layout.num_processes,
         "parameters": parameters,
         "flops_per_token": flops,
         "flops_per_step": flops * batch * shape.num_views * shape.input_length,

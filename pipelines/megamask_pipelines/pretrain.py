@@ -50,26 +50,21 @@ def run_training(config: TrainConfig, arguments: Sequence[str], signals: StopReq
         if is_complete(run_dir, config):
             finished = StopReason.FINISHED.description
             return outcome(run_dir, step=config.training.steps, exit_code=0, reason=finished)
-        if num_processes(config.layout) == 1:
+        if config.layout.num_processes == 1:
             return _train_here(run_dir, config, signals)
-        return train_in_local_ranks(run_dir, config, num_processes(config.layout), arguments, signals)
+        return train_in_local_ranks(run_dir, config, config.layout.num_processes, arguments, signals)
     except MegamaskError as error:
         with contextlib.suppress(MegamaskError, OSError):  # the error itself must be reported in any case
             error.details = failed_outcome(run_dir, error)
         raise
 
 
-def num_processes(layout: LayoutConfig) -> int:
-    """Return the number of processes that a layout needs: the product of its axes."""
-    return layout.tensor_parallel_size * layout.pipeline_parallel_size * layout.data_parallel_size
-
-
 def _check_world_size(layout: LayoutConfig, started: int) -> None:
-    needed = num_processes(layout)
+    needed = layout.num_processes
     if started != needed:
         raise UsageError(
             f"the launcher started {started} processes (WORLD_SIZE), but layout.tensor_parallel_size x "
-            f"pipeline_parallel_size x data_parallel_size is {needed}. Nothing was started.",
+            f"pipeline_parallel_size x context_parallel_size x data_parallel_size is {needed}. Nothing was started.",
             hint=f"start {needed} processes, or change layout.data_parallel_size",
         )
 

@@ -27,7 +27,18 @@ def test_run_config_loads_and_fits(path):
 
 def test_expected_configs_are_there():
     assert {path.stem for path in RUNS} >= {"tiny", "quickstart"}
-    assert {path.stem for path in MODELS} == {"tiny", "quickstart", "170m", "1b", "8b"}
+    assert {path.stem for path in MODELS} == {
+        "tiny",
+        "quickstart",
+        "170m",
+        "1b",
+        "8b",
+        "tiny_moe",
+        "llada2_mini",
+        "llada2_flash",
+        "llada_moe",
+        "qwen3_30b_a3b",
+    }
 
 
 @pytest.mark.parametrize("path", sorted((CONFIGS / "corpus").glob("*.yaml")), ids=lambda path: path.stem)

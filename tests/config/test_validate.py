@@ -78,12 +78,12 @@ REFUSED_RAMPS = [
     (
         (*RAMP, "layout.data_parallel_size=4"),
         "layout.data_parallel_size is 4, but the batch-size ramp's level of 2 samples does not divide by it; "
-        "allowed: 1, 2.",
+        "allowed: 1, 2 (nearest: 2).",
     ),
     (
         (*RAMP, "training.micro_batch_size=4"),
         "training.micro_batch_size is 4, but each of 1 data-parallel ranks has 2 of the batch-size ramp's level of 2 "
-        "samples; allowed: 1, 2.",
+        "samples; allowed: 1, 2 (nearest: 2).",
     ),
     (
         (*RAMP, "training.batch_size_ramp_start=4", "layout.data_parallel_size=2", "training.micro_batch_size=2"),
@@ -92,6 +92,10 @@ REFUSED_RAMPS = [
     ),
     ((*RAMP, "layout.data_parallel_size=3"), "layout.data_parallel_size is 3, but training.global_batch_size is 8"),
 ]
+
+
+VIRTUAL = ("model.num_layers=4", "layout.pipeline_parallel_size=2", "layout.virtual_pipeline_parallel_size=2")
+EXPERTS = ("model.num_experts=6", "model.expert_ffn_hidden_size=90")
 
 
 @pytest.mark.promise("keep_best is allowed when the last step is evaluated")
@@ -103,6 +107,11 @@ REFUSED_RAMPS = [
         ("layout.tensor_parallel_size=4",),
         ("layout.pipeline_parallel_size=2",),
         ("layout.data_parallel_size=8",),
+        VIRTUAL,
+        ("model.num_layers=7", "layout.pipeline_parallel_size=4", "layout.pipeline_split=balanced"),
+        ("layout.context_parallel_size=2", "layout.tensor_parallel_size=4", "layout.data_parallel_size=8"),
+        (*EXPERTS, "layout.data_parallel_size=2", "layout.expert_parallel_size=2"),
+        (*EXPERTS, "layout.context_parallel_size=4", "layout.expert_parallel_size=2"),
         ("training.steps=1", "optimizer.warmup_steps=10", "optimizer.decay_steps=100"),
         ("training.stop_after_step=20",),
         ("training.head_chunk_rows=1",),
@@ -131,16 +140,19 @@ REFUSED = [
     *REFUSED_RAMPS,
     (
         ("layout.tensor_parallel_size=3",),
-        "layout.tensor_parallel_size is 3, but model.num_attention_heads is 4; allowed: 1, 2, 4.",
+        "layout.tensor_parallel_size is 3, but model.num_attention_heads is 4; allowed: 1, 2, 4 (nearest: 2).",
     ),
     (
         ("layout.tensor_parallel_size=4", "model.num_query_groups=2"),
-        "layout.tensor_parallel_size is 4, but model.num_query_groups is 2; allowed: 1, 2.",
+        "layout.tensor_parallel_size is 4, but model.num_query_groups is 2; allowed: 1, 2 (nearest: 2).",
     ),
-    (("layout.tensor_parallel_size=4", "model.ffn_hidden_size=90"), "but model.ffn_hidden_size is 90; allowed: 1, 2."),
+    (
+        ("layout.tensor_parallel_size=4", "model.ffn_hidden_size=90"),
+        "but model.ffn_hidden_size is 90; allowed: 1, 2 (nearest: 2).",
+    ),
     (
         ("layout.tensor_parallel_size=4", "model.vocab_padding_multiple=2"),
-        "but model.vocab_padding_multiple is 2; allowed: 1, 2.",
+        "but model.vocab_padding_multiple is 2; allowed: 1, 2 (nearest: 2).",
     ),
     (
         (
@@ -150,22 +162,64 @@ REFUSED = [
             "model.ffn_hidden_size=96",
             "model.vocab_padding_multiple=96",
         ),
-        "but training.sequence_length is 128, not a multiple of lcm(16, 2 * 3); allowed: 1, 2.",
+        "but training.sequence_length is 128, not a multiple of lcm(16, 2 * 3); allowed: 1, 2 (nearest: 2).",
     ),
     (
         ("layout.pipeline_parallel_size=3",),
-        "layout.pipeline_parallel_size is 3, but model.num_layers is 2; allowed: 1, 2.",
+        "layout.pipeline_parallel_size is 3, but model.num_layers is 2; allowed: 1, 2 (nearest: 2).",
     ),
     (
         ("layout.data_parallel_size=3",),
-        "layout.data_parallel_size is 3, but training.global_batch_size is 8; allowed: 1, 2, 4, 8.",
+        "layout.data_parallel_size is 3, but training.global_batch_size is 8; allowed: 1, 2, 4, 8 (nearest: 2).",
     ),
     (
         ("layout.data_parallel_size=2", "training.micro_batch_size=3"),
         "training.micro_batch_size is 3, but each of 2 data-parallel ranks has 4 of training.global_batch_size = 8; "
-        "allowed: 1, 2, 4.",
+        "allowed: 1, 2, 4 (nearest: 2).",
     ),
     (("layout.sequence_parallel=true",), "layout.sequence_parallel is true, but layout.tensor_parallel_size is 1"),
+    (
+        ("layout.virtual_pipeline_parallel_size=2",),
+        "layout.virtual_pipeline_parallel_size is 2, but layout.pipeline_parallel_size is 1, so there is no pipeline",
+    ),
+    (
+        ("layout.pipeline_parallel_size=2", "layout.virtual_pipeline_parallel_size=2"),
+        "layout.virtual_pipeline_parallel_size is 2, but model.num_layers is 2 on 2 pipeline ranks; allowed: 1",
+    ),
+    (
+        ("model.num_layers=7", "layout.pipeline_parallel_size=3"),
+        "but model.num_layers is 7; allowed: 1, 7 (nearest: 1); or layout.pipeline_split=balanced",
+    ),
+    (
+        ("model.num_layers=4", "layout.pipeline_parallel_size=8", "layout.pipeline_split=balanced"),
+        "but model.num_layers is 4, and embedding and head count as a layer each; allowed: 1, 2, 3 (nearest: 3)",
+    ),
+    (
+        (*VIRTUAL, "layout.data_parallel_size=8"),
+        "each data-parallel rank has 1 micro-batches of training.global_batch_size = 8, and an interleaved pipeline "
+        "needs a multiple of layout.pipeline_parallel_size = 2",
+    ),
+    (
+        ("layout.context_parallel_size=3",),
+        "layout.context_parallel_size is 3, but training.sequence_length is 128, not a multiple of lcm(16, 2 * 3 * "
+        "layout.tensor_parallel_size = 1), because each rank takes two equal pieces of a row; allowed: 1, 2, 4, 8, 16, "
+        "32, 64 (nearest: 2).",
+    ),
+    (("layout.expert_parallel_size=2",), "but model.num_experts is 0, a dense network; allowed: 1."),
+    ((*EXPERTS, "layout.expert_parallel_size=3"), "* data_parallel_size is 1; allowed: 1."),
+    (
+        (*EXPERTS, "layout.data_parallel_size=8", "layout.expert_parallel_size=8"),
+        "layout.expert_parallel_size is 8, but model.num_experts is 6; allowed: 1, 2 (nearest: 2).",
+    ),
+    (
+        (*EXPERTS, "layout.data_parallel_size=4", "layout.expert_tensor_parallel_size=4"),
+        "layout.expert_tensor_parallel_size is 4, but model.expert_ffn_hidden_size is 90; allowed: 1, 2 (nearest: 2).",
+    ),
+    ((*EXPERTS, "layout.tensor_parallel_size=2"), "layout.sequence_parallel is false, but layout.tensor_parallel_size"),
+    ((*EXPERTS, "device.layers=te"), "device.layers is 'te', but model.num_experts is above 0"),
+    ((*EXPERTS, "model.router_topk=7"), "model.router_topk is 7, but model.num_experts is 6; allowed: 1 to 6"),
+    ((*EXPERTS, "model.num_dense_layers=2"), "model.num_dense_layers is 2, but model.num_layers is 2"),
+    (("model.rotary_fraction=0.3",), "model.rotary_fraction is 0.3, but a head has 16 channels"),
     (("training.sequence_length=100",), "allowed: a multiple of 16; the nearest are 96 or 112."),
     (("training.sequence_length=10",), "allowed: a multiple of 16; the nearest are 16."),
     (

@@ -58,9 +58,44 @@ def test_stages_share_the_layers_in_order():
     ]
 
 
+def test_virtual_stages_take_turns_on_the_pipeline_ranks():
+    ranks = [Mesh(rank=rank, pipeline_parallel_size=2, virtual_pipeline_size=2) for rank in range(2)]
+    assert [[list(rank.layers(8, chunk)) for chunk in range(2)] for rank in ranks] == [
+        [[0, 1], [4, 5]],
+        [[2, 3], [6, 7]],
+    ]
+
+
+@pytest.mark.parametrize(
+    ("num_layers", "num_stages", "expected"),
+    [(2, 2, [1, 1]), (3, 2, [2, 1]), (5, 2, [3, 2]), (6, 4, [1, 2, 2, 1]), (7, 4, [2, 2, 2, 1]), (61, 16, None)],
+)
+def test_balanced_stages_count_embedding_and_head_as_a_layer_each(num_layers, num_stages, expected):
+    mesh = Mesh(rank=0, pipeline_parallel_size=num_stages, pipeline_split="balanced")
+    sizes = [len(layers) for layers in mesh.stage_layers(num_layers)]
+    assert sum(sizes) == num_layers and min(sizes) > 0
+    loads = [size + (stage == 0) + (stage == num_stages - 1) for stage, size in enumerate(sizes)]
+    assert max(loads) - min(loads) <= 1
+    assert expected is None or sizes == expected
+
+
+def test_stages_that_cannot_be_cut_are_refused():
+    with pytest.raises(ValueError, match="5 layers cannot be cut into 2 stages"):
+        Mesh(rank=0, pipeline_parallel_size=2).stage_layers(5)
+
+
+def test_ranks_of_a_context_share_their_samples():
+    layout = LayoutConfig(context_parallel_size=2, data_parallel_size=2, tensor_parallel_size=2)
+    ranks = [Mesh.from_layout(layout, rank=rank, world_size=8) for rank in range(8)]
+    assert [rank.context_parallel_rank for rank in ranks] == [0, 0, 1, 1, 0, 0, 1, 1]
+    assert [rank.data_parallel_rank for rank in ranks] == [0, 0, 0, 0, 1, 1, 1, 1]
+    assert [rank.rank for rank in ranks if rank.is_metrics_rank] == [0, 2, 4, 6]
+    assert [rank.rank for rank in ranks if rank.is_counting_rank] == [0, 4]
+
+
 def test_layout_is_refused_when_it_does_not_fit_the_processes():
     layout = LayoutConfig(tensor_parallel_size=2, data_parallel_size=3)
-    with pytest.raises(UsageError, match=r"2 tensor-parallel x 3 data-parallel x 1 pipeline-parallel = 6.*4 were") as e:
+    with pytest.raises(UsageError, match=r"2 tensor-parallel x 1 context-parallel x 3 data.*= 6.*4 were") as e:
         Mesh.from_layout(layout, rank=0, world_size=4)
     assert "layout.data_parallel_size" in str(e.value)
 

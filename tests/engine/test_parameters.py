@@ -62,7 +62,7 @@ class Network(torch.nn.Module):
 
 def table_of(spec: ModelSpec, mesh: Mesh, **decay: bool) -> ParameterTable:
     parts = parts_of(spec)
-    return parameter_table(Network(spec, mesh, parts), spec, mesh, parts, OptimizerConfig(learning_rate=1.0, **decay))
+    return parameter_table([Network(spec, mesh, parts)], spec, mesh, parts, OptimizerConfig(learning_rate=1.0, **decay))
 
 
 @pytest.mark.parametrize("spec", [PLAIN, OPTIONS], ids=["plain", "options"])
@@ -126,7 +126,7 @@ def test_marks_for_megatron_core_are_the_tables_whatever_a_layer_set_before():
     table = table_of(OPTIONS, mesh)
     expert = "decoder.layers.0.mlp.linear_fc2.weight"
     infos = {info.name: dataclasses.replace(info, is_expert=info.name == expert) for info in table}
-    mark_parameters(network, dataclasses.replace(table, infos=infos))
+    mark_parameters([network], dataclasses.replace(table, infos=infos))
     for name, parameter in network.named_parameters():
         sharded_dim = table[name].sharded_dim
         assert parameter.tensor_model_parallel == (sharded_dim is not None)
@@ -147,9 +147,9 @@ def test_network_that_its_family_does_not_describe_is_refused():
     network = Network(PLAIN, mesh, FUSED)
     some = {name: part for name, part in FUSED.items() if part is not Part.DOWN}
     with pytest.raises(KeyError, match=r"does not describe .*layers\.0\.mlp\.linear_fc2\.weight"):
-        parameter_table(network, PLAIN, mesh, some, optimizer)
+        parameter_table([network], PLAIN, mesh, some, optimizer)
     with pytest.raises(ValueError, match=r"layer 0 .* no parameter self_attention\.linear_qkv\.bias"):
-        parameter_table(network, PLAIN, mesh, FUSED | OPTIONAL, optimizer)
+        parameter_table([network], PLAIN, mesh, FUSED | OPTIONAL, optimizer)
     wrong = FUSED | {"mlp.linear_fc1.weight": Part.DOWN}
     with pytest.raises(ValueError, match=r"linear_fc1\.weight has the shape \(96, 32\).*\(32, 48\)"):
-        parameter_table(network, PLAIN, mesh, wrong, optimizer)
+        parameter_table([network], PLAIN, mesh, wrong, optimizer)

@@ -11,12 +11,21 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from megamask.config.schema.model import ModelConfig
-from megamask.models.counts import flops_per_token, parameter_count
+from megamask.models.counts import active_parameter_count, flops_per_token, parameter_count
 from megamask.models.reference import ReferenceModel
 from megamask.models.spec import ModelSpec
 from support.specs import small_spec
 
 PRESETS = Path(__file__).parents[2] / "configs" / "model"
+EXPERTS = {"num_experts": 4, "num_dense_layers": 1, "num_shared_experts": 2, "router_expert_bias": True}
+# entries; billions (of tiny_moe millions) in all and of one token
+WITH_EXPERTS = {
+    "llada2_mini": (157184, 16.3e9, 1.4e9),
+    "llada2_flash": (157184, 103e9, 6.1e9),
+    "llada_moe": (157184, 7.4e9, 1.7e9),
+    "qwen3_30b_a3b": (151936, 30.5e9, 3.4e9),
+    "tiny_moe": (0, 0.41e6, 0.19e6),
+}
 GPT2_VOCABULARY, LLADA_VOCABULARY = 50257, 126464
 
 
@@ -29,7 +38,14 @@ def preset(name: str, vocab_size: int) -> ModelSpec:
 @pytest.mark.promise("parameter and FLOP counts are those of the built network")
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"tie_embeddings": True}, {"qk_norm": True}, {"qkv_bias": True}, {"head_dim": 20, "num_query_groups": 1}],
+    [
+        {},
+        {"tie_embeddings": True},
+        {"qk_norm": True},
+        {"qkv_bias": True},
+        {"head_dim": 20, "num_query_groups": 1},
+        EXPERTS,
+    ],
 )
 def test_parameter_count_is_that_of_the_built_network(changes: dict[str, int]) -> None:
     spec = small_spec(**changes)
@@ -101,8 +117,19 @@ def test_8b_is_the_published_shape_of_llada() -> None:
 
 
 def test_every_preset_is_tested_and_can_be_split_in_two() -> None:
-    assert {path.stem for path in PRESETS.glob("*.yaml")} == {"tiny", "quickstart", "170m", "1b", "8b"}
+    assert {path.stem for path in PRESETS.glob("*.yaml")} == {"tiny", "quickstart", "170m", "1b", "8b"} | set(
+        WITH_EXPERTS
+    )
     for path in PRESETS.glob("*.yaml"):
         spec = preset(path.stem, 512)
         for size in (spec.num_layers, spec.num_attention_heads, spec.num_query_groups, spec.ffn_hidden_size):
             assert size % 2 == 0
+
+
+@pytest.mark.parametrize("name", WITH_EXPERTS)
+def test_presets_with_experts_have_the_sizes_that_their_files_state(name) -> None:
+    vocab_size, total, active = WITH_EXPERTS[name]
+    spec = preset(name, max(vocab_size, 1))
+    outside = 2 * spec.hidden_size if vocab_size == 0 else 0
+    assert parameter_count(spec) - outside == pytest.approx(total, rel=0.02)
+    assert active_parameter_count(spec) - outside == pytest.approx(active, rel=0.03)

@@ -28,18 +28,25 @@ TENSOR = {"tensor_parallel_size": 2}
 SEQUENCE = TENSOR | {"sequence_parallel": True}
 PIPELINE = {"pipeline_parallel_size": 2}
 DATA = {"data_parallel_size": 2}
+CONTEXT = {"context_parallel_size": 2}
+VIRTUAL = PIPELINE | {"virtual_pipeline_parallel_size": 2}
+EXPERTS = {"expert_parallel_size": 2}
+BALANCED = PIPELINE | {"pipeline_split": "balanced"}  # of four layers and the head: stages of two and of one
 TWO = [(spec, layout) for spec in ("plain", "options") for layout in (TENSOR, SEQUENCE, PIPELINE, DATA)]
 TWO += [("bf16", layout) for layout in (SEQUENCE, PIPELINE, DATA)]
+TWO += [("options", CONTEXT), ("deep", VIRTUAL), ("odd", BALANCED)]
+TWO += [("experts", EXPERTS | DATA), ("experts", EXPERTS | SEQUENCE), ("experts", CONTEXT)]
 FOUR = [
     ("plain", TENSOR | DATA),
     ("options", SEQUENCE | PIPELINE),
     ("deep", {"pipeline_parallel_size": 4}),
+    ("deep", VIRTUAL | CONTEXT),
 ]
 
 
 def name(run) -> str:
     spec, layout = run
-    return f"{spec}-" + "-".join(f"{key.split('_')[0]}{int(value)}" for key, value in layout.items())
+    return f"{spec}-" + "-".join(f"{key.removesuffix('_size')}{value}" for key, value in layout.items())
 
 
 @pytest.fixture(scope="module")

@@ -16,6 +16,7 @@ LAYOUTS = (
     {"tensor_parallel_size": 2, "sequence_parallel": True},
     {"pipeline_parallel_size": 2},
     {"data_parallel_size": 2},
+    {"context_parallel_size": 2},
 )
 RUNS = [(objective, layout) for objective in worker.OBJECTIVES for layout in LAYOUTS]
 

@@ -60,7 +60,7 @@ def hidden_states(engine: Any, context: Context) -> torch.Tensor | None:
     get_forward_backward_func()(
         forward_step_func=forward_step,
         data_iterator=iter([inputs()]),
-        model=[engine._rank_model.model],
+        model=list(engine._rank_model.chunks),
         num_microbatches=1,
         seq_length=LENGTH,
         micro_batch_size=NUM_ROWS,

@@ -218,7 +218,7 @@ def reference_noise_levels(
 
 def canonical_gradients(engine: Any) -> dict[str, torch.Tensor]:
     """Gradients in the buffers of a one-process engine, by canonical name."""
-    return _canonical(engine, lambda parameter: parameter.main_grad)
+    return _canonical(engine, lambda parameter: getattr(parameter, "main_grad", parameter))
 
 
 def canonical_weights(engine: Any) -> dict[str, torch.Tensor]:
@@ -230,7 +230,8 @@ def _canonical(engine: Any, of: Callable[[Any], torch.Tensor]) -> dict[str, torc
     from megamask.models.shapes import canonical_shapes
 
     tensors = {name: torch.full(shape, float("nan")) for name, shape in canonical_shapes(engine._spec).items()}
-    for name, parameter in engine._rank_model.network.named_parameters():
+    network = engine._rank_model.network
+    for name, parameter in (*network.named_parameters(), *network.named_buffers()):
         for block in engine.parameters[name].canonical:
             rows = slice(block.first_row, block.first_row + block.sizes[0])
             tensors[block.name][block.index] = of(parameter)[rows]

@@ -9,9 +9,17 @@ from typing import Any
 
 import torch
 
+from megamask.models.experts import ExpertSpec
 from support import engine_cases as cases
 
-STEPS = {"plain": range(1, 21), "options": range(1, 7), "deep": range(1, 7), "bf16": range(1, 7)}
+STEPS = {
+    "plain": range(1, 21),
+    "options": range(1, 7),
+    "deep": range(1, 7),
+    "odd": range(1, 7),
+    "experts": range(1, 7),
+    "bf16": range(1, 7),
+}
 SAVED_STEP = 3
 RESUMED_STEPS = (4, 5, 6)
 NUM_PROBE_ROWS = 3
@@ -19,6 +27,26 @@ SPECS = {
     "plain": cases.PLAIN,
     "options": cases.OPTIONS,
     "deep": dataclasses.replace(cases.OPTIONS, num_layers=4),  # four stages: two of them make no noise
+    "odd": dataclasses.replace(cases.OPTIONS, num_layers=3),
+    # a dense layer, then experts with every option of the router
+    "experts": dataclasses.replace(
+        cases.OPTIONS,
+        rotary_fraction=0.5,
+        experts=ExpertSpec(
+            num_experts=8,
+            topk=2,
+            ffn_hidden_size=24,
+            num_shared=1,
+            num_dense_layers=1,
+            score="sigmoid",
+            scale=2.5,
+            num_groups=4,
+            topk_groups=2,
+            has_bias=True,
+            bias_rate=0.01,
+            balance_weight=0.01,
+        ),
+    ),
     "bf16": cases.OPTIONS,
 }
 

@@ -124,7 +124,7 @@ def _answer(run_dir: Path, place: NodePlace, step: int, attempt: int, code: int)
 
 def _ranks_per_node(config: TrainConfig, place: NodePlace) -> int:
     layout = config.layout
-    ranks = layout.tensor_parallel_size * layout.pipeline_parallel_size * layout.data_parallel_size
+    ranks = layout.num_processes
     if ranks % place.num_nodes:
         raise UsageError(
             f"the layout needs {ranks} ranks, which {place.num_nodes} nodes cannot share equally. Nothing was started.",

@@ -70,6 +70,12 @@ class Backend:
         """Wait until the device has done what it was asked, so that a clock can be read."""
         torch.cuda.synchronize()  # on the CPU answered by cpu_backend: nothing is pending
 
+    def prepare_experts(self) -> None:
+        """Readies megatron-core's dispatch of tokens to experts, before the first network with experts is built."""
+        if self.device.type == "cpu":
+            # gloo takes the sizes of an exchange as numbers; megatron-core makes them such only on their way from a GPU
+            _replace("megatron.core.transformer.moe.token_dispatcher", maybe_move_tensor_to_cpu=_sizes_on_host)
+
     def pin(self, memory: torch.Tensor) -> None:
         """Lock host memory so that the device copies to it at full speed; torch's own way takes a power of two of it.
 
@@ -186,6 +192,10 @@ def _choose_kernels(*, has_cuda: bool) -> str:
         _replace("megatron.core.optimizer.optimizer", **kernels)
         _replace("megatron.core.optimizer.clip_grads", l2_norm_impl=local.local_multi_tensor_l2_norm, **kernels)
     return f"{adam.__module__}.{adam.__name__}"
+
+
+def _sizes_on_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+    return tensor.numpy() if as_numpy and isinstance(tensor, torch.Tensor) else tensor
 
 
 def _replace(module: str, **values: Any) -> None:

@@ -11,8 +11,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from megamask.engine.mesh import Mesh
-from megamask.engine.specs.base import Part
-from megamask.models.shapes import EMBEDDING_NAME, HEAD_NAME
+from megamask.engine.specs.base import LayerPart, Part
+from megamask.models.shapes import (
+    EMBEDDING_NAME,
+    EXPERT_BIAS_NAME,
+    HEAD_NAME,
+    ROUTER_NAME,
+    SHARED_PREFIX,
+    expert_prefix,
+)
 from megamask.models.spec import ModelSpec
 
 
@@ -53,22 +60,27 @@ def replicated(name: str, size: int) -> tuple[TensorSlice, ...]:
     return (TensorSlice(name=name, first_row=0, offsets=(0,), sizes=(size,)),)
 
 
-def layer_slices(part: Part, prefix: str, spec: ModelSpec, mesh: Mesh) -> tuple[TensorSlice, ...]:
+def layer_slices(part: LayerPart, prefix: str, spec: ModelSpec, mesh: Mesh) -> tuple[TensorSlice, ...]:
     """The slices of one part of a layer on this rank.
 
     Args:
         prefix: of the canonical names of the layer.
     """
     hidden = spec.hidden_size
+    if isinstance(part, tuple):
+        return _expert_slices(*part, prefix, spec, mesh)
+    if part in (Part.ROUTER, Part.EXPERT_BIAS, Part.SHARED_GATE_AND_UP, Part.SHARED_DOWN):
+        return _slices_beside_experts(part, prefix, spec, mesh)
     if part in _REPLICATED:
         is_of_heads = part in (Part.QUERY_NORM, Part.KEY_NORM)
         return replicated(prefix + _REPLICATED[part], spec.head_dim if is_of_heads else hidden)
+    tensor = _Share(rank=mesh.tensor_parallel_rank, size=mesh.tensor_parallel_size)
     if part is Part.ATTENTION_OUTPUT:
-        return _columns(f"{prefix}self_attn.o_proj.weight", hidden, spec.num_attention_heads * spec.head_dim, mesh)
+        return _columns(f"{prefix}self_attn.o_proj.weight", hidden, spec.num_attention_heads * spec.head_dim, tensor)
     if part is Part.DOWN:
-        return _columns(f"{prefix}mlp.down_proj.weight", hidden, spec.ffn_hidden_size, mesh)
+        return _columns(f"{prefix}mlp.down_proj.weight", hidden, spec.ffn_hidden_size, tensor)
     if part is Part.GATE_AND_UP:
-        return tuple(_gate_and_up(prefix, spec, mesh))
+        return tuple(_gate_and_up(f"{prefix}mlp.", hidden, spec.ffn_hidden_size, tensor))
     return tuple(_query_key_value(prefix, "bias" if part is Part.QUERY_KEY_VALUE_BIAS else "weight", spec, mesh))
 
 
@@ -80,14 +92,47 @@ _REPLICATED = {
 }
 
 
-def _gate_and_up(prefix: str, spec: ModelSpec, mesh: Mesh) -> Iterator[TensorSlice]:
-    rows = spec.ffn_hidden_size // mesh.tensor_parallel_size
+@dataclass(frozen=True, kw_only=True)
+class _Share:
+    """Which of equal shares of a matrix a rank holds."""
+
+    rank: int
+    size: int
+
+
+def _expert_slices(part: Part, expert: int, prefix: str, spec: ModelSpec, mesh: Mesh) -> tuple[TensorSlice, ...]:
+    assert spec.experts is not None  # a layer has experts
+    width = spec.experts.ffn_hidden_size
+    share = _Share(rank=mesh.expert_tensor_parallel_rank, size=mesh.expert_tensor_parallel_size)
+    prefix += expert_prefix(expert)
+    if part is Part.EXPERT_DOWN:
+        return _columns(f"{prefix}down_proj.weight", spec.hidden_size, width, share)
+    return tuple(_gate_and_up(prefix, spec.hidden_size, width, share))
+
+
+def _slices_beside_experts(part: Part, prefix: str, spec: ModelSpec, mesh: Mesh) -> tuple[TensorSlice, ...]:
+    """Router, its bias, and the part that every token visits."""
+    assert spec.experts is not None  # a layer has experts
+    hidden, num_experts, width = spec.hidden_size, spec.experts.num_experts, spec.experts.shared_hidden_size
+    share = _Share(rank=mesh.tensor_parallel_rank, size=mesh.tensor_parallel_size)
+    if part is Part.ROUTER:
+        return (TensorSlice(name=prefix + ROUTER_NAME, first_row=0, offsets=(0, 0), sizes=(num_experts, hidden)),)
+    if part is Part.EXPERT_BIAS:
+        return replicated(prefix + EXPERT_BIAS_NAME, num_experts)
+    prefix += SHARED_PREFIX
+    if part is Part.SHARED_DOWN:
+        return _columns(f"{prefix}down_proj.weight", hidden, width, share)
+    return tuple(_gate_and_up(prefix, hidden, width, share))
+
+
+def _gate_and_up(prefix: str, hidden: int, width: int, share: _Share) -> Iterator[TensorSlice]:
+    rows = width // share.size
     for number, name in enumerate(("gate_proj", "up_proj")):
         yield TensorSlice(
-            name=f"{prefix}mlp.{name}.weight",
+            name=f"{prefix}{name}.weight",
             first_row=number * rows,
-            offsets=(mesh.tensor_parallel_rank * rows, 0),
-            sizes=(rows, spec.hidden_size),
+            offsets=(share.rank * rows, 0),
+            sizes=(rows, hidden),
         )
 
 
@@ -108,6 +153,6 @@ def _query_key_value(prefix: str, kind: str, spec: ModelSpec, mesh: Mesh) -> Ite
             first_row += rows
 
 
-def _columns(name: str, rows: int, columns: int, mesh: Mesh) -> tuple[TensorSlice, ...]:
-    share = columns // mesh.tensor_parallel_size
-    return (TensorSlice(name=name, first_row=0, offsets=(0, mesh.tensor_parallel_rank * share), sizes=(rows, share)),)
+def _columns(name: str, rows: int, columns: int, share: _Share) -> tuple[TensorSlice, ...]:
+    mine = columns // share.size
+    return (TensorSlice(name=name, first_row=0, offsets=(0, share.rank * mine), sizes=(rows, mine)),)

@@ -20,10 +20,11 @@ from megamask.engine.backend import Backend, select_backend
 from megamask.engine.collectives import Collectives
 from megamask.engine.head import ScoredRowHead
 from megamask.engine.initialization import set_initial_weights
+from megamask.engine.layers.router import Routing
 from megamask.engine.mesh import Mesh, ProcessGroups
 from megamask.engine.network import build_network, wrap_data_parallel
 from megamask.engine.optimizer import ShardedAdamW
-from megamask.engine.parameters import mark_parameters, parameter_table
+from megamask.engine.parameters import mark_parameters, named_buffers, named_parameters, parameter_table
 from megamask.engine.passes import RankModel
 from megamask.engine.specs.families import layer_family
 from megamask.engine.state import restore
@@ -77,21 +78,35 @@ class Engine:
         groups = ProcessGroups(mesh)
         self._spec = spec
         self._host_copy = HostCopy(backend)
-        network = build_network(
-            spec, mesh, _FORMATS[compute], mask_token_id=objective.vocabulary.mask_token_id, family=family
-        )
-        self.parameters = parameter_table(network, spec, mesh, family.layer_parameters(spec), optimizer)
-        mark_parameters(network, self.parameters)
-        model = wrap_data_parallel(network)
-        self._optimizer = ShardedAdamW(model, self.parameters, optimizer)
+        mask_token_id = objective.vocabulary.mask_token_id
+        routing = None
+        if spec.experts is not None:
+            backend.prepare_experts()
+            routing = Routing(spec.experts, spec.num_layers, row_group=groups.tensor_and_context, device=backend.device)
+        networks = [
+            build_network(
+                spec,
+                mesh,
+                _FORMATS[compute],
+                mask_token_id=mask_token_id,
+                family=family,
+                chunk=chunk,
+                routing=routing,
+            )
+            for chunk in range(mesh.virtual_pipeline_size)
+        ]
+        self.parameters = parameter_table(networks, spec, mesh, family.layer_parameters(spec), optimizer)
+        mark_parameters(networks, self.parameters)
+        chunks = tuple(wrap_data_parallel(network, chunk=number) for number, network in enumerate(networks))
+        self._optimizer = ShardedAdamW(chunks, self.parameters, optimizer)
         set_initial_weights(self._optimizer, spec, seed=seed)
         self._rank_model = RankModel(
             mesh=mesh,
             groups=groups,
             backend=backend,
             collectives=self._collectives,
-            network=network,
-            model=model,
+            chunks=chunks,
+            routing=routing,
             head=ScoredRowHead(objective.vocabulary, objective.excluded_ids, mesh, groups, backend.device),
             vocabulary=objective.vocabulary,
             objective=objective,
@@ -143,6 +158,8 @@ class Engine:
         share = StepShare(rank_model, self._settings, batch, step=step)
         counts = share.agree_on_counts()
         optimizer.zero_gradients()
+        if (routing := rank_model.routing) is not None:
+            routing.begin_step(num_rows=share.num_rows)
         losses = share.forward_backward(counts)
         rank_model.backend.synchronize()
         middle = time.perf_counter()
@@ -151,6 +168,8 @@ class Engine:
         is_finite = not rank_model.collectives.max_integer(has_nonfinite)
         if is_finite:
             optimizer.update(learning_rate=learning_rate, gradient_norm=grad_norm)
+            if routing is not None:
+                routing.move_biases(torch.tensor(losses.expert_counts))
         rank_model.backend.synchronize()
         return StepReport(
             loss=losses.total,
@@ -164,6 +183,7 @@ class Engine:
             masked_tokens_by_noise_level=counts.masked_tokens_by_noise_level,
             loss_by_noise_level=losses.by_noise_level,
             content_sum=counts.content_sum,
+            expert_counts=losses.expert_counts,
             forward_backward_s=middle - began,
             optimizer_s=time.perf_counter() - middle,
         )
@@ -226,7 +246,10 @@ class Engine:
     def parameter_digest(self) -> str:
         """sha256 over weights and their masters; equal for two runs of one layout exactly if those are, bit for bit."""
         digest = hashlib.sha256()
-        for name, parameter in sorted(self._rank_model.network.named_parameters()):
+        for name, parameter in sorted(
+            (*named_parameters(self._rank_model.networks), *named_buffers(self._rank_model.networks)),
+            key=lambda named: named[0],
+        ):
             digest.update(name.encode())
             digest.update(_bytes_of(parameter))
         if self._optimizer.has_masters:

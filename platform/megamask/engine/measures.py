@@ -96,11 +96,13 @@ class Losses:
         terms: by name, in nats per token; the loss is their sum.
         nelbo: the bound on the negative log-likelihood, without its factor in the loss; None where no term does.
         by_noise_level: mean unweighted cross entropy in nats of the level's positions; None where there are none.
+        expert_counts: tokens by layer and expert, all views; None for a dense network.
     """
 
     terms: dict[str, float]
     nelbo: float | None
     by_noise_level: list[float | None]
+    expert_counts: list[list[int]] | None = None
 
     @property
     def total(self) -> float:

@@ -5,6 +5,8 @@ Shapes: b rows, s sequence, h hidden channels.
 
 from __future__ import annotations
 
+import importlib
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -20,7 +22,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megamask.engine.embedding import WideSumEmbedding
 from megamask.engine.layers.attention import RowContext
+from megamask.engine.layers.router import Routing
 from megamask.engine.mesh import Mesh
+from megamask.engine.sequence import SequencePart
 from megamask.engine.specs.families import LayerFamily
 from megamask.models.context import Context
 from megamask.models.spec import ModelSpec
@@ -29,17 +33,23 @@ from megamask.models.spec import ModelSpec
 class DiffusionNetwork(GPTModel):  # type: ignore[misc]
     """One pipeline stage. The last stage returns hidden states, not logits: the head scores masked rows only."""
 
-    def encode(self, inputs: torch.Tensor | None, context: Context = Context()) -> torch.Tensor:  # noqa: B008 - frozen
+    def encode(
+        self,
+        inputs: torch.Tensor | None,
+        context: Context = Context(),  # noqa: B008 - frozen
+        part: SequencePart | None = None,
+    ) -> torch.Tensor:
         """Run this stage on the rows of one micro-batch.
 
         Args:
             inputs: int64 [b, s] ids on the first stage; later stages get their input from the pipeline.
-            context: positions and attention pattern of the rows, on every stage.
+            context: positions and attention pattern of the complete rows, on every stage.
+            part: this rank's positions of the rows, which `inputs` holds; None for all.
 
         Returns: [s, b, h] on the last stage (all positions), the next stage's input elsewhere.
         """
         hidden: torch.Tensor = self.forward(
-            input_ids=inputs, position_ids=None, attention_mask=None, packed_seq_params=RowContext(context)
+            input_ids=inputs, position_ids=None, attention_mask=None, packed_seq_params=RowContext(context, part)
         )
         return hidden
 
@@ -58,25 +68,39 @@ class DiffusionNetwork(GPTModel):  # type: ignore[misc]
 
 
 def build_network(
-    spec: ModelSpec, mesh: Mesh, compute: torch.dtype, *, mask_token_id: int, family: LayerFamily
+    spec: ModelSpec,
+    mesh: Mesh,
+    compute: torch.dtype,
+    *,
+    mask_token_id: int,
+    family: LayerFamily,
+    chunk: int = 0,
+    routing: Routing | None = None,
 ) -> DiffusionNetwork:
-    """Build this rank's pipeline stage; its weights are undefined until the optimizer's shards are published.
+    """Build one of this rank's stages; its weights are undefined until the optimizer's shards are published.
 
     Args:
+        chunk: which of the rank's stages, from 0.
         compute: number format of weights and activations.
         mask_token_id: the most frequent input id, whose gradient is summed by itself (embedding.py).
         family: of the layers' modules.
+        routing: what the routers of this rank share; None for a dense network.
     """
     config = _transformer_config(spec, mesh, compute)
+    layers = mesh.layers(spec.num_layers, chunk)
+    block = family.block_spec(config, len(layers), rope_theta=spec.rope_theta, rotary_channels=spec.rotary_channels)
+    if routing is not None:
+        block = _experts().with_experts(block, layers, spec, routing)
     network = DiffusionNetwork(
         config=config,
-        transformer_layer_spec=family.block_spec(config, len(mesh.layers(spec.num_layers)), rope_theta=spec.rope_theta),
+        transformer_layer_spec=block,
         vocab_size=spec.padded_vocab_size,
         max_sequence_length=spec.max_sequence_length,
         position_embedding_type="none",  # the attention module turns queries and keys itself
         share_embeddings_and_output_weights=spec.tie_embeddings,
-        pre_process=mesh.is_first_stage,
-        post_process=mesh.is_last_stage,
+        pre_process=mesh.stage(chunk) == 0,
+        post_process=mesh.stage(chunk) == mesh.num_stages - 1,
+        vp_stage=chunk if mesh.virtual_pipeline_size > 1 else None,
     )
     if network.pre_process and compute != torch.float32:
         # float32 runs keep torch's lookup: it sums in their own format already
@@ -84,15 +108,35 @@ def build_network(
     return network
 
 
-def wrap_data_parallel(network: DiffusionNetwork) -> DistributedDataParallel:
-    """Add float32 gradient buffers and their sums over the data-parallel ranks, sharded for the optimizer."""
+def wrap_data_parallel(network: DiffusionNetwork, *, chunk: int = 0) -> DistributedDataParallel:
+    """Add float32 gradient buffers and their sums over the data-parallel ranks, sharded for the optimizer.
+
+    Args:
+        chunk: which of the rank's stages, from 0; only the first one's buffers are cut into buckets.
+    """
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True, use_distributed_optimizer=True, average_in_collective=False
     )
-    return DistributedDataParallel(config=network.config, ddp_config=ddp_config, module=network)
+    return DistributedDataParallel(
+        config=network.config, ddp_config=ddp_config, module=network, disable_bucketing=chunk > 0
+    )
+
+
+def _experts() -> ModuleType:
+    """The module of layers with experts, whose import a dense network need not wait for."""
+    return importlib.import_module("megamask.engine.specs.experts")
+
+
+def _stages(spec: ModelSpec, mesh: Mesh) -> list[list[str]]:
+    """megatron-core's description of the stages, in the network's order."""
+    stages = [["decoder"] * len(layers) for layers in mesh.stage_layers(spec.num_layers)]
+    stages[0].insert(0, "embedding")
+    stages[-1].append("loss")
+    return stages
 
 
 def _transformer_config(spec: ModelSpec, mesh: Mesh, compute: torch.dtype) -> TransformerConfig:
+    is_interleaved = mesh.virtual_pipeline_size > 1
     return TransformerConfig(
         num_layers=spec.num_layers,
         hidden_size=spec.hidden_size,
@@ -111,6 +155,12 @@ def _transformer_config(spec: ModelSpec, mesh: Mesh, compute: torch.dtype) -> Tr
         attention_dropout=0.0,
         tensor_model_parallel_size=mesh.tensor_parallel_size,
         pipeline_model_parallel_size=mesh.pipeline_parallel_size,
+        virtual_pipeline_model_parallel_size=mesh.virtual_pipeline_size if is_interleaved else None,
+        pipeline_model_parallel_layout=_stages(spec, mesh) if mesh.num_stages > 1 else None,
+        context_parallel_size=mesh.context_parallel_size,
+        # With two pipeline ranks one batch of sends and receives could pair them in the wrong order, without an error.
+        overlap_p2p_comm=is_interleaved,
+        batch_p2p_comm=not is_interleaved,
         sequence_parallel=mesh.sequence_parallel,
         bf16=compute == torch.bfloat16,
         params_dtype=compute,
@@ -125,6 +175,7 @@ def _transformer_config(spec: ModelSpec, mesh: Mesh, compute: torch.dtype) -> Tr
         apply_rope_fusion=False,
         calculate_per_token_loss=True,  # gradients are summed, never averaged (law 3)
         finalize_model_grads_func=_finalize_gradients,
+        **({} if spec.experts is None else _experts().expert_settings(spec, mesh)),
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer.optimizer_config import ParamPredicate
 
 from megamask.config.schema.optimizer import OptimizerConfig
-from megamask.engine.parameters import ParameterInfo, ParameterTable
+from megamask.engine.parameters import ParameterInfo, ParameterTable, named_buffers, named_parameters
 from megamask.models.spec import ModelSpec
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -30,7 +30,7 @@ class Shard:
         start, stop: the part, in the flattened parameter.
         weight: float32 [stop - start], the tensor that Adam updates: a view of the parameter itself, or for a parameter
             of another format its master weight.
-        moments: exp_avg and exp_avg_sq, like `weight`.
+        moments: exp_avg and exp_avg_sq, like `weight`; none of a buffer.
     """
 
     info: ParameterInfo
@@ -52,10 +52,12 @@ class ShardedAdamW:
         table: of the model's parameters; it decides decay and learning-rate factor of each.
     """
 
-    def __init__(self, model: DistributedDataParallel, table: ParameterTable, config: OptimizerConfig) -> None:
-        self._model = model
+    def __init__(
+        self, chunks: Sequence[DistributedDataParallel], table: ParameterTable, config: OptimizerConfig
+    ) -> None:
+        self._chunks = list(chunks)
         self._table = table
-        self._compute: torch.dtype = model.config.params_dtype
+        self._compute: torch.dtype = chunks[0].config.params_dtype
         self._clip_grad_norm = config.clip_grad_norm
         self._optimizer = get_megatron_optimizer(
             MegatronOptimizerConfig(
@@ -71,11 +73,12 @@ class ShardedAdamW:
                 params_dtype=self._compute,
                 use_distributed_optimizer=True,
             ),
-            [model],
-            _group_overrides(model, table),
+            self._chunks,
+            _group_overrides(self._parameters(), table),
             use_gloo_process_groups=False,
         )
-        model.config.grad_scale_func = self._optimizer.scale_loss
+        for chunk in self._chunks:
+            chunk.config.grad_scale_func = self._optimizer.scale_loss
         # A rank without parameters of a kind has an optimizer of that kind that does nothing.
         self._sharded = [part for part in self._optimizer.chained_optimizers if not part.is_stub_optimizer]
         for group in self._groups():
@@ -83,7 +86,8 @@ class ShardedAdamW:
 
     def zero_gradients(self) -> None:
         """Clear the gradients of the previous step."""
-        self._model.zero_grad_buffer()
+        for chunk in self._chunks:
+            chunk.zero_grad_buffer()
         self._optimizer.zero_grad()
 
     def gradient_norm(self) -> float:
@@ -125,8 +129,8 @@ class ShardedAdamW:
             group["step"] = value
 
     def shards(self) -> Iterator[Shard]:
-        """This rank's shards, in the network's order; missing moments are made, as zeros."""
-        for name, parameter in self._model.module.named_parameters():
+        """This rank's shards, in the network's order, then its buffers; missing moments are made, as zeros."""
+        for name, parameter in self._parameters():
             owner = next((part for part in self._sharded if parameter in part.model_param_group_index_map), None)
             if owner is None:
                 continue  # another data-parallel rank updates all of it
@@ -145,25 +149,35 @@ class ShardedAdamW:
                 moments={moment: state[moment] for moment in MOMENTS},
             )
 
+        for name, buffer in named_buffers([chunk.module for chunk in self._chunks]):
+            # every rank that has the layer moves them alike, by rule
+            yield Shard(info=self._table[name], start=0, stop=buffer.numel(), weight=buffer, moments={})
+
     def publish_weights(self) -> None:
         """Round master weights to the parameters' format and gather every rank's shards into complete parameters."""
         if self.has_masters:  # float32 shards are views of the parameters already
             for part in self._sharded:
                 part._copy_main_params_to_model_params()
-        self._model.start_param_sync(force_sync=True)
+        for chunk in self._chunks:
+            chunk.start_param_sync(force_sync=True)
+
+    def _parameters(self) -> list[tuple[str, torch.nn.Parameter]]:
+        return list(named_parameters([chunk.module for chunk in self._chunks]))
 
     def _groups(self) -> Iterator[dict[str, Any]]:
         for part in self._sharded:
             yield from part.optimizer.param_groups
 
 
-def _group_overrides(model: DistributedDataParallel, table: ParameterTable) -> dict[ParamKey, dict[str, float]]:
+def _group_overrides(
+    parameters: Iterable[tuple[str, torch.nn.Parameter]], table: ParameterTable
+) -> dict[ParamKey, dict[str, float]]:
     """megatron-core's description of the parameter groups, one for each decay and learning-rate factor.
 
     A checkpoint does not contain these groups: their settings come from the config of the run that loads it.
     """
     members: dict[tuple[bool, float], set[int]] = {}
-    for name, parameter in model.module.named_parameters():
+    for name, parameter in parameters:
         info = table[name]
         members.setdefault((info.decays, info.lr_multiplier), set()).add(id(parameter))
     overrides: dict[ParamKey, dict[str, float]] = {}

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
 import torch
@@ -17,9 +17,12 @@ import torch
 from megamask.config.schema.optimizer import OptimizerConfig
 from megamask.engine.canonical import TensorSlice, layer_slices, replicated, vocabulary_slices
 from megamask.engine.mesh import Mesh
-from megamask.engine.specs.base import EMBEDDING, FINAL_NORM, OUTPUT_LAYER, Part
+from megamask.engine.specs.base import EMBEDDING, FINAL_NORM, OUTPUT_LAYER, LayerPart, Part
 from megamask.models.shapes import FINAL_NORM_NAME, TensorKind, layer_prefix
 from megamask.models.spec import ModelSpec
+
+_Stage = Sequence[tuple[int, Mapping[str, LayerPart]]]
+"""Global number and parts of each layer of a stage."""
 
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
 
@@ -34,6 +37,12 @@ _TRAITS: Mapping[Part, tuple[TensorKind, int | None]] = {
     Part.POST_ATTENTION_NORM: (TensorKind.NORM, None),
     Part.GATE_AND_UP: (TensorKind.MATRIX, 0),
     Part.DOWN: (TensorKind.RESIDUAL_MATRIX, 1),
+    Part.ROUTER: (TensorKind.MATRIX, None),
+    Part.EXPERT_BIAS: (TensorKind.EXPERT_BIAS, None),
+    Part.EXPERT_GATE_AND_UP: (TensorKind.MATRIX, 0),
+    Part.EXPERT_DOWN: (TensorKind.RESIDUAL_MATRIX, 1),
+    Part.SHARED_GATE_AND_UP: (TensorKind.MATRIX, 0),
+    Part.SHARED_DOWN: (TensorKind.RESIDUAL_MATRIX, 1),
 }
 
 
@@ -49,6 +58,7 @@ class ParameterInfo:
         decays: whether weight decay applies.
         is_stored: whether this rank's copy goes into a checkpoint: replicas and a tied head's copy do not.
         is_expert: whether it belongs to the expert-parallel groups.
+        is_buffer: whether it is a buffer, which no optimizer updates.
         lr_multiplier: factor on the step's learning rate.
     """
 
@@ -59,6 +69,7 @@ class ParameterInfo:
     decays: bool
     is_stored: bool
     is_expert: bool = False
+    is_buffer: bool = False
     lr_multiplier: float = 1.0
 
     @property
@@ -82,31 +93,82 @@ class ParameterTable:
 
 
 def parameter_table(
-    network: torch.nn.Module, spec: ModelSpec, mesh: Mesh, parts: Mapping[str, Part], optimizer: OptimizerConfig
+    chunks: Sequence[torch.nn.Module],
+    spec: ModelSpec,
+    mesh: Mesh,
+    parts: Mapping[str, Part],
+    optimizer: OptimizerConfig,
 ) -> ParameterTable:
     """Describe every parameter of a rank's network.
 
     Args:
-        parts: of a layer's parameters, from the family that built the layers.
+        chunks: the rank's stages.
+        parts: of a layer's parameters, from the family that built the layers; of a layer without experts.
         optimizer: which kinds of tensors decay.
 
     Raises:
         KeyError: the network has a parameter that the family does not describe.
         ValueError: a parameter's shape is not that of its slices, or the family describes one that is missing.
     """
-    infos = {name: _info(name, tuple(p.shape), spec, mesh, parts, optimizer) for name, p in network.named_parameters()}
-    for layer in range(len(mesh.layers(spec.num_layers))):
-        if missing := [name for name in parts if f"decoder.layers.{layer}.{name}" not in infos]:
-            raise ValueError(f"layer {layer} of this stage has no parameter {', '.join(missing)}")
+    infos: dict[str, ParameterInfo] = {}
+    for number, chunk in enumerate(chunks):
+        layers, prefix = mesh.layers(spec.num_layers, number), _prefix(number, len(chunks))
+        stage = [(layer, _layer_parts(layer, spec, mesh, parts)) for layer in layers]
+        for name, tensor in (*chunk.named_parameters(), *chunk.named_buffers()):
+            info = _info(name, tuple(tensor.shape), spec, mesh, stage, optimizer)
+            infos[prefix + name] = replace(info, name=prefix + name)
+        for local, (_, of_layer) in enumerate(stage):
+            if missing := [name for name in of_layer if f"{prefix}decoder.layers.{local}.{name}" not in infos]:
+                raise ValueError(f"layer {local} of this stage has no parameter {', '.join(missing)}")
     return ParameterTable(spec=spec, infos=MappingProxyType(infos))
 
 
-def mark_parameters(network: torch.nn.Module, table: ParameterTable) -> None:
+def named_parameters(chunks: Sequence[torch.nn.Module]) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    """The parameters of a rank's stages by the names of the table: with the stage's number where there are several."""
+    for number, chunk in enumerate(chunks):
+        for name, parameter in chunk.named_parameters():
+            yield _prefix(number, len(chunks)) + name, parameter
+
+
+def named_buffers(chunks: Sequence[torch.nn.Module]) -> Iterator[tuple[str, torch.Tensor]]:
+    """The buffers of a rank's stages, named like the parameters."""
+    for number, chunk in enumerate(chunks):
+        for name, buffer in chunk.named_buffers():
+            yield _prefix(number, len(chunks)) + name, buffer
+
+
+def _layer_parts(layer: int, spec: ModelSpec, mesh: Mesh, dense: Mapping[str, Part]) -> Mapping[str, LayerPart]:
+    """Parts of a layer's parameters and buffers, by their names in the layer."""
+    experts = spec.experts
+    if experts is None or not spec.has_experts(layer):
+        return dict(dense)
+    parts: dict[str, LayerPart] = {name: part for name, part in dense.items() if part not in _DENSE}
+    parts["mlp.router.weight"] = Part.ROUTER
+    if experts.has_bias:
+        parts["mlp.router.expert_bias"] = Part.EXPERT_BIAS
+    for local, expert in enumerate(mesh.experts(experts.num_experts)):
+        prefix = f"mlp.experts.local_experts.{local}."
+        parts[f"{prefix}linear_fc1.weight"] = (Part.EXPERT_GATE_AND_UP, expert)
+        parts[f"{prefix}linear_fc2.weight"] = (Part.EXPERT_DOWN, expert)
+    if experts.num_shared:
+        parts["mlp.shared_experts.linear_fc1.weight"] = Part.SHARED_GATE_AND_UP
+        parts["mlp.shared_experts.linear_fc2.weight"] = Part.SHARED_DOWN
+    return parts
+
+
+_DENSE = {Part.GATE_AND_UP, Part.DOWN}
+
+
+def _prefix(number: int, num_chunks: int) -> str:
+    return "" if num_chunks == 1 else f"chunk{number}."
+
+
+def mark_parameters(chunks: Sequence[torch.nn.Module], table: ParameterTable) -> None:
     """Set the attributes by which megatron-core finds shards (gradient norm) and experts (gradient sums, optimizers).
 
     Layer families set some of them themselves, not all, and not all in the same way.
     """
-    for name, parameter in network.named_parameters():
+    for name, parameter in named_parameters(chunks):
         info = table[name]
         is_sharded = info.sharded_dim is not None
         for attribute, value in (
@@ -124,10 +186,10 @@ def _info(
     shape: tuple[int, ...],
     spec: ModelSpec,
     mesh: Mesh,
-    parts: Mapping[str, Part],
+    stage: _Stage,
     optimizer: OptimizerConfig,
 ) -> ParameterInfo:
-    kind, sharded_dim, slices = _describe(name, spec, mesh, parts)
+    kind, sharded_dim, slices, is_expert = _describe(name, spec, mesh, stage)
     expected = _local_shape(kind, spec, mesh, slices)
     if shape != expected:
         raise ValueError(f"the parameter {name} has the shape {shape}; its canonical tensors make {expected}")
@@ -138,26 +200,35 @@ def _info(
         shape=shape,
         sharded_dim=sharded_dim,
         decays=_decays(TensorKind.EMBEDDING if is_tied_copy else kind, optimizer),
-        is_stored=not is_tied_copy and (sharded_dim is not None or mesh.tensor_parallel_rank == 0),
+        is_stored=not is_tied_copy
+        and (sharded_dim is not None or mesh.tensor_parallel_rank == 0)
+        and (
+            # the optimizer shares out parameters over the data- and context-parallel ranks, not buffers
+            kind is not TensorKind.EXPERT_BIAS or mesh.data_parallel_rank == mesh.context_parallel_rank == 0
+        ),
+        is_expert=is_expert,
+        is_buffer=kind is TensorKind.EXPERT_BIAS,
     )
 
 
 def _describe(
-    name: str, spec: ModelSpec, mesh: Mesh, parts: Mapping[str, Part]
-) -> tuple[TensorKind, int | None, tuple[TensorSlice, ...]]:
-    """Kind, sharded dimension and slices."""
+    name: str, spec: ModelSpec, mesh: Mesh, stage: _Stage
+) -> tuple[TensorKind, int | None, tuple[TensorSlice, ...], bool]:
+    """Kind, sharded dimension, slices, and whether it is an expert's."""
     if name == EMBEDDING:
-        return TensorKind.EMBEDDING, 0, vocabulary_slices(spec, mesh, is_head=False)
+        return TensorKind.EMBEDDING, 0, vocabulary_slices(spec, mesh, is_head=False), False
     if name == OUTPUT_LAYER:
-        return TensorKind.HEAD, 0, vocabulary_slices(spec, mesh, is_head=True)
+        return TensorKind.HEAD, 0, vocabulary_slices(spec, mesh, is_head=True), False
     if name == FINAL_NORM:
-        return TensorKind.NORM, None, replicated(FINAL_NORM_NAME, spec.hidden_size)
+        return TensorKind.NORM, None, replicated(FINAL_NORM_NAME, spec.hidden_size), False
     match = _LAYER.fullmatch(name)
+    layer, parts = stage[int(match[1])] if match else (0, {})
     if match is None or match[2] not in parts:
         raise KeyError(f"the layer family does not describe the parameter {name}")
-    layer = mesh.layers(spec.num_layers)[int(match[1])]
-    kind, sharded_dim = _TRAITS[parts[match[2]]]
-    return kind, sharded_dim, layer_slices(parts[match[2]], layer_prefix(layer), spec, mesh)
+    part = parts[match[2]]
+    is_expert = isinstance(part, tuple)
+    kind, sharded_dim = _TRAITS[part[0] if isinstance(part, tuple) else part]
+    return kind, sharded_dim, layer_slices(part, layer_prefix(layer), spec, mesh), is_expert
 
 
 def _local_shape(kind: TensorKind, spec: ModelSpec, mesh: Mesh, slices: tuple[TensorSlice, ...]) -> tuple[int, ...]:

@@ -3,7 +3,8 @@
 Every pipeline stage takes each micro-batch in turn; the schedule hands `forward_step` the model chunk to run, which is
 one of several where a rank holds more than one (virtual pipeline stages).
 
-Shapes: r rows of a micro-batch, i input positions, h hidden channels, m scored positions.
+Shapes: r rows of a micro-batch, i input positions, c of them on this rank (all but under context parallelism), h hidden
+channels, m scored positions.
 """
 
 from __future__ import annotations
@@ -19,8 +20,10 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megamask.engine.backend import Backend
 from megamask.engine.collectives import Collectives
 from megamask.engine.head import ScoredRowHead
+from megamask.engine.layers.router import Routing
 from megamask.engine.mesh import Mesh, ProcessGroups
 from megamask.engine.network import DiffusionNetwork
+from megamask.engine.sequence import SequencePart, sequence_part
 from megamask.models.context import Context
 from megamask.models.vocabulary import Vocabulary
 from megamask.objectives.base import Objective
@@ -31,19 +34,33 @@ class RankModel:
     """One rank's part of the network, its coordinates on the mesh, and the objective.
 
     Args:
-        network: this rank's pipeline stage.
-        model: the same, with gradient buffers.
+        routing: what the routers of this rank share; None for a dense network.
+        chunks: this rank's stages with their gradient buffers, in the network's order; one without virtual stages.
     """
 
     mesh: Mesh
     groups: ProcessGroups
     backend: Backend
     collectives: Collectives
-    network: DiffusionNetwork
-    model: DistributedDataParallel
+    chunks: tuple[DistributedDataParallel, ...]
     head: ScoredRowHead
     vocabulary: Vocabulary
     objective: Objective
+    routing: Routing | None = None
+
+    @property
+    def networks(self) -> list[DiffusionNetwork]:
+        """This rank's stages."""
+        return [chunk.module for chunk in self.chunks]
+
+    @property
+    def network(self) -> DiffusionNetwork:
+        """The first of this rank's stages."""
+        return self.networks[0]
+
+    def part(self, num_positions: int) -> SequencePart | None:
+        """This rank's positions of rows of that length; None for all."""
+        return sequence_part(self.mesh, self.groups, num_positions, self.backend.device)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +68,7 @@ class PassInput:
     """Input of a pipeline stage from one micro-batch.
 
     Args:
-        inputs: int64 [r, i] token ids; None on stages that have no embedding.
+        inputs: int64 [r, i] token ids of complete rows; None on ranks that have no embedding.
         context: positions, documents and attention, on every stage.
     """
 
@@ -60,7 +77,7 @@ class PassInput:
 
 
 LastStage = Callable[[DiffusionNetwork, torch.Tensor, int], torch.Tensor]
-"""(network, hidden [i, r, h], number of the micro-batch) -> what the last stage makes of it."""
+"""(network, hidden [c, r, h], number of the micro-batch) -> what the last stage makes of it."""
 
 
 def train(
@@ -91,9 +108,14 @@ def forward_only(
     Arguments as for `train`.
     """
     found: list[torch.Tensor] = []
+    num_given = len(micro_batches)
+    if len(rank_model.chunks) > 1:  # an interleaved schedule takes micro-batches in groups, one for each pipeline rank
+        missing = -num_given % rank_model.mesh.pipeline_parallel_size
+        micro_batches = [*micro_batches, *[micro_batches[-1]] * missing]
 
     def last_stage(network: DiffusionNetwork, hidden: torch.Tensor, number: int) -> tuple[torch.Tensor, Any]:
-        found.append(look(network, hidden, number))
+        if number < num_given:
+            found.append(look(network, hidden, number))
         one = torch.ones((), dtype=torch.int, device=hidden.device)
         return hidden, lambda hidden: (hidden.new_zeros(()), one, {})
 
@@ -115,18 +137,26 @@ def _run(
     shape: tuple[int, int],
     forward_only: bool,
 ) -> None:
+    part = rank_model.part(shape[1])
+    if rank_model.routing is not None:
+        rank_model.routing.part = part
+
     def forward_step(
         numbered: Iterator[tuple[int, PassInput]], chunk: DistributedDataParallel
     ) -> tuple[torch.Tensor, Callable[..., Any]]:
         number, micro_batch = next(numbered)
         network: DiffusionNetwork = chunk.module
-        output = network.encode(micro_batch.inputs if network.pre_process else None, micro_batch.context)
+        inputs = micro_batch.inputs if network.pre_process else None
+        if inputs is not None and part is not None:
+            inputs = inputs[:, part.places]
+        output = network.encode(inputs, micro_batch.context, part)
         return last_stage(network, output, number) if network.post_process else (output, _no_loss)
 
+    numbered = list(enumerate(micro_batches))
     get_forward_backward_func()(
         forward_step_func=forward_step,
-        data_iterator=iter(list(enumerate(micro_batches))),
-        model=[rank_model.model],
+        data_iterator=[iter(numbered) for _ in rank_model.chunks] if len(rank_model.chunks) > 1 else iter(numbered),
+        model=list(rank_model.chunks),
         num_microbatches=len(micro_batches),
         seq_length=shape[1],
         micro_batch_size=shape[0],

@@ -3,7 +3,8 @@
 Neither the model nor logits are gathered: to choose a token, each tensor-parallel rank scores its own slice of the
 vocabulary, four numbers a position travel between them, two a position to the other pipeline stages.
 
-Shapes: r rows, i input positions of a row, h hidden channels, m chosen positions of all rows.
+Shapes: r rows, i input positions of a row, c of them on this rank (all but under context parallelism), h hidden
+channels, m chosen positions of all rows.
 """
 
 from __future__ import annotations
@@ -35,18 +36,19 @@ def score(rank_model: RankModel, rows: Rows, *, rows_per_pass: int, chunk_rows: 
         return torch.zeros(0, dtype=torch.float64)
     # every pass has the same shape; nothing is scored in rows that fill it up
     rows = filled_up(rows.to(rank_model.backend.device), -num_rows % rows_per_pass)
-    slices = _passes(len(rows.inputs), rows_per_pass)
-    num_scored = scored_counts(rows.is_scored, len(slices))
+    slices, part = _passes(len(rows.inputs), rows_per_pass), rank_model.part(num_positions)
+    own = rows if part is None else part.of_rows(rows)
+    num_scored = scored_counts(own.is_scored, len(slices))
 
     def row_sums(network: DiffusionNetwork, hidden: torch.Tensor, number: int) -> torch.Tensor:
-        part = rows.rows(slices[number])
+        of_pass = own.rows(slices[number])
         scored = ScoredRows.of(
-            part, capacity=part.is_scored.numel(), num_scored=num_scored[number], chunk_rows=chunk_rows
+            of_pass, capacity=of_pass.is_scored.numel(), num_scored=num_scored[number], chunk_rows=chunk_rows
         )
         scores = rank_model.head.score(network, hidden, scored)
-        flat = torch.zeros(part.is_scored.numel(), dtype=torch.float64, device=hidden.device)
+        flat = torch.zeros(of_pass.is_scored.numel(), dtype=torch.float64, device=hidden.device)
         flat[scored.indices] = torch.where(scores.is_used, scores.cross_entropy, 0.0).double()
-        weighted = flat.reshape(part.is_scored.shape) * part.weight.to(torch.float64)
+        weighted = flat.reshape(of_pass.is_scored.shape) * of_pass.weight.to(torch.float64)
         return weighted.sum(dim=1)
 
     found = passes.forward_only(
@@ -55,8 +57,10 @@ def score(rank_model: RankModel, rows: Rows, *, rows_per_pass: int, chunk_rows: 
         row_sums,
         shape=(rows_per_pass, num_positions),
     )
-    empty = torch.zeros(len(rows.inputs), dtype=torch.float64, device=rank_model.backend.device)
-    return passes.share_with_stages(rank_model, torch.cat(found) if found else empty)[:num_rows].cpu()
+    sums = torch.zeros(len(rows.inputs), dtype=torch.float64, device=rank_model.backend.device)
+    if found:
+        sums = rank_model.groups.sum_over_context(torch.cat(found))
+    return passes.share_with_stages(rank_model, sums)[:num_rows].cpu()
 
 
 @torch.no_grad()
@@ -75,12 +79,13 @@ def predict(rank_model: RankModel, reading: Reading, draw: Draw, *, rows_per_pas
     # every pass has the same shape; nothing is read in rows that fill it up
     order = torch.arange(num_rows + -num_rows % rows_per_pass, device=is_read.device) % num_rows
     inputs, context = reading.inputs[order], reading.context.rows(order)
-    slices = _passes(len(order), rows_per_pass)
+    slices, part = _passes(len(order), rows_per_pass), rank_model.part(num_positions)
+    places = torch.arange(num_positions, device=is_read.device) if part is None else part.places
 
     def scores(network: DiffusionNetwork, hidden: torch.Tensor, number: int) -> torch.Tensor:
         rows = slice(slices[number].start, min(slices[number].stop, num_rows))
-        part = replace(draw, sequences=draw.sequences[rows])
-        return _scores(rank_model, network, hidden, is_read[rows], reading, part)
+        of_pass = replace(draw, sequences=draw.sequences[rows])
+        return _scores(rank_model, network, hidden, is_read[rows][:, places], places, reading, of_pass)
 
     found = passes.forward_only(
         rank_model,
@@ -88,7 +93,10 @@ def predict(rank_model: RankModel, reading: Reading, draw: Draw, *, rows_per_pas
         scores,
         shape=(rows_per_pass, num_positions),
     )
-    return _choose_together(rank_model, torch.cat(found, dim=1) if found else None, num_read=int(is_read.sum()))
+    # of all positions read, those that this rank has answers for
+    is_own = torch.zeros_like(is_read)
+    is_own[:, places] = True
+    return _choose_together(rank_model, torch.cat(found, dim=1) if found else None, is_own[is_read])
 
 
 def _scores(
@@ -96,16 +104,20 @@ def _scores(
     network: DiffusionNetwork,
     hidden: torch.Tensor,
     is_read: torch.Tensor,
+    places: torch.Tensor,
     reading: Reading,
     draw: Draw,
 ) -> torch.Tensor:
-    """[4, m] answers of this rank's slice of the vocabulary, for the rows of one pass; hidden [i, r, h]."""
+    """[4, m] answers of this rank's slice of the vocabulary, for the rows of one pass.
+
+    Shapes: hidden [c, r, h]; is_read [r, c] of this rank's positions; places [c] of these in the row.
+    """
     vocabulary, head, num_positions = rank_model.vocabulary, rank_model.head, is_read.size(1)
     never = head.columns_without(never_written(vocabulary))
     parts = [
         score_slice(
             head.logits(network, hidden, indices),
-            indices % num_positions + reading.shift,
+            places[indices % num_positions] + reading.shift,
             indices // num_positions,
             num_positions=reading.num_positions,
             vocab_size=vocabulary.vocab_size,
@@ -118,12 +130,17 @@ def _scores(
     return torch.cat(parts, dim=1)
 
 
-def _choose_together(rank_model: RankModel, scores: torch.Tensor | None, *, num_read: int) -> Prediction:
-    """The choice over all of the vocabulary, from the tensor-parallel ranks of the last stage to every stage."""
-    answer = torch.zeros(2, num_read, dtype=torch.float64, device=rank_model.backend.device)
+def _choose_together(rank_model: RankModel, scores: torch.Tensor | None, is_own: torch.Tensor) -> Prediction:
+    """The choice over all of the vocabulary, from the tensor-parallel ranks of the last stage to every stage.
+
+    Args:
+        is_own: bool, of the positions read: those that `scores` answers for.
+    """
+    answer = torch.zeros(2, is_own.numel(), dtype=torch.float64, device=rank_model.backend.device)
     if scores is not None:
         chosen = choose(rank_model.groups.gather_over_tensor(scores))
-        answer = torch.stack((chosen.tokens.to(torch.float64), chosen.confidence))
+        answer[:, is_own] = torch.stack((chosen.tokens.to(torch.float64), chosen.confidence))
+        rank_model.groups.sum_over_context(answer)  # each position has one answer that is not 0
     tokens, confidence = passes.share_with_stages(rank_model, answer).cpu()
     return Prediction(tokens=tokens.to(torch.int64), confidence=confidence)
 

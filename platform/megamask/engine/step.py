@@ -1,17 +1,19 @@
 """One rank's share of a training step: rows, exact counts, forward and backward, and the loss as a sum.
 
-Shapes: b samples of this rank, r = b*views rows, i input positions of a row, m positions that the head scores.
+Shapes: b samples of this rank, r = b*views rows, i input positions of a row, c of them on this rank (all but under
+context parallelism), m positions that the head scores.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from megamask.data.loader import Batch
 from megamask.diffusion.philox import run_key
 from megamask.engine import passes
+from megamask.engine.layers.router import Routing
 from megamask.engine.measures import BatchCounts, Losses, count_share, num_counts, num_sums, sum_scores
 from megamask.engine.network import DiffusionNetwork
 from megamask.engine.passes import PassInput, RankModel
@@ -37,6 +39,7 @@ class StepReport:
         masked_tokens_by_noise_level: those of all views, by noise level.
         loss_by_noise_level: mean cross entropy of those positions in nats, unweighted; None where there are none.
         content_sum: sum mod 2^64 of the content hashes, global batch.
+        expert_counts: tokens of the step by layer and expert, all views; None for a dense network.
         forward_backward_s, optimizer_s: seconds on this rank.
     """
 
@@ -53,6 +56,7 @@ class StepReport:
     content_sum: int
     forward_backward_s: float
     optimizer_s: float
+    expert_counts: list[list[int]] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,13 +96,25 @@ class StepShare:
             self._rows = objective.rows(samples, step, key)
         self._context = self._rows.context if self._rows is not None else objective.context(samples, step, key)
         self._shape: ObjectiveShape = objective.shape(batch.tokens.size(1))
+        self._part = rank_model.part(self._shape.input_length)
 
     def agree_on_counts(self) -> BatchCounts:
         """Exact sums over the global batch, known before any forward pass."""
         rank_model, counts = self._rank_model, [0] * num_counts(self._rank_model.objective)
-        if rank_model.mesh.is_metrics_rank and self._rows is not None:
+        if rank_model.mesh.is_counting_rank and self._rows is not None:
             counts = count_share(self._batch, self._rows, rank_model.objective)
         return BatchCounts.from_sums(rank_model.collectives.sum_integers(counts))
+
+    def _own_rows(self) -> Rows | None:
+        """What this rank reads and scores: its part of the rows under context parallelism, else all of them."""
+        if self._rows is None or self._part is None:
+            return self._rows
+        return self._part.of_rows(self._rows)
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of the global batch, all views."""
+        return len(self._batch.batch_position) * self._rank_model.mesh.data_parallel_size * self._shape.num_views
 
     @property
     def _num_micro_batches(self) -> int:
@@ -121,12 +137,14 @@ class StepShare:
         Gradients in the buffers are of the loss: each micro-batch's share of a term was divided by that term's N.
         """
         rank_model, objective = self._rank_model, self._rank_model.objective
-        capacity = self._shape.scored_positions * self._settings.micro_batch_size
+        own = self._own_rows()
+        capacity = self._settings.micro_batch_size * self._shape.scored_positions
         normalizers = [term.normalizer(counts.of_terms) for term in objective.terms]
         slices, sums = self._micro_batches(), list[torch.Tensor]()
         num_scored = list[int]()
-        if rank_model.mesh.is_last_stage and self._rows is not None:
-            num_scored = scored_counts(self._rows.is_scored, len(slices))
+        if rank_model.mesh.is_last_stage and own is not None:
+            num_scored = scored_counts(own.is_scored, len(slices))
+            capacity = min(capacity, own.is_scored[: self._rows_per_pass].numel())
 
         def share(scores: Scores) -> torch.Tensor:
             shares = [
@@ -136,9 +154,9 @@ class StepShare:
             return sum(shares[1:], start=shares[0])
 
         def loss_share(network: DiffusionNetwork, hidden: torch.Tensor, number: int) -> torch.Tensor:
-            assert self._rows is not None  # the last stage made them
+            assert own is not None  # the last stage made them
             scored = ScoredRows.of(
-                self._rows.rows(slices[number]),
+                own.rows(slices[number]),
                 capacity=capacity,
                 num_scored=num_scored[number],
                 chunk_rows=self._settings.head_chunk_rows,
@@ -156,4 +174,16 @@ class StepShare:
         of_rank = torch.zeros(num_sums(objective), dtype=torch.float64)
         if rank_model.mesh.is_metrics_rank:
             of_rank = torch.stack(sums).sum(dim=0)
-        return Losses.from_sums(rank_model.collectives.sum_doubles(of_rank), counts, objective)
+        losses = Losses.from_sums(rank_model.collectives.sum_doubles(of_rank), counts, objective)
+        return losses if rank_model.routing is None else _with_routing(rank_model, rank_model.routing, losses)
+
+
+def _with_routing(rank_model: RankModel, routing: Routing, losses: Losses) -> Losses:
+    """The losses, with what the routers of all ranks did; each rank routed other tokens or other layers."""
+    num_layers, num_experts = routing.counts.shape
+    counts = rank_model.collectives.sum_integers(routing.counts.flatten().tolist())
+    by_layer = [counts[layer * num_experts : (layer + 1) * num_experts] for layer in range(num_layers)]
+    terms = losses.terms
+    if routing.experts.balance_weight > 0:
+        terms = terms | {"balance": rank_model.collectives.sum_doubles(routing.balance.reshape(1))[0]}
+    return replace(losses, terms=terms, expert_counts=by_layer)

@@ -54,7 +54,7 @@ def initial_tensor(
     sizes = tuple(stop - start for start, stop in spans)
     if tensor.kind is TensorKind.NORM:
         return torch.ones(sizes, device=device)
-    if tensor.kind is TensorKind.BIAS:
+    if tensor.kind in (TensorKind.BIAS, TensorKind.EXPERT_BIAS):
         return torch.zeros(sizes, device=device)
     key = key_of(hash_of(seed, name))
     std = standard_deviation(tensor, spec)

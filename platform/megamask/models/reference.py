@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from megamask.models.context import Context, visible_mask
+from megamask.models.experts import ExpertSpec
 from megamask.models.initial_weights import initial_tensor
+from megamask.models.routing import experts_choose, router_scores, tokens_choose
 from megamask.models.spec import ModelSpec
 
 
@@ -80,11 +82,11 @@ class Attention(nn.Module):
 class FeedForward(nn.Module):
     """SwiGLU: down(silu(gate(x)) * up(x))."""
 
-    def __init__(self, spec: ModelSpec) -> None:
+    def __init__(self, hidden_size: int, width: int) -> None:
         super().__init__()
-        self.gate_proj = Linear(spec.hidden_size, spec.ffn_hidden_size)
-        self.up_proj = Linear(spec.hidden_size, spec.ffn_hidden_size)
-        self.down_proj = Linear(spec.ffn_hidden_size, spec.hidden_size)
+        self.gate_proj = Linear(hidden_size, width)
+        self.up_proj = Linear(hidden_size, width)
+        self.down_proj = Linear(width, hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
         """[b, s, d] -> [b, s, d]."""
@@ -92,15 +94,54 @@ class FeedForward(nn.Module):
         return output
 
 
+class ExpertFeedForward(nn.Module):
+    """The weighted sum of the experts that a router chooses for each token, and of those that every token visits."""
+
+    def __init__(self, hidden_size: int, experts: ExpertSpec) -> None:
+        super().__init__()
+        self._spec = experts
+        self.gate = Linear(hidden_size, experts.num_experts)
+        self.gate.register_buffer("expert_bias", torch.zeros(experts.num_experts) if experts.has_bias else None)
+        self.experts = nn.ModuleList(
+            FeedForward(hidden_size, experts.ffn_hidden_size) for _ in range(experts.num_experts)
+        )
+        if experts.num_shared:
+            self.shared_experts = FeedForward(hidden_size, experts.shared_hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[b, s, d] -> [b, s, d]."""
+        weights, _, is_chosen = self.route(x)
+        output = self.shared_experts(x) if self._spec.num_shared else torch.zeros_like(x)
+        for number, expert in enumerate(self.experts):
+            chosen = is_chosen[..., number]
+            share = weights[..., number][chosen].unsqueeze(-1) * expert(x[chosen])
+            output = output.index_put((chosen,), share.to(x.dtype), accumulate=True)
+        return output
+
+    def route(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Weights and scores (float32) and choice (bool), [b, s, e] each."""
+        scores = router_scores(functional.linear(x.float(), self.gate.weight.float()), self._spec)
+        if self._spec.choice == "experts":
+            is_chosen = experts_choose(scores, self._spec)
+            return scores * is_chosen * self._spec.scale, scores, is_chosen
+        bias = dict(self.gate.named_buffers()).get("expert_bias")
+        weights, is_chosen = tokens_choose(scores.flatten(0, 1), self._spec, bias)
+        return weights.view_as(scores), scores, is_chosen.view_as(scores)
+
+
 class Layer(nn.Module):
     """Attention and feed-forward, each behind a norm and added to the residual stream."""
 
-    def __init__(self, spec: ModelSpec) -> None:
+    def __init__(self, spec: ModelSpec, number: int) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(spec.hidden_size, spec.norm_eps)
         self.self_attn = Attention(spec)
         self.post_attention_layernorm = RMSNorm(spec.hidden_size, spec.norm_eps)
-        self.mlp = FeedForward(spec)
+        self.mlp = (
+            ExpertFeedForward(spec.hidden_size, spec.experts)
+            if spec.experts is not None and spec.has_experts(number)
+            else FeedForward(spec.hidden_size, spec.ffn_hidden_size)
+        )
 
     def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor], mask: Tensor | None) -> Tensor:
         """[b, s, d] -> [b, s, d]."""
@@ -117,7 +158,7 @@ class Backbone(nn.Module):
         self.embed_tokens = nn.Embedding(
             spec.vocab_size, spec.hidden_size, _weight=torch.zeros(spec.vocab_size, spec.hidden_size)
         )
-        self.layers = nn.ModuleList(Layer(spec) for _ in range(spec.num_layers))
+        self.layers = nn.ModuleList(Layer(spec, number) for number in range(spec.num_layers))
         self.norm = RMSNorm(spec.hidden_size, spec.norm_eps)
 
 
@@ -183,11 +224,12 @@ class ReferenceModel(nn.Module):
 def rotary_positions(spec: ModelSpec, positions: Tensor) -> tuple[Tensor, Tensor]:
     """Cosine and sine of each position's angles; both halves of a head turn by the same angles.
 
-    Shapes: positions int64 [b or 1, s] -> float32 [b or 1, 1, s, c].
+    Shapes: positions int64 [b or 1, s] -> float32 [b or 1, 1, s, r], r of the c channels of a head.
 
     Source: RoFormer, arXiv:2104.09864, with the channels paired half by half as in Llama's Hugging Face layout.
     """
-    exponent = torch.arange(0, spec.head_dim, 2, dtype=torch.float32, device=positions.device) / spec.head_dim
+    channels = spec.rotary_channels
+    exponent = torch.arange(0, channels, 2, dtype=torch.float32, device=positions.device) / channels
     frequency = 1.0 / spec.rope_theta**exponent
     angle = positions.float()[:, None, :, None] * frequency
     both = torch.cat((angle, angle), dim=-1)
@@ -195,7 +237,9 @@ def rotary_positions(spec: ModelSpec, positions: Tensor) -> tuple[Tensor, Tensor
 
 
 def rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
-    """Turn each channel pair (i, i + c/2) of [b, n, s, c] by its position's angle."""
+    """Turn each channel pair (i, i + r/2) of [b, n, s, c] by its position's angle; of c channels the first r turn."""
     cosine, sine = rotation
+    x, rest = x[..., : cosine.shape[-1]], x[..., cosine.shape[-1] :]
     first, second = x.chunk(2, dim=-1)
-    return x * cosine.to(x.dtype) + torch.cat((-second, first), dim=-1) * sine.to(x.dtype)
+    turned = x * cosine.to(x.dtype) + torch.cat((-second, first), dim=-1) * sine.to(x.dtype)
+    return torch.cat((turned, rest), dim=-1) if rest.shape[-1] else turned

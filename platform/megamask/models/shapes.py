@@ -29,6 +29,8 @@ class TensorKind(Enum):
     """A projection that writes to the residual stream."""
     NORM = auto()
     BIAS = auto()
+    EXPERT_BIAS = auto()
+    """A router's bias for the choice of experts: no gradient, no moments, 0 at first (models/routing.py)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +56,7 @@ def canonical_tensors(spec: ModelSpec) -> Mapping[str, CanonicalTensor]:
     for layer in range(spec.num_layers):
         tensors += [
             CanonicalTensor(name=f"{layer_prefix(layer)}{name}", shape=shape, kind=kind, layer=layer)
-            for name, shape, kind in _layer(spec)
+            for name, shape, kind in _layer(spec, layer)
         ]
     tensors.append(CanonicalTensor(name=FINAL_NORM_NAME, shape=(hidden,), kind=TensorKind.NORM))
     if not spec.tie_embeddings:
@@ -73,7 +75,17 @@ def layer_prefix(layer: int) -> str:
     return f"model.layers.{layer}."
 
 
-def _layer(spec: ModelSpec) -> Iterator[tuple[str, tuple[int, ...], TensorKind]]:
+def expert_prefix(expert: int) -> str:
+    """Begin of the names of an expert's tensors, inside a layer."""
+    return f"mlp.experts.{expert}."
+
+
+SHARED_PREFIX = "mlp.shared_experts."
+ROUTER_NAME = "mlp.gate.weight"
+EXPERT_BIAS_NAME = "mlp.gate.expert_bias"
+
+
+def _layer(spec: ModelSpec, layer: int) -> Iterator[tuple[str, tuple[int, ...], TensorKind]]:
     """Name inside the layer, shape and kind."""
     hidden = spec.hidden_size
     queries, keys = spec.num_attention_heads * spec.head_dim, spec.num_query_groups * spec.head_dim
@@ -87,6 +99,20 @@ def _layer(spec: ModelSpec) -> Iterator[tuple[str, tuple[int, ...], TensorKind]]
         yield "self_attn.k_norm.weight", (spec.head_dim,), TensorKind.NORM
     yield "self_attn.o_proj.weight", (hidden, queries), TensorKind.RESIDUAL_MATRIX
     yield "post_attention_layernorm.weight", (hidden,), TensorKind.NORM
-    yield "mlp.gate_proj.weight", (spec.ffn_hidden_size, hidden), TensorKind.MATRIX
-    yield "mlp.up_proj.weight", (spec.ffn_hidden_size, hidden), TensorKind.MATRIX
-    yield "mlp.down_proj.weight", (hidden, spec.ffn_hidden_size), TensorKind.RESIDUAL_MATRIX
+    experts = spec.experts
+    if experts is None or not spec.has_experts(layer):
+        yield from _feed_forward("mlp.", hidden, spec.ffn_hidden_size)
+        return
+    yield ROUTER_NAME, (experts.num_experts, hidden), TensorKind.MATRIX
+    if experts.has_bias:
+        yield EXPERT_BIAS_NAME, (experts.num_experts,), TensorKind.EXPERT_BIAS
+    for expert in range(experts.num_experts):
+        yield from _feed_forward(expert_prefix(expert), hidden, experts.ffn_hidden_size)
+    if experts.num_shared:
+        yield from _feed_forward(SHARED_PREFIX, hidden, experts.shared_hidden_size)
+
+
+def _feed_forward(prefix: str, hidden: int, width: int) -> Iterator[tuple[str, tuple[int, ...], TensorKind]]:
+    yield f"{prefix}gate_proj.weight", (width, hidden), TensorKind.MATRIX
+    yield f"{prefix}up_proj.weight", (width, hidden), TensorKind.MATRIX
+    yield f"{prefix}down_proj.weight", (hidden, width), TensorKind.RESIDUAL_MATRIX

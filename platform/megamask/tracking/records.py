@@ -156,6 +156,8 @@ class Step(JournalRecord):
     masked_tokens_by_noise_level: list[Any] | None = None
     batch_digest: str | None = None
     content_digest: str | None = None
+    router_max_load: list[Any] | None = None
+    router_idle_experts: list[Any] | None = None
     seconds: dict[str, Any] | None = None
     tokens_per_second: float | None = None
     mfu: float | None = None

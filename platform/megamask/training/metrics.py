@@ -97,4 +97,17 @@ def step_record(
     }
     if shape.corrupts == "none":  # elsewhere masked_tokens_by_noise_level counts what is scored
         fields["scored_tokens"] = report.scored_tokens
+    if report.expert_counts is not None:
+        fields |= router_statistics(report.expert_counts)
     return StepRecord(report=report, fields=fields)
+
+
+def router_statistics(counts: list[list[int]]) -> dict[str, list[float | int | None]]:
+    """How a step's tokens were spread over the experts of each layer: null for a layer without experts.
+
+    Args:
+        counts: tokens by layer and expert.
+    """
+    fullest = [max(layer) * len(layer) / sum(layer) if sum(layer) else None for layer in counts]
+    idle = [layer.count(0) if sum(layer) else None for layer in counts]
+    return {"router_max_load": list(fullest), "router_idle_experts": list(idle)}

@@ -52,8 +52,14 @@ def batch_levels(*, global_batch_size: int, start: int | None, increment: int | 
     return range(start, global_batch_size + 1, increment)
 
 
-def batch_layout_problems(levels: range, *, data_parallel_size: int, micro_batch_size: int) -> Iterator[Problem]:
-    """Levels that do not divide; the layout is the key to change, because the batch belongs to the run's identity."""
+def batch_layout_problems(
+    levels: range, *, data_parallel_size: int, micro_batch_size: int, group_size: int = 1
+) -> Iterator[Problem]:
+    """Levels that do not divide; the layout is the key to change, because the batch belongs to the run's identity.
+
+    Args:
+        group_size: the micro-batches of a rank must be a multiple of this.
+    """
     if not levels:  # a ramp that `ramp_problems` refuses
         return
     replicas, micro = data_parallel_size, micro_batch_size
@@ -66,7 +72,7 @@ def batch_layout_problems(levels: range, *, data_parallel_size: int, micro_batch
             because=f"but training.global_batch_size is {size}"
             if is_last
             else f"but {_level(size)} does not divide by it",
-            allowed=listed(divisors(shared)),
+            allowed=listed(divisors(shared), replicas),
         )
     elif shared % (replicas * micro) != 0:
         size = _first_misfit(levels, replicas * micro)
@@ -74,7 +80,16 @@ def batch_layout_problems(levels: range, *, data_parallel_size: int, micro_batch
         yield Problem(
             key="training.micro_batch_size",
             because=f"but each of {replicas} data-parallel ranks has {size // replicas} of {of_batch}",
-            allowed=listed(divisors(shared // replicas)),
+            allowed=listed(divisors(shared // replicas), micro),
+        )
+    elif shared % (replicas * micro * group_size) != 0:
+        size = _first_misfit(levels, replicas * micro * group_size)
+        of_batch = f"training.global_batch_size = {size}" if size == levels[-1] else _level(size)
+        yield Problem(
+            key="layout.virtual_pipeline_parallel_size",
+            because=f"but each data-parallel rank has {size // (replicas * micro)} micro-batches of {of_batch}, and an "
+            f"interleaved pipeline needs a multiple of layout.pipeline_parallel_size = {group_size}",
+            allowed="1; more with another layout.data_parallel_size or training.micro_batch_size",
         )
 
 

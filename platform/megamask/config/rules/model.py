@@ -23,7 +23,12 @@ def padded_vocab_size(vocab_size: int, multiple: int) -> int:
 
 
 def model_problems(
-    *, hidden_size: int, num_attention_heads: int, num_query_groups: int | None, head_dim: int | None
+    *,
+    hidden_size: int,
+    num_attention_heads: int,
+    num_query_groups: int | None,
+    head_dim: int | None,
+    rotary_fraction: float = 1.0,
 ) -> Iterator[Problem]:
     """Sizes of the model section that contradict one another; all are positive, None means the default."""
     groups = effective_query_groups(num_attention_heads, num_query_groups)
@@ -50,3 +55,15 @@ def model_problems(
             if head_dim is None
             else Problem(key="model.head_dim", because="but rotary positions need pairs", allowed="an even number")
         )
+    channels = effective_head_dim(hidden_size, num_attention_heads, head_dim)
+    if channels % 2 == 0 and not is_even(channels * rotary_fraction):
+        yield Problem(
+            key="model.rotary_fraction",
+            because=f"but a head has {channels} channels, and rotary positions need pairs",
+            allowed=f"a multiple of {2 / channels:g}",
+        )
+
+
+def is_even(number: float) -> bool:
+    """Whether a number is an even integer above 0."""
+    return number > 0 and number % 2 == 0

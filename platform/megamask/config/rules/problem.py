@@ -34,6 +34,10 @@ def divisors(number: int) -> list[int]:
     return sorted({*small, *(number // size for size in small)})
 
 
-def listed(numbers: Iterable[int]) -> str:
-    """Numbers as a message shows them."""
-    return ", ".join(map(str, numbers))
+def listed(numbers: Iterable[int], given: int | None = None) -> str:
+    """Numbers as a message shows them, and which of several is nearest to the one given."""
+    found = list(numbers)
+    text = ", ".join(map(str, found))
+    if given is None or len(found) < 2:
+        return text
+    return f"{text} (nearest: {min(found, key=lambda number: (abs(number - given), number))})"

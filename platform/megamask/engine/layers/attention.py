@@ -15,6 +15,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megamask.engine.layers.operators import rotary_angles, rotate
+from megamask.engine.sequence import SequencePart
 from megamask.models.context import Causal, Context, visible_mask
 
 
@@ -24,33 +25,50 @@ class RowContext(PackedSeqParams):  # type: ignore[misc]
     megatron-core hands the object that it calls packed_seq_params from a stage's forward pass to each attention module,
     through recomputation too; it reads nothing from it as long as its qkv_format is not "thd". Angles and mask are made
     by the first layer that asks and kept for the others.
+
+    Args:
+        context: of the complete rows.
+        part: this rank's positions of them; None for all.
     """
 
-    def __init__(self, context: Context) -> None:
+    def __init__(self, context: Context, part: SequencePart | None = None) -> None:
         super().__init__(qkv_format="sbhd")
         self._context = context
+        self.part = part
         self._angles: dict[torch.dtype, tuple[torch.Tensor, torch.Tensor]] = {}
         self._mask: torch.Tensor | None = None
 
     @property
     def is_causal(self) -> bool:
-        """True if a kernel's own causal mask implements the pattern."""
-        return isinstance(self._context.pattern, Causal) and self._context.documents is None
+        """True if a kernel's own causal mask implements the pattern: it takes complete rows."""
+        return isinstance(self._context.pattern, Causal) and self._context.documents is None and self.part is None
 
-    def angles(self, x: torch.Tensor, theta: float) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cosine and sine for queries or keys x [s, b, h, d], as `rotary_angles` returns them."""
+    def angles(self, x: torch.Tensor, theta: float, channels: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosine and sine for the first channels of keys x [s, b, h, d], as `rotary_angles` returns them."""
         if x.dtype not in self._angles:
             self._angles[x.dtype] = rotary_angles(
-                self._context.positions, x.size(0), channels=x.size(3), theta=theta, device=x.device, dtype=x.dtype
+                self._context.positions, x.size(0), channels=channels, theta=theta, device=x.device, dtype=x.dtype
             )
         return self._angles[x.dtype]
 
+    def own(self, angles: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """The angles of this rank's positions, from those of complete rows."""
+        if self.part is None:
+            return angles
+        cosine, sine = (tensor.index_select(-2, self.part.places) for tensor in angles)
+        return cosine, sine
+
     def mask(self, num_positions: int, device: torch.device) -> torch.Tensor | None:
-        """Visibility between positions, bool [b or 1, 1, s, s]; None where a kernel needs no mask."""
+        """Visibility of each of num_positions keys from each query of this rank, bool [b or 1, 1, q, s].
+
+        None where a kernel needs no mask.
+        """
         if self.is_causal or self._context.is_dense:
             return None
         if self._mask is None:
             mask = visible_mask(self._context, num_positions, device)
+            if mask is not None and self.part is not None:
+                mask = mask.index_select(1, self.part.places)
             self._mask = None if mask is None else mask.unsqueeze(1)
         return self._mask
 
@@ -62,6 +80,7 @@ class RotaryAttention(MegatronModule):  # type: ignore[misc]
 
     Args:
         rope_theta: base of the rotary positions.
+        rotary_channels: the first channels of a head, which they turn.
     """
 
     def __init__(
@@ -73,10 +92,12 @@ class RotaryAttention(MegatronModule):  # type: ignore[misc]
         softmax_scale: float | None = None,
         *,
         rope_theta: float,
+        rotary_channels: int,
         **unused: Any,
     ) -> None:
         super().__init__(config=config)
         self.rope_theta = rope_theta
+        self.rotary_channels = rotary_channels
         self.scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
 
     def forward(
@@ -90,7 +111,7 @@ class RotaryAttention(MegatronModule):  # type: ignore[misc]
         packed_seq_params: RowContext | None = None,
         **unused: Any,
     ) -> torch.Tensor:
-        """Attend by the pattern of the rows' context.
+        """Attend by the pattern of the rows' context; under context parallelism to the keys of all its ranks.
 
         Shapes: query [s, b, h, d]; key and value [s, b, g, d]; returns [s, b, h*d].
 
@@ -99,7 +120,10 @@ class RotaryAttention(MegatronModule):  # type: ignore[misc]
         """
         if attention_mask is not None or attention_bias is not None or not isinstance(packed_seq_params, RowContext):
             raise ValueError("attention takes a RowContext and neither a mask nor a bias beside it")
-        q, k = (rotate(tensor, packed_seq_params.angles(tensor, self.rope_theta)) for tensor in (query, key))
+        if packed_seq_params.part is not None:  # keys and values travel together, before the keys are turned
+            key, value = packed_seq_params.part.gather(torch.cat((key, value), dim=-1)).chunk(2, dim=-1)
+        angles = packed_seq_params.angles(key, self.rope_theta, self.rotary_channels)
+        q, k = rotate(query, packed_seq_params.own(angles)), rotate(key, angles)
         v = value.permute(1, 2, 0, 3)
         if q.size(1) != k.size(1):
             # Written out: with enable_gqa torch may take the kernel that stores all s * s scores on CUDA; in float32 no
@@ -109,7 +133,7 @@ class RotaryAttention(MegatronModule):  # type: ignore[misc]
             q,
             k,
             v,
-            attn_mask=packed_seq_params.mask(q.size(2), q.device),
+            attn_mask=packed_seq_params.mask(k.size(2), q.device),
             is_causal=packed_seq_params.is_causal,
             scale=self.scale,
         )

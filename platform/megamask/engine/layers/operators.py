@@ -69,12 +69,13 @@ def rotary_angles(
 def rotate(x: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
     """Rotary positions (RoFormer, arXiv:2104.09864): turn the channel pairs (c, c + d/2) by their position's angle.
 
-    Shapes: x [s, b, h, d] -> [b, h, s, d]; angles as `rotary_angles` returns them.
+    Shapes: x [s, b, h, d] -> [b, h, s, d]; angles as `rotary_angles` returns them. Channels beyond those that the
+    angles are for stay as they are.
     """
-    rotated: torch.Tensor = _Rotate.apply(  # type: ignore[no-untyped-call]
-        x.permute(1, 2, 0, 3), *angles
-    )
-    return rotated
+    x = x.permute(1, 2, 0, 3)
+    channels = 2 * angles[0].size(-1)
+    turned: torch.Tensor = _Rotate.apply(x[..., :channels], *angles)  # type: ignore[no-untyped-call]
+    return turned if channels == x.size(-1) else torch.cat((turned, x[..., channels:]), dim=-1)
 
 
 @functools.lru_cache(maxsize=8)

@@ -2,7 +2,7 @@
 
 A family is one module beside this one with two functions:
 
-    block_spec(config, num_layers, rope_theta=) -> megatron-core's specification of a stage's layers
+    block_spec(config, num_layers, rope_theta=, rotary_channels=) -> megatron-core's specification of a stage's layers
     layer_parameters(spec) -> the part that each local parameter of such a layer plays, by its name in the layer
 
 The second describes what the first builds: the engine's parameter table (parameters.py) is made from it and refuses a
@@ -32,3 +32,14 @@ class Part(Enum):
     GATE_AND_UP = auto()
     """Both matrices of SwiGLU's first half: this rank's gate rows, then its up rows."""
     DOWN = auto()
+    ROUTER = auto()
+    EXPERT_BIAS = auto()
+    """The router's bias: a buffer, not a parameter."""
+    EXPERT_GATE_AND_UP = auto()
+    EXPERT_DOWN = auto()
+    SHARED_GATE_AND_UP = auto()
+    SHARED_DOWN = auto()
+
+
+LayerPart = Part | tuple[Part, int]
+"""A part of a layer; with its global number for an expert's."""

@@ -15,7 +15,7 @@ from megamask.models.spec import ModelSpec
 class LayerFamily(Protocol):
     """The functions that a module of this folder provides (base.py)."""
 
-    def block_spec(self, config: Any, num_layers: int, *, rope_theta: float) -> Any:
+    def block_spec(self, config: Any, num_layers: int, *, rope_theta: float, rotary_channels: int) -> Any:
         """megatron-core's specification of a stage's layers and of the final norm."""
 
     def layer_parameters(self, spec: ModelSpec) -> dict[str, Part]:

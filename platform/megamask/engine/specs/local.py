@@ -15,12 +15,16 @@ from megamask.engine.specs.base import Part
 from megamask.models.spec import ModelSpec
 
 
-def block_spec(config: TransformerConfig, num_layers: int, *, rope_theta: float) -> TransformerBlockSubmodules:
+def block_spec(
+    config: TransformerConfig, num_layers: int, *, rope_theta: float, rotary_channels: int
+) -> TransformerBlockSubmodules:
     """Specify a stage of num_layers layers and the final norm."""
     layer = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=config.qk_layernorm)
     attention = layer.submodules.self_attention
     attention.params["attn_mask_type"] = AttnMaskType.no_mask  # the rows' context decides
-    attention.submodules.core_attention = ModuleSpec(module=RotaryAttention, params={"rope_theta": rope_theta})
+    attention.submodules.core_attention = ModuleSpec(
+        module=RotaryAttention, params={"rope_theta": rope_theta, "rotary_channels": rotary_channels}
+    )
     layer.submodules.mlp = FeedForward
     layer.submodules.input_layernorm = RMSNorm
     layer.submodules.pre_mlp_layernorm = RMSNorm

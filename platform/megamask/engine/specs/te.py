@@ -18,12 +18,16 @@ from megamask.engine.specs.base import Part
 from megamask.models.spec import ModelSpec
 
 
-def block_spec(config: TransformerConfig, num_layers: int, *, rope_theta: float) -> TransformerBlockSubmodules:
+def block_spec(
+    config: TransformerConfig, num_layers: int, *, rope_theta: float, rotary_channels: int
+) -> TransformerBlockSubmodules:
     """Specify a stage of num_layers layers and the final norm."""
     layer = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
     attention = layer.submodules.self_attention
     attention.params["attn_mask_type"] = AttnMaskType.no_mask  # the rows' context decides
-    attention.submodules.core_attention = ModuleSpec(module=RotaryAttention, params={"rope_theta": rope_theta})
+    attention.submodules.core_attention = ModuleSpec(
+        module=RotaryAttention, params={"rope_theta": rope_theta, "rotary_channels": rotary_channels}
+    )
     return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=TENorm)
 
 

@@ -16,7 +16,7 @@ import torch
 
 from megamask.engine.canonical import TensorSlice
 from megamask.engine.state.coverage import Rectangle
-from megamask.models.shapes import canonical_shapes
+from megamask.models.shapes import TensorKind, canonical_shapes, canonical_tensors
 from megamask.models.spec import ModelSpec
 
 if TYPE_CHECKING:
@@ -114,5 +114,9 @@ def slices_of(shards: Iterable[Shard], spec: ModelSpec) -> Iterator[StoredSlice]
 
 def stored_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
     """Return the shape of every tensor that the complete state of a network consists of."""
-    prefixes = ("", *(f"optimizer.{name}." for name in MOMENTS))
-    return {prefix + name: tuple(shape) for name, shape in canonical_shapes(spec).items() for prefix in prefixes}
+    moments = tuple(f"optimizer.{name}." for name in MOMENTS)
+    return {
+        prefix + name: tuple(tensor.shape)
+        for name, tensor in canonical_tensors(spec).items()
+        for prefix in ("", *(() if tensor.kind is TensorKind.EXPERT_BIAS else moments))
+    }
