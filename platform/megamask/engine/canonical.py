@@ -94,7 +94,7 @@ _REPLICATED = {
 
 @dataclass(frozen=True, kw_only=True)
 class _Share:
-    """Which of equal shares of a matrix a rank holds."""
+    """The one of equal shares of a matrix that a rank holds."""
 
     rank: int
     size: int

@@ -106,7 +106,7 @@ class StepShare:
         return BatchCounts.from_sums(rank_model.collectives.sum_integers(counts))
 
     def _own_rows(self) -> Rows | None:
-        """What this rank reads and scores: its part of the rows under context parallelism, else all of them."""
+        """The rows that this rank reads and scores: of each, its part under context parallelism."""
         if self._rows is None or self._part is None:
             return self._rows
         return self._part.of_rows(self._rows)

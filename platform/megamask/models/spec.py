@@ -120,7 +120,7 @@ class ModelSpec:
         return found
 
     def has_experts(self, layer: int) -> bool:
-        """Whether a layer, by its global number, has experts instead of a dense feed-forward part."""
+        """True if a layer, by its global number, has experts instead of a dense feed-forward part."""
         return self.experts is not None and layer >= self.experts.num_dense_layers
 
     @property

@@ -103,7 +103,7 @@ def step_record(
 
 
 def router_statistics(counts: list[list[int]]) -> dict[str, list[float | int | None]]:
-    """How a step's tokens were spread over the experts of each layer: null for a layer without experts.
+    """The spread of a step's tokens over the experts of each layer: null for a layer without experts.
 
     Args:
         counts: tokens by layer and expert.

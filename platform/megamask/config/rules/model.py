@@ -65,5 +65,5 @@ def model_problems(
 
 
 def is_even(number: float) -> bool:
-    """Whether a number is an even integer above 0."""
+    """True if a number is an even integer above 0."""
     return number > 0 and number % 2 == 0

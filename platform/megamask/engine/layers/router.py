@@ -23,7 +23,7 @@ from megamask.models.routing import balance_loss, experts_choose, moved_bias, ro
 
 
 class Routing:
-    """What the routers of a rank share: the step's divisor, its counts and its balance loss.
+    """State that the routers of a rank share: the step's divisor, its counts and its balance loss.
 
     Args:
         row_group: ranks that hold the parts of the same rows: the tensor-parallel ranks under sequence parallelism, and

@@ -54,7 +54,7 @@ def _expert_layer(routing: Routing) -> ModuleSpec:
 
 
 def expert_settings(spec: ModelSpec, mesh: Mesh) -> dict[str, Any]:
-    """What megatron-core's configuration says of the experts."""
+    """The settings of the experts in megatron-core's configuration."""
     experts = spec.experts
     if experts is None:
         return {}
