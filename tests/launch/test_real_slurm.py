@@ -54,21 +54,25 @@ def _rested(slurm: Cluster) -> Iterator[None]:
     yield
 
 
-@pytest.fixture(scope="module")
-def uninterrupted(small_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, object]]:
+def _train_alone(corpus: Path, folder: Path, steps: int) -> dict[int, dict[str, object]]:
     """Step lines of a run that nothing ended, on this machine's own launcher."""
-    folder = tmp_path_factory.mktemp("uninterrupted")
-    arguments = tiny(small_corpus, folder, "run", *ENDLESS, f"training.stop_after_step={COMPARED_STEPS}")
+    arguments = tiny(corpus, folder, "alone", *ENDLESS, f"training.stop_after_step={steps}")
     done = subprocess.run(command("train", *arguments), env=environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    return step_lines(folder / "run")
+    return step_lines(folder / "alone")
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(small_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, object]]:
+    """The first steps of a run that nothing ended."""
+    return _train_alone(small_corpus, tmp_path_factory.mktemp("uninterrupted"), COMPARED_STEPS)
 
 
 class Submitted:
     """A job on the cluster."""
 
     def __init__(self, slurm: Cluster, corpus: Path, folder: Path, *overrides: str, expects: int = 0) -> None:
-        self.slurm, self.folder, self.run_dir = slurm, folder, folder / "run"
+        self.slurm, self.corpus, self.folder, self.run_dir = slurm, corpus, folder, folder / "run"
         arguments = tiny(corpus, folder, "run", *ENDLESS, *ON_TWO_NODES, *overrides)
         done = subprocess.run(
             command("launch", "slurm", *arguments, "--submit", "--json"),
@@ -120,12 +124,18 @@ class Submitted:
             if line[-1:] == "\n"
         ]
 
-    def resumes(self, uninterrupted: dict[int, dict[str, object]], attempt: int = 2) -> None:
-        """Wait until the next attempt has trained on, end the job, and compare every step that was ever taken."""
+    def resumes(self, uninterrupted: dict[int, dict[str, object]] | None = None, attempt: int = 2) -> None:
+        """Wait until the next attempt has trained on, end the job, and compare every step that was ever taken.
+
+        Args:
+            uninterrupted: what to compare with; None trains such a run now, as long as the job's.
+        """
         self.slurm.start_now(self.number)
         self.wait_for_commits(attempt)
         self.slurm.call("scancel", self.number)
-        self.wait_for_state("CANCELLED")
+        wait_for("the nodes to be idle", self.slurm.idle, 200)
+        if uninterrupted is None:
+            uninterrupted = _train_alone(self.corpus, self.folder, max(step_lines(self.run_dir)))
         for number in range(1, attempt + 1):
             steps = [line for line in self.lines(number) if line["kind"] == "step" and line["step"] in uninterrupted]
             assert steps, f"attempt {number} took no step that is compared"
@@ -210,15 +220,13 @@ def test_network_cut_is_survived_bitwise(
 
 
 @pytest.mark.promise("Slurm: before its time limit a job saves, requeues itself and continues bitwise")
-def test_time_limit_saves_requeues_and_continues_bitwise(
-    slurm: Cluster, small_corpus: Path, tmp_path: Path, uninterrupted: dict[int, dict[str, object]]
-) -> None:
-    times = ("launch.time_limit=0:04:00", "launch.stop_grace_s=10", "launch.save_budget_s=10")
+def test_time_limit_saves_requeues_and_continues_bitwise(slurm: Cluster, small_corpus: Path, tmp_path: Path) -> None:
+    times = ("launch.time_limit=0:03:00", "launch.stop_grace_s=10", "launch.save_budget_s=10")
     job = Submitted(slurm, small_corpus, tmp_path, *times)
     job.wait_for_commits(seconds=200)
     wait_for("the verdict", lambda: job.verdict() is not None, 400)
     assert job.verdict() == 75, job.log
-    job.resumes(uninterrupted)
+    job.resumes()
 
 
 @pytest.mark.promise("Slurm: `scontrol requeue` saves, and the run continues bitwise")

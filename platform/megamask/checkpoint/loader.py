@@ -25,6 +25,7 @@ from megamask.checkpoint.retention import mark_damaged, unmark_damaged
 from megamask.checkpoint.state_files import refuse_old_state
 from megamask.errors import CheckpointIntegrityError, UsageError
 from megamask.runs.layout import checkpoints_folder
+from megamask.storage.fault_points import reached
 from megamask.storage.hashing import sha256_bytes
 
 Result = TypeVar("Result")
@@ -96,6 +97,7 @@ def _verify_together(
 
 
 def _load_engine(engine: CheckpointEngine, folder: Path) -> None:
+    reached("checkpoint.verified")
     _on_all(engine, lambda: engine.load_state(folder))
 
 
