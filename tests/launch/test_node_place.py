@@ -26,6 +26,10 @@ TOKEN = {"MEGAMASK_LAUNCH_TOKEN": "jobset-uid.0", "MASTER_ADDR": "node1"}
             {**SLURM, "MASTER_ADDR": "", "SLURM_STEP_NODELIST": "gpu-[003-004]", "SLURM_STEP_ID": "2"},
             (1, 2, "gpu-003", "slurm-7.0.s2"),
         ),
+        (
+            {**SLURM, "SLURM_NODEID": "0", "SLURM_STEP_NUM_NODES": "1", "SLURM_STEP_NUM_TASKS": "1"},
+            (0, 1, "127.0.0.1", "slurm-7.0"),
+        ),
         ({"JOB_COMPLETION_INDEX": "2", "MEGAMASK_NUM_NODES": "4", **TOKEN}, (2, 4, "node1", "jobset-uid.0")),
         (
             {
