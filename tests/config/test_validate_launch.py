@@ -104,6 +104,7 @@ def test_time_to_stop_that_slurm_would_cut_off_is_refused(overrides: list[str], 
         ("jobset", [*PODS, "launch.secrets.TOKEN=env:TOKEN"], "launch.secrets"),
         ("jobset", [*PODS, 'launch.mounts=["/a:/a"]'], "launch.mounts"),
         ("trainjob", [*PODS, "launch.max_restarts=3"], "launch.max_restarts is 3"),
+        ("trainjob", [*PODS, "launch.workdir=/data"], "launch.workdir is '/data'"),
         ("trainjob", [*PODS, "launch.kubernetes.priority_class=high"], "launch.kubernetes.priority_class"),
     ],
 )

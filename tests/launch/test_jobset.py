@@ -1,3 +1,4 @@
+import copy
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -170,3 +171,36 @@ def test_lint_counts_the_characters_of_a_pods_name():
     assert lint.problems(jobset.render(longest), stop_s=90) == []
     (problem,) = lint.problems(jobset.render(replace(SMALL, name="a" * 49)), stop_s=90)
     assert "the name of the job may have 48" in problem
+
+
+def _jobset_of(trainjob_document, runtime_document):
+    """The JobSet that Kubeflow Trainer makes: the runtime's template, the trainer's fields, then the patches."""
+    spec = copy.deepcopy(runtime_document["spec"]["template"]["spec"])
+    (replicated,) = spec["replicatedJobs"]
+    job, trainer = replicated["template"]["spec"], trainjob_document["spec"]["trainer"]
+    (container,) = job["template"]["spec"]["containers"]
+    job["parallelism"] = job["completions"] = trainer["numNodes"]
+    container |= {key: trainer[key] for key in ("image", "command", "env")} | {"resources": trainer["resourcesPerNode"]}
+    for patch in trainjob_document["spec"]["runtimePatches"]:
+        (changed,) = patch["trainingRuntimeSpec"]["template"]["spec"]["replicatedJobs"]
+        assert changed["name"] == replicated["name"]
+        template = changed["template"]["spec"]["template"]
+        job["template"]["metadata"] = template["metadata"]
+        (own,) = template["spec"].pop("containers")
+        assert own.pop("name") == container["name"]
+        container |= own
+        job["template"]["spec"] |= template["spec"]
+    return spec
+
+
+@pytest.mark.parametrize("job", [SMALL, FULL])
+@pytest.mark.promise("A TrainJob on the shipped runtime makes the pods of the JobSet")
+def test_trainjob_makes_the_pods_of_the_jobset(job):
+    # a TrainJob is refused with a priority class or a working folder
+    job = replace(job, workdir=None, kubernetes=replace(job.kubernetes, priority_class=None))
+    made = _jobset_of(copy.deepcopy(trainjob.render(job)[1]), trainjob.runtime("megamask"))
+    expected = jobset.render(job)[1]["spec"]
+    (replicated,), (own,) = made["replicatedJobs"], expected["replicatedJobs"]
+    assert replicated["template"]["spec"] == own["template"]["spec"]
+    assert made["failurePolicy"] == expected["failurePolicy"]
+    assert made["successPolicy"] == expected["successPolicy"]

@@ -176,9 +176,12 @@ def _trainjob_problems(launch: LaunchConfig) -> Iterator[Problem]:
             because="but a TrainJob takes it from its runtime",
             allowed=f"{_RUNTIME_RESTARTS}, as in the runtime that is shipped; or a JobSet",
         )
-    if launch.kubernetes.priority_class is not None:
-        yield Problem(
-            key="launch.kubernetes.priority_class",
-            because="but a TrainJob takes it from its runtime",
-            allowed="null; or a JobSet",
-        )
+    fixed = {
+        "launch.kubernetes.priority_class": launch.kubernetes.priority_class,
+        "launch.workdir": launch.workdir,
+    }
+    for key, value in fixed.items():
+        if value is not None:
+            yield Problem(
+                key=key, because="but a TrainJob takes it from its runtime or image", allowed="null; or a JobSet"
+            )
