@@ -126,7 +126,11 @@ def test_missing_temporary_folder_is_named(pods: Callable[..., Emulation]) -> No
 @pytest.mark.promise("Kubernetes: MLflow works without a home folder and without a name of the user")
 def test_tracking_works_without_a_name_of_the_user(pods: Callable[..., Emulation], tmp_path: Path) -> None:
     emulation = pods(
-        "tracking.mlflow.enabled=true", "training.stop_after_step=5", "launch.nodes=1", *("launch.interface=lo",)
+        "tracking.mlflow.enabled=true",
+        "training.stop_after_step=5",
+        "launch.max_restarts=0",
+        "launch.nodes=1",
+        *("launch.interface=lo",),
     )
     assert emulation.run() == "Completed", emulation.log
     assert "home directory" not in emulation.log

@@ -94,6 +94,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with _stdout_kept_for_the_answer(wants_json, owns_process=arguments is None) as answer:
         code = _guarded(lambda: _run_verb(given[0], given[1:], answer), given[0], answer if wants_json else None)
     if arguments is None:
+        _ignore_late_signals()
         standard_streams.settle()
         if daemon_threads.any_alive():
             _leave_at_once(code)
@@ -101,6 +102,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
             atexit._run_exitfuncs()
             _leave_at_once(code)
     return code
+
+
+def _ignore_late_signals() -> None:
+    """Keep the exit code, which is decided: a scheduler ends a job's other processes as soon as the first has left."""
+    import signal
+
+    from megamask.resilience.signals import PREEMPTION_SIGNALS
+
+    signal.pthread_sigmask(signal.SIG_BLOCK, PREEMPTION_SIGNALS)
 
 
 def _leave_at_once(code: int) -> NoReturn:
