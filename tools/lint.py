@@ -2,7 +2,7 @@
 """Check the rules of docs/style.md that ruff and mypy do not know.
 
     tools/lint.py              # findings as `file:line: rule`, exit code 1 if there are any
-    tools/lint.py --measure    # dialect words and docstring openings of every room
+    tools/lint.py --measure    # code lines, dialect words and docstring openings of every room
 
 tests/repo/test_lint.py runs the same rules, and breaks each one once.
 """
@@ -115,6 +115,19 @@ class Source:
     def comments(self) -> list[tuple[int, str]]:
         tokens = tokenize.generate_tokens(io.StringIO(self.text).readline)
         return [(token.start[0], token.string) for token in tokens if token.type == tokenize.COMMENT]
+
+
+def code_lines(source: Source) -> int:
+    """Return the number of lines that hold code: neither blank, nor a comment, nor part of a docstring."""
+    found: set[int] = set()
+    layout = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
+    for token in tokenize.generate_tokens(io.StringIO(source.text).readline):
+        if token.type not in layout:
+            found.update(range(token.start[0], token.end[0] + 1))
+    for line, _ in source.docstrings:
+        [node] = [node for node in ast.walk(source.tree) if isinstance(node, ast.Expr) and node.lineno == line]
+        found -= set(range(line, (node.end_lineno or line) + 1))
+    return len(found)
 
 
 def lengths(source: Source) -> Iterator[str]:
@@ -275,7 +288,8 @@ def tracked_files(root: Path = ROOT) -> list[str]:
 
 
 def measure(names: list[str]) -> Iterator[str]:
-    """Yield a line for each folder of the product: words of prose, bad openings, dialect words."""
+    """Yield a line for each folder of the product: code lines, words of prose, bad openings, dialect words."""
+    total = 0
     folders: dict[str, list[Source]] = {}
     for name in names:
         if name.endswith(".py") and name.startswith(SOURCE_ROOTS):
@@ -285,7 +299,13 @@ def measure(names: list[str]) -> Iterator[str]:
         counts = ", ".join(f"{name} {len(found)}" for name, found in places.items() if found)
         num_openings = sum(1 for source in sources for _ in openings(source))
         mark = "clean" if all(map(is_clean_room, sources)) else "     "
-        yield f"{mark} {folder}: {num_words} words, {num_openings} openings, {counts or 'no dialect'}"
+        num_code = sum(map(code_lines, sources))
+        total += num_code
+        yield (
+            f"{mark} {folder}: {num_code} code lines, {num_words} words, {num_openings} openings, "
+            f"{counts or 'no dialect'}"
+        )
+    yield f"code lines of the product: {total}"
 
 
 def main() -> int:

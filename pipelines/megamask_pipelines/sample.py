@@ -31,7 +31,7 @@ class SampleRequest:
 
 
 def sample(path: Path, request: SampleRequest) -> dict[str, Any]:
-    """Decodes one sequence with a run's newest checkpoint, or with the checkpoint folder that is named.
+    """Decode one sequence with a run's newest checkpoint, or with the checkpoint folder that is named.
 
     Returns: text (up to the first end of document that the model wrote), tokens, num_denoising_steps, nfe, infilled
         (the text of each masked span), prompt_tokens, checkpoint, step.

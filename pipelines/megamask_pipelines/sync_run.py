@@ -22,7 +22,7 @@ _NOTHING_SENT = "Nothing was sent."
 
 
 def sync_run(run_dir: Path, *, uri: str | None = None) -> dict[str, Any]:
-    """Makes MLflow's history of a run complete.
+    """Make MLflow's history of a run complete.
 
     Args:
         uri: the server to send to; None is that of the newest attempt's config.

@@ -155,3 +155,8 @@ def test_import_contracts_hold() -> None:
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "0 broken" in done.stdout
+
+
+def test_code_lines_leave_out_blanks_comments_and_docstrings() -> None:
+    text = '"""Two\nlines."""\n\n# a comment\nx = (\n    1,\n)\n\n\ndef f():\n    """One."""\n    return "a"  # code\n'
+    assert lint.code_lines(lint.Source("a.py", text)) == 5

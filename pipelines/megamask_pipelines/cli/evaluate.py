@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Scores a checkpoint.
+    """Score a checkpoint.
 
     Returns: nelbo_nats_per_token, exact, objective, standard_error, bits_per_byte, num_tokens, num_bytes, num_samples,
         checkpoint, digest, step, draws, replicates, seed.

@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Recomputes the samples of a step.
+    """Recompute the samples of a step.
 
     Returns:
         step, seed, samples, batch_digest, content_digest, masked_tokens, matches_journal; for a person each sample
@@ -46,7 +46,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _explain(samples: list[dict[str, Any]], loader: Loader) -> None:
-    """Adds to each sample its text with masked tokens as blocks, and the names of the inputs of its documents."""
+    """Add to each sample its text with masked tokens as blocks, and the names of the inputs of its documents."""
     numbers = {document["number"] for sample in samples for document in sample["documents"]}
     names = _input_names(loader, numbers)
     for sample in samples:

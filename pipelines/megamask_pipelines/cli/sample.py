@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Decodes one sequence.
+    """Decode one sequence.
 
     Returns: text, infilled, tokens, num_denoising_steps, nfe, checkpoint, step.
     """

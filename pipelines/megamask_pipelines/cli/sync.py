@@ -17,7 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Makes MLflow's history of the run complete; repeating it changes nothing.
+    """Make MLflow's history of the run complete; repeating it changes nothing.
 
     Returns: what `sync_run` returns.
     """

@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Trains in this process, or in one process per rank when the layout needs several.
+    """Train in this process, or in one process per rank when the layout needs several.
 
     Returns: run_id, run_dir, step, loss, exit_code, reason; with --check the answer of `check_run`.
     """

@@ -58,7 +58,7 @@ class RecordedRun:
 
 
 def recorded_run(folder: Path, corpora: Mapping[str, str] | None = None) -> RecordedRun:
-    """Reads run.json and the newest resolved config of a run directory.
+    """Read run.json and the newest resolved config of a run directory.
 
     Args:
         folder: the run directory.
@@ -111,7 +111,7 @@ def _newest_config(folder: Path) -> TrainConfig:
 
 
 def open_loader(run: RecordedRun) -> Loader:
-    """Opens the training split of a run's corpus, which must be the one that was recorded.
+    """Open the training split of a run's corpus, which must be the one that was recorded.
 
     Raises:
         UsageError: the corpus is missing at the path of the newest config or of --corpus.
@@ -139,7 +139,7 @@ def open_loader(run: RecordedRun) -> Loader:
 
 
 def check_step(run: RecordedRun, step: int) -> None:
-    """Refuses a step that the run does not have, before its corpus is opened.
+    """Refuse a step that the run does not have, before its corpus is opened.
 
     Raises:
         UsageError: names the steps that there are.

@@ -69,7 +69,7 @@ class _Published:
 
 
 class Save:
-    """A checkpoint on its way to COMMIT.json; constructor, `poll` and `wait` are called by all ranks together.
+    """A pending checkpoint, until COMMIT.json; constructor, `poll` and `wait` are called by all ranks together.
 
     First every rank writes, flushes and hashes its own share; when all have, rank 0 reads the headers of the state's
     files, flushes the folders, asks `check_claim` and creates COMMIT.json. Both stages run in a thread or, if asked, at
@@ -142,6 +142,12 @@ class Save:
             raise
 
     def _advance(self, *, wait: bool) -> Commit | None:
+        # States, alike on every rank, since only agreement moves them:
+        #   writing      every rank's thread writes and hashes its share
+        #   publishing   all shares are durable; rank 0's thread checks headers and claim and creates COMMIT.json
+        #   published    rank 0 has the commit and broadcasts it
+        # A transition needs every rank's work done, so COMMIT.json never names a file that is still being written. The
+        # digests are gathered here, by the thread that trains: no other thread makes a collective call.
         if self._publishing is None:
             if all_done(self._engine, self._writing, wait=wait):
                 gathered = self._engine.gather_objects(self._writing.result)
@@ -149,7 +155,7 @@ class Save:
                     lambda gate: self._publish(gathered, gate),
                     in_thread=self._in_background and self._engine.is_main,
                 )
-            return None
+            return None  # the next poll looks at rank 0's commit, so that no poll waits for the disk
         if not all_done(self._engine, self._publishing, wait=wait):
             return None
         commit: Commit = self._engine.broadcast_object(self._published[0].commit if self._engine.is_main else None)
@@ -198,6 +204,7 @@ class Save:
                 fsync_directory(Path(parent))
             fsync_directory(folder.parent)
         reached("checkpoint.flushed")
+        # As late as possible: a newer attempt that claims after this line sees either this commit or no folder.
         self._request.check_claim()
         gate()
         reached("checkpoint.claim_checked")

@@ -81,7 +81,7 @@ def export(
     *,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> ExportReport:
-    """Writes a network into a new folder.
+    """Write a network into a new folder.
 
     The files are made in `<target>.partial`, compared with the source bit for bit, and only then renamed. After an
     interruption the same call continues with the first file that is missing. Memory: one tensor, twice.
@@ -154,7 +154,7 @@ def _partial_folder(target: Path, digest: str) -> Path:
 def _verify(
     folder: Path, shards: Mapping[str, list[PlannedTensor]], value_of: Callable[[PlannedTensor], torch.Tensor]
 ) -> None:
-    """Reads every tensor back as a user would and compares it bit for bit."""
+    """Read every tensor back as a user would and compares it bit for bit."""
     written = HubFolder(folder)
     for tensors in shards.values():
         for tensor in tensors:

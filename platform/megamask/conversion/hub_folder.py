@@ -77,7 +77,7 @@ class HubFolder:
         return self._document(GENERATION_NAME) if (self.path / GENERATION_NAME).is_file() else {}
 
     def check_names(self, expected: Iterable[str], optional: Iterable[str] = ()) -> None:
-        """Compares the stored tensors with those that the family has.
+        """Compare the stored tensors with those that the family has.
 
         Raises:
             DataIntegrityError: a tensor is missing or not expected; names up to three of each.

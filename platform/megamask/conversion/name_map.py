@@ -36,7 +36,7 @@ class NameMap:
         return self.family.hub_name(_HEAD) if self.spec.tie_embeddings else None
 
     def check(self, folder: HubFolder) -> None:
-        """Refuses a folder whose tensors are not exactly those of the network.
+        """Refuse a folder whose tensors are not exactly those of the network.
 
         A stored head of a tied network must equal the embedding: otherwise the flag in config.json is wrong, and
         dropping the head would change the model.

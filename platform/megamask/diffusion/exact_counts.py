@@ -32,7 +32,7 @@ def exact_counts(
 def exact_count_masks(
     row_index: Tensor, is_eligible: Tensor, counts: Tensor, *, draw: int, key: tuple[int, int]
 ) -> Tensor:
-    """Masks the `counts` eligible positions of each row that have the smallest (word, position).
+    """Mask the `counts` eligible positions of each row that have the smallest (word, position).
 
     Args:
         row_index: [b] int64. is_eligible: [b, s] bool. counts: [b] int64, at most the row's eligible positions.

@@ -141,11 +141,16 @@ def _run(
     if rank_model.routing is not None:
         rank_model.routing.part = part
 
+    # The schedule decides the order: with pipeline stages it interleaves forward and backward passes of several
+    # micro-batches, with virtual stages of several chunks too. So the number of a micro-batch travels with its input,
+    # and the network is that of the chunk that the schedule hands over.
     def forward_step(
         numbered: Iterator[tuple[int, PassInput]], chunk: DistributedDataParallel
     ) -> tuple[torch.Tensor, Callable[..., Any]]:
         number, micro_batch = next(numbered)
         network: DiffusionNetwork = chunk.module
+        # First stage: ids [r, i] -> hidden [i, r, h]. Later stages: hidden states of the stage before, which
+        # megatron-core receives. Context parallelism and sequence parallelism each divide i by their ranks.
         inputs = micro_batch.inputs if network.pre_process else None
         if inputs is not None and part is not None:
             inputs = inputs[:, part.places]

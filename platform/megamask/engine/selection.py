@@ -82,9 +82,12 @@ def select_rows(is_scored: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
     flat = is_scored.reshape(-1)
     if not 0 <= capacity <= flat.numel():
         raise ValueError(f"the head's capacity is {capacity} rows of {flat.numel()} positions; allowed: no more")
-    # A stable partition without a sort: the n-th scored position goes to place n - 1, the n-th other one to the place
-    # n - 1 after all scored ones.
-    rank_scored = flat.cumsum(0)
+    # A stable partition without a sort, whose order of equal elements a GPU would leave open. The n-th scored position
+    # goes to place n - 1, the n-th other one to place n - 1 after all scored ones:
+    #     is_scored  0 1 1 0 1
+    #     place      3 0 1 4 2
+    #     indices    1 2 4 0 3, of which the first `capacity` are taken
+    rank_scored = flat.cumsum(0)  # int64 [r * i]
     num_scored = rank_scored[-1:] if flat.numel() else rank_scored.new_zeros(1)
     rank_other = num_scored + (~flat).cumsum(0)
     place = torch.where(flat, rank_scored, rank_other) - 1

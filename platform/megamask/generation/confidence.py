@@ -104,7 +104,7 @@ def decode(
     options: DecodingOptions,
     sequences: Sequence[int] = (0,),
 ) -> list[Decoded]:
-    """Fills masks of some rows; all other tokens stay as they are. Rows take their steps side by side.
+    """Fill masks of some rows; all other tokens stay as they are. Rows take their steps side by side.
 
     Args:
         decoder: the objective's: which positions are filled together, and where they are read.

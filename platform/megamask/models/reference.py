@@ -216,7 +216,7 @@ class ReferenceModel(nn.Module):
 
     @torch.no_grad()
     def initialize(self, seed: int) -> None:
-        """Sets every weight to its initial value under run.seed."""
+        """Set every weight to its initial value under run.seed."""
         for name, parameter in self.named_parameters():
             parameter.copy_(initial_tensor(seed, name, self.spec, device=parameter.device))
 

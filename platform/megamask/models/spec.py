@@ -68,7 +68,7 @@ class ModelSpec:
 
     @classmethod
     def from_config(cls, model: ModelConfig, vocab_size: int, sequence_length: int) -> ModelSpec:
-        """Completes a model section.
+        """Complete a model section.
 
         Args:
             model: the section as configured; its own ranges hold already.
@@ -130,7 +130,7 @@ class ModelSpec:
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> ModelSpec:
-        """Reads what `to_json` wrote.
+        """Read what `to_json` wrote.
 
         Raises:
             ValueError: when a field is missing, unknown or of another type.

@@ -17,7 +17,7 @@ from megamask.provenance.redaction import redact, register_environment
 
 
 def install() -> None:
-    """Redacts everything that a library may log or warn of in this process; a second call changes nothing.
+    """Redact everything that a library may log or warn of in this process; a second call changes nothing.
 
     Log records are redacted when they are made, so that every handler, a library's own included, gets them so.
     """

@@ -45,7 +45,7 @@ _longest_first: tuple[str, ...] = ()
 
 
 def register_secret(value: str) -> None:
-    """Masks a value, and the parts of it that are secret where it is a URI, in every text from now on.
+    """Mask a value, and the parts of it that are secret where it is a URI, in every text from now on.
 
     Words of fewer than 4 characters are not taken.
     """

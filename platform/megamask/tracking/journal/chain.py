@@ -158,7 +158,7 @@ def _last_whole_line(file: JournalFile) -> Line | None:
 
 
 def verify_chain(run_dir: Path) -> list[Finding]:
-    """Checks every line of a run's journal against the chain; an empty list means that it is as written.
+    """Check every line of a run's journal against the chain; an empty list means that it is as written.
 
     Found are damaged, changed, missing and torn lines. A torn last line is a finding too: of a run that is alive, read
     again. What an older attempt wrote after a newer one had taken over is none: see `overtaken`.

@@ -83,7 +83,7 @@ class Journal:
         return journal
 
     def append(self, kind: str, /, **fields: Any) -> Record:
-        """Writes one record with a single write and hands it to the subscribers.
+        """Write one record with a single write and hands it to the subscribers.
 
         Args:
             kind: one of records.RECORDS.
@@ -113,7 +113,7 @@ class Journal:
         return record
 
     def incident(self, incident: str, problem: str, **fields: Any) -> Record:
-        """Writes an incident: a short machine-readable name, a sentence for a person, and what belongs to it."""
+        """Write an incident: a short machine-readable name, a sentence for a person, and what belongs to it."""
         return self.append("incident", incident=incident, problem=problem, **fields)
 
     @property
@@ -123,11 +123,11 @@ class Journal:
             return self._head
 
     def subscribe(self, callback: Callable[[Record], None]) -> None:
-        """Calls `callback` with every later record; one that raises is logged and dropped, training goes on."""
+        """Call `callback` with every later record; one that raises is logged and dropped, training goes on."""
         self._subscribers.append(callback)
 
     def sync(self) -> None:
-        """Flushes what was appended to the device.
+        """Flush what was appended to the device.
 
         Raises:
             StorageError: the storage refused.
@@ -148,7 +148,7 @@ class Journal:
             return self._head
 
     def close(self) -> None:
-        """Flushes and closes; a second call does nothing."""
+        """Flush and closes; a second call does nothing."""
         with self._lock:
             if self._descriptor is not None:
                 try:
