@@ -22,7 +22,8 @@ from megamask.models.spec import ModelSpec
 from megamask.models.vocabulary import Vocabulary
 from megamask.objectives.base import Objective, Reading, scored_rows
 from megamask.objectives.masked import MaskedObjective
-from support.specs import PLAIN
+from support.specs import OPTIONS as OPTIONS
+from support.specs import PLAIN as PLAIN
 
 SEED = 11
 GLOBAL_BATCH_SIZE = 8

@@ -18,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Prepare the corpus, or finds the same one already there.
+    """Prepare the corpus, or find the same one already there.
 
     Returns: corpus_id, documents, tokens, sequences, shards, bytes, vocab_size, output_dir, reused, warnings.
     """

@@ -154,7 +154,7 @@ def _partial_folder(target: Path, digest: str) -> Path:
 def _verify(
     folder: Path, shards: Mapping[str, list[PlannedTensor]], value_of: Callable[[PlannedTensor], torch.Tensor]
 ) -> None:
-    """Read every tensor back as a user would and compares it bit for bit."""
+    """Read every tensor back as a user would and compare it bit for bit."""
     written = HubFolder(folder)
     for tensors in shards.values():
         for tensor in tensors:

@@ -58,7 +58,7 @@ def write_shard(
     *,
     metadata: Mapping[str, str],
 ) -> int:
-    """Write one file and flushes it; a file of this name appears only when it is complete.
+    """Write one file and flush it; a file of this name appears only when it is complete.
 
     Args:
         read: returns a tensor's value; called once for each, in order. Values are cast to the planned format.

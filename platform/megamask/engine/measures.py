@@ -49,7 +49,7 @@ class BatchCounts:
 
     @property
     def of_terms(self) -> Counts:
-        """Count that the normalisers of the loss are made of."""
+        """Counts that the normalisers of the loss are made of."""
         return Counts(num_eligible=self.num_eligible, num_scored=self.num_scored)
 
 

@@ -121,7 +121,7 @@ class KubernetesConfig(Section):
     )
 
     def problems(self, config: TrainConfig) -> Iterator[Problem]:
-        """Name that Kubernetes refuses, and two demands on the topology."""
+        """Names that Kubernetes refuses, and two demands on the topology."""
         del config
         yield from rules.node_selector_problems(self.node_selector)
         yield from rules.toleration_problems(self.tolerations)

@@ -83,7 +83,7 @@ class Journal:
         return journal
 
     def append(self, kind: str, /, **fields: Any) -> Record:
-        """Write one record with a single write and hands it to the subscribers.
+        """Write one record with a single write and hand it to the subscribers.
 
         Args:
             kind: one of records.RECORDS.
@@ -148,7 +148,7 @@ class Journal:
             return self._head
 
     def close(self) -> None:
-        """Flush and closes; a second call does nothing."""
+        """Flush and close; a second call does nothing."""
         with self._lock:
             if self._descriptor is not None:
                 try:
