@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from megamask.engine import passes
-from megamask.engine.passes import PassInput, RankModel
+from megamask.engine.passes import PassInput
 from megamask.models.context import Context
 
 LAYOUT = {"shape": (1, 4)}
@@ -27,7 +28,7 @@ class Chunk:
     def module(self) -> Chunk:
         return self
 
-    def encode(self, inputs: torch.Tensor | None, context: Context) -> torch.Tensor:
+    def encode(self, inputs: torch.Tensor | None, context: Context, part: None) -> torch.Tensor:
         assert (inputs is not None) == self.pre_process
         before = torch.zeros(1) if inputs is None else inputs.sum().reshape(1).float()
         return before + self.addend
@@ -42,25 +43,25 @@ def outputs(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Outputs of a schedule with two chunks of one rank, each running every micro-batch, as virtual stages do."""
     found: list[Any] = []
 
-    def schedule(*, forward_step_func: Any, data_iterator: Any, num_microbatches: int, **unused: Any) -> None:
-        micro_batches = list(data_iterator)
-        for chunk in (FIRST, LAST):
-            share = iter(micro_batches)
+    def schedule(
+        *, forward_step_func: Any, data_iterator: Any, model: Any, num_microbatches: int, **unused: Any
+    ) -> None:
+        for chunk, micro_batches in zip(model, data_iterator, strict=True):
             for _ in range(num_microbatches):
-                output, loss = forward_step_func(share, chunk)
+                output, loss = forward_step_func(micro_batches, chunk)
                 found.append((chunk.addend, output, loss))
 
     monkeypatch.setattr(passes, "get_forward_backward_func", lambda: schedule)
     return found
 
 
-def rank_model() -> RankModel:
-    fields = dict.fromkeys(field.name for field in dataclasses.fields(RankModel))
-    return RankModel(**{**fields, "network": FIRST, "model": FIRST, "backend": Backend()})  # type: ignore[arg-type]
-
-
-class Backend:
-    device = torch.device("cpu")
+def rank_model() -> Any:
+    """A rank with two virtual stages, the complete sequence and no experts."""
+    backend = SimpleNamespace(device=torch.device("cpu"))
+    mesh = SimpleNamespace(pipeline_parallel_size=2)
+    return SimpleNamespace(
+        chunks=(FIRST, LAST), mesh=mesh, backend=backend, routing=None, part=lambda num_positions: None
+    )
 
 
 @pytest.mark.promise("a pass through the pipeline runs the model chunk that the schedule names, not always the first")
