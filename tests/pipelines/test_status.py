@@ -311,3 +311,18 @@ def test_strange_lines_stop_nobody(run_dir, capsys, line):
 )
 def test_duration_is_told_in_the_units_that_matter(seconds, words):
     assert duration(seconds) == words
+
+
+def test_goodput_shows_the_repeated_step_as_lost(told, capsys):
+    assert main(["status", str(told), "--goodput", "--json"]) == 0
+    account = json.loads(capsys.readouterr().out)["goodput"]
+    assert [row["attempt"] for row in account["attempts"]] == [1, 2]
+    assert account["lost_s"] > 0 and account["productive_s"] > account["lost_s"]
+    assert main(["status", str(told), "--goodput"]) == 0
+    text = capsys.readouterr().out
+    assert text.startswith("goodput") and "lost" in text and "attempt 2" in text
+
+
+def test_goodput_takes_one_run(told, capsys):
+    assert main(["status", str(told.parent), "--goodput"]) == 2
+    assert "--goodput takes one run" in capsys.readouterr().err

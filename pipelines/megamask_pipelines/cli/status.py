@@ -11,6 +11,7 @@ from typing import Any
 # About ten lines: of many attempts the first and the last ones are shown, the others counted.
 _SHOWN_ATTEMPTS = 4
 _REASON_CHARACTERS = 100
+_CAUSES = ("productive", "lost", "startup", "restore", "save", "evaluation", "waiting", "other")
 _LISTED = ("run_dir", "run_id", "phase", "is_live", "num_attempts", "step", "steps", "loss", "last_checkpoint", "error")
 
 
@@ -19,13 +20,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", help="a run directory, <run.output_dir>/<run.name>, or a folder of run directories")
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--csv", action="store_true", help="one row a step (of a folder: a row a run) as CSV")
+    form.add_argument(
+        "--goodput", action="store_true", help="where the time went: productive, lost, restore, save, ..."
+    )
     form.add_argument("--plot", metavar="FILE", help="draw loss, bound, gradient norm and rate: .png, .svg or .pdf")
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Read a run directory, or all of a folder.
 
-    Returns: as `run_state`; for a folder `runs`, an array of such answers; with --csv also `csv`, with --plot `plot`.
+    Returns: as `run_state`; for a folder `runs`, an array of such answers; with --csv also `csv`, with --plot
+        `plot`, with --goodput `goodput`.
     Raises:
         UsageError: neither a run directory nor a folder of them.
     """
@@ -36,13 +41,18 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 
     folder = Path(arguments.run)
     if not record_path(folder).is_file() and runs_in(folder):
-        if arguments.plot is not None:
-            raise UsageError(f"--plot takes one run, {folder} is a folder of runs. Nothing was drawn.")
+        if arguments.plot is not None or arguments.goodput:
+            option = "--plot" if arguments.plot is not None else "--goodput"
+            raise UsageError(f"{option} takes one run, {folder} is a folder of runs. Nothing was drawn or counted.")
         answer: dict[str, Any] = {"folder": str(folder), "runs": run_states(folder)}
         return {**answer, "csv": to_csv(_LISTED, answer["runs"])} if arguments.csv else answer
     answer = run_state(folder)
     if arguments.csv:
         answer["csv"] = to_csv(COLUMNS, curve_rows(folder))
+    if arguments.goodput:
+        from megamask.audit.goodput import goodput
+
+        answer["goodput"] = goodput(folder)
     if arguments.plot is not None:
         plot_curves(folder, Path(arguments.plot))
         answer["plot"] = arguments.plot
@@ -53,6 +63,8 @@ def render(result: dict[str, Any]) -> str:
     """About ten lines for a person; a line a run for a folder."""
     if "csv" in result:
         return str(result["csv"])
+    if "goodput" in result:
+        return _goodput(result["goodput"])
     if "runs" in result:
         return "\n".join(_listed(state) for state in result["runs"])
     written = f", written by {result['node']}" if result["node"] else ""
@@ -70,6 +82,20 @@ def render(result: dict[str, Any]) -> str:
     if result["last_line_time"] is not None:
         age = duration(max(0.0, result["last_line_age_s"]))
         lines.append(f"{'last line':10} {_clock(result['last_line_time'])}, {age} ago{written}")
+    return "\n".join(lines)
+
+
+def _goodput(account: Mapping[str, Any]) -> str:
+    """A line for each cause of the run's time, then one for each attempt."""
+    share = "unknown" if account["goodput"] is None else f"{account['goodput']:.1%}"
+    lines = [f"goodput    {share} of {duration(account['total_s'])}"]
+    for name in _CAUSES:
+        seconds = account[f"{name}_s"]
+        part = seconds / account["total_s"] if account["total_s"] else 0.0
+        lines.append(f"  {name:10} {duration(seconds):>12} {part:6.1%}")
+    for row in account["attempts"]:
+        parts = [f"{name} {duration(row[f'{name}_s'])}" for name in _CAUSES if row[f"{name}_s"] >= 0.5]
+        lines.append(f"attempt {row['attempt']:<3} {', '.join(parts)}")
     return "\n".join(lines)
 
 
