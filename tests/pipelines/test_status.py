@@ -313,11 +313,11 @@ def test_duration_is_told_in_the_units_that_matter(seconds, words):
     assert duration(seconds) == words
 
 
-def test_goodput_shows_the_repeated_step_as_lost(told, capsys):
+def test_goodput_accounts_for_each_attempt(told, capsys):
     assert main(["status", str(told), "--goodput", "--json"]) == 0
     account = json.loads(capsys.readouterr().out)["goodput"]
     assert [row["attempt"] for row in account["attempts"]] == [1, 2]
-    assert account["lost_s"] > 0 and account["productive_s"] > account["lost_s"]
+    assert [(row["first_step"], row["last_step"]) for row in account["attempts"]] == [(1, 5), (5, 6)]
     assert main(["status", str(told), "--goodput"]) == 0
     text = capsys.readouterr().out
     assert text.startswith("goodput") and "lost" in text and "attempt 2" in text

@@ -1,4 +1,4 @@
-"""Where the wall-clock time of a run went, attempt by attempt, from the journal alone.
+"""Account of a run's wall-clock time, attempt by attempt, from the journal alone.
 
 Productive are the seconds of the steps that the run kept. Steps behind the checkpoint that the next attempt resumed
 from were computed again: their first seconds are lost. Goodput, or ETTR, is the productive part of the time from the
