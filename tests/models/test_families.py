@@ -1,3 +1,4 @@
+import dataclasses
 import json
 
 import pytest
@@ -6,10 +7,11 @@ import torch
 from megamask.conversion.hub_folder import HubFolder
 from megamask.conversion.name_map import NameMap
 from megamask.errors import UsageError
-from megamask.models.families.base import rope_theta
+from megamask.models.families.base import TokenIds, rope_theta
 from megamask.models.families.registry import FAMILIES, REFUSED, family_named, family_of, plain_family
 from megamask.models.reference import ReferenceModel
 from support.hub_models import VOCABULARY, full_logits, save_hub_folder, twin_model
+from support.specs import small_spec
 
 
 def _network(folder):
@@ -106,3 +108,13 @@ def test_plain_family_is_chosen_by_norms_and_biases():
         FAMILIES["qwen2"].config(spec, FAMILIES["qwen2"].ids)
     with pytest.raises(UsageError, match="--family is 'gpt'"):
         family_named("gpt")
+
+
+def test_network_that_no_family_can_hold_is_refused_by_export():
+    from megamask.models.experts import ExpertSpec
+
+    experts = ExpertSpec(num_experts=4, topk=2, ffn_hidden_size=16)
+    for changes, reason in (({"experts": experts}, "has experts"), ({"rotary_fraction": 0.5}, "model.rotary_fraction")):
+        spec = dataclasses.replace(small_spec(), **changes)
+        with pytest.raises(UsageError, match=reason):
+            plain_family(spec).config(spec, TokenIds(mask=1, pad=3))

@@ -158,7 +158,8 @@ class Family:
         """A config.json for a network of this family.
 
         Raises:
-            UsageError: the network has q/k norms or biases that this family has not, or lacks them.
+            UsageError: the network has q/k norms or biases that this family has not, or lacks them; or it has experts
+                or partial rotary positions.
         """
         for name in ("qk_norm", "qkv_bias"):
             if getattr(spec, name) != getattr(self, name):
@@ -167,6 +168,9 @@ class Family:
                     f"{getattr(self, name)}. Nothing was written.",
                     hint="choose a family that fits, or leave --family out",
                 )
+        if spec.experts is not None or spec.rotary_fraction != 1.0:
+            reason = "experts" if spec.experts is not None else f"model.rotary_fraction {spec.rotary_fraction}"
+            raise UsageError(f"the network has {reason}, which family {self.name} cannot hold. Nothing was written.")
         keys = self.keys
         document: dict[str, Any] = {"architectures": [self.architectures[0]], "model_type": self.model_type}
         document |= dict(self.switches) | dict(self.extra)

@@ -1,0 +1,262 @@
+"""Layouts and kinds of networks for parity: what each rank of a case does, and whether the rules let it start."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megamask.config.rules.batch import batch_layout_problems
+from megamask.config.rules.experts import expert_layout_problems
+from megamask.config.rules.layout import Shared, layout_problems
+from megamask.config.schema.layout import LayoutConfig
+from megamask.models.context import Context
+from megamask.models.experts import ExpertSpec
+from megamask.objectives.autoregressive import AutoregressiveObjective
+from megamask.objectives.base import Samples
+from megamask.objectives.block import BlockObjective
+from megamask.objectives.masked import MaskedObjective
+from support import engine_cases as cases
+
+NUM_STEPS = 20
+SAVED_STEP = 10
+# Adam's first updates are the rate times a sign; a large rate would amplify each rounding of a gradient near zero.
+LEARNING_RATE = 1e-3
+
+DENSE = dataclasses.replace(cases.PLAIN, num_layers=6, num_query_groups=4)
+TIED = dataclasses.replace(DENSE, tie_embeddings=True, qkv_bias=True, qk_norm=True, padded_vocab_size=128)
+EXPERTS = dataclasses.replace(
+    DENSE,
+    rotary_fraction=0.5,
+    experts=ExpertSpec(
+        num_experts=8,
+        topk=2,
+        ffn_hidden_size=24,
+        num_shared=1,
+        num_dense_layers=1,
+        score="sigmoid",
+        scale=2.5,
+        num_groups=4,
+        topk_groups=2,
+        has_bias=True,
+        bias_rate=0.01,
+        balance_weight=0.01,
+    ),
+)
+VOCABULARY = cases.vocabulary(DENSE)
+
+
+class PackedObjective(MaskedObjective):
+    """Masked diffusion on rows of two documents that do not see each other; where they meet depends on the row."""
+
+    def context(self, samples: Samples, step: int, key: tuple[int, int]) -> Context:
+        """Documents and the positions that restart with them, for both views."""
+        places = torch.arange(samples.tokens.size(1), device=samples.tokens.device).expand_as(samples.tokens)
+        border = 5 + samples.sample_index[:, None] % 20
+        is_second = places >= border
+        return Context(
+            positions=(places - border * is_second).repeat_interleave(2, dim=0),
+            documents=is_second.long().repeat_interleave(2, dim=0),
+        )
+
+
+def _objective(kind: str) -> Any:
+    if kind == "packed":
+        plain = cases.objective(spec=DENSE)
+        return PackedObjective(**{field.name: getattr(plain, field.name) for field in dataclasses.fields(plain)})
+    return {
+        "block": BlockObjective(vocabulary=VOCABULARY, block_size=8, clean_half="block_causal", mask_logit="excluded"),
+        "autoregressive": AutoregressiveObjective(vocabulary=VOCABULARY, mask_logit="excluded"),
+    }.get(kind)
+
+
+KINDS = ("dense", "tied", "moe", "packed", "block", "autoregressive", "bf16")
+SPECS = {"tied": TIED, "moe": EXPERTS}
+
+
+def _layouts() -> Iterator[dict[str, Any]]:
+    tensor, sequence = {"tensor_parallel_size": 2}, {"tensor_parallel_size": 2, "sequence_parallel": True}
+    pipeline, data, context = ({f"{axis}_parallel_size": 2} for axis in ("pipeline", "data", "context"))
+    virtual = pipeline | {"virtual_pipeline_parallel_size": 3}
+    expert = {"expert_parallel_size": 2}
+    yield from (tensor, sequence, {"tensor_parallel_size": 4}, {"tensor_parallel_size": 4, "sequence_parallel": True})
+    yield from (pipeline, {"pipeline_parallel_size": 3}, {"pipeline_parallel_size": 4}, virtual)
+    yield {"pipeline_parallel_size": 4, "pipeline_split": "balanced"}
+    yield from (data, {"data_parallel_size": 4}, {"data_parallel_size": 8})
+    yield from (context, {"context_parallel_size": 4}, {"context_parallel_size": 8})
+    yield from (tensor | data, sequence | data, sequence | pipeline, pipeline | data, context | data)
+    yield from (sequence | context, pipeline | context, virtual | context, sequence | virtual)
+    yield from (sequence | pipeline | data, sequence | context | data, pipeline | context | data)
+    yield sequence | virtual | context
+    yield from (
+        data | expert,
+        {"data_parallel_size": 4, "expert_parallel_size": 4},
+        sequence | expert,
+        context | expert,
+    )
+    yield from (virtual | data | expert, sequence | data | expert | {"expert_tensor_parallel_size": 2})
+    yield sequence | context | data | {"expert_parallel_size": 4}
+
+
+LAYOUTS = tuple(_layouts())
+_SHORT = {
+    "tensor_parallel_size": "tp",
+    "pipeline_parallel_size": "pp",
+    "virtual_pipeline_parallel_size": "vpp",
+    "context_parallel_size": "cp",
+    "data_parallel_size": "dp",
+    "expert_parallel_size": "ep",
+    "expert_tensor_parallel_size": "etp",
+}
+
+
+def name_of(layout: dict[str, Any]) -> str:
+    """A short name, as tp2-sp-dp2."""
+    parts = [f"{_SHORT[key]}{value}" for key, value in layout.items() if key in _SHORT]
+    parts += ["sp"] * bool(layout.get("sequence_parallel")) + ["balanced"] * ("pipeline_split" in layout)
+    return "-".join(parts) or "one"
+
+
+def num_processes(layout: dict[str, Any]) -> int:
+    """Processes of a layout."""
+    return LayoutConfig(**layout).num_processes
+
+
+def micro_batch_size(layout: dict[str, Any]) -> int:
+    """Two samples where the batch allows it, so that accumulation differs between layouts."""
+    return 1 if LayoutConfig(**layout).data_parallel_size * 2 > 4 or "virtual_pipeline_parallel_size" in layout else 2
+
+
+def refusal(kind: str, layout: dict[str, Any]) -> str | None:
+    """Why the rules do not let a case start, or None."""
+    spec, sizes = SPECS.get(kind, DENSE), LayoutConfig(**layout).axis_sizes
+    shared = Shared(
+        num_layers=spec.num_layers,
+        num_attention_heads=spec.num_attention_heads,
+        num_query_groups=spec.num_query_groups,
+        ffn_hidden_size=spec.ffn_hidden_size,
+        vocab_padding_multiple=spec.padded_vocab_size,
+        sequence_length=cases.SEQUENCE_LENGTH,
+    )
+    experts = spec.experts
+    problems = [
+        *layout_problems(shared, sizes),
+        *expert_layout_problems(
+            sizes,
+            num_experts=experts.num_experts if experts else 0,
+            ffn_hidden_size=experts.ffn_hidden_size if experts else 0,
+            layers="local",
+            num_layers=spec.num_layers,
+            num_dense_layers=experts.num_dense_layers if experts else 0,
+        ),
+        *batch_layout_problems(
+            range(cases.GLOBAL_BATCH_SIZE, cases.GLOBAL_BATCH_SIZE + 1),
+            data_parallel_size=sizes.data_parallel_size,
+            micro_batch_size=micro_batch_size(layout),
+            group_size=sizes.pipeline_parallel_size if sizes.virtual_pipeline_parallel_size > 1 else 1,
+        ),
+    ]
+    return (
+        f"{problems[0].key} is {layout.get(problems[0].key.split('.')[1])}, {problems[0].because}" if problems else None
+    )
+
+
+def make(kind: str, layout: dict[str, Any]) -> Any:
+    """An engine of a case."""
+    return cases.make_engine(
+        SPECS.get(kind, DENSE),
+        layout,
+        micro_batch_size=micro_batch_size(layout),
+        goal=_objective(kind),
+        compute="bf16" if kind == "bf16" else "fp32",
+    )
+
+
+def take(engine: Any, step: int) -> dict[str, Any]:
+    """One step, as JSON."""
+    report = cases.take_step(engine, step, LEARNING_RATE)
+    return cases.report_fields(report) | {"expert_counts": report.expert_counts}
+
+
+def run_case(kind: str, layout: dict[str, Any], num_steps: int = NUM_STEPS) -> list[dict[str, Any]]:
+    """The reports of a case's steps."""
+    engine = make(kind, layout)
+    reports = [take(engine, step) for step in range(1, num_steps + 1)]
+    engine.close()
+    return reports
+
+
+def run_restart(root: str, kind: str, layout: dict[str, Any]) -> dict[str, Any]:
+    """Stop at a step and continue; write the state, and write again what was read from one process' state of it."""
+    folder = Path(root) / f"{kind}-{name_of(layout)}"
+    engine = make(kind, layout)
+    for step in range(1, SAVED_STEP + 1):
+        take(engine, step)
+    _write(engine, folder)
+    expected = [take(engine, step) for step in (SAVED_STEP + 1, SAVED_STEP + 2)]
+    digest = engine.parameter_digest()
+    engine.close()
+    again = make(kind, layout)
+    again.load_state(folder)
+    found = [take(again, step) for step in (SAVED_STEP + 1, SAVED_STEP + 2)]
+    answer = {"is_equal": found == expected and again.parameter_digest() == digest}
+    again.close()
+    return answer
+
+
+def reshard(root: str, kind: str, source: str, target: str, layout: dict[str, Any]) -> dict[str, Any]:
+    """Read the state in one folder under a layout and write it to another one; the next step's report."""
+    engine = make(kind, layout)
+    engine.load_state(Path(root) / source)
+    _write(engine, Path(root) / target)
+    report = take(engine, SAVED_STEP + 1)
+    own = sum(3 * shard.weight.numel() for shard in engine._optimizer.shards() if shard.info.is_stored)
+    engine.close()
+    return {"report": report, "stored": own}
+
+
+def _write(engine: Any, folder: Path) -> None:
+    if engine.is_main:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+    engine.barrier()
+    cases.save_state(engine, folder)
+
+
+def differences(found: list[dict[str, Any]], expected: list[dict[str, Any]]) -> dict[str, Any]:
+    """Largest relative difference of loss and gradient norm, whether all integers are equal, and router flips."""
+    exact = ("num_eligible", "masked_tokens", "masked_tokens_by_noise_level", "content_sum")
+    pairs = list(zip(found, expected, strict=True))
+    return {
+        "loss": max(abs(one["loss"] - two["loss"]) / abs(two["loss"]) for one, two in pairs),
+        "grad_norm": max(abs(one["grad_norm"] - two["grad_norm"]) / two["grad_norm"] for one, two in pairs),
+        "is_exact": all(one[name] == two[name] for one, two in pairs for name in exact),
+        "flips": sum(_flips(one["expert_counts"], two["expert_counts"]) for one, two in pairs),
+    }
+
+
+def _flips(found: list[list[int]] | None, expected: list[list[int]] | None) -> int:
+    """Tokens that at least went to other experts: half the sum of the differences of the counts."""
+    if found is None or expected is None:
+        return 0
+    layers = zip(found, expected, strict=True)
+    return sum(abs(one - two) for pair in layers for one, two in zip(*pair, strict=True)) // 2
+
+
+def run_cases(runs: list[list[Any]], num_steps: int = NUM_STEPS) -> list[list[dict[str, Any]]]:
+    """The reports of several cases, one after another: kind and layout of each."""
+    return [run_case(kind, layout, num_steps) for kind, layout in runs]
+
+
+def run_restarts(root: str, runs: list[list[Any]]) -> list[dict[str, Any]]:
+    """`run_restart` of several cases."""
+    return [run_restart(root, kind, layout) for kind, layout in runs]
+
+
+def run_reshards(root: str, kind: str, runs: list[list[Any]]) -> list[dict[str, Any]]:
+    """`reshard` of one kind: folder read, folder written and layout of each."""
+    return [reshard(root, kind, source, target, layout) for source, target, layout in runs]

@@ -1,0 +1,223 @@
+#!/usr/bin/env python3
+"""Run every layout beside one process and write docs/parity.md: one loss on every axis.
+
+    tools/parity_matrix.py [--kinds dense,moe] [--layouts tp2,cp2] [--restarts] [--results FILE] [--page]
+
+A cell is the largest relative difference of loss and gradient norm over 20 steps to the same network on one process.
+Eligible and masked tokens, masks by noise level and the content sum of every step must be equal. A case that the rules
+refuse is shown with their reason. Results are kept in FILE, so that a run can be continued; --page writes the page from
+them and runs nothing.
+
+The cases are on networks of the tests (tests/support/parity_cases.py). Processes are forked from this one, which keeps
+the imports; each case makes its own process group and layout.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import multiprocessing
+import os
+import sys
+import tempfile
+import traceback
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "tests"))
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+import torch  # noqa: E402
+
+from megamask.engine import engine as _engine  # noqa: E402, F401 - every rank is forked with the imports made
+from support import parity_cases as parity  # noqa: E402
+
+PAGE = ROOT / "docs" / "parity.md"
+RESTARTS = ("one", "tp2-sp", "pp2", "pp2-vpp3", "dp2", "cp2", "tp2-dp2-sp", "pp2-cp2", "dp2-ep2", "tp2-pp2-dp2-sp")
+LIMIT_S = 600.0
+
+
+class Pool:
+    """Processes for cases of any size, forked from this one."""
+
+    def __init__(self, folder: Path) -> None:
+        self._context = multiprocessing.get_context("fork")
+        self._folder = folder
+        self._number = 0
+
+    def run(self, num_processes: int, function: str, *arguments: Any) -> list[Any]:
+        """The answers of all ranks.
+
+        Raises:
+            RuntimeError: a rank failed.
+        """
+        self._number += 1
+        store = self._folder / f"store{self._number}"
+        queue = self._context.Queue()
+        ranks = [
+            self._context.Process(target=_rank, args=(rank, num_processes, str(store), queue, function, arguments))
+            for rank in range(num_processes)
+        ]
+        for rank in ranks:
+            rank.start()
+        try:
+            answers = dict(queue.get(timeout=LIMIT_S) for _ in ranks)
+        finally:
+            for process in ranks:
+                process.join(timeout=5)
+                if process.is_alive():
+                    process.kill()
+        if failed := [answer for answer in answers.values() if isinstance(answer, str)]:
+            raise RuntimeError(failed[0])
+        return [answers[rank] for rank in range(num_processes)]
+
+
+def _rank(rank: int, world_size: int, store: str, queue: Any, function: str, arguments: tuple[Any, ...]) -> None:
+    torch.set_num_threads(1)
+    try:
+        torch.distributed.init_process_group(
+            "gloo",
+            init_method=f"file://{store}",
+            rank=rank,
+            world_size=world_size,
+            timeout=datetime.timedelta(seconds=LIMIT_S),
+        )
+        queue.put((rank, getattr(parity, function)(*arguments)))
+    except BaseException:  # noqa: BLE001 - the parent reports it
+        queue.put((rank, traceback.format_exc()))
+    queue.close()
+    queue.join_thread()
+    os._exit(0)
+
+
+def measure(pool: Pool, kinds: list[str], layouts: list[str], results: dict[str, Any], path: Path) -> None:
+    """Run the cases that have no result yet."""
+    for kind in kinds:
+        expected: list[dict[str, Any]] | None = None
+        for layout in parity.LAYOUTS:
+            key = f"{kind}/{parity.name_of(layout)}"
+            if parity.name_of(layout) not in layouts or key in results:
+                continue
+            if reason := parity.refusal(kind, layout):
+                results[key] = {"refused": reason}
+            else:
+                expected = expected or pool.run(1, "run_case", kind, {})[0]
+                ranks = pool.run(parity.num_processes(layout), "run_case", kind, layout)
+                results[key] = parity.differences(ranks[0], expected)
+                results[key]["ranks_agree"] = all(reports == ranks[0] for reports in ranks)
+            path.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")
+            print(key, results[key], flush=True)
+
+
+def restart(pool: Pool, root: Path, results: dict[str, Any], path: Path) -> None:
+    """Stop and continue on ten layouts; carry each state to one process and on to the next layout."""
+    by_name = {parity.name_of(layout): layout for layout in parity.LAYOUTS} | {"one": {}}
+    for place, name in enumerate(RESTARTS):
+        key, kind = f"restart/{name}", "moe"
+        if key in results:
+            continue
+        layout, other = by_name[name], by_name[RESTARTS[(place + 1) % len(RESTARTS)]]
+        ranks = pool.run(parity.num_processes(layout), "run_restart", str(root), kind, layout)
+        source = f"{kind}-{name}"
+        [one] = pool.run(1, "reshard", str(root), kind, source, "single", {})
+        far = pool.run(parity.num_processes(other), "reshard", str(root), kind, "single", "far", other)
+        pool.run(1, "reshard", str(root), kind, "far", "back", {})
+        results[key] = {
+            "is_equal": all(rank["is_equal"] for rank in ranks),
+            "other": parity.name_of(other),
+            "is_same_state": _digest(root / "single") == _digest(root / "back"),
+            "loss": abs(far[0]["report"]["loss"] - one["report"]["loss"]) / one["report"]["loss"],
+            "largest_share": max(rank["stored"] for rank in far) / sum(rank["stored"] for rank in far),
+        }
+        path.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")
+        print(key, results[key], flush=True)
+
+
+def _digest(folder: Path) -> list[bytes]:
+    """The bytes of a state that one process wrote."""
+    return [file.read_bytes() for file in sorted(folder.iterdir())]
+
+
+def page(results: dict[str, Any]) -> str:
+    """The page of the results."""
+    lines = [
+        "# Parity: layouts beside one process",
+        "",
+        "Written by `tools/parity_matrix.py`. A cell is the largest relative difference over 20 steps to one process:",
+        "loss / gradient norm. In every cell eligible and masked tokens, masks by noise level and the content sum of",
+        "each step are equal, and all ranks report the same. tp, pp, vpp, cp, dp, ep, etp: ranks on the axes; sp:",
+        "sequence parallelism. `-`: not run. R: refused before a process starts, for the reason below.",
+        "",
+    ]
+    kinds = [kind for kind in parity.KINDS if any(key.startswith(f"{kind}/") for key in results)]
+    lines += ["| layout | " + " | ".join(kinds) + " |", "|---" * (len(kinds) + 1) + "|"]
+    reasons: dict[str, list[str]] = {}
+    for layout in parity.LAYOUTS:
+        cells = []
+        for kind in kinds:
+            result = results.get(f"{kind}/{parity.name_of(layout)}")
+            cells.append(_cell(result))
+            if result and "refused" in result:
+                reasons.setdefault(result["refused"], []).append(f"{kind} {parity.name_of(layout)}")
+        lines.append(f"| {parity.name_of(layout)} | " + " | ".join(cells) + " |")
+    lines += ["", "Refused:", ""] + [f"- {', '.join(where)}: {reason}" for reason, where in reasons.items()]
+    restarts = {key: result for key, result in results.items() if key.startswith("restart/")}
+    if restarts:
+        lines += [
+            "",
+            "## Restart",
+            "",
+            "The network with experts stops at step 10 and continues; its state goes to one",
+        ]
+        lines += ["process, to another layout, and back to one process.", ""]
+        lines += [
+            "| layout | continues bit for bit | through | state the same, bit for bit | loss there | largest share |"
+        ]
+        lines += ["|---|---|---|---|---|---|"]
+        lines += [
+            f"| {key.split('/')[1]} | {_yes(result['is_equal'])} | {result['other']} "
+            f"| {_yes(result['is_same_state'])} | {result['loss']:.0e} | {result['largest_share']:.2f} |"
+            for key, result in restarts.items()
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def _cell(result: dict[str, Any] | None) -> str:
+    if result is None:
+        return "-"
+    if "refused" in result:
+        return "R"
+    mark = "" if result["is_exact"] and result["ranks_agree"] else " UNEQUAL"
+    flips = f", {result['flips']} flips" if result["flips"] else ""
+    return f"{result['loss']:.0e} / {result['grad_norm']:.0e}{flips}{mark}"
+
+
+def _yes(value: bool) -> str:
+    return "yes" if value else "NO"
+
+
+def main() -> None:
+    """Run what is asked for and write the page."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    names = [parity.name_of(layout) for layout in parity.LAYOUTS]
+    parser.add_argument("--kinds", default=",".join(parity.KINDS))
+    parser.add_argument("--layouts", default=",".join(names))
+    parser.add_argument("--restarts", action="store_true", help="ten layouts stop, continue and change places")
+    parser.add_argument("--results", type=Path, default=Path("parity.json"))
+    parser.add_argument("--page", action="store_true", help="write the page from the results and run nothing")
+    arguments = parser.parse_args()
+    results = json.loads(arguments.results.read_text()) if arguments.results.exists() else {}
+    if not arguments.page:
+        with tempfile.TemporaryDirectory() as folder:
+            pool = Pool(Path(folder))
+            measure(pool, arguments.kinds.split(","), arguments.layouts.split(","), results, arguments.results)
+            if arguments.restarts:
+                restart(pool, Path(folder) / "states", results, arguments.results)
+    PAGE.write_text(page(results))
+
+
+if __name__ == "__main__":
+    main()
