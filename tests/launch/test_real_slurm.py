@@ -245,7 +245,8 @@ def test_requeue_by_an_operator_saves_and_continues_bitwise(
 def test_second_job_on_the_same_run_takes_it_over(slurm: Cluster, small_corpus: Path, tmp_path: Path) -> None:
     first = Submitted(slurm, small_corpus, tmp_path, "launch.nodes=1", "launch.interface=lo")
     first.wait_for_commits()
-    second = Submitted(slurm, small_corpus, tmp_path, "launch.nodes=1", "launch.interface=lo", "run.name=run")
+    elsewhere = f'launch.slurm.exclude=["{slurm.job(first.number)["NodeList"]}"]'  # on one node it would be refused
+    second = Submitted(slurm, small_corpus, tmp_path, "launch.nodes=1", "launch.interface=lo", elsewhere)
     first.wait_for_state("FAILED")
     assert first.verdict() == 93, first.log
     assert slurm.job(first.number)["ExitCode"] == "93:0"

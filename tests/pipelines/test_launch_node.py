@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from megamask.launch.verdict import read_verdict
-from support.command import checkpoints, command, environment, step_lines, tiny
+from support.command import checkpoints, command, environment, journal, step_lines, tiny
 
 pytestmark = pytest.mark.multiprocess
 
@@ -26,6 +26,7 @@ def node(arguments: list[str], number: int, token: str, port: int = 0) -> subpro
         "MASTER_PORT": str(port),
         "MEGAMASK_LAUNCH_TOKEN": token,
         "GLOO_SOCKET_IFNAME": "lo",
+        "NODE_NAME": f"host-{number}",
     }
     return subprocess.Popen(
         command("launch", "node", *arguments),
@@ -71,6 +72,10 @@ def test_preempted_job_ends_with_75_on_every_node_and_resumes(small_corpus: Path
     verdict = read_verdict(tmp_path / "run.launch" / "job-1.0")
     assert verdict is not None and (verdict.code, verdict.attempt) == (75, 1)
     assert verdict.step == max(step_lines(run_dir))
+    assert verdict.node == json.loads((run_dir / "status.json").read_text())["node"] == "host-0"
+    assert [line["host"] for line in journal(run_dir) if line["kind"] == "attempt_started"] == ["host-0"]
+    claim = json.loads((run_dir / "attempts" / "0001" / "claim.json").read_text())
+    assert (claim["token"], claim["node"]) == ("job-1.0", "host-0")
     nodes = [node([*arguments, f"training.stop_after_step={verdict.step + 2}"], number, "job-1.1") for number in (0, 1)]
     codes, told = ends(nodes)
     assert codes == [0, 0], told
