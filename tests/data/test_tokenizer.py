@@ -12,9 +12,9 @@ import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megamask.data.byte_level_bpe import build, letter_of_byte
 from megamask.data.tokenizer import CorpusTokenizer, SpecialTokens
-from megamask.data.train_bpe import words_to_learn_from
+from megamask.data.tokenizer.byte_level_bpe import build, letter_of_byte
+from megamask.data.tokenizer.train_bpe import words_to_learn_from
 from megamask.errors import DataIntegrityError, ExitCode, UsageError
 from megamask.storage.hashing import hash_of, sha256_bytes
 
@@ -183,7 +183,7 @@ def test_letters_of_bytes_are_those_of_hugging_face() -> None:
 
 BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "normalizer": ({"normalizer": {"type": "NFC"}}, "normalizer"),
+    "normalizer": ({"normalizer": {"type": "NFKC"}}, "a normalizer other than NFC"),
     "word_piece": ({"model": {"type": "WordPiece", "vocab": {}}}, "its model is 'WordPiece'"),
     "metaspace": ({"pre_tokenizer": {"type": "Metaspace"}}, "does not end with ByteLevel"),
     "no_pre_tokenizer": ({"pre_tokenizer": None}, "does not end with ByteLevel"),
@@ -192,7 +192,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [{"type": "Digits"}, {"type": "X"}, BYTE_LEVEL]}},
         "options not known",
     ),
-    "plain_added_token": ({"added_tokens": [{"id": 297, "content": "<think>", "special": False}]}, "not special"),
+    "greedy_added_token": (
+        {"added_tokens": [{"id": 297, "content": "<think>", "special": False, "lstrip": True}]},
+        "swallow the spaces",
+    ),
     "truncation": ({"truncation": {"max_length": 5}}, "truncation"),
     "model_missing": ({"model": 3}, "not a tokenizer.json"),
     "vocab_missing": ({"model": {"type": "BPE", "merges": []}}, "missing or has the wrong type"),
@@ -204,7 +207,7 @@ def test_unsupported_tokenizer_is_refused_with_the_reason(case: str, tmp_path: P
     changes, reason = REFUSED[case]
     with pytest.raises(UsageError, match=reason) as caught:
         CorpusTokenizer.from_file(write(artefact(**changes), tmp_path), SPECIAL)
-    assert "byte-level BPE without normalizer" in caught.value.message
+    assert "supported are byte-level BPE" in caught.value.message
     assert caught.value.exit_code == ExitCode.USAGE
 
 

@@ -26,14 +26,26 @@ class TokenizerConfig(Section):
         minimum=259,
         unit="entries",
     )
-    path: str | None = identity("load this tokenizer.json instead of training one", default=None, is_path=True)
+    path: str | None = identity(
+        "use this tokenizer instead of training one: a folder as Hugging Face publishes it, tokenizer.json, GPT-2's "
+        "vocab.json with merges.txt beside it, a sentencepiece .model or a .tiktoken file",
+        default=None,
+        is_path=True,
+    )
+    pattern: str | None = identity(
+        "how text is cut before the merges of a .tiktoken file: gpt2, cl100k_base, o200k_base or a regular expression",
+        default=None,
+    )
     training_bytes: int = identity(
         "a tokenizer is trained on the first training documents up to this much text; not used with path",
         default=100_000_000,
         minimum=1,
         unit="bytes",
     )
-    eod_token: str = identity("special token after each document", default="<|endoftext|>")
+    eod_token: str | None = identity(
+        "special token after each document; null takes the end-of-sentence token that the tokenizer of path names",
+        default="<|endoftext|>",
+    )
     pad_token: str = identity("special token that fills the last row", default="<|pad|>")
     mask_token: str = identity("special token of masked positions", default="<|mask|>")
 
@@ -47,11 +59,17 @@ class TokenizerConfig(Section):
                 because=f"and corpus.tokenizer.path is {shown(self.path)}: {what}",
                 allowed="exactly one of them: vocab_size trains a tokenizer, path loads one",
             )
+        if self.eod_token is None and self.path is None:
+            yield Problem(
+                key="corpus.tokenizer.eod_token",
+                because="and corpus.tokenizer.path is null: a tokenizer that is trained has no token of its own",
+                allowed="a string, or a path to a tokenizer",
+            )
         names = ("eod_token", "pad_token", "mask_token")
         tokens = [getattr(self, name) for name in names]
         for index, (name, token) in enumerate(zip(names, tokens, strict=True)):
             key = f"corpus.tokenizer.{name}"
-            if not token:
+            if token == "":
                 yield Problem(key=key, because="which is empty", allowed="a string that no other special token has")
             if token in tokens[:index]:
                 twin = names[tokens.index(token)]

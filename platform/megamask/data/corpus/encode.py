@@ -37,7 +37,6 @@ class Encoder:
     def __init__(self, folder: Path, config: CorpusConfig, scanned: ScannedCorpus, tokenizer: CorpusTokenizer) -> None:
         self._scanned = scanned
         self._tokenizer = tokenizer
-        self._token_bytes = np.array(tokenizer.token_bytes, dtype=np.int64)
         self._is_used: npt.NDArray[np.bool_] = np.zeros(tokenizer.vocab_size, dtype=np.bool_)
         dtype = token_dtype(tokenizer.vocab_size)
         names = [TRAIN, VALIDATION] if scanned.documents.is_validation.any() else [TRAIN]
@@ -96,7 +95,7 @@ class Encoder:
         tokenizer = self._tokenizer
         ids = tokenizer.encode_array(text)
         special = (tokenizer.eod_token_id, tokenizer.pad_token_id, tokenizer.mask_token_id)
-        if np.isin(ids, special).any() or int(self._token_bytes[ids].sum()) != len(text.encode()):
+        if np.isin(ids, special).any() or not tokenizer.is_complete(ids, text):
             raise UsageError(
                 f"the tokenizer turned text of {file.path} into special tokens or lost part of it, so it cannot be "
                 "used. Nothing was published.",

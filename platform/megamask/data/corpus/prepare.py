@@ -5,8 +5,8 @@ of each split, and about 80 bytes a document are. `options` in the manifest are
 
     jsonl_text_key, rows_per_block, blocks_per_shard   as configured
     validation_fraction                                decimal string
-    tokenizer   {eod_token, pad_token, mask_token} and either {vocab_size, training_bytes} or {json_sha256}, the digest
-                of the tokenizer.json that was given
+    tokenizer   {eod_token, pad_token, mask_token} and {vocab_size, training_bytes}, or {json_sha256}, the digest of the
+                tokenizer.json that was given, or {source: {kind, files: name -> sha256}} with a pattern where given
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from megamask.data.manifest import MANIFEST, MANIFEST_NAME, PROVENANCE_NAME, Man
 from megamask.data.tokenizer import TOKENIZER_DIR, CorpusTokenizer, SpecialTokens
 from megamask.errors import DataIntegrityError, UsageError
 from megamask.storage.durable import storage_errors
-from megamask.storage.hashing import canonical_json, sha256_bytes, sha256_file
+from megamask.storage.hashing import canonical_json, sha256_bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,7 +102,7 @@ def build(config: CorpusConfig, progress: Progress = lambda *_: None) -> Prepare
             validation_fraction=decimal_text(config.validation_fraction),
             progress=progress,
         )
-        plan = _plan(config, scanned)
+        plan = _plan(config, scanned, loaded)
         manifest = _existing(target, plan)
         if manifest is not None:
             return PrepareReport.of(manifest, target, scanned.warnings, reused=True)
@@ -123,27 +123,35 @@ def _special_tokens(config: TokenizerConfig) -> SpecialTokens:
             f"corpus.tokenizer has {given} of vocab_size and path; exactly one is needed. Nothing was written.",
             hint="corpus.tokenizer.vocab_size=512 trains a tokenizer, corpus.tokenizer.path=FILE loads one",
         )
-    special = SpecialTokens(eod=config.eod_token, pad=config.pad_token, mask=config.mask_token)
-    special.check()
+    special = SpecialTokens(eod=config.eod_token or "", pad=config.pad_token, mask=config.mask_token)
+    if config.eod_token is not None or config.path is None:
+        special.check()
     return special
 
 
 def _load_tokenizer(config: TokenizerConfig, special: SpecialTokens) -> CorpusTokenizer | None:
-    return None if config.path is None else CorpusTokenizer.from_file(Path(config.path).expanduser(), special)
+    if config.path is None:
+        return None
+    has_own_eod = config.eod_token is None
+    return CorpusTokenizer.from_file(config.path, special, pattern=config.pattern, has_own_eod=has_own_eod)
 
 
-def _plan(config: CorpusConfig, scanned: ScannedCorpus) -> dict[str, Any]:
+def _plan(config: CorpusConfig, scanned: ScannedCorpus, loaded: CorpusTokenizer | None) -> dict[str, Any]:
     """The part of the manifest that is known before anything is encoded: what was asked, of which inputs."""
     asked = config.tokenizer
     tokenizer: dict[str, Any] = {
-        "eod_token": asked.eod_token,
+        "eod_token": asked.eod_token if loaded is None else loaded.special.eod,
         "pad_token": asked.pad_token,
         "mask_token": asked.mask_token,
     }
-    if asked.path is None:
+    source = None if loaded is None else loaded.source
+    if source is None:
         tokenizer |= {"vocab_size": asked.vocab_size, "training_bytes": asked.training_bytes}
+    elif source.kind == "tokenizer_json":
+        [tokenizer["json_sha256"]] = source.files.values()
     else:
-        tokenizer["json_sha256"] = sha256_file(Path(asked.path).expanduser())
+        tokenizer["source"] = {"kind": source.kind, "files": dict(source.files)}
+        tokenizer |= {} if asked.pattern is None else {"pattern": asked.pattern}
     return {
         "format": MANIFEST.format,
         "version": MANIFEST.version,

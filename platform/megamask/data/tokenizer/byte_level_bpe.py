@@ -1,7 +1,8 @@
 """Reads a Hugging Face tokenizer.json and builds the same byte-level BPE in tiktoken, which encodes it faster.
 
-Supported: model BPE over the 256 letters that stand for bytes, no normalizer, and a pre-tokenizer that is ByteLevel
-with its own pattern, ByteLevel without one, or Split by a regular expression followed by ByteLevel without one.
+Supported: model BPE over the 256 letters that stand for bytes, no normalizer or NFC, and a pre-tokenizer that ends with
+ByteLevel. tiktoken runs it if the pre-tokenizer is ByteLevel with its own pattern, ByteLevel without one, or Split by a
+regular expression followed by ByteLevel without one; Hugging Face tokenizers runs the others.
 """
 
 from __future__ import annotations
@@ -14,13 +15,12 @@ import numpy as np
 import numpy.typing as npt
 import tiktoken
 
-from megamask.errors import UsageError
+from megamask.data.tokenizer.pieces import MAX_IDS
+from megamask.data.tokenizer.refusal import refuse
 
 # The pattern of Hugging Face's ByteLevel pre-tokenizer, first published with GPT-2.
 BYTE_LEVEL_PATTERN = r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
-MAX_IDS = 1 << 24
 _WHOLE_TEXT_PATTERN = r"(?s:.)+"
-_SUPPORTED = "supported is a byte-level BPE without normalizer (pre-tokenizer ByteLevel, or Split by Regex + ByteLevel)"
 
 
 def letter_of_byte() -> dict[int, str]:
@@ -44,34 +44,19 @@ def bytes_of_entry(entry: str) -> bytes | None:
     return bytes(_BYTE_OF_LETTER[letter] for letter in entry)
 
 
-def refuse(name: str, reason: str) -> UsageError:
-    """The error for a tokenizer.json that cannot be served.
-
-    Args:
-        name: the file, for the message.
-        reason: what in it is not supported.
-    """
-    return UsageError(
-        f"{name}: {reason}; {_SUPPORTED}. Nothing was written.",
-        hint="give another corpus.tokenizer.path, or train one with corpus.tokenizer.vocab_size",
-    )
-
-
 @dataclass(frozen=True, kw_only=True)
 class ByteLevelBpe:
-    """A BPE that tiktoken runs.
+    """A byte-level BPE.
 
     Args:
-        encoding: yields ranks, not ids.
+        encoding: yields ranks, not ids; None where tiktoken has no form of the pre-tokenizer.
         id_of_rank: int64, token id of each rank.
         bytes_of_id: what each id of plain text stands for.
-        pattern: how text is cut before merging.
     """
 
-    encoding: tiktoken.Encoding
+    encoding: tiktoken.Encoding | None
     id_of_rank: npt.NDArray[np.int64]
     bytes_of_id: Mapping[int, bytes]
-    pattern: str
 
 
 def build(data: Mapping[str, Any], name: str) -> ByteLevelBpe:
@@ -98,8 +83,8 @@ def _build(data: Mapping[str, Any], name: str) -> ByteLevelBpe:
     _check_model(data, model, name)
     _check_ids(data, model, name)
     pattern = _pattern_of(data.get("pre_tokenizer"), name)
-    special = {token["content"] for token in data.get("added_tokens") or []}
-    vocab: dict[str, int] = {entry: token for entry, token in model["vocab"].items() if entry not in special}
+    added = {token["content"] for token in data.get("added_tokens") or []}
+    vocab: dict[str, int] = {entry: token for entry, token in model["vocab"].items() if entry not in added}
     bytes_of_id: dict[int, bytes] = {}
     for entry, token in vocab.items():
         raw = bytes_of_entry(entry)
@@ -107,25 +92,30 @@ def _build(data: Mapping[str, Any], name: str) -> ByteLevelBpe:
             raise refuse(name, f"the vocabulary entry {entry!r} does not stand for bytes")
         bytes_of_id[token] = raw
     ranks, id_of_rank = _ranks(model, vocab, name)
-    encoding = tiktoken.Encoding("megamask", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
-    ids = np.array(id_of_rank, dtype=np.int64)
-    return ByteLevelBpe(encoding=encoding, id_of_rank=ids, bytes_of_id=bytes_of_id, pattern=pattern)
+    encoding = None
+    if pattern is not None:
+        encoding = tiktoken.Encoding("megamask", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
+    return ByteLevelBpe(encoding=encoding, id_of_rank=np.array(id_of_rank, dtype=np.int64), bytes_of_id=bytes_of_id)
 
 
 def _check_model(data: Mapping[str, Any], model: Mapping[str, Any], name: str) -> None:
     if not isinstance(model, dict) or model.get("type", "BPE") != "BPE" or "merges" not in model:
         raise refuse(name, f"its model is {model.get('type')!r}")
-    if data.get("normalizer") is not None:
-        raise refuse(name, "it has a normalizer, so text would not read back as it was")
+    if not is_nfc(data.get("normalizer")) and data.get("normalizer") is not None:
+        raise refuse(name, "it has a normalizer other than NFC, so text would not read back as it was")
     for option in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback"):
         if model.get(option):
             raise refuse(name, f"its model sets {option}")
     for option in ("truncation", "padding"):
         if data.get(option) is not None:
             raise refuse(name, f"it sets {option}")
-    plain = [token["content"] for token in data.get("added_tokens") or [] if not token.get("special")]
-    if plain:
-        raise refuse(name, f"the added tokens {plain[:5]} are not special, so text would turn into them")
+
+
+def is_nfc(normalizer: Any) -> bool:
+    """Return whether a normalizer is Unicode's canonical composition, which changes no character's meaning."""
+    if isinstance(normalizer, dict) and normalizer.get("type") == "Sequence":
+        return all(step == {"type": "NFC"} for step in normalizer["normalizers"])
+    return bool(normalizer == {"type": "NFC"})
 
 
 def _check_ids(data: Mapping[str, Any], model: Mapping[str, Any], name: str) -> None:
@@ -141,7 +131,8 @@ def _check_ids(data: Mapping[str, Any], model: Mapping[str, Any], name: str) -> 
         raise refuse(name, "two entries have one id")
 
 
-def _pattern_of(pre_tokenizer: Any, name: str) -> str:
+def _pattern_of(pre_tokenizer: Any, name: str) -> str | None:
+    """Return how text is cut before merging, as one pattern; None where that takes more than a pattern."""
     steps = [pre_tokenizer]
     if isinstance(pre_tokenizer, dict) and pre_tokenizer.get("type") == "Sequence":
         steps = pre_tokenizer["pretokenizers"]
@@ -153,17 +144,19 @@ def _pattern_of(pre_tokenizer: Any, name: str) -> str:
     has_own_pattern = byte_level.get("use_regex", True)
     if len(steps) == 1:
         return BYTE_LEVEL_PATTERN if has_own_pattern else _WHOLE_TEXT_PATTERN
+    for step in steps[:-1]:
+        if step.get("type") not in ("Split", "Digits") or step.get("behavior", "Isolated") == "Removed":
+            raise refuse(name, f"its pre-tokenizer is {[step.get('type') for step in steps]} with options not known")
     split = steps[0]
     is_plain_split = (
         len(steps) == 2
-        and split.get("type") == "Split"
+        and split["type"] == "Split"
         and "Regex" in split.get("pattern", {})
         and split.get("behavior") == "Isolated"
         and not split.get("invert")
+        and not has_own_pattern
     )
-    if not is_plain_split or has_own_pattern:
-        raise refuse(name, f"its pre-tokenizer is {[step.get('type') for step in steps]} with options not known here")
-    return str(split["pattern"]["Regex"])
+    return str(split["pattern"]["Regex"]) if is_plain_split else None
 
 
 def _ranks(model: Mapping[str, Any], vocab: Mapping[str, int], name: str) -> tuple[dict[bytes, int], list[int]]:

@@ -1,4 +1,4 @@
-"""A corpus' tokenizer: trained or loaded with Hugging Face tokenizers, run by tiktoken.
+"""A corpus' tokenizer: trained, or loaded from the files of another project; run by tiktoken where that can.
 
 `tokenizer/` of a corpus or a checkpoint holds two files:
 
@@ -6,7 +6,8 @@
     special_tokens.json   canonical JSON {format, version, eod: {token, id}, pad: {...}, mask: {...}, vocab_size}
 
 Its digest is H([name, sha256], ...) of the two in name order. Text never becomes a special token: the literal text
-`<|mask|>` in a document is encoded like any other text.
+`<|mask|>` in a document is encoded like any other text. Text reads back from its ids, with two exceptions that
+belong to the tokenizer: NFC where that is its normalizer, and a space before the text where sentencepiece puts one.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,12 @@ import numpy as np
 import numpy.typing as npt
 import tokenizers
 
-from megamask.data.byte_level_bpe import ByteLevelBpe, build, refuse
-from megamask.data.train_bpe import train_byte_level_bpe
+from megamask.data.tokenizer.byte_level_bpe import ByteLevelBpe, build, is_nfc
+from megamask.data.tokenizer.pieces import SPACE_MARK, bytes_of_pieces, is_of_pieces, vocabulary
+from megamask.data.tokenizer.refusal import refuse
+from megamask.data.tokenizer.sources import Source, load_source, parse
+from megamask.data.tokenizer.special_tokens import NUM_SPECIAL, SpecialTokens
+from megamask.data.tokenizer.train_bpe import train_byte_level_bpe
 from megamask.errors import DataIntegrityError, UsageError
 from megamask.storage.durable import storage_errors, write_atomic
 from megamask.storage.hashing import canonical_json, hash_of, sha256_bytes
@@ -37,7 +42,6 @@ FORMAT = "megamask-special-tokens"
 VERSION = 1
 
 _BYTES = 256
-_NUM_SPECIAL = 3
 _MAX_BYTES = 1 << 28
 _LONG_SPACES = 200_000
 _LONG_SPACE = re.compile(rf"\s{{{_LONG_SPACES}}}")
@@ -57,28 +61,6 @@ NASTY_TEXTS = (
 )
 
 
-@dataclass(frozen=True, kw_only=True)
-class SpecialTokens:
-    """The three strings that mark the end of a document, padding, and a masked position."""
-
-    eod: str
-    pad: str
-    mask: str
-
-    def check(self) -> None:
-        """Refuses strings that are empty or not three.
-
-        Raises:
-            UsageError: naming the keys.
-        """
-        tokens = [self.eod, self.pad, self.mask]
-        if len(set(tokens)) != _NUM_SPECIAL or not all(tokens):
-            raise UsageError(
-                f"corpus.tokenizer.eod_token, pad_token and mask_token are {tokens}; allowed: three different strings, "
-                "none of them empty. Nothing was written."
-            )
-
-
 class CorpusTokenizer:
     """Encodes text into ids and back.
 
@@ -86,17 +68,25 @@ class CorpusTokenizer:
         json_bytes: content of tokenizer.json, with the three special tokens among its added tokens.
         special: the three special tokens.
         name: where it came from, for messages.
+        source: the files that it was made from, with the library that they belong to; None for a stored one.
 
     Raises:
-        UsageError: it is not a supported tokenizer, see `byte_level_bpe`.
+        UsageError: it is not a supported tokenizer, see `byte_level_bpe` and `pieces`.
     """
 
-    def __init__(self, json_bytes: bytes, special: SpecialTokens, *, name: str) -> None:
+    def __init__(self, json_bytes: bytes, special: SpecialTokens, *, name: str, source: Source | None = None) -> None:
         self._json_bytes = json_bytes
-        self._special = special
+        self.special = special
+        self.source = source
         self._name = name
-        data = _parse(json_bytes, name)
-        self._bpe: ByteLevelBpe = build(data, name)
+        data = parse(json_bytes, name)
+        self._bpe: ByteLevelBpe | None = None
+        self._bytes_of_id = dict(_served(data, name))
+        if not is_of_pieces(data):
+            self._bpe = build(data, name)
+        self._has_marks = is_of_pieces(data)
+        self._nfc: Any = tokenizers.normalizers.NFC() if is_nfc(data.get("normalizer")) else None
+        self._plain = _plain_tokens(data, name)
         try:
             self._hf: Any = tokenizers.Tokenizer.from_str(json_bytes.decode())
         except Exception as error:  # the library raises nothing narrower
@@ -110,12 +100,12 @@ class CorpusTokenizer:
         self.eod_token_id = added[special.eod]
         self.pad_token_id = added[special.pad]
         self.mask_token_id = added[special.mask]
-        self.vocab_size = 1 + max([*self._bpe.bytes_of_id, *added.values()])
+        self.vocab_size = 1 + max([*self._bytes_of_id, *added.values()])
 
     @cached_property
     def token_bytes(self) -> list[int]:
         """UTF-8 bytes that each id stands for; 0 for special tokens and for ids without an entry."""
-        return [len(self._bpe.bytes_of_id.get(token, b"")) for token in range(self.vocab_size)]
+        return [len(self._bytes_of_id.get(token, b"")) for token in range(self.vocab_size)]
 
     @property
     def digest(self) -> str:
@@ -128,10 +118,28 @@ class CorpusTokenizer:
 
     def encode_array(self, text: str) -> npt.NDArray[np.int64]:
         """Like `encode`, as an int64 array [n]."""
-        if len(text) >= _LONG_SPACES and _LONG_SPACE.search(text):
-            # tiktoken's pattern engine overflows its stack on a million spaces in a row
+        text = self._normalized(text)
+        is_long = len(text) >= _LONG_SPACES and _LONG_SPACE.search(
+            text
+        )  # tiktoken's pattern engine overflows its stack
+        if self._bpe is None or self._bpe.encoding is None or is_long or (self._plain and self._plain.search(text)):
             return np.array(self.encode_reference(text), dtype=np.int64)
         return self._bpe.id_of_rank[np.array(self._bpe.encoding.encode_ordinary(text), dtype=np.int64)]
+
+    def _normalized(self, text: str) -> str:
+        return text if self._nfc is None or text.isascii() else str(self._nfc.normalize_str(text))
+
+    def is_complete(self, ids: npt.NDArray[np.int64], text: str) -> bool:
+        """Return whether ids hold as many bytes as the text has; sentencepiece may put a space before it."""
+        text = self._normalized(text)
+        num_bytes = int(self._lengths[ids].sum())
+        if not self._has_marks:
+            return num_bytes == len(text.encode())
+        return num_bytes - len(text.replace(SPACE_MARK, " ").encode()) in (0, 1)
+
+    @cached_property
+    def _lengths(self) -> npt.NDArray[np.int64]:
+        return np.array(self.token_bytes, dtype=np.int64)
 
     def encode_reference(self, text: str) -> list[int]:
         """The same ids from Hugging Face tokenizers, several times slower; what `encode` is compared with."""
@@ -146,7 +154,7 @@ class CorpusTokenizer:
         return b"".join(self._bytes_of(token) for token in ids)
 
     def _bytes_of(self, token: int) -> bytes:
-        raw = self._bpe.bytes_of_id.get(int(token))
+        raw = self._bytes_of_id.get(int(token))
         return raw if raw is not None else self._text_of_special.get(int(token), "\ufffd").encode()
 
     def files(self) -> dict[str, bytes]:
@@ -154,9 +162,9 @@ class CorpusTokenizer:
         table = {
             "format": FORMAT,
             "version": VERSION,
-            "eod": {"token": self._special.eod, "id": self.eod_token_id},
-            "pad": {"token": self._special.pad, "id": self.pad_token_id},
-            "mask": {"token": self._special.mask, "id": self.mask_token_id},
+            "eod": {"token": self.special.eod, "id": self.eod_token_id},
+            "pad": {"token": self.special.pad, "id": self.pad_token_id},
+            "mask": {"token": self.special.mask, "id": self.mask_token_id},
             "vocab_size": self.vocab_size,
         }
         return {TOKENIZER_NAME: self._json_bytes, SPECIAL_TOKENS_NAME: canonical_json(table)}
@@ -197,11 +205,25 @@ class CorpusTokenizer:
             place = next((i for i, (a, b) in enumerate(zip(ids, expected, strict=False)) if a != b), len(ids))
             near = self.decode(expected[max(0, place - 3) : place + 3])
             raise refuse(self._name, f"tiktoken and Hugging Face tokenizers disagree on text near {near!r}")
-        if self.decode_bytes(ids) != text.encode():
+        source = self.source
+        if source is not None and source.encode is not None and not self._names_added_token(text):
+            self._compare(ids, source.encode(text), source.library, text)
+        read, text = self.decode_bytes(ids), self._normalized(text)
+        if self._has_marks:
+            text = text.replace(SPACE_MARK, " ")
+            read = read[1:] if read != text.encode() and read.startswith(b" ") else read
+        if read != text.encode():
             raise refuse(self._name, f"the text {text[:40]!r} does not read back from its ids")
 
+    def _compare(self, ids: list[int], expected: list[int], library: str, text: str) -> None:
+        if ids != expected:
+            raise refuse(self._name, f"{library} gives other ids for the text {text[:40]!r}")
+
+    def _names_added_token(self, text: str) -> bool:
+        return any(content in text for content in self._text_of_special.values())
+
     def _parity_texts(self, texts: Iterable[str]) -> Iterator[str]:
-        special = self._special
+        special = self.special
         yield f"x {special.eod}{special.pad} {special.mask}\n{special.mask}"
         yield from NASTY_TEXTS
         yield from texts
@@ -238,21 +260,32 @@ class CorpusTokenizer:
         return tokenizer
 
     @classmethod
-    def from_file(cls, path: str | Path, special: SpecialTokens) -> CorpusTokenizer:
-        """Loads a tokenizer.json and adds, at the end, those of the three special tokens that it lacks.
+    def from_file(
+        cls, path: str | Path, special: SpecialTokens, *, pattern: str | None = None, has_own_eod: bool = False
+    ) -> CorpusTokenizer:
+        """Load a published tokenizer and add, at the end, those of the three special tokens that it lacks.
+
+        Args:
+            path: see `sources.load_source`. pattern: of a tiktoken file.
+            has_own_eod: its own end-of-sentence token is the end of a document, in place of special.eod.
 
         Raises:
             UsageError: the file is missing or not a supported tokenizer, or a special token is an ordinary entry.
         """
-        special.check()
-        try:
-            data = _parse(Path(path).read_bytes(), str(path))
-        except OSError as error:
-            raise UsageError(
-                f"corpus.tokenizer.path: {path} cannot be read ({error.strerror}). Nothing was written.",
-                hint="name a tokenizer.json file",
-            ) from error
-        return cls(_with_special(data, special, str(path)), special, name=str(path))
+        if not has_own_eod:
+            special.check()
+        source = load_source(Path(path), pattern)
+        name = str(path)
+        if has_own_eod:
+            if source.eos is None:
+                raise UsageError(
+                    f"corpus.tokenizer.eod_token is null, but {name} does not name an end-of-sentence token. "
+                    "Nothing was written.",
+                    hint="set corpus.tokenizer.eod_token to the text of the token, as </s> or <|endoftext|>",
+                )
+            special = replace(special, eod=source.eos)
+            special.check()
+        return cls(_with_special(source.data, special, name), special, name=name, source=source)
 
     @classmethod
     def train(
@@ -275,13 +308,13 @@ class CorpusTokenizer:
             UsageError: vocab_size is below 259, the bytes and the special tokens.
         """
         special.check()
-        if vocab_size < _BYTES + _NUM_SPECIAL:
+        if vocab_size < _BYTES + NUM_SPECIAL:
             raise UsageError(
-                f"corpus.tokenizer.vocab_size is {vocab_size}; allowed: >= {_BYTES + _NUM_SPECIAL}, the 256 bytes and "
+                f"corpus.tokenizer.vocab_size is {vocab_size}; allowed: >= {_BYTES + NUM_SPECIAL}, the 256 bytes and "
                 "three special tokens. Nothing was written."
             )
         name = "the trained tokenizer"
-        data = json.loads(train_byte_level_bpe(texts, vocab_size - _NUM_SPECIAL, on_wait=on_wait))
+        data = json.loads(train_byte_level_bpe(texts, vocab_size - NUM_SPECIAL, on_wait=on_wait))
         return cls(_with_special(data, special, name), special, name=name)
 
 
@@ -310,22 +343,31 @@ def _damaged(folder: Path, what: str) -> DataIntegrityError:
     )
 
 
-def _parse(data: bytes, name: str) -> dict[str, Any]:
+def _served(data: dict[str, Any], name: str) -> dict[int, bytes]:
+    """The bytes of each id of text, plain added tokens included; refuses what is not supported."""
     try:
-        value = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise refuse(name, f"not JSON ({error})") from error
-    if not isinstance(value, dict) or not isinstance(value.get("model"), dict):
-        raise refuse(name, "not a tokenizer.json")
-    return value
+        of_text = bytes_of_pieces(data, name) if is_of_pieces(data) else dict(build(data, name).bytes_of_id)
+        plain = {int(t["id"]): t["content"].encode() for t in data.get("added_tokens") or [] if not t.get("special")}
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise refuse(name, f"a part of it is missing or has the wrong type ({error!r})") from error
+    return of_text | plain
+
+
+def _plain_tokens(data: dict[str, Any], name: str) -> re.Pattern[str] | None:
+    """The added tokens that text turns into, as Hugging Face tokenizers finds them."""
+    plain = [token for token in data.get("added_tokens") or [] if not token.get("special")]
+    if greedy := [token["content"] for token in plain if token.get("lstrip") or token.get("rstrip")]:
+        raise refuse(name, f"the added tokens {greedy[:5]} swallow the spaces beside them")
+    return re.compile("|".join(re.escape(token["content"]) for token in plain)) if plain else None
 
 
 def _with_special(data: dict[str, Any], special: SpecialTokens, name: str) -> bytes:
     """tokenizer.json with the three special tokens among its added tokens."""
-    build(data, name)  # refuses what is not supported, before anything of it is relied upon
-    added: list[dict[str, Any]] = list(data.get("added_tokens") or [])
+    _served(data, name)  # refuses what is not supported, before anything of it is relied upon
+    chosen = (special.eod, special.pad, special.mask)
+    added = [dict(token) | ({"special": True} if token["content"] in chosen else {}) for token in _added(data)]
     known = {token["content"]: token for token in added}
-    vocab: dict[str, int] = data["model"]["vocab"]
+    vocab = vocabulary(data["model"])
     next_id = 1 + max([*vocab.values(), *(token["id"] for token in added)])
     for content in _missing(special, known):
         if content in vocab:
@@ -339,6 +381,10 @@ def _with_special(data: dict[str, Any], special: SpecialTokens, name: str) -> by
         next_id += 1
     data = data | {"added_tokens": added}
     return json.dumps(data, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
+
+
+def _added(data: dict[str, Any]) -> list[dict[str, Any]]:
+    return list(data.get("added_tokens") or [])
 
 
 def _missing(special: SpecialTokens, known: dict[str, Any]) -> Sequence[str]:
