@@ -33,6 +33,8 @@ _KNOWN_WARNINGS: tuple[tuple[str, type[Warning]], ...] = (
     ("full scope is deprecated. Use empty cuda_graph_scope", UserWarning),  # from its own default
     # in float32 the optimizer's shards are views of the parameters; it sets their .grad itself
     ("The .grad attribute of a Tensor that is not a leaf Tensor is being accessed", UserWarning),
+    # experts that no tensor-parallel ranks share, in a layout whose other matrices are shared
+    ("`sequence_parallel` is set to `True`, but tensor model parallel size is 1", UserWarning),
     ("`torch.distributed.reduce_scatter_tensor` is deprecated", FutureWarning),
     ("`torch.distributed.all_gather_into_tensor` is deprecated", FutureWarning),
     ("`torch.distributed._reduce_scatter_base` is deprecated", FutureWarning),
