@@ -7,10 +7,10 @@ from typing import Any
 
 from megamask.config.schema.roots import TrainConfig
 from megamask.models.counts import flops_per_token, parameter_count
-from megamask.objectives.shapes import shape_of
+from megamask.objectives.schedule import largest_shape
 from megamask.runs.layout import run_path
 from megamask.training.batch_size import consumed_before
-from megamask.training.run_data import RunData
+from megamask.training.run_data import RunData, objective_phases
 
 _BYTES_PER_WEIGHT = 12  # float32 weight and the two moments of Adam
 
@@ -30,7 +30,7 @@ def check_run(config: TrainConfig) -> dict[str, Any]:
         data = RunData(config, stack)
         split = data.train.manifest.split("train")
     training, layout = config.training, config.layout
-    shape = shape_of(config.objective.settings(), training.sequence_length)
+    shape = largest_shape(objective_phases(config), training.sequence_length)
     flops = flops_per_token(
         data.spec, scored_fraction=shape.scored_fraction, attended_fraction=shape.attended_fraction
     ).training

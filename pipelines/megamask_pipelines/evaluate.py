@@ -16,7 +16,7 @@ from megamask.evaluation.objective import scored_objective
 from megamask.evaluation.reference_network import ReferenceScore
 from megamask.evaluation.request import EvaluationRequest
 from megamask.evaluation.rows import split_rows, text_rows, token_id_rows
-from megamask.objectives.base import GivenFirst
+from megamask.objectives.base import GivenFirst, never_written
 from megamask_pipelines.checkpoint_loading import LoadedCheckpoint, load_checkpoint
 
 _BATCH_TOKENS = 8192
@@ -42,10 +42,14 @@ def evaluate(path: Path, request: EvaluationRequest) -> dict[str, Any]:
     tokens, is_eligible = _rows(checkpoint, request)
     objective = scored_objective(checkpoint.model.objective, request.objective, checkpoint.model.vocabulary)
     bound = GivenFirst(bound=objective.bound) if request.given_first else objective.bound
-    scored = tokens[bound.scored(is_eligible)]
+    scored = tokens[bound.scored(tokens, is_eligible)]
     network, device = checkpoint.network()
     report = evaluate_rows(
-        ReferenceScore(network=network, excluded_ids=objective.excluded_ids),
+        ReferenceScore(
+            network=network,
+            excluded_ids=objective.excluded_ids,
+            not_noise=never_written(objective.vocabulary),
+        ),
         bound,
         tokens.to(device),
         is_eligible.to(device),

@@ -111,7 +111,7 @@ def test_allowed_says_type_range_and_null():
     keys = all_keys(TrainConfig)
     assert keys["training.steps"].allowed == "an integer >= 1"
     assert keys["checkpoint.every_steps"].allowed == "an integer >= 1, or null"
-    assert keys["objective.noise_schedule"].allowed == "linear, cosine_md4, cosine_bd3, polynomial, sqrt"
+    assert keys["objective.noise_schedule"].allowed == "linear, cosine_md4, cosine_bd3, polynomial, sqrt, spindle"
     assert keys["run.seed"].allowed == "an integer >= 0 and <= 18446744073709551615"
     assert keys["checkpoint.every_steps"].type_name == "int | None"
     assert keys["data.corpora"].type_name == "dict[str, str]"

@@ -109,7 +109,7 @@ REFUSED = {
     "optimizer.learning_rate=1e999": ("optimizer.learning_rate is inf", "only finite numbers"),
     "optimizer.learning_rate=true": ("optimizer.learning_rate is true (a boolean)", ""),
     "optimizer.beta1=1": ("allowed: a number >= 0 and < 1", ""),
-    "objective.complementary=1": ("objective.complementary is 1 (an integer); allowed: true or false", ""),
+    "objective.complementary=1": ("objective.complementary is 1 (an integer); allowed: true or false, or null", ""),
     "objective.complementary=no": ("objective.complementary is 'no' (a string)", ""),
     "objective.noise_schedule=quadratic": ("allowed: linear, cosine_md4, cosine_bd3", ""),
     "run.name=..": ("run.name is '..'", ""),

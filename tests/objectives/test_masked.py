@@ -9,7 +9,8 @@ from megamask.config.schema.objective import ObjectiveConfig
 from megamask.errors import UsageError
 from megamask.objectives.base import Samples
 from megamask.objectives.masked import MaskedObjective
-from megamask.objectives.registry import build_objective
+from megamask.objectives.registry import build_objective, build_phases
+from megamask.objectives.schedule import phases_of
 from support.model_documents import model_document
 from support.objectives import masked_objective
 
@@ -77,7 +78,8 @@ def test_record_reads_back_as_the_same_objective_and_a_record_without_a_name_is_
 
 
 def test_config_section_makes_the_objective() -> None:
-    objective = build_objective(ObjectiveConfig(z_loss_weight=0.5).settings(), VOCABULARY)
+    phases = phases_of(ObjectiveConfig(z_loss_weight=0.5).settings(), 16, lambda amount, unit: amount + 1)
+    objective = build_phases(phases, VOCABULARY)
     assert objective == MaskedObjective(
         vocabulary=VOCABULARY, noise_schedule="linear", complementary=True, mask_logit="excluded", z_loss_weight=0.5
     )

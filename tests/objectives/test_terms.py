@@ -11,6 +11,7 @@ from megamask.diffusion.corruption import corrupt
 from megamask.diffusion.philox import run_key
 from megamask.diffusion.schedule import noise_schedule
 from megamask.engine.selection import select_rows
+from megamask.errors import UsageError
 from support.terms import normalizer, weighted_cross_entropy_sum
 
 
@@ -82,5 +83,5 @@ def test_the_sum_is_float32_when_the_cross_entropy_is_not() -> None:
 def test_normalizer_is_tokens_times_views_and_never_zero() -> None:
     assert normalizer(10, 2) == 20
     for arguments in ((0, 2), (3, 0)):
-        with pytest.raises(ValueError, match="eligible"):
+        with pytest.raises(UsageError, match="eligible"):
             normalizer(*arguments)

@@ -50,7 +50,7 @@ def loss_of(objective: MaskedObjective, given: Samples, rows: Rows) -> float:
     )
     counts = Counts(num_eligible=int(given.is_eligible.sum()), num_scored=[int(rows.is_scored.sum())])
     [term] = objective.terms
-    return float(term.share(scores)) / term.normalizer(counts)
+    return float(term.share(scores)) / term.normalizer(counts) + term.constant
 
 
 def masked_at(rows: Rows, row: int) -> list[int]:
@@ -61,6 +61,7 @@ PUBLISHED = {
     # probability of a mask at t; weight of a masked token at t with k of n tokens masked; divided by
     "llada": (lambda t: (1 - 1e-3) * t + 1e-3, lambda p, n, k: 1 / p, "eligible"),
     "mdlm": (lambda t: (1 - 1e-3) * t + 1e-3, lambda p, n, k: 1 / p, "eligible"),
+    "md4": (lambda t: 1e-4 + (1 - 2e-4) * t, lambda p, n, k: (1 - 2e-4) / p, "eligible"),
     "megadlms": (lambda t: t, lambda p, n, k: n / k, "masked"),
     "dream": (lambda t: t, lambda p, n, k: 1 / p, "masked"),
 }
@@ -78,18 +79,29 @@ def test_recipes_loss_is_its_projects_formula_on_the_same_masks(name: str) -> No
         num_masked += len(masked)
         total += math.fsum(weight(probability(t), n, len(masked)) * float(cost[row, i]) for i in masked)
     count = num_masked if divided_by == "masked" else int(given.is_eligible.sum())
-    assert loss_of(objective, given, rows) == pytest.approx(total / count, rel=1e-6)
+    reconstruction = 1e-4 * math.log(VOCABULARY.vocab_size - 1) if name == "md4" else 0.0
+    assert loss_of(objective, given, rows) == pytest.approx(total / count + reconstruction, rel=1e-6)
     assert not (rows.is_scored & ~given.is_eligible).any()
 
 
-def test_mdlm_spreads_its_times_and_the_others_draw_each_by_itself() -> None:
+def test_md4_takes_its_cosine_schedule_too() -> None:
+    objective = masked_objective(VOCABULARY, recipe="md4", complementary=False, noise_schedule="cosine_md4")
+    given = samples()
+    rows, times = objective.rows(given, STEP, KEY), [d["t"] for d in objective.details(given, STEP, KEY)]
+    for row, t in enumerate(times):
+        p = 1e-4 + (1 - 2e-4) * math.sin(math.pi * t / 2)
+        slope = (1 - 2e-4) * math.pi / 2 * math.cos(math.pi * t / 2)
+        assert float(rows.weight[row, 0]) == pytest.approx(slope / p, rel=1e-5)
+
+
+def test_mdlm_and_md4_spread_their_times_and_the_others_draw_each_by_itself() -> None:
     given = samples()
     for name in RECIPES:
         objective = masked_objective(VOCABULARY, recipe=name, complementary=False)
         times = [d["t"] for d in objective.details(given, STEP, KEY)]
         strata = sorted(int(t * 16) for t in times)
-        assert (strata == list(range(16))) == (name == "mdlm")
-        assert name == "mdlm" or times == independent_times(given.sample_index.tolist(), KEY)
+        assert (strata == list(range(16))) == (name in ("mdlm", "md4"))
+        assert name in ("mdlm", "md4") or times == independent_times(given.sample_index.tolist(), KEY)
 
 
 def test_megadlms_masks_at_least_one_token_of_each_row() -> None:
@@ -151,10 +163,17 @@ def test_schedule_rises_from_end_to_end_and_leaves_the_bound_alone(name: str, ex
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        (("objective.recipe=llada",), "objective.complementary is true, but objective.recipe is llada"),
+        (
+            ("objective.recipe=llada", "objective.complementary=true"),
+            "objective.complementary is true, but objective.recipe is llada",
+        ),
+        (
+            ("objective.weight=unit", "objective.time_sampling=importance"),
+            "objective.time_sampling is 'importance', but objective.weight is unit",
+        ),
         (("objective.noise_exponent=2",), "objective.noise_exponent is 2"),
         (
-            ("objective.recipe=dream", "objective.complementary=false", "objective.weight=unit"),
+            ("objective.recipe=dream", "objective.weight=unit"),
             "objective.weight is 'unit', but objective.recipe is dream",
         ),
     ],
@@ -164,3 +183,15 @@ def test_settings_that_contradict_one_another_are_refused(settings: tuple[str, .
     with pytest.raises(UsageError) as caught:
         validate_train(loaded.config, loaded.origins)
     assert words in caught.value.message
+
+
+def test_recipe_alone_trains_one_view_and_everything_else_the_pair() -> None:
+    def views(*settings: str) -> bool:
+        config = load_train_config(TINY, list(settings)).config
+        validate_train(config)
+        return bool(config.objective.settings()["complementary"])
+
+    assert views() is True
+    assert views("objective.recipe=llada") is False
+    assert views("objective.recipe=llada", "objective.complementary=null") is False
+    assert views("objective.complementary=false") is False

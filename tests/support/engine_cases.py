@@ -22,6 +22,7 @@ from megamask.models.spec import ModelSpec
 from megamask.models.vocabulary import Vocabulary
 from megamask.objectives.base import Objective, Reading, scored_rows
 from megamask.objectives.masked import MaskedObjective
+from megamask.objectives.phased import PhasedObjective
 from support.specs import OPTIONS, PLAIN  # noqa: F401 - tests of the engine import both from here
 
 SEED = 11

@@ -6,7 +6,6 @@ from typing import Any
 import pytest
 
 from megamask.errors import StorageError
-from megamask.objectives.shapes import ObjectiveShape
 from megamask.runs.rank_files import read_rank_failures
 from megamask.training import attempt_scope
 from megamask.training.attempt import FollowerAttempt
@@ -28,14 +27,6 @@ def test_failing_rank_tells_its_reason_before_it_gives_up_a_save(
         run_dir=tmp_path,
         rank=1,
         progress=Progress(num_views=1),
-        shape=ObjectiveShape(
-            num_views=1,
-            input_length=8,
-            scored_positions=8,
-            scored_fraction=0.5,
-            attended_fraction=1.0,
-            corrupts="some",
-        ),
         known=FollowerAttempt(tmp_path, "r", 1),
         committer=committer,
     )

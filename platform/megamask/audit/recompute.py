@@ -26,12 +26,13 @@ from megamask.diffusion.philox import NOISE_LAW_VERSION, run_key
 from megamask.errors import CheckpointIntegrityError, DataIntegrityError, UsageError
 from megamask.models.vocabulary import Vocabulary
 from megamask.objectives.base import Objective, Samples
-from megamask.objectives.registry import build_objective
+from megamask.objectives.registry import build_phases
+from megamask.objectives.schedule import phases_of
 from megamask.runs.configs import attempt_configs
 from megamask.runs.layout import configs_folder
 from megamask.runs.record import read_run
 from megamask.tracking.journal.seek import find_step
-from megamask.training.batch_size import batch_size_at, consumed_before
+from megamask.training.batch_size import batch_size_at, consumed_before, first_step
 
 _COMPARED = ("batch_digest", "content_digest", "masked_tokens", "scored_tokens")
 
@@ -121,6 +122,7 @@ def open_loader(run: RecordedRun) -> Loader:
         corpora=dict(run.corpora),
         seed=run.value("data.seed"),
         shuffle_window_blocks=run.value("data.shuffle_window_blocks"),
+        score=run.identity.get("data.score", "all"),
     )
     try:
         loader = Loader(data.corpora, data, run.value("training.sequence_length"))
@@ -175,9 +177,13 @@ def inspect_step(run: RecordedRun, loader: Loader, step: int) -> dict[str, Any]:
     for index, (source, row) in enumerate(loader.rows(first_index, batch_size), start=first_index):
         content = loader.read(source, row)
         drawn = _sample(loader, content, index, first_index=first_index, global_batch_size=batch_size)
-        [details] = objective.details(drawn, step, run_key(seed))
-        samples.append({"sample_index": index, "source": source, "row": row} | _described(content, drawn) | details)
+        num_padding = int((drawn.tokens == loader.manifest.pad_token_id).sum())
+        [details] = objective.details(objective.seen(drawn, run_key(seed)), step, run_key(seed))
+        samples.append(
+            {"sample_index": index, "source": source, "row": row} | _described(content, drawn, num_padding) | details
+        )
         hashes.append(content_hash(index, loader.source_digest, row, content.tokens_crc32c, content.documents_crc32c))
+    objective = objective.at(step)
     report = {
         "step": step,
         "seed": seed,
@@ -234,25 +240,37 @@ def _objective(run: RecordedRun, loader: Loader) -> Objective:
         eod_token_id=manifest.eod_token_id,
         pad_token_id=manifest.pad_token_id,
     )
-    return build_objective(ObjectiveConfig(**recorded).settings(), vocabulary)
+    settings = ObjectiveConfig(**recorded).settings(
+        isolate_documents=bool(run.identity.get("data.isolate_documents", False))
+    )
+    training = _batches(run)
+    phases = phases_of(settings, training.sequence_length, lambda amount, unit: first_step(amount, unit, training))
+    return build_phases(phases, vocabulary, information=loader.token_information)
 
 
 def _sample(loader: Loader, content: Row, index: int, *, first_index: int, global_batch_size: int) -> Samples:
     tokens = torch.from_numpy(content.tokens.astype("int64"))[None]
     return Samples(
         tokens=tokens,
-        is_eligible=tokens != loader.manifest.pad_token_id,
+        is_eligible=loader.eligible([content]),
         sample_index=torch.tensor([index]),
         batch_position=[index - first_index],
         global_batch_size=global_batch_size,
     )
 
 
-def _described(content: Row, drawn: Samples) -> dict[str, Any]:
+def _document(start: int, number: int) -> dict[str, Any]:
+    """One document of a row, or one segment of a conversation."""
+    if number >= 0:
+        return {"start": start, "number": number}
+    return {"start": start, "number": -number - 1, "answer": True}
+
+
+def _described(content: Row, drawn: Samples, num_padding: int) -> dict[str, Any]:
     return {
         "tokens": drawn.tokens[0].tolist(),
-        "num_padding": int((~drawn.is_eligible).sum()),
-        "documents": [{"start": int(start), "number": int(number)} for start, number in content.documents],
+        "num_padding": num_padding,
+        "documents": [_document(start, number) for start, number in content.documents.tolist()],
     }
 
 

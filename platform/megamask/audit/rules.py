@@ -7,18 +7,26 @@ from typing import Any
 
 from megamask.audit.story import Rules
 from megamask.config.keys import Key, all_keys
+from megamask.config.schema.objective import ObjectiveConfig
 from megamask.config.schema.roots import TrainConfig
 from megamask.config.schema.training import TrainingConfig
 from megamask.config.secrets import shown
 from megamask.errors import UsageError
+from megamask.objectives.schedule import at_step, phases_of
 from megamask.objectives.shapes import shape_of
 from megamask.runs.record import RunRecord
-from megamask.training.batch_size import consumed_before
+from megamask.training.batch_size import consumed_before, first_step
 from megamask.training.schedules import learning_rate
 
 _SECTION = "training."
 _OBJECTIVE = "objective."
-_TYPES: dict[str, tuple[type, ...]] = {"int": (int,), "bool": (bool,), "float": (int, float), "str": (str,)}
+_TYPES: dict[str, tuple[type, ...]] = {
+    "int": (int,),
+    "bool": (bool,),
+    "float": (int, float),
+    "str": (str,),
+    "list": (list,),
+}
 
 
 def rules_of(record: RunRecord, configs: Mapping[int, TrainConfig]) -> Rules:
@@ -42,11 +50,15 @@ def rules_of(record: RunRecord, configs: Mapping[int, TrainConfig]) -> Rules:
         for name, key in keys.items()
         if name.startswith(_OBJECTIVE)
     }
+    section = ObjectiveConfig(**settings)  # resolves what depends on the name
+    phases = phases_of(
+        section.settings(), training.sequence_length, lambda amount, unit: first_step(amount, unit, training)
+    )
     return Rules(
         run_id=record.run_id,
         corpora=content["corpora"],
         consumed_before=lambda step: consumed_before(step, training),
-        shape=shape_of(settings, training.sequence_length),
+        shape_at=lambda step: shape_of(at_step(phases, step), training.sequence_length),
         sequence_length=training.sequence_length,
         run_sha256=record.sha256,
         code_version=str(content["code_version"]) if "code_version" in content else None,

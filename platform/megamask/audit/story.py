@@ -48,7 +48,7 @@ class Rules:
     Args:
         run_id, corpora: as in run.json.
         consumed_before: samples of all steps before a step, by the order law.
-        shape: what the objective makes of a sample.
+        shape_at: what the objective makes of a sample at a step.
         sequence_length: tokens of a row.
         run_sha256, code_version: of the bytes of run.json, and in it.
         learning_rate: of a step under an attempt's config; None where that config is not known.
@@ -57,7 +57,7 @@ class Rules:
     run_id: str
     corpora: Mapping[str, str]
     consumed_before: Callable[[int], int]
-    shape: ObjectiveShape
+    shape_at: Callable[[int], ObjectiveShape]
     sequence_length: int
     run_sha256: str | None = None
     code_version: str | None = None
@@ -74,6 +74,7 @@ class AttemptStory:
     last_step: int | None = None
     consumed_samples: int = 0
     consumed_tokens: int | None = None
+    processed_tokens: int | None = None
     last_digest: str | None = None
     ended: AttemptEnded | None = None
     is_completed: bool = False
@@ -103,6 +104,7 @@ class _Taken(NamedTuple):
     attempt: int
     fingerprint: int
     consumed_tokens: int
+    processed_tokens: int
 
 
 @dataclass
@@ -194,7 +196,9 @@ class JournalAudit:
             return
         story.last_step, story.last_digest = resumed.step, resumed.digest
         story.consumed_samples = self.rules.consumed_before(resumed.step + 1)
-        story.consumed_tokens = taken.consumed_tokens if (taken := self._steps.get(resumed.step)) else None
+        taken = self._steps.get(resumed.step)
+        story.consumed_tokens = taken.consumed_tokens if taken else None
+        story.processed_tokens = taken.processed_tokens if taken else None
         announced = self.commits.get(resumed.checkpoint)
         if announced is not None:
             self._expect("the digest resumed from", resumed.digest, announced.record.digest)
@@ -222,21 +226,26 @@ class JournalAudit:
         self._repeated(story, record)
         story.first_step = step if story.first_step is None else story.first_step
         story.last_step, story.consumed_samples = step, _count(record.consumed_samples)
-        story.consumed_tokens = record.consumed_tokens
+        story.consumed_tokens, story.processed_tokens = record.consumed_tokens, record.processed_tokens
 
     def _tokens(self, story: AttemptStory, record: Step, size: int) -> None:
         tokens, masked = _count(record.consumed_tokens), _count(record.masked_tokens)
-        self._expect("processed_tokens", record.processed_tokens, tokens * self.rules.shape.num_views)
+        shape = self.rules.shape_at(record.step)
         most = size * self.rules.sequence_length
         before = 0 if record.step == 1 else story.consumed_tokens
         eligible = None if before is None else tokens - before
+        processed = 0 if record.step == 1 else story.processed_tokens
+        if processed is not None and eligible is not None:
+            self._expect("processed_tokens", record.processed_tokens, processed + eligible * shape.num_views)
+        elif shape.num_views == self.rules.shape_at(1).num_views:  # it only ever falls
+            self._expect("processed_tokens", record.processed_tokens, tokens * shape.num_views)
         if eligible is not None and not 0 <= eligible <= most:
             self._find(f"consumed_tokens grew by {eligible}; a step has at most {most} tokens")
         if masked > (most if eligible is None else eligible):
             self._find(f"masked_tokens is {masked}, more than the step has")
         levels = record.masked_tokens_by_noise_level
         if levels is not None and eligible is not None:
-            expected = eligible if self.rules.shape.corrupts == "all" else masked
+            expected = eligible if shape.corrupts == "all" else masked
             self._expect("the sum of masked_tokens_by_noise_level", sum(map(_count, levels)), expected)
 
     def _loss(self, record: Step) -> None:
@@ -259,7 +268,12 @@ class JournalAudit:
         """Compare with the same step of an earlier attempt; only results of floating-point arithmetic may differ."""
         digests, counts = (record.batch_digest, record.content_digest), (record.masked_tokens, record.consumed_samples)
         fingerprint = hash((*map(str, digests), *map(str, counts), str(record.consumed_tokens)))
-        taken = _Taken(attempt=story.number, fingerprint=fingerprint, consumed_tokens=_count(record.consumed_tokens))
+        taken = _Taken(
+            attempt=story.number,
+            fingerprint=fingerprint,
+            consumed_tokens=_count(record.consumed_tokens),
+            processed_tokens=_count(record.processed_tokens),
+        )
         before = self._steps.setdefault(record.step, taken)
         if before.attempt != story.number:
             self.num_repeated += 1

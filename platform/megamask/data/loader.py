@@ -21,8 +21,12 @@ from megamask.data.content import add_content, content_hash
 from megamask.data.manifest import open_corpus
 from megamask.data.order import SourceOrder, order_key
 from megamask.data.reader import Row, SplitReader
+from megamask.data.roles import answered
 from megamask.data.tokenizer import CorpusTokenizer
+from megamask.diffusion.spindle import token_information
 from megamask.errors import UsageError
+
+_INFORMATION_ROWS = 4096
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,6 +87,13 @@ class Loader:
                 f"it has: {', '.join(sorted(self.manifest.splits))}. No batch was read.",
                 hint="prepare the corpus with documents for that split (corpus.validation_fraction)",
             )
+        self._scores_answers = data.score == "answers"
+        if self._scores_answers and "chat_template_sha256" not in self.manifest.content["options"]:
+            raise UsageError(
+                f"data.score is answers, but data.corpora.{self.source} ({self.folder}) holds no conversations. "
+                "No batch was read.",
+                hint="set data.score=all, or prepare the corpus from inputs of the format messages",
+            )
         self.source_digest = self.manifest.source_digest(split)
         self.corpus_ids = {self.source: self.manifest.corpus_id}
         self._reader = SplitReader(self.folder, self.manifest, split)
@@ -118,6 +129,26 @@ class Loader:
             raise UsageError(f"no source {source!r} under data.corpora; allowed: {self.source}. No row was read.")
         with self._lock:
             return self._reader.read(row)
+
+    def token_information(self) -> torch.Tensor:
+        """Information of each id of the vocabulary, from the first rows of the split in stored order: int64 [V].
+
+        The rows are the first 4096, or all of fewer, so that it is a function of the corpus alone.
+        """
+        counts = np.zeros(self.manifest.vocab_size, dtype=np.int64)
+        for row in range(min(_INFORMATION_ROWS, self.num_rows)):
+            counts += np.bincount(self.read(self.source, row).tokens, minlength=self.manifest.vocab_size)
+        counts[self.manifest.pad_token_id] = 0
+        return token_information(counts.tolist())
+
+    def eligible(self, rows: Sequence[Row]) -> torch.Tensor:
+        """The tokens that may be noised and scored, by `data.score`; never padding. Bool [rows, L]."""
+        tokens = np.stack([row.tokens for row in rows]) if rows else np.empty((0, self.sequence_length))
+        is_eligible = torch.from_numpy(tokens.astype(np.int64)) != self.manifest.pad_token_id
+        if self._scores_answers and rows:
+            answers = np.stack([answered(row.documents, self.sequence_length) for row in rows])
+            is_eligible &= torch.from_numpy(answers)
+        return is_eligible
 
     def batch(self, first_index: int, global_batch_size: int, members: Sequence[int]) -> Batch:
         """This rank's share of the global batch that begins at a sample index.
@@ -179,7 +210,7 @@ class Loader:
         )
         return Batch(
             tokens=tokens,
-            is_eligible=tokens != self.manifest.pad_token_id,
+            is_eligible=self.eligible(read),
             sample_index=torch.tensor(indices, dtype=torch.int64),
             batch_position=torch.tensor(share.members, dtype=torch.int64),
             rows=[(self.source, row) for row in rows],

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from megamask.diffusion.exact_counts import exact_count_masks
 from megamask.diffusion.philox import Purpose, uniform_words
 from megamask.diffusion.schedule import NoiseSchedule, threshold
 
@@ -98,6 +99,49 @@ def corrupt(
         is_masked=is_masked,
         weight=_weights(schedule, times, thresholds, complementary=complementary).to(x_0.device),
         noise_level=torch.tensor(_noise_levels(thresholds, complementary=complementary), device=x_0.device),
+    )
+
+
+def corrupt_exactly(
+    x_0: Tensor,
+    is_eligible: Tensor,
+    sample_index: Tensor,
+    times: Sequence[float],
+    *,
+    schedule: NoiseSchedule,
+    complementary: bool,
+    mask_token_id: int,
+    key: tuple[int, int],
+) -> CorruptedBatch:
+    """Noises samples with masks of an exact number instead of independent ones.
+
+    With n eligible tokens view A masks k = 1 + floor(S * n / 2^32) of them, S = floor(s(t) * 2^32), those with the
+    smallest (u_pos, pos), and weighs n/k; view B masks the other n - k and weighs n/(n - k). All n in one view, k = n,
+    has weight 2 in a pair, because its other view is empty. Weights are multiplied by s'(t), so that under every
+    schedule each view's share is unbiased for (1/n) * sum over k of n/k * E[sum of masked CE at k], the any-order form
+    of the NELBO without a cut at EPS (MD4, arXiv:2406.04329, appendix; LLaDA, arXiv:2502.09992, equation 6).
+
+    Arguments, shapes and errors as `corrupt`.
+    """
+    fractions = torch.tensor([threshold(schedule.shape(t)) for t in times], dtype=torch.int64, device=x_0.device)
+    slopes = torch.tensor([schedule.shape_derivative(t) for t in times], dtype=torch.float64, device=x_0.device)
+    n = is_eligible.sum(dim=1)
+    counts = torch.minimum(1 + (fractions * n >> 32), n)
+    is_first = exact_count_masks(sample_index, is_eligible, counts, draw=0, key=key, purpose=Purpose.MASK)
+    views = [is_first, is_eligible & ~is_first] if complementary else [is_first]
+    is_masked = torch.stack(views, dim=1).flatten(0, 1)
+    sizes = torch.stack([counts, n - counts] if complementary else [counts], dim=1).clamp(min=1)
+    weight = slopes[:, None] * n[:, None].to(torch.float64) / sizes
+    if complementary:
+        weight[:, 0] = torch.where(counts == n, 2 * weight[:, 0], weight[:, 0])
+    clean = x_0.repeat_interleave(len(views), dim=0)
+    level = sizes * NUM_NOISE_LEVELS // n[:, None].clamp(min=1)
+    return CorruptedBatch(
+        x_t=clean.masked_fill(is_masked, mask_token_id),
+        x_0=clean,
+        is_masked=is_masked,
+        weight=weight.flatten().to(torch.float32),
+        noise_level=level.flatten().clamp(max=NUM_NOISE_LEVELS - 1),
     )
 
 

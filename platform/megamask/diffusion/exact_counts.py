@@ -1,4 +1,6 @@
-"""Masks of an exact size, as the likelihood bound draws them (docs/architecture.md, "Likelihood").
+"""Masks of an exact size, as the likelihood bound and `objective.mask_counts=exact` draw them.
+
+The definition to the bit is in docs/architecture.md, "Likelihood" and "Noise".
 
 Shapes: b rows, s tokens of a row.
 """
@@ -30,17 +32,24 @@ def exact_counts(
 
 
 def exact_count_masks(
-    row_index: Tensor, is_eligible: Tensor, counts: Tensor, *, draw: int, key: tuple[int, int]
+    row_index: Tensor,
+    is_eligible: Tensor,
+    counts: Tensor,
+    *,
+    draw: int,
+    key: tuple[int, int],
+    purpose: Purpose = Purpose.VALIDATION_MASK,
 ) -> Tensor:
     """Mask the `counts` eligible positions of each row that have the smallest (word, position).
 
     Args:
         row_index: [b] int64. is_eligible: [b, s] bool. counts: [b] int64, at most the row's eligible positions.
-        draw: replicate * draws + member.
+        draw: replicate * draws + member; 0 in training.
+        purpose: of the words.
 
     Returns: [b, s] bool.
     """
-    words = uniform_words(row_index, is_eligible.shape[1], purpose=Purpose.VALIDATION_MASK, key=key, draw=draw)
+    words = uniform_words(row_index, is_eligible.shape[1], purpose=purpose, key=key, draw=draw)
     last = torch.full_like(words, 1 << 32)
     order = torch.where(is_eligible, words, last).argsort(dim=1, stable=True)  # equal words: the lower position first
     places = torch.arange(order.shape[1], device=order.device).expand_as(order)

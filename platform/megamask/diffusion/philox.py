@@ -44,6 +44,8 @@ class Purpose(IntEnum):
     BLOCK_ORDER = 11
     ROW_ORDER = 12
     VALIDATION_BLOCK_COUNT = 13
+    VALIDATION_RANDOM_TOKEN = 14
+    UNDECODED = 15
 
 
 def philox4x32(counter: Sequence[Tensor | int], key: Sequence[Tensor | int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:

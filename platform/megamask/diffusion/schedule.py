@@ -13,6 +13,9 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import torch
+from torch import Tensor
+
 from megamask.diffusion.philox import Purpose, philox4x32
 from megamask.errors import UsageError
 
@@ -83,6 +86,7 @@ _SCHEDULES = {
             shape=lambda t: 1 - math.cos(math.pi * t / 2),
             shape_derivative=lambda t: math.pi / 2 * math.sin(math.pi * t / 2),
         ),
+        NoiseSchedule(name="spindle", shape=float, shape_derivative=_one),  # the middle token's; see spindle.py
         NoiseSchedule(name="sqrt", shape=_sqrt, shape_derivative=_sqrt_derivative),
     )
 }
@@ -107,6 +111,45 @@ def noise_schedule(name: str, exponent: float = 1.0) -> NoiseSchedule:
     return _SCHEDULES[name]
 
 
+def least_variance_schedule(num_positions: int, lowest: float = EPS, highest: float = 1 - EPS) -> NoiseSchedule:
+    """The schedule whose p has the density with the least variance of the loss where every token costs the same.
+
+    A row's loss at p is (1/p) * K * c with K ~ Binomial(n, p); its second moment is n^2 c^2 (1 + (1 - p)/(n p)), and
+    importance sampling has the least variance at a density proportional to the square root of that:
+    q(p) ~ sqrt((1 + (n - 1) p) / (n p)). No slope is infinite, and p' = 1/q enters the weight as every schedule's does.
+
+    Args:
+        num_positions: n, tokens of a row.
+    """
+    ratio = num_positions - 1
+
+    def mass(p: float) -> float:  # the integral of sqrt((1 + ratio * p) / p)
+        if ratio == 0:
+            return 2 * math.sqrt(p)
+        return math.sqrt(p * (1 + ratio * p)) + math.asinh(math.sqrt(ratio * p)) / math.sqrt(ratio)
+
+    first, total = mass(lowest), mass(highest) - mass(lowest)
+
+    def probability(t: float) -> float:
+        low, high = lowest, highest
+        for _ in range(64):  # bisection: the same operations, and so the same bits, for every t
+            middle = (low + high) / 2
+            low, high = (middle, high) if mass(middle) - first < t * total else (low, middle)
+        return low
+
+    def slope(t: float) -> float:
+        p = probability(t)
+        return total / math.sqrt((1 + ratio * p) / p) / (highest - lowest)
+
+    return NoiseSchedule(
+        name="importance",
+        shape=lambda t: (probability(t) - lowest) / (highest - lowest),
+        shape_derivative=slope,
+        lowest=lowest,
+        highest=highest,
+    )
+
+
 def stratified_times(step: int, global_batch_size: int, key: tuple[int, int]) -> list[float]:
     """t_j = frac(u + j/B) of each place j of a global batch: one time in each of B equal strata of [0, 1).
 
@@ -127,6 +170,11 @@ def stratified_times(step: int, global_batch_size: int, key: tuple[int, int]) ->
     words = philox4x32((index % _RESOLUTION, index // _RESOLUTION, 0, int(Purpose.STRATIFIED_TIME)), key)
     u = (int(words[0]) * 2**21 + int(words[1]) // 2**11) * 2.0**-53
     return [math.modf(u + place / global_batch_size)[0] for place in range(global_batch_size)]
+
+
+def unit_interval(words: Sequence[Tensor]) -> Tensor:
+    """53 bits of the first two words as float64 in [0, 1)."""
+    return (words[0] * 2**21 + words[1] // 2**11).to(torch.float64) * 2.0**-53
 
 
 def independent_times(sample_index: Sequence[int], key: tuple[int, int]) -> list[float]:

@@ -17,11 +17,12 @@ import torch
 import torch.distributed as dist
 
 from megamask.engine.cross_entropy import ShardedSoftmax
+from megamask.engine.divergence import Shard, ShardedDivergence
 from megamask.engine.mesh import Mesh, ProcessGroups
 from megamask.engine.network import DiffusionNetwork
 from megamask.engine.selection import ScoredRows
 from megamask.models.vocabulary import Vocabulary
-from megamask.objectives.base import is_excluded
+from megamask.objectives.base import is_excluded, never_written
 from megamask.objectives.terms import Scores
 
 Share = Callable[[Scores], torch.Tensor]
@@ -50,6 +51,12 @@ class ScoredRowHead:
         self._ids = torch.arange(self.first_id, self.first_id + shard, device=device)
         self._vocabulary = vocabulary
         self._is_excluded = self.columns_without(excluded_ids)
+        self._shard = Shard(
+            first_id=self.first_id,
+            is_excluded=self._is_excluded,
+            can_be_noise=~self.columns_without(never_written(vocabulary)),
+            group=self.group,
+        )
 
     def columns_without(self, excluded_ids: frozenset[int]) -> torch.Tensor:
         """Bool [v/tp]: columns of this rank that take no part in a softmax without these ids."""
@@ -82,21 +89,27 @@ class ScoredRowHead:
 
     def chunks(
         self, hidden: torch.Tensor, weight: torch.Tensor, scored: ScoredRows
-    ) -> Iterator[tuple[slice, torch.Tensor, Scores, ShardedSoftmax]]:
-        """Place, hidden rows [c, h], scores and softmax of one chunk after the other."""
+    ) -> Iterator[tuple[slice, torch.Tensor, Scores, ShardedSoftmax | ShardedDivergence]]:
+        """Place, hidden rows [c, h], scores and costs of one chunk after the other."""
         for chunk in scored.chunks():
             rows = _rows_of(hidden, scored.indices[chunk])
-            softmax = ShardedSoftmax(
-                rows @ weight.t(), scored.targets[chunk], self._is_excluded, self.first_id, self.group
-            )
+            costs = self._costs(rows @ weight.t(), scored, chunk)
             scores = Scores(
-                cross_entropy=softmax.cross_entropy,
-                log_normalizer=softmax.log_normalizer,
+                cross_entropy=costs.cross_entropy,
+                log_normalizer=costs.log_normalizer,
                 weight=scored.weight[chunk],
                 part=None if scored.part is None else scored.part[chunk],
                 is_used=scored.is_used[chunk],
             )
-            yield chunk, rows, scores, softmax
+            yield chunk, rows, scores, costs
+
+    def _costs(self, logits: torch.Tensor, scored: ScoredRows, chunk: slice) -> ShardedSoftmax | ShardedDivergence:
+        """Cross entropies, or the divergences of interpolating noise. Shapes: logits [c, v/tp]."""
+        if scored.noised is None:
+            return ShardedSoftmax(logits, scored.targets[chunk], self._is_excluded, self.first_id, self.group)
+        return ShardedDivergence(
+            logits, scored.targets[chunk], scored.read[chunk], scored.noised.rows(chunk), self._shard
+        )
 
 
 class _ChunkedLoss(torch.autograd.Function):
@@ -116,11 +129,11 @@ class _ChunkedLoss(torch.autograd.Function):
         of_weight: torch.Tensor | None = None
         total = hidden.new_zeros((), dtype=torch.float32)
         pending = list[Any]()
-        for chunk, rows, scores, softmax in head.chunks(hidden, weight, scored):
+        for chunk, rows, scores, costs in head.chunks(hidden, weight, scored):
             part, of_cross_entropy, of_log_normalizer = _differentiate(share, scores)
             total += part
             found.append(scores)
-            of_logits = softmax.logit_gradient(of_cross_entropy, of_log_normalizer)  # [c, v/tp]
+            of_logits = costs.logit_gradient(of_cross_entropy, of_log_normalizer)  # [c, v/tp]
             torch.mm(of_logits, weight, out=of_rows[chunk])
             if dist.get_world_size(head.group) > 1:  # each rank has its own columns; the next chunk need not wait
                 pending.append(dist.all_reduce(of_rows[chunk], group=head.group, async_op=True))

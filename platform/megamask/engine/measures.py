@@ -58,8 +58,12 @@ def num_counts(objective: Objective) -> int:
     return 4 + NUM_NOISE_LEVELS + objective.num_parts
 
 
-def count_share(batch: Batch, rows: Rows, objective: Objective) -> list[int]:
-    """One rank's share of the counts; the content sum travels in two halves of 32 bits."""
+def count_share(batch: Batch, is_eligible: torch.Tensor, rows: Rows, objective: Objective) -> list[int]:
+    """One rank's share of the counts; the content sum travels in two halves of 32 bits.
+
+    Args:
+        is_eligible: bool [b, s], of the samples as the objective sees them.
+    """
     num_views = objective.shape(batch.tokens.size(1)).num_views
     is_grouped = rows.is_scored & (rows.group >= 0)
     by_level = torch.bincount(rows.group[is_grouped], minlength=NUM_NOISE_LEVELS).tolist()
@@ -68,7 +72,7 @@ def count_share(batch: Batch, rows: Rows, objective: Objective) -> list[int]:
     by_part = torch.bincount(scored_parts, minlength=objective.num_parts).tolist()
     low, high = batch.content_sum & 0xFFFFFFFF, batch.content_sum >> 32
     first_view = int(is_grouped[::num_views].sum())
-    return [int(batch.is_eligible.sum()), first_view, low, high, *by_level, *by_part]
+    return [int(is_eligible.sum()), first_view, low, high, *by_level, *by_part]
 
 
 def sum_scores(objective: Objective, scores: Scores, group: torch.Tensor) -> torch.Tensor:
@@ -114,10 +118,12 @@ class Losses:
         """Read a vector of `sum_scores`, summed over micro-batches and ranks."""
         num_terms = len(objective.terms)
         by_term = list(zip(objective.terms, sums[:num_terms], strict=True))
-        terms = {term.name: term.factor * total / term.normalizer(counts.of_terms) for term, total in by_term}
+        terms = {
+            term.name: term.factor * total / term.normalizer(counts.of_terms) + term.constant for term, total in by_term
+        }
         means = [
             total / count if count else None
             for total, count in zip(sums[num_terms:], counts.masked_tokens_by_noise_level, strict=True)
         ]
-        bounds = [total / term.normalizer(counts.of_terms) for term, total in by_term if term.is_bound]
+        bounds = [total / term.normalizer(counts.of_terms) + term.constant for term, total in by_term if term.is_bound]
         return cls(terms=terms, nelbo=bounds[0] if bounds else None, by_noise_level=means)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from megamask.objectives.base import Rows
+from megamask.objectives.divergence import Noised
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,16 +21,19 @@ class ScoredRows:
     Args:
         indices: int64 [m] places in the flattened r * i positions, each at most once.
         is_used: bool [m], true for scored ones.
-        targets, weight, group, part: of the positions, as in Rows, [m].
+        read: int64 [m], what the network read at the positions.
+        targets, weight, group, part, noised: of the positions, as in Rows, [m].
         chunk_rows: rows that the head computes at a time; the last chunk may be smaller.
     """
 
     indices: Tensor
     is_used: Tensor
+    read: Tensor
     targets: Tensor
     weight: Tensor
     group: Tensor
     part: Tensor | None
+    noised: Noised | None
     chunk_rows: int
 
     @classmethod
@@ -51,10 +55,14 @@ class ScoredRows:
         return cls(
             indices=indices,
             is_used=is_used,
+            read=chosen(rows.inputs),
             targets=chosen(rows.targets),
             weight=chosen(rows.weight),
             group=chosen(rows.group),
             part=None if rows.part is None else chosen(rows.part),
+            noised=None
+            if rows.noised is None
+            else Noised(alpha=chosen(rows.noised.alpha), token_mass=chosen(rows.noised.token_mass)),
             chunk_rows=chunk_rows,
         )
 

@@ -45,6 +45,7 @@ class SequencePart:
             weight=rows.weight[:, self.places],
             group=rows.group[:, self.places],
             part=None if rows.part is None else rows.part[:, self.places],
+            noised=None if rows.noised is None else rows.noised.columns(self.places),
         )
 
     def gather(self, tensor: Tensor) -> Tensor:

@@ -81,7 +81,8 @@ class StepShare:
         self._rank_model = rank_model
         self._settings = settings
         self._batch = batch
-        mesh, objective, device = rank_model.mesh, rank_model.objective, rank_model.backend.device
+        mesh, device = rank_model.mesh, rank_model.backend.device
+        self._objective = objective = rank_model.objective.at(step)
         samples = Samples(
             tokens=batch.tokens.to(device),
             is_eligible=batch.is_eligible.to(device),
@@ -90,6 +91,8 @@ class StepShare:
             global_batch_size=len(batch.batch_position) * mesh.data_parallel_size,
         )
         key = run_key(settings.seed)
+        samples = objective.seen(samples, key)
+        self._is_eligible = samples.is_eligible
         # The first stage reads the inputs and the last one the targets; both make them alike, and no rank sends any.
         self._rows: Rows | None = None
         if mesh.is_first_stage or mesh.is_last_stage:
@@ -100,9 +103,9 @@ class StepShare:
 
     def agree_on_counts(self) -> BatchCounts:
         """Exact sums over the global batch, known before any forward pass."""
-        rank_model, counts = self._rank_model, [0] * num_counts(self._rank_model.objective)
+        rank_model, counts = self._rank_model, [0] * num_counts(self._objective)
         if rank_model.mesh.is_counting_rank and self._rows is not None:
-            counts = count_share(self._batch, self._rows, rank_model.objective)
+            counts = count_share(self._batch, self._is_eligible, self._rows, self._objective)
         return BatchCounts.from_sums(rank_model.collectives.sum_integers(counts))
 
     def _own_rows(self) -> Rows | None:
@@ -136,7 +139,7 @@ class StepShare:
 
         Gradients in the buffers are of the loss: each micro-batch's share of a term was divided by that term's N.
         """
-        rank_model, objective = self._rank_model, self._rank_model.objective
+        rank_model, objective = self._rank_model, self._objective
         own = self._own_rows()
         capacity = self._settings.micro_batch_size * self._shape.scored_positions
         normalizers = [term.normalizer(counts.of_terms) for term in objective.terms]

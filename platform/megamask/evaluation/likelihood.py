@@ -86,7 +86,7 @@ def row_estimates(
     Returns: [replicates, n] float64 on the host; the mean of `draws` unbiased estimates each.
     Raises: UsageError: draws, replicates or batch_rows out of range, or no token to score.
     """
-    is_scored = bound.scored(is_eligible)
+    is_scored = bound.scored(tokens, is_eligible)
     _check(is_scored, draws=draws, replicates=replicates, batch_rows=batch_rows, is_exact=bound.is_exact)
     num_rows, batch = len(tokens), min(batch_rows, max(1, len(tokens)))
     estimates = torch.zeros(replicates, num_rows, dtype=torch.float64)
@@ -179,4 +179,4 @@ def evaluate_rows(
         key=key,
         batch_rows=batch_rows,
     )
-    return summarize(estimates, bound.scored(is_eligible).sum(dim=1), draws=draws, num_bytes=num_bytes)
+    return summarize(estimates, bound.scored(tokens, is_eligible).sum(dim=1), draws=draws, num_bytes=num_bytes)

@@ -16,8 +16,11 @@ def scored_objective(trained: Objective, name: str | None, vocabulary: Vocabular
     """
     if name is None or name == trained.name:
         return trained
+    record = trained.record()
+    settings = {"name": name, "mask_logit": record["mask_logit"]}
+    settings |= {key: record[key] for key in ("isolate_documents",) if key in record}
     try:
-        return build_objective({"name": name, "mask_logit": trained.record()["mask_logit"]}, vocabulary)
+        return build_objective(settings, vocabulary)
     except TypeError as error:
         raise UsageError(
             f"--objective is {name}, but the model was trained as {trained.name} and does not record the settings of "

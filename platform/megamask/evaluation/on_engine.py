@@ -80,7 +80,7 @@ def evaluate_on_engine(
     gathered = engine.gather_objects((engine.mesh.data_parallel_rank, estimates.tolist()))
     combined = engine.broadcast_object(_combine(gathered, num_rows, size) if gathered else None)
     everything = torch.tensor(combined, dtype=torch.float64).reshape(replicates, num_rows)
-    return summarize(everything, bound.scored(is_eligible).sum(dim=1), draws=draws, num_bytes=num_bytes)
+    return summarize(everything, bound.scored(tokens, is_eligible).sum(dim=1), draws=draws, num_bytes=num_bytes)
 
 
 def _combine(gathered: list[tuple[int, list[list[float]]]], num_rows: int, size: int) -> list[list[float]]:

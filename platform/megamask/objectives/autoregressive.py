@@ -18,18 +18,20 @@ from torch import Tensor
 from megamask.errors import UsageError
 from megamask.models.context import Causal, Context
 from megamask.models.vocabulary import Vocabulary
-from megamask.objectives.base import BoundRows, Key, Reading, Rows, Samples, scored_rows, softmax_without
+from megamask.objectives.base import BoundRows, Key, OnePhase, Reading, Rows, Samples, scored_rows, softmax_without
+from megamask.objectives.documents import document_numbers, first_tokens, isolated, places_in_documents
 from megamask.objectives.shapes import ObjectiveShape, shape_of
 from megamask.objectives.terms import PerScoredToken, Term, cross_entropy_and_z_loss
 
 
 @dataclass(frozen=True, kw_only=True)
-class AutoregressiveObjective:
+class AutoregressiveObjective(OnePhase):
     """The negative log-likelihood of each token given the ones before it.
 
     Args:
         mask_logit: "excluded" or "included": whether the mask token's logit enters the softmax. A comparison with
             diffusion takes the same for both.
+        isolate_documents: no position sees another document of its row, and no document's first token is scored.
         z_loss_weight: of the z-loss; it shapes training alone, so it is not part of the record.
 
     Raises:
@@ -38,6 +40,7 @@ class AutoregressiveObjective:
 
     vocabulary: Vocabulary
     mask_logit: str
+    isolate_documents: bool = False
     z_loss_weight: float = 0.0
 
     def __post_init__(self) -> None:
@@ -66,7 +69,7 @@ class AutoregressiveObjective:
     @property
     def bound(self) -> ExactLikelihood:
         """The negative log-likelihood itself, under teacher forcing."""
-        return ExactLikelihood()
+        return ExactLikelihood(isolated_by=self.vocabulary if self.isolate_documents else None)
 
     @property
     def decoder(self) -> LeftToRight:
@@ -77,39 +80,53 @@ class AutoregressiveObjective:
         """One row of the sample's length, scored everywhere but at one position."""
         return shape_of(self.record(), sequence_length)
 
+    def seen(self, samples: Samples, key: Key) -> Samples:
+        """With documents where they are isolated."""
+        return isolated(samples, self.vocabulary) if self.isolate_documents else samples
+
     def context(self, samples: Samples, step: int, key: Key) -> Context:
         """Causal attention, inside a document where the samples name documents."""
-        return Context(pattern=Causal(), documents=samples.documents)
+        return causal(samples.documents)
 
     def rows(self, samples: Samples, step: int, key: Key) -> Rows:
         """The samples themselves, each position scored against the token after it."""
-        return next_token_rows(samples.tokens, all_but_first(samples.is_eligible), self.context(samples, step, key))
+        is_scored = with_a_past(samples.is_eligible, samples.documents)
+        return next_token_rows(samples.tokens, is_scored, self.context(samples, step, key))
 
     def details(self, samples: Samples, step: int, key: Key) -> list[dict[str, Any]]:
         """Of each sample: the positions of the tokens that are scored."""
-        is_scored = all_but_first(samples.is_eligible)
+        is_scored = with_a_past(samples.is_eligible, samples.documents)
         return [{"scored": row.nonzero().flatten().tolist()} for row in is_scored]
 
     def record(self) -> dict[str, Any]:
-        """Name and the mask token's logit."""
-        return {"name": self.name, "mask_logit": self.mask_logit}
+        """Name and the mask token's logit; isolated documents where they are."""
+        isolation = {"isolate_documents": True} if self.isolate_documents else {}
+        return {"name": self.name, "mask_logit": self.mask_logit} | isolation
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExactLikelihood:
-    """The negative log-likelihood under teacher forcing: one draw, no noise."""
+    """The negative log-likelihood under teacher forcing: one draw, no noise.
 
+    Args:
+        isolated_by: the vocabulary whose end-of-document id separates documents; None where attention spans the row.
+    """
+
+    isolated_by: Vocabulary | None = None
     is_exact: bool = True
 
-    def scored(self, is_eligible: Tensor) -> Tensor:
-        """Every eligible token but the first of its row."""
-        return all_but_first(is_eligible)
+    def scored(self, tokens: Tensor, is_eligible: Tensor) -> Tensor:
+        """Every eligible token but the first of its row, and of each document where they are isolated."""
+        return with_a_past(is_eligible, self._documents(tokens))
 
     def draw(
         self, tokens: Tensor, is_scored: Tensor, row_index: Tensor, *, replicate: int, member: int, draws: int, key: Key
     ) -> BoundRows:
         """The rows of training; no draw differs from another."""
-        return BoundRows(rows=next_token_rows(tokens, is_scored, Context(pattern=Causal())))
+        return BoundRows(rows=next_token_rows(tokens, is_scored, causal(self._documents(tokens))))
+
+    def _documents(self, tokens: Tensor) -> Tensor | None:
+        return None if self.isolated_by is None else document_numbers(tokens, self.isolated_by)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,11 +169,18 @@ class LeftToRight:
         )
 
 
-def all_but_first(is_eligible: Tensor) -> Tensor:
-    """The eligible tokens that have a token before them in their row. Shapes: bool [b, s]."""
+def causal(documents: Tensor | None) -> Context:
+    """Causal attention inside a document, or inside a row without documents. Shapes: int64 [b, s]."""
+    if documents is None:
+        return Context(pattern=Causal())
+    return Context(pattern=Causal(), documents=documents, positions=places_in_documents(documents))
+
+
+def with_a_past(is_eligible: Tensor, documents: Tensor | None) -> Tensor:
+    """The eligible tokens that have a token before them in their row, and in their document. Shapes: bool [b, s]."""
     is_scored = is_eligible.clone()
     is_scored[:, 0] = False
-    return is_scored
+    return is_scored if documents is None else is_scored & ~first_tokens(documents)
 
 
 def next_token_rows(tokens: Tensor, is_scored: Tensor, context: Context) -> Rows:

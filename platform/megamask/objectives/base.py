@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from torch import Tensor
 from megamask.errors import UsageError
 from megamask.models.context import Context
 from megamask.models.vocabulary import Vocabulary
+from megamask.objectives.divergence import Noised
 from megamask.objectives.shapes import ObjectiveShape
 from megamask.objectives.terms import Term
 
@@ -63,6 +64,7 @@ class Rows:
         group: int64 [r, i], the noise level that a scored position is reported under, or UNGROUPED.
         context: positions, documents and attention.
         part: int64 [r, i], which part of the loss a position belongs to; None where there is one part.
+        noised: of interpolating noise, whose positions cost a divergence instead of a cross entropy (divergence.py).
     """
 
     inputs: Tensor
@@ -72,6 +74,7 @@ class Rows:
     group: Tensor
     context: Context
     part: Tensor | None = None
+    noised: Noised | None = None
 
     def rows(self, rows: slice | Tensor) -> Rows:
         """Some of the rows, by their place."""
@@ -83,6 +86,7 @@ class Rows:
             group=self.group[rows],
             context=self.context.rows(rows),
             part=None if self.part is None else self.part[rows],
+            noised=None if self.noised is None else self.noised.rows(rows),
         )
 
     def to(self, device: torch.device) -> Rows:
@@ -95,6 +99,7 @@ class Rows:
             group=self.group.to(device),
             context=self.context.to(device),
             part=None if self.part is None else self.part.to(device),
+            noised=None if self.noised is None else self.noised.to(device),
         )
 
 
@@ -143,8 +148,8 @@ class Bound(Protocol):
     def is_exact(self) -> bool:
         """True if one draw gives the negative log-likelihood itself."""
 
-    def scored(self, is_eligible: Tensor) -> Tensor:
-        """Bool [b, s]: the tokens whose cost is counted."""
+    def scored(self, tokens: Tensor, is_eligible: Tensor) -> Tensor:
+        """Bool [b, s]: the tokens whose cost is counted. Shapes: tokens int64 [b, s], is_eligible bool [b, s]."""
 
     def draw(
         self, tokens: Tensor, is_scored: Tensor, row_index: Tensor, *, replicate: int, member: int, draws: int, key: Key
@@ -168,9 +173,9 @@ class GivenFirst:
         """As of the bound."""
         return self.bound.is_exact
 
-    def scored(self, is_eligible: Tensor) -> Tensor:
+    def scored(self, tokens: Tensor, is_eligible: Tensor) -> Tensor:
         """The tokens that the bound scores, but for the first of a row."""
-        is_scored = self.bound.scored(is_eligible).clone()
+        is_scored = self.bound.scored(tokens, is_eligible).clone()
         is_scored[:, 0] = False
         return is_scored
 
@@ -230,6 +235,12 @@ class Objective(Protocol):
     def decoder(self) -> Decoder:
         """Decoder that sampling uses."""
 
+    def at(self, step: int) -> Objective:
+        """The objective of a step (from 1); another one only where phases differ (phases.py)."""
+
+    def seen(self, samples: Samples, key: Key) -> Samples:
+        """The samples as the objective takes them: which tokens are eligible, where documents begin."""
+
     def shape(self, sequence_length: int) -> ObjectiveShape:
         """Sizes of a step, in integers."""
 
@@ -244,6 +255,22 @@ class Objective(Protocol):
 
     def record(self) -> dict[str, Any]:
         """Return the settings for model.json that sampling, evaluation and conversion need, in JSON types."""
+
+
+class OnePhase:
+    """Base of an objective that is the same at all steps and takes samples as they are."""
+
+    __slots__ = ()
+
+    def at(self, step: int) -> Self:
+        """The objective itself, at every step."""
+        del step
+        return self
+
+    def seen(self, samples: Samples, key: Key) -> Samples:
+        """The samples, unchanged."""
+        del key
+        return samples
 
 
 def never_written(vocabulary: Vocabulary) -> frozenset[int]:

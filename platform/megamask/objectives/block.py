@@ -4,26 +4,30 @@ One pass trains all blocks, on the doubled input [x_t ; x_0]: a noised block see
 (models/context.py, `BlockPattern`). Block size 1 is autoregressive and its likelihood exact. With a token-causal clean
 half that half is an autoregressive model as well, and both losses come from the same pass (the joint loss).
 
+A clipped schedule samples mask probabilities from a window only (BD3-LM, section 4.2), and a forced mask leaves no
+block without one; with either the loss bounds nothing. The bound that evaluation computes covers the full range.
+
 Sources: BD3-LM (arXiv:2503.09573); joint loss: Nemotron's 1.0 * autoregressive + 0.3 * diffusion.
-Shapes: b samples, one row each, s tokens of a sample, 2s input positions.
+Shapes: b samples, r = b * views rows, s tokens of a sample, 2s input positions.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from megamask.diffusion.corruption import NUM_NOISE_LEVELS
+from megamask.diffusion.block_corruption import BlockNoise, block_times, corrupt_blocks, rank_in_blocks
 from megamask.diffusion.philox import Purpose, philox4x32, uniform_words
-from megamask.diffusion.schedule import noise_schedule, stratified_times, threshold
+from megamask.diffusion.schedule import EPS, NoiseSchedule, noise_schedule, stratified_times
 from megamask.errors import UsageError
 from megamask.models.context import BlockPattern, Context
 from megamask.models.vocabulary import Vocabulary
-from megamask.objectives.autoregressive import all_but_first
-from megamask.objectives.base import UNGROUPED, BoundRows, Key, Reading, Rows, Samples, softmax_without
+from megamask.objectives.autoregressive import with_a_past
+from megamask.objectives.base import UNGROUPED, BoundRows, Key, OnePhase, Reading, Rows, Samples, softmax_without
+from megamask.objectives.documents import document_numbers, isolated, places_in_documents
 from megamask.objectives.shapes import ObjectiveShape, shape_of
 from megamask.objectives.terms import (
     CrossEntropyTerm,
@@ -33,18 +37,35 @@ from megamask.objectives.terms import (
     cross_entropy_and_z_loss,
 )
 
-_RESOLUTION = 1 << 32
-_GOLDEN = 0.6180339887498949
 _DIFFUSION, _AUTOREGRESSIVE = 0, 1
 
 
 @dataclass(frozen=True, kw_only=True)
-class BlockObjective:
+class BlockProbe:
+    """One scored block of each sample.
+
+    Args:
+        probability: float64 [b], mask probability of the block.
+        num_eligible: int64 [b], of the block.
+    """
+
+    rows: Rows
+    probability: Tensor
+    num_eligible: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockObjective(OnePhase):
     """The NELBO of block diffusion, or its sum with the autoregressive loss of the clean half.
 
     Args:
         block_size: tokens of a block; the last block of a row may be shorter.
-        block_time: "block" gives each block its own t, "sequence" one t to the row.
+        block_time: "block" gives each block its own t by the law of docs/architecture.md, "independent" one of its own
+            drawn by itself, "sequence" one t to the row.
+        complementary: two rows of each sample, the second masking in each block what the first leaves visible.
+        clip_low, clip_high: window of the mask probability; 0 and 1 for the full range.
+        forced_mask: a block in which nothing is masked gets one mask.
+        isolate_documents: no position sees another document of its row, and the grid restarts at each.
         clean_half: "block_causal" or "token_causal".
         diffusion_weight: of the NELBO in the joint loss, whose autoregressive part has weight 1; None for the NELBO
             alone.
@@ -60,6 +81,11 @@ class BlockObjective:
     noise_schedule: str = "linear"
     noise_exponent: float = 1.0
     block_time: str = "block"
+    complementary: bool = False
+    clip_low: float = 0.0
+    clip_high: float = 1.0
+    forced_mask: bool = False
+    isolate_documents: bool = False
     diffusion_weight: float | None = None
     z_loss_weight: float = 0.0
 
@@ -86,14 +112,16 @@ class BlockObjective:
     @property
     def terms(self) -> tuple[Term, ...]:
         """The NELBO per eligible token; in the joint loss beside the exact likelihood of the clean half."""
-        per_token = PerEligibleToken(num_views=1)
+        per_token = PerEligibleToken(num_views=self.shape(1).num_views)
+        is_bound = not (self._is_clipped or self.forced_mask)
+        name = "nelbo" if is_bound else "masked_cross_entropy"
         if self.diffusion_weight is None:
-            return cross_entropy_and_z_loss("nelbo", per_token, self.z_loss_weight)
+            return cross_entropy_and_z_loss(name, per_token, self.z_loss_weight, is_bound=is_bound)
         nll = CrossEntropyTerm(name="nll", normalizer=PerScoredToken(part=_AUTOREGRESSIVE), part=_AUTOREGRESSIVE)
         nelbo = CrossEntropyTerm(
-            name="nelbo", normalizer=per_token, factor=self.diffusion_weight, part=_DIFFUSION, is_bound=True
+            name=name, normalizer=per_token, factor=self.diffusion_weight, part=_DIFFUSION, is_bound=is_bound
         )
-        return (nelbo, nll, *cross_entropy_and_z_loss("nelbo", per_token, self.z_loss_weight)[1:])
+        return (nelbo, nll, *cross_entropy_and_z_loss(name, per_token, self.z_loss_weight)[1:])
 
     @property
     def excluded_ids(self) -> frozenset[int]:
@@ -103,7 +131,11 @@ class BlockObjective:
     @property
     def bound(self) -> BlockBound:
         """The exact-count bound of each block given the clean blocks before it."""
-        return BlockBound(mask_token_id=self.vocabulary.mask_token_id, pattern=self._pattern)
+        return BlockBound(
+            mask_token_id=self.vocabulary.mask_token_id,
+            pattern=self._pattern,
+            isolated_by=self.vocabulary if self.isolate_documents else None,
+        )
 
     @property
     def decoder(self) -> BlockDecoder:
@@ -111,52 +143,106 @@ class BlockObjective:
         return BlockDecoder(mask_token_id=self.vocabulary.mask_token_id, pattern=self._pattern)
 
     def shape(self, sequence_length: int) -> ObjectiveShape:
-        """One row of twice the sample's length."""
+        """One or two rows of twice the sample's length."""
         return shape_of(self._settings, sequence_length)
+
+    def seen(self, samples: Samples, key: Key) -> Samples:
+        """With documents where they are isolated."""
+        return isolated(samples, self.vocabulary) if self.isolate_documents else samples
 
     def context(self, samples: Samples, step: int, key: Key) -> Context:
         """The doubled input's; positions and the block grid restart at each document."""
-        return doubled_context(self._pattern, samples.tokens, samples.documents)
+        num_views = self.shape(1).num_views
+        documents = samples.documents
+        return doubled_context(
+            self._pattern,
+            samples.tokens.repeat_interleave(num_views, dim=0),
+            None if documents is None else documents.repeat_interleave(num_views, dim=0),
+        )
 
     def rows(self, samples: Samples, step: int, key: Key) -> Rows:
-        """The noised half, scored at its masks; the clean half, scored only by the joint loss."""
-        context = self.context(samples, step, key)
-        is_masked, weight, level = self._noise(samples, step, key, context)
-        x_t = samples.tokens.masked_fill(is_masked, self.vocabulary.mask_token_id)
-        is_next = all_but_first(samples.is_eligible).roll(-1, dims=1)
-        if self.diffusion_weight is None:
-            is_next = torch.zeros_like(is_next)
-        clean_targets = samples.tokens.roll(-1, dims=1)  # a position of the clean half predicts the token after it
-        part = torch.full_like(samples.tokens, _DIFFUSION)
+        """The noised half, scored at its masks; the clean half, scored only by the joint loss, in the first view."""
+        noise, num_views = self._noise(samples, step, key), self.shape(1).num_views
+        clean = samples.tokens.repeat_interleave(num_views, dim=0)
+        x_t = clean.masked_fill(noise.is_masked, self.vocabulary.mask_token_id)
+        is_next = torch.zeros_like(noise.is_masked)
+        if self.diffusion_weight is not None:  # every view has the same clean half
+            is_next[::num_views] = with_a_past(samples.is_eligible, samples.documents).roll(-1, dims=1)
+        part = torch.full_like(clean, _DIFFUSION)
         return Rows(
-            inputs=torch.cat((x_t, samples.tokens), dim=1),
-            targets=torch.cat((samples.tokens, clean_targets), dim=1),
-            is_scored=torch.cat((is_masked, is_next), dim=1),
-            weight=torch.cat((weight, torch.ones_like(weight)), dim=1),
-            group=torch.cat((level, torch.full_like(level, UNGROUPED)), dim=1),
-            context=context,
+            inputs=torch.cat((x_t, clean), dim=1),
+            # a position of the clean half predicts the token after it
+            targets=torch.cat((clean, clean.roll(-1, dims=1)), dim=1),
+            is_scored=torch.cat((noise.is_masked, is_next), dim=1),
+            weight=torch.cat((noise.weight, torch.ones_like(noise.weight)), dim=1),
+            group=torch.cat((noise.noise_level, torch.full_like(noise.noise_level, UNGROUPED)), dim=1),
+            context=self.context(samples, step, key),
             part=None if self.diffusion_weight is None else torch.cat((part, part + _AUTOREGRESSIVE), dim=1),
         )
 
     def details(self, samples: Samples, step: int, key: Key) -> list[dict[str, Any]]:
-        """Of each sample: t of its first block, and the positions masked in its noised half."""
-        is_masked, _, _ = self._noise(samples, step, key, self.context(samples, step, key))
+        """Of each sample: t of its row, and the positions that its first view masks in the noised half."""
+        is_masked = self._noise(samples, step, key).is_masked[:: self.shape(1).num_views]
         times = self._times(samples, step, key)
         return [{"t": t, "masked": row.nonzero().flatten().tolist()} for t, row in zip(times, is_masked, strict=True)]
 
+    def unclipped(self) -> BlockObjective:
+        """One view over the full range of noise, of the diffusion loss alone."""
+        return replace(self, clip_low=0.0, clip_high=1.0, forced_mask=False, complementary=False, diffusion_weight=None)
+
+    def probe(self, samples: Samples, step: int, key: Key, *, block: Tensor) -> BlockProbe:
+        """Rows of one view in which one block of each sample is scored.
+
+        Args:
+            block: int64 [b], number of the block modulo the blocks of its row.
+        """
+        rows, blocks = self.rows(samples, step, key), self._blocks(samples)
+        chosen = block % (blocks[:, -1] + 1)
+        is_chosen = blocks == chosen[:, None]
+        is_scored = rows.is_scored & torch.cat((is_chosen, torch.zeros_like(is_chosen)), dim=1)
+        times = block_times(
+            samples.sample_index,
+            self._times(samples, step, key),
+            int(blocks.max()) + 1,
+            block_time=self.block_time,
+            key=key,
+        )
+        levels = [self._schedule.mask_probability(row[number]) for row, number in zip(times, chosen, strict=True)]
+        return BlockProbe(
+            rows=replace(rows, is_scored=is_scored),
+            probability=torch.tensor(levels, dtype=torch.float64),
+            num_eligible=(is_chosen & samples.is_eligible).sum(dim=1),
+        )
+
     def record(self) -> dict[str, Any]:
-        """Name, blocks, schedule and the mask token's logit."""
+        """Name, blocks, schedule and the mask token's logit; isolated documents where they are."""
+        isolation = {"isolate_documents": True} if self.isolate_documents else {}
         return {
             "name": self.name,
             "block_size": self.block_size,
             "clean_half": self.clean_half,
             "noise_schedule": self.noise_schedule,
             "mask_logit": self.mask_logit,
-        }
+        } | isolation
 
     @property
     def _settings(self) -> dict[str, Any]:
-        return {**self.record(), "diffusion_weight": self.diffusion_weight}
+        return {
+            **self.record(),
+            "diffusion_weight": self.diffusion_weight,
+            "complementary": self.complementary,
+        }
+
+    @property
+    def _is_clipped(self) -> bool:
+        return (self.clip_low, self.clip_high) != (0.0, 1.0)
+
+    @property
+    def _schedule(self) -> NoiseSchedule:
+        schedule = noise_schedule(self.noise_schedule, self.noise_exponent)
+        if not self._is_clipped:
+            return schedule
+        return replace(schedule, lowest=max(self.clip_low, EPS), highest=min(self.clip_high, 1 - EPS))
 
     @property
     def _pattern(self) -> BlockPattern:
@@ -166,26 +252,24 @@ class BlockObjective:
         times = stratified_times(step, samples.global_batch_size, key)
         return [times[position] for position in samples.batch_position]
 
-    def _noise(self, samples: Samples, step: int, key: Key, context: Context) -> tuple[Tensor, Tensor, Tensor]:
-        """(is_masked bool, weight float32, noise level int64), all [b, s].
+    def _blocks(self, samples: Samples) -> Tensor:
+        place = torch.arange(samples.tokens.size(1), device=samples.tokens.device).expand_as(samples.tokens)
+        places = place if samples.documents is None else places_in_documents(samples.documents)
+        return block_numbers(places, self.block_size)
 
-        Block k of a row has t = frac(t_j + frac(k * golden ratio)): stratified over the batch for each k, spread within
-        a row, for any number of blocks.
-        """
-        schedule = noise_schedule(self.noise_schedule, self.noise_exponent)
-        blocks = block_numbers(context, self.block_size, samples.tokens.size(1)).expand_as(samples.tokens)
-        num_blocks = int(blocks.max()) + 1
-        shifts = [k * _GOLDEN % 1.0 if self.block_time == "block" else 0.0 for k in range(num_blocks)]
-        times = [[(t + shift) % 1.0 for shift in shifts] for t in self._times(samples, step, key)]
-        limits = [[max(threshold(schedule.mask_probability(t)), 1) for t in row] for row in times]
-        weights = [
-            [schedule.derivative(t) / (limit / _RESOLUTION) for t, limit in zip(*pair, strict=True)]
-            for pair in zip(times, limits, strict=True)
-        ]
-        limit = torch.tensor(limits, device=blocks.device).gather(1, blocks)
-        words = uniform_words(samples.sample_index, blocks.size(1), purpose=Purpose.MASK, key=key)
-        weight = torch.tensor(weights, dtype=torch.float64).to(torch.float32).to(blocks.device).gather(1, blocks)
-        return samples.is_eligible & (words < limit), weight, limit * NUM_NOISE_LEVELS // _RESOLUTION
+    def _noise(self, samples: Samples, step: int, key: Key) -> BlockNoise:
+        return corrupt_blocks(
+            samples.is_eligible,
+            self._blocks(samples),
+            samples.sample_index,
+            self._times(samples, step, key),
+            schedule=self._schedule,
+            block_time=self.block_time,
+            complementary=self.complementary,
+            has_forced_mask=self.forced_mask,
+            is_clipped=self._is_clipped,
+            key=key,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,17 +277,21 @@ class BlockBound:
     """Sum over blocks of E_k [ n/k * E_mask [ sum over masked of CE ] ], all blocks in one pass.
 
     k is uniform on 1..n, n the scored tokens of the block, and the mask uniform of that size. Block size 1: exact.
+
+    Args:
+        isolated_by: the vocabulary whose end-of-document id separates documents; None where attention spans the row.
     """
 
     mask_token_id: int
     pattern: BlockPattern
+    isolated_by: Vocabulary | None = None
 
     @property
     def is_exact(self) -> bool:
         """True if each block has one token, which is then always masked."""
         return self.pattern.block_size == 1
 
-    def scored(self, is_eligible: Tensor) -> Tensor:
+    def scored(self, tokens: Tensor, is_eligible: Tensor) -> Tensor:
         """Every eligible token."""
         return is_eligible
 
@@ -211,8 +299,10 @@ class BlockBound:
         self, tokens: Tensor, is_scored: Tensor, row_index: Tensor, *, replicate: int, member: int, draws: int, key: Key
     ) -> BoundRows:
         """Rows in which each block masks k of its n scored tokens, each of weight n / k."""
-        context = doubled_context(self.pattern, tokens, None)
-        blocks = block_numbers(context, self.pattern.block_size, tokens.size(1)).expand_as(tokens)
+        documents = None if self.isolated_by is None else document_numbers(tokens, self.isolated_by)
+        context = doubled_context(self.pattern, tokens, documents)
+        assert context.positions is not None
+        blocks = block_numbers(context.positions[:, : tokens.size(1)], self.pattern.block_size)
         num_blocks = int(blocks.max()) + 1
         n = torch.zeros(len(tokens), num_blocks, dtype=torch.int64, device=tokens.device)
         n = n.scatter_add(1, blocks, is_scored.to(torch.int64))
@@ -220,12 +310,7 @@ class BlockBound:
         words = uniform_words(
             row_index, tokens.size(1), purpose=Purpose.VALIDATION_MASK, key=key, draw=replicate * draws + member
         )
-        # the rank of each scored position inside its block: sort by (block, word, position)
-        order = (blocks * (2 * _RESOLUTION) + torch.where(is_scored, words, _RESOLUTION)).argsort(dim=1, stable=True)
-        place = torch.arange(tokens.size(1), device=tokens.device)
-        rank = torch.empty_like(order).scatter_(1, order, place.expand_as(order))
-        first = torch.searchsorted(blocks.contiguous(), blocks.contiguous())  # each block's first position
-        is_masked = is_scored & (rank - first < k.gather(1, blocks))
+        is_masked = is_scored & (rank_in_blocks(blocks, words, is_scored) < k.gather(1, blocks))
         weight = (n.to(torch.float64) / k).gather(1, blocks)
         return BoundRows(
             rows=Rows(
@@ -285,13 +370,11 @@ class BlockDecoder:
 
 
 def doubled_context(pattern: BlockPattern, tokens: Tensor, documents: Tensor | None) -> Context:
-    """Positions 0 to s - 1 twice, or from each document's first token on. Shapes: tokens, documents [b, s]."""
-    place = torch.arange(tokens.size(1), device=tokens.device).expand_as(tokens)
+    """Positions 0 to s - 1 twice, or from each document's first token on. Shapes: tokens, documents [r, s]."""
     if documents is None:
+        place = torch.arange(tokens.size(1), device=tokens.device).expand_as(tokens)
         return Context(pattern=pattern, positions=torch.cat((place, place), dim=1))
-    is_start = torch.ones_like(documents, dtype=torch.bool)
-    is_start[:, 1:] = documents[:, 1:] != documents[:, :-1]
-    place = place - torch.where(is_start, place, 0).cummax(dim=1).values
+    place = places_in_documents(documents)
     return Context(
         pattern=pattern,
         positions=torch.cat((place, place), dim=1),
@@ -299,8 +382,10 @@ def doubled_context(pattern: BlockPattern, tokens: Tensor, documents: Tensor | N
     )
 
 
-def block_numbers(context: Context, block_size: int, num_positions: int) -> Tensor:
-    """Number of each token's block in its row, counted across documents: int64 [b, s], ascending."""
-    assert context.positions is not None
-    is_start = context.positions[:, :num_positions] % block_size == 0
-    return is_start.to(torch.int64).cumsum(dim=1) - 1
+def block_numbers(places: Tensor, block_size: int) -> Tensor:
+    """Number of each token's block in its row, counted across documents: int64 [b, s], ascending.
+
+    Args:
+        places: int64 [b, s], place of each token in its document.
+    """
+    return (places % block_size == 0).to(torch.int64).cumsum(dim=1) - 1

@@ -5,13 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from torch import Tensor
+
 from megamask.errors import UsageError
 from megamask.models.vocabulary import Vocabulary
 from megamask.objectives.autoregressive import AutoregressiveObjective
 from megamask.objectives.base import Objective
 from megamask.objectives.block import BlockObjective
 from megamask.objectives.masked import MaskedObjective
+from megamask.objectives.mixed import MixedObjective
+from megamask.objectives.phased import PhasedObjective
+from megamask.objectives.schedule import Phases
 from megamask.objectives.shapes import name_of
+from megamask.objectives.uniform import UniformObjective
 
 
 def _masked(vocabulary: Vocabulary, settings: Mapping[str, Any]) -> Objective:
@@ -26,10 +32,20 @@ def _block(vocabulary: Vocabulary, settings: Mapping[str, Any]) -> Objective:
     return BlockObjective(vocabulary=vocabulary, **settings)
 
 
+def _uniform(vocabulary: Vocabulary, settings: Mapping[str, Any]) -> Objective:
+    return UniformObjective(vocabulary=vocabulary, **settings)
+
+
+def _mixed(vocabulary: Vocabulary, settings: Mapping[str, Any]) -> Objective:
+    return MixedObjective(vocabulary=vocabulary, **settings)
+
+
 _OBJECTIVES: Mapping[str, Callable[[Vocabulary, Mapping[str, Any]], Objective]] = {
     "masked": _masked,
     "autoregressive": _autoregressive,
     "block": _block,
+    "uniform": _uniform,
+    "mixed": _mixed,
 }
 
 
@@ -47,3 +63,20 @@ def build_objective(settings: Mapping[str, Any], vocabulary: Vocabulary) -> Obje
     if name not in _OBJECTIVES:
         raise UsageError(f"objective.name is {name!r}; allowed: {', '.join(_OBJECTIVES)}. Nothing was started.")
     return _OBJECTIVES[name](vocabulary, {key: value for key, value in settings.items() if key != "name"})
+
+
+def build_phases(
+    phases: Phases, vocabulary: Vocabulary, *, information: Callable[[], Tensor] | None = None
+) -> Objective:
+    """The objective of a run, with its phases where there is more than one. Raises as `build_objective`.
+
+    Args:
+        information: of the corpus' tokens, for the schedule spindle; asked for only then.
+    """
+    built = []
+    for first, settings in phases:
+        table = {}
+        if settings.get("noise_schedule") == "spindle" and information is not None:
+            table = {"information": information()}
+        built.append((first, build_objective(settings | table, vocabulary)))
+    return built[0][1] if len(built) == 1 else PhasedObjective(phases=tuple(built))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 DEFAULT_NAME = "masked"
@@ -70,19 +70,42 @@ def _autoregressive(settings: Mapping[str, Any], sequence_length: int) -> Object
 
 
 def _block(settings: Mapping[str, Any], sequence_length: int) -> ObjectiveShape:
-    is_joint = settings["diffusion_weight"] is not None  # the clean half is scored too
+    is_joint = settings["diffusion_weight"] is not None  # the clean half is scored too, in one view
+    is_pair = bool(settings.get("complementary"))
+    views = 2 if is_pair else 1
+    scored = (1.0 if is_pair else 0.5) + (1.0 if is_joint else 0.0)  # rows of s tokens, on average
     return ObjectiveShape(
-        num_views=1,
+        num_views=views,
         input_length=2 * sequence_length,
         scored_positions=(2 if is_joint else 1) * sequence_length,
-        scored_fraction=0.75 if is_joint else 0.25,
+        scored_fraction=scored / (2 * views),
         attended_fraction=0.5,  # of the 2s keys a noised position sees s/2 on average, a clean one s/2 as well
+        corrupts="all" if is_pair else "some",
+    )
+
+
+def _uniform(settings: Mapping[str, Any], sequence_length: int) -> ObjectiveShape:
+    return ObjectiveShape(
+        num_views=1,
+        input_length=sequence_length,
+        scored_positions=sequence_length,
+        scored_fraction=1.0,
+        attended_fraction=1.0,
         corrupts="some",
     )
+
+
+def _mixed(settings: Mapping[str, Any], sequence_length: int) -> ObjectiveShape:
+    everywhere = _uniform(settings, sequence_length)
+    if settings["corruption"] != "edit":
+        return everywhere
+    return replace(everywhere, scored_fraction=0.5 + 0.5 * settings["edit_fraction"])
 
 
 _SHAPES: dict[str, Callable[[Mapping[str, Any], int], ObjectiveShape]] = {
     "masked": _masked,
     "autoregressive": _autoregressive,
     "block": _block,
+    "uniform": _uniform,
+    "mixed": _mixed,
 }

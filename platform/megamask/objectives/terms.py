@@ -15,6 +15,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from megamask.errors import UsageError
+
 
 @dataclass(frozen=True, kw_only=True)
 class Counts:
@@ -69,8 +71,12 @@ class Term(Protocol):
         """N, at least 1, from the counts of the global batch."""
 
     @property
+    def constant(self) -> float:
+        """The term's share of the loss beside its sum, in nats per token; it has no gradient."""
+
+    @property
     def is_bound(self) -> bool:
-        """True if factor * sum / N estimates a bound on the negative log-likelihood, in nats per token."""
+        """True if sum / N + constant estimates a bound on the negative log-likelihood, in nats per token."""
 
     def share(self, scores: Scores) -> Tensor:
         """This micro-batch's share of the sum: scalar float32 with a gradient at used positions only."""
@@ -85,12 +91,14 @@ class CrossEntropyTerm:
 
     Args:
         part: positions that belong to it; None for all.
+        constant: nats per token that no weight of the network changes.
     """
 
     name: str
     normalizer: Callable[[Counts], int]
     factor: float = 1.0
     part: int | None = None
+    constant: float = 0.0
     is_bound: bool = False
 
     def share(self, scores: Scores) -> Tensor:
@@ -114,6 +122,7 @@ class ZLossTerm:
     normalizer: Callable[[Counts], int]
     factor: float
     name: str = "z_loss"
+    constant: float = 0.0
     is_bound: bool = False
 
     def share(self, scores: Scores) -> Tensor:
@@ -132,7 +141,7 @@ class PerEligibleToken:
     num_views: int
 
     def __call__(self, counts: Counts) -> int:
-        """Raise ValueError if no token is eligible: the loss would be undefined."""
+        """Raise UsageError if no token is eligible: the loss would be undefined."""
         return _at_least_one(counts.num_eligible * self.num_views, "eligible")
 
 
@@ -143,21 +152,29 @@ class PerScoredToken:
     part: int = 0
 
     def __call__(self, counts: Counts) -> int:
-        """Raise ValueError when no position is scored, so that the loss would not be defined."""
+        """Raise UsageError when no position is scored, so that the loss would not be defined."""
         return _at_least_one(counts.num_scored[self.part], "scored")
 
 
 def _at_least_one(count: int, kind: str) -> int:
     if count < 1:
-        raise ValueError(f"a loss needs {kind} tokens; the global batch has none")
+        raise UsageError(
+            f"a loss needs {kind} tokens, but the global batch of this step has none. The step was not taken.",
+            hint="raise training.global_batch_size; with data.score=answers, prepare rows that hold answers",
+        )
     return count
 
 
 def cross_entropy_and_z_loss(
-    name: str, normalizer: Callable[[Counts], int], z_loss_weight: float, *, is_bound: bool = True
+    name: str,
+    normalizer: Callable[[Counts], int],
+    z_loss_weight: float,
+    *,
+    is_bound: bool = True,
+    constant: float = 0.0,
 ) -> tuple[Term, ...]:
     """The weighted cross entropy alone, or with the z-loss beside it, divided by the same N."""
-    main = CrossEntropyTerm(name=name, normalizer=normalizer, is_bound=is_bound)
+    main = CrossEntropyTerm(name=name, normalizer=normalizer, is_bound=is_bound, constant=constant)
     if z_loss_weight == 0:
         return (main,)
     return (main, ZLossTerm(normalizer=normalizer, factor=z_loss_weight))

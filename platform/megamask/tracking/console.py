@@ -10,9 +10,9 @@ import math
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from megamask.config.schema.roots import TrainConfig
 from megamask.tracking.journal.lines import Record as Line
@@ -253,6 +253,12 @@ def event_line(line: Line) -> str | None:
     return None if record is None else _event_text(record)
 
 
+def _pair_variance(found: Mapping[str, Any]) -> str:
+    if not found:
+        return ""
+    return f", variance of the pair {found['ratio']:.2f} of two views' ({found['low']:.2f} to {found['high']:.2f})"
+
+
 def _event_text(record: JournalRecord) -> str | None:
     match record:
         case AttemptStarted():
@@ -263,6 +269,7 @@ def _event_text(record: JournalRecord) -> str | None:
                 f"evaluation at step {record.step}: {_number(record.nelbo_nats_per_token)} nats/token"
                 + ("" if error is None else f" (standard error {error:.2g})")
                 + ("" if bits is None else f", {bits:.3f} bits/byte")
+                + _pair_variance(record.pair_variance or {})
             )
         case SamplePreview():
             return "\n".join(f"preview at step {record.step}: {text}" for text in _previews(record)) or None

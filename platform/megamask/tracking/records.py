@@ -165,7 +165,12 @@ class Step(JournalRecord):
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation(JournalRecord):
-    """The bound on held-out text, measured during training."""
+    """The bound on held-out text, measured during training.
+
+    Args:
+        pair_variance: ratio, low, high (of its 95 % interval) and num_pairs, where they were asked for.
+        clip_search: low, high, variance, full_variance and num_blocks, where they were asked for.
+    """
 
     kind = "evaluation"
     step: int
@@ -175,6 +180,8 @@ class Evaluation(JournalRecord):
     num_tokens: int | None = None
     num_bytes: int | None = None
     num_samples: int | None = None
+    pair_variance: dict[str, Any] | None = None
+    clip_search: dict[str, Any] | None = None
     seconds: dict[str, Any] | None = None
 
 

@@ -10,7 +10,6 @@ from typing import Any, Protocol
 
 from megamask.config.schema.roots import TrainConfig
 from megamask.errors import ExitCode, MegamaskError, error_with_code
-from megamask.objectives.shapes import ObjectiveShape
 from megamask.provenance.record import code_version
 from megamask.provenance.redaction import reason_of
 from megamask.resilience.surroundings import explained
@@ -40,7 +39,6 @@ class AttemptScope:
 
     Args:
         progress: counts of the run, brought up to date by the loop.
-        shape: of the objective at training.sequence_length.
         known: the attempt as soon as this rank knows its number: rank 0 by the claim, the others by `share`.
         leader: the same on rank 0, where it also writes the journal and status.json.
         committer: saves that a failure must end; None before there is one.
@@ -50,7 +48,6 @@ class AttemptScope:
     run_dir: Path
     rank: int
     progress: Progress
-    shape: ObjectiveShape
     known: FollowerAttempt | None = None
     leader: Attempt | None = None
     committer: CheckpointCommitter | None = None
@@ -146,12 +143,11 @@ def attempt_scope(config: TrainConfig, data: RunData, rank: int) -> Iterator[Att
     Raises:
         BaseException: that of the block, or the failure of a peer that explains it.
     """
-    shape = data.objective.shape(config.training.sequence_length)
+    shape = data.objective.at(1).shape(config.training.sequence_length)
     scope = AttemptScope(
         run_dir=run_path(config.run.output_dir, config.run.name),
         rank=rank,
         progress=Progress(num_views=shape.num_views),
-        shape=shape,
     )
     try:
         yield scope

@@ -8,12 +8,14 @@ that a step's first sample and its size have a closed form and no size is left o
 
 from __future__ import annotations
 
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
 
 from megamask.config.schema.training import TrainingConfig
+
+_MOST_STEPS = 1 << 60
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +42,19 @@ def consumed_before(step: int, training: TrainingConfig) -> int:
     levels = _levels_of(training)
     level = bisect_right(levels.steps_before, step - 1) - 1
     return levels.samples_before[level] + (step - 1 - levels.steps_before[level]) * levels.sizes[level]
+
+
+def first_step(amount: int, unit: str, training: TrainingConfig) -> int:
+    """The first step (from 1) that begins when an amount was consumed; a function of the settings alone.
+
+    Args:
+        amount: of completed steps, or of tokens: samples times `training.sequence_length`, padding included.
+        unit: "steps" or "tokens".
+    """
+    if unit == "steps":
+        return amount + 1
+    samples = -(-amount // training.sequence_length)
+    return 1 + bisect_left(range(1, _MOST_STEPS), samples, key=lambda step: consumed_before(step, training))
 
 
 def _levels_of(training: TrainingConfig) -> _Levels:

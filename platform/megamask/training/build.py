@@ -11,6 +11,7 @@ from megamask.checkpoint.ownership import Owner
 from megamask.checkpoint.retention import sweep
 from megamask.config.schema.roots import TrainConfig
 from megamask.models.counts import flops_per_token
+from megamask.objectives.base import Objective
 from megamask.objectives.shapes import ObjectiveShape
 from megamask.resilience.heartbeat import Heartbeat
 from megamask.resilience.signals import StopRequest
@@ -64,7 +65,7 @@ def build_run(
             sweep(scope.run_dir, attempt.number)
         owner = Owner(run_id=attempt.run_id, seed=config.run.seed, corpora=data.train.corpus_ids)
         loaded = load(engine, scope.run_dir, model=model, owner=owner)
-    _restore(scope.progress, loaded)
+    _restore(scope.progress, loaded, data.objective, config.training.sequence_length)
     if scope.leader is not None:
         scope.leader.started(
             data, loaded, world_size=engine.world_size, device=backend.name, startup_s=startup.seconds()
@@ -84,8 +85,10 @@ def build_run(
         progress=scope.progress,
         stop=stop,
         hooks=_hooks(config, data, engine, scope, model, loaded, stop),
-        shape=scope.shape,
-        peak_seconds_per_token=_peak_seconds_per_token(config, data, scope.shape, backend.device, engine.world_size),
+        shape_at=lambda step: data.objective.at(step).shape(config.training.sequence_length),
+        peak_seconds_per_token=lambda shape: _peak_seconds_per_token(
+            config, data, shape, backend.device, engine.world_size
+        ),
         heartbeat=heartbeat,
     )
 
@@ -127,11 +130,14 @@ def _engine(config: TrainConfig, data: RunData, startup: StartupClock) -> Engine
         )
 
 
-def _restore(progress: Progress, loaded: Loaded) -> None:
+def _restore(progress: Progress, loaded: Loaded, objective: Objective, sequence_length: int) -> None:
     if loaded.state is not None:
+        progress.num_views = objective.at(max(1, loaded.state.step)).shape(sequence_length).num_views
         progress.step = loaded.state.step
         progress.consumed_samples = loaded.state.consumed_samples
         progress.consumed_tokens = loaded.state.consumed_tokens
+        processed = loaded.state.schedule.get("processed_tokens", progress.processed_tokens)
+        progress.other_views = int(processed) - progress.processed_tokens
 
 
 def _hooks(

@@ -250,5 +250,10 @@ class CheckpointCommitter:
             consumed_samples=progress.consumed_samples,
             consumed_tokens=progress.consumed_tokens,
             seed=self._seed,
-            schedule={"training_steps": self._num_steps},
+            schedule={"training_steps": self._num_steps} | _processed(progress),
         )
+
+
+def _processed(progress: Progress) -> dict[str, int]:
+    """The tokens of all views, where the number of views has changed during the run."""
+    return {"processed_tokens": progress.processed_tokens} if progress.other_views else {}

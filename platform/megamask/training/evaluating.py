@@ -11,11 +11,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from megamask.config.schema.evaluation import EvaluationConfig
 from megamask.config.schema.roots import TrainConfig
 from megamask.data.loader import Loader
 from megamask.diffusion.philox import run_key
-from megamask.evaluation.on_engine import evaluate_on_engine
+from megamask.evaluation.clip_search import clip_search_on_engine
+from megamask.evaluation.on_engine import EvaluationEngine, evaluate_on_engine
+from megamask.evaluation.pair_variance import pair_variance_on_engine
 from megamask.objectives.base import Objective, Rows
+from megamask.objectives.phased import last_blocks
+from megamask.storage.hashing import hash_of, key_of
 from megamask.training.stopping import CutShort
 
 if TYPE_CHECKING:
@@ -79,11 +84,11 @@ def validation_measure(
     """
     evaluation = config.evaluation
     num_rows = min(evaluation.rows, loader.num_rows)
-    values = np.stack([loader.read(loader.source, row).tokens for row in range(num_rows)])
-    tokens = torch.from_numpy(values.astype(np.int64))
-    is_eligible = tokens != loader.manifest.pad_token_id
+    read = [loader.read(loader.source, row) for row in range(num_rows)]
+    tokens = torch.from_numpy(np.stack([row.tokens for row in read]).astype(np.int64))
+    is_eligible = loader.eligible(read)
     token_bytes = torch.tensor(loader.tokenizer.token_bytes)
-    num_bytes = int(token_bytes[tokens[objective.bound.scored(is_eligible)]].sum())
+    num_bytes = int(token_bytes[tokens[objective.bound.scored(tokens, is_eligible)]].sum())
     num_views = objective.shape(config.training.sequence_length).num_views
     seed = config.run.seed if evaluation.seed is None else evaluation.seed
 
@@ -102,6 +107,15 @@ def validation_measure(
                 batch_rows=config.training.micro_batch_size * num_views,
                 num_bytes=num_bytes,
             )
+            extra = _asked_for(
+                InterruptibleEngine(engine=engine, check=check),
+                objective,
+                evaluation,
+                seed,
+                tokens=tokens,
+                is_eligible=is_eligible,
+                batch_samples=config.training.micro_batch_size,
+            )
         except CutShort:
             return None
         return {
@@ -111,7 +125,29 @@ def validation_measure(
             "num_tokens": report.num_tokens,
             "num_bytes": report.num_bytes,
             "num_samples": report.num_samples,
+            **extra,
             "seconds": {"evaluation": round(time.monotonic() - started, 6)},
         }
 
     return measure
+
+
+def _asked_for(
+    engine: EvaluationEngine, objective: Objective, evaluation: EvaluationConfig, seed: int, **rows: Any
+) -> dict[str, Any]:
+    """Measure what only some configs ask for.
+
+    Args:
+        rows: tokens, is_eligible and batch_samples.
+    """
+    found: dict[str, Any] = {}
+    if evaluation.pair_variance_draws is not None:
+        paired = objective.at(1)  # the pair, where it ends during the run
+        key = key_of(hash_of(seed, "pair variance"))
+        variance = pair_variance_on_engine(engine, paired, draws=evaluation.pair_variance_draws, key=key, **rows)
+        found["pair_variance"] = variance.to_json()
+    if evaluation.clip_search_draws is not None and (block := last_blocks(objective)) is not None:
+        key = key_of(hash_of(seed, "clip search"))
+        search = clip_search_on_engine(engine, block, draws=evaluation.clip_search_draws, key=key, **rows)
+        found["clip_search"] = search.to_json()
+    return found

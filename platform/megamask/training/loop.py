@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
@@ -41,7 +41,12 @@ class Hook(Protocol):
 
 @dataclass(kw_only=True)
 class TrainingRun:
-    """Parts of the loop. Hooks run in order: the journal first, checkpoints last."""
+    """Parts of the loop. Hooks run in order: the journal first, checkpoints last.
+
+    Args:
+        shape_at: of the objective at a step, from 1.
+        peak_seconds_per_token: of a shape, as `step_record` takes it.
+    """
 
     config: TrainConfig
     engine: Engine
@@ -49,8 +54,8 @@ class TrainingRun:
     progress: Progress
     stop: StopFlag
     hooks: Sequence[Hook]
-    shape: ObjectiveShape
-    peak_seconds_per_token: float | None
+    shape_at: Callable[[int], ObjectiveShape]
+    peak_seconds_per_token: Callable[[ObjectiveShape], float | None]
     heartbeat: Heartbeat = field(default_factory=Heartbeat)
 
     def next_batch(self) -> Batch:
@@ -90,6 +95,8 @@ def train(run: TrainingRun) -> StopReason:
                 grad_norm=report.grad_norm,
                 sample_indices=range(progress.consumed_samples, progress.consumed_samples + size),
             )
+        shape = run.shape_at(step)
+        progress.enter(shape.num_views)
         progress.advance(global_batch_size=size, num_eligible=report.num_eligible, loss=report.loss)
         record = step_record(
             progress,
@@ -97,8 +104,8 @@ def train(run: TrainingRun) -> StopReason:
             global_batch_size=size,
             learning_rate=rate,
             clock=clock,
-            shape=run.shape,
-            peak_seconds_per_token=run.peak_seconds_per_token,
+            shape=shape,
+            peak_seconds_per_token=run.peak_seconds_per_token(shape),
         )
         for hook in run.hooks:
             run.heartbeat.enter(hook.section)

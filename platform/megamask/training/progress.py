@@ -13,7 +13,8 @@ class Progress:
         step: completed optimizer steps, so the next one is step + 1.
         consumed_samples: samples used so far; also the first sample index of the next batch.
         consumed_tokens: clean eligible tokens used so far, each sample counted once.
-        num_views: corrupted copies of each sample in a step.
+        num_views: corrupted copies of each sample in the present step.
+        other_views: tokens of all steps so far, times what their views had more than num_views, or less.
         loss: of the last step that this attempt took, nats per token; None before its first.
     """
 
@@ -21,12 +22,18 @@ class Progress:
     consumed_samples: int = 0
     consumed_tokens: int = 0
     num_views: int
+    other_views: int = 0
     loss: float | None = None
 
     @property
     def processed_tokens(self) -> int:
         """Eligible tokens used so far, counting every view."""
-        return self.consumed_tokens * self.num_views
+        return self.consumed_tokens * self.num_views + self.other_views
+
+    def enter(self, num_views: int) -> None:
+        """The views of the steps from now on; what was processed before stays counted as it was."""
+        self.other_views += self.consumed_tokens * (self.num_views - num_views)
+        self.num_views = num_views
 
     def advance(self, *, global_batch_size: int, num_eligible: int, loss: float) -> None:
         """Count one completed step."""

@@ -9,9 +9,20 @@ from megamask.data.loader import Loader
 from megamask.data.tokenizer import TOKENIZER_DIR, verify_files
 from megamask.models.spec import ModelSpec
 from megamask.models.vocabulary import Vocabulary
-from megamask.objectives.registry import build_objective
+from megamask.objectives.registry import build_phases
+from megamask.objectives.schedule import Phases, phases_of
+from megamask.training.batch_size import first_step
 from megamask.training.evaluating import open_validation
 from megamask.training.previewing import open_previews
+
+
+def objective_phases(config: TrainConfig) -> Phases:
+    """The phases of a run's objective; needs no corpus."""
+    return phases_of(
+        config.objective.settings(isolate_documents=config.data.isolate_documents),
+        config.training.sequence_length,
+        lambda amount, unit: first_step(amount, unit, config.training),
+    )
 
 
 class RunData:
@@ -36,7 +47,9 @@ class RunData:
         self.tokenizer_digest = manifest.tokenizer_digest
         self.tokenizer_folder = self.train.folder / TOKENIZER_DIR
         verify_files(self.tokenizer_folder, manifest.tokenizer_digest)  # every checkpoint will hold a copy
-        self.objective = build_objective(config.objective.settings(), self.vocabulary)
+        self.objective = build_phases(
+            objective_phases(config), self.vocabulary, information=self.train.token_information
+        )
         self.previews = open_previews(config, self.objective, self.train)
         split = manifest.split("train")
         self.bytes_per_token = split.text_bytes / split.num_tokens

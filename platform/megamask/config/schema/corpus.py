@@ -97,6 +97,12 @@ class CorpusConfig(Section):
         "share of the documents held out for validation", default=0.02, minimum=0, below=1
     )
     jsonl_text_key: str = identity("key of a .jsonl line that holds the text", default="text")
+    chat_template: str | None = identity(
+        "Jinja file, or tokenizer_config.json, whose template turns inputs of the format messages into text; null: a "
+        "plain one",
+        default=None,
+        is_path=True,
+    )
     rows_per_block: int = identity("rows of a shard member, the unit of shuffling", default=64, minimum=1, unit="rows")
     blocks_per_shard: int = identity("members of a shard", default=256, minimum=1, unit="blocks")
     licence: str | None = operational("licence of the text, recorded in provenance.json", default=None)

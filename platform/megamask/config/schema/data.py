@@ -29,6 +29,16 @@ class DataConfig(Section):
         unit="blocks",
     )
 
+    score: str = identity(
+        "which tokens are noised and scored: all; or, in corpora of conversations, answers alone, the rest being given",
+        default="all",
+        choices=("all", "answers"),
+    )
+    isolate_documents: bool = identity(
+        "no position sees another document of its row; positions and the block grid restart at each document",
+        default=False,
+    )
+
     def problems(self, config: TrainConfig) -> Iterator[Problem]:
         """One corpus, in a folder."""
         del config

@@ -34,13 +34,37 @@ class EvaluationConfig(Section):
     replicates: int = operational(
         "independent replicates; the standard error comes from their spread", default=4, minimum=2, unit="replicates"
     )
+    pair_variance_draws: int | None = operational(
+        "measure with so many pairs of each row how much the complementary pair lowers the loss's variance; null: not",
+        default=None,
+        minimum=3,
+        unit="pairs",
+    )
+    clip_search_draws: int | None = operational(
+        "search, with so many blocks of each row, the window of mask probabilities in which a block loss varies least, "
+        "for objective.clip_low and clip_high; null: not",
+        default=None,
+        minimum=1,
+        unit="blocks",
+    )
     seed: int | None = identity(
         "seed of the evaluation masks; null means run.seed", default=None, minimum=0, maximum=2**64 - 1
     )
 
     def problems(self, config: TrainConfig) -> Iterator[Problem]:
-        """Fewer draws of a row than the noise law can number."""
-        del config
+        """Fewer draws of a row than the noise law can number; pairs and blocks only where there are some."""
+        if self.clip_search_draws is not None and config.objective.name != "block":
+            yield Problem(
+                key="evaluation.clip_search_draws",
+                because=f"but objective.name is {config.objective.name}, which has no blocks",
+                allowed="null; or an integer >= 1 with objective.name=block",
+            )
+        if self.pair_variance_draws is not None and not config.objective.complementary:
+            yield Problem(
+                key="evaluation.pair_variance_draws",
+                because="but objective.complementary is not true, so there is no pair to measure",
+                allowed="null; or an integer >= 3 with objective.complementary=true",
+            )
         if self.draws * self.replicates >= _DRAWS_LIMIT:
             yield Problem(
                 key="evaluation.draws",

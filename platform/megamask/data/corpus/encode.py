@@ -10,12 +10,14 @@ import numpy as np
 import numpy.typing as npt
 
 from megamask.config.schema.corpus import CorpusConfig
+from megamask.data.corpus.chat import ChatEncoder, chat_template
 from megamask.data.corpus.inputs import InputFile
 from megamask.data.corpus.pack import RowPacker, token_dtype
 from megamask.data.corpus.scan import Counter, ScannedCorpus
 from megamask.data.corpus.shard import ShardWriter
 from megamask.data.corpus.splits import TRAIN, VALIDATION
 from megamask.data.manifest import SplitEntry
+from megamask.data.roles import answer_number
 from megamask.data.tokenizer import CorpusTokenizer
 from megamask.errors import UsageError
 
@@ -37,6 +39,7 @@ class Encoder:
     def __init__(self, folder: Path, config: CorpusConfig, scanned: ScannedCorpus, tokenizer: CorpusTokenizer) -> None:
         self._scanned = scanned
         self._tokenizer = tokenizer
+        self._chat = ChatEncoder(chat_template(config.chat_template), tokenizer)
         self._is_used: npt.NDArray[np.bool_] = np.zeros(tokenizer.vocab_size, dtype=np.bool_)
         dtype = token_dtype(tokenizer.vocab_size)
         names = [TRAIN, VALIDATION] if scanned.documents.is_validation.any() else [TRAIN]
@@ -79,16 +82,26 @@ class Encoder:
                 seen[kind] += 1
                 if seen[kind] <= _PARITY_FIRST or seen[kind].bit_count() == 1:
                     self._tokenizer.check_text(text[:_PARITY_CHARACTERS])
-                tokens = self._encode(text, file)
+                segments = self._segments(number, text, file)
                 count.document()
-                documents.tokens.append(len(tokens))
+                documents.tokens.append(sum(len(tokens) for _, tokens in segments))
                 split = documents.split_of(number)
-                for block in self._packers[split].add(number, tokens):
-                    self._writers[split].add(block)
+                for listed, tokens in segments:
+                    for block in self._packers[split].add(listed, tokens):
+                        self._writers[split].add(block)
             for split, packer in self._packers.items():
                 for block in packer.finish():
                     self._writers[split].add(block)
                 self._writers[split].finish()
+
+    def _segments(self, number: int, text: str, file: InputFile) -> list[tuple[int, npt.NDArray[np.int64]]]:
+        """(number in the document lists, ids) of a document's segments; one, but for conversations."""
+        if file.format != "messages":
+            return [(number, self._encode(text, file))]
+        found = self._chat.segments(text, f"{file.path}, document {number}")
+        for _, tokens in found:
+            self._is_used[tokens] = True
+        return [(answer_number(number) if is_answer else number, tokens) for is_answer, tokens in found]
 
     def _encode(self, text: str, file: InputFile) -> npt.NDArray[np.int64]:
         """The ids of a document, end-of-document last; proves that they hold its text and no special id."""

@@ -21,7 +21,7 @@ from megamask.errors import UsageError
 
 PYTHON_STDLIB = "{python_stdlib}"
 NOTHING_WRITTEN = "Nothing was written."
-FORMATS = ("text", "jsonl", "json", "parquet", "webdataset")
+FORMATS = ("text", "jsonl", "json", "parquet", "webdataset", "messages")
 
 _ENTRY_KEYS = ("name", "path", "format", "text_key", "licence", "origin", "version")
 _ENTRY_NAME = re.compile(r"[A-Za-z0-9._-]{1,100}")

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from megamask.config.schema.corpus import CorpusConfig, TokenizerConfig
+from megamask.data.corpus.chat import chat_template
 from megamask.data.corpus.documents import DOCUMENTS_DIR, write_documents
 from megamask.data.corpus.encode import Encoder
 from megamask.data.corpus.inputs import find_inputs
@@ -163,13 +164,21 @@ def _plan(config: CorpusConfig, scanned: ScannedCorpus, loaded: CorpusTokenizer 
             "blocks_per_shard": config.blocks_per_shard,
             "validation_fraction": decimal_text(config.validation_fraction),
             "tokenizer": tokenizer,
-        },
+        }
+        | _chat_options(config, scanned),
         "inputs": [
             {"name": each.file.name, "sha256": each.sha256, "bytes": each.bytes, "documents": each.documents}
             | each.file.options()
             for each in scanned.inputs
         ],
     }
+
+
+def _chat_options(config: CorpusConfig, scanned: ScannedCorpus) -> dict[str, str]:
+    """The digest of the chat template, for a corpus with conversations."""
+    if all(each.file.format != "messages" for each in scanned.inputs):
+        return {}
+    return {"chat_template_sha256": sha256_bytes(chat_template(config.chat_template).encode())}
 
 
 def _refuse_foreign(target: Path) -> None:

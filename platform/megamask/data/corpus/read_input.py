@@ -4,6 +4,7 @@
     jsonl        one JSON object a line, the string under the text key; lines of white space alone are skipped
     json         one JSON object, or an array of them; a list of strings under the text key is joined by newlines
     parquet      one document a row of the text column
+    messages     one conversation a line: the list of {"role", "content"} under the text key, by default "messages"
     webdataset   one document a sample of a tar: its member with the suffix of the text key, .txt by default
 
 A .gz or .zst suffix is taken off first; places in the file are then places in what it unpacks to.
@@ -26,6 +27,7 @@ from typing import IO, Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from megamask.data.corpus.chat import conversation
 from megamask.data.corpus.inputs import NOTHING_WRITTEN, InputFile
 from megamask.data.corpus.tar_documents import TarError, tar_documents
 from megamask.errors import DataIntegrityError, UsageError
@@ -87,7 +89,8 @@ class InputReader:
     ) -> None:
         self._file = file
         self._where = str(file.path)
-        self._key = file.text_key("txt" if file.format == "webdataset" else jsonl_text_key)
+        own_keys = {"webdataset": "txt", "messages": "messages"}
+        self._key = file.text_key(own_keys.get(file.format, jsonl_text_key))
         self._on_bytes = on_bytes
         self._sha256 = hashlib.sha256()
         self.num_bytes = 0
@@ -110,7 +113,7 @@ class InputReader:
                     yield from self._parquet()
                 case "webdataset":
                     yield from self._webdataset()
-                case "jsonl":
+                case "jsonl" | "messages":
                     with self._unpacked() as file:
                         yield from self._lines(file)
                 case "json":
@@ -210,6 +213,8 @@ class InputReader:
         if self._key not in value:
             raise _bad(f"{where}: the object has no key {self._key!r} (corpus.jsonl_text_key or text_key)")
         text = value[self._key]
+        if self._file.format == "messages":
+            text = conversation(text, where)
         if not isinstance(text, str):
             raise _bad(f"{where}: the value of {self._key!r} is {type(text).__name__}, not a string")
         try:

@@ -274,6 +274,8 @@ def _step_points(record: Step, memory: Memory) -> list[Point]:
 def _evaluation_points(record: Evaluation, memory: Memory) -> list[Point]:
     measured = ("nelbo_nats_per_token", "standard_error", "bits_per_byte")
     values: dict[str, Any] = {f"evaluation/{name}": getattr(record, name) for name in measured}
+    values |= {f"evaluation/pair_variance_{name}": value for name, value in (record.pair_variance or {}).items()}
+    values |= {f"evaluation/clip_search_{name}": value for name, value in (record.clip_search or {}).items()}
     values |= {f"evaluation/{phase}_s": value for phase, value in (record.seconds or {}).items()}
     return _numbers(values, record, record.step, _dataset_of(memory))
 
