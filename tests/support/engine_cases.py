@@ -115,7 +115,7 @@ def make_engine(
 
     return Engine(
         spec,
-        dataclasses.replace(goal or objective(), vocabulary=vocabulary(spec), z_loss_weight=z_loss_weight),
+        _goal(goal or objective(), spec, z_loss_weight),
         OptimizerConfig(**({"learning_rate": LEARNING_RATE} | optimizer)),
         LayoutConfig(**(layout or {})),
         TrainingConfig(
@@ -129,6 +129,12 @@ def make_engine(
         compute=compute,
         layers=layers,
     )
+
+
+def _goal(goal: Any, spec: ModelSpec, z_loss_weight: float) -> Any:
+    if isinstance(goal, PhasedObjective):
+        return goal
+    return dataclasses.replace(goal, vocabulary=vocabulary(spec), z_loss_weight=z_loss_weight)
 
 
 def batch(members: list[int], step: int) -> SyntheticBatch:
