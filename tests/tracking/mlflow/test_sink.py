@@ -45,6 +45,9 @@ def make_run(output_dir: Path, name: str, **changes: Any) -> Path:
     run_dir = output_dir / name
     (run_dir / "config").mkdir(parents=True)
     record = {
+        "format": "megamask-run",
+        "version": 1,
+        "laws": {},
         "run_id": f"id-of-{name}",
         "identity": {"model.num_layers": 2, "run.seed": 7, "objective.noise_schedule": "linear"},
         "extendable": {"training.steps": 4},
