@@ -56,7 +56,7 @@ def run(section: str, *numbers: signal.Signals, grace: float = 0.5, budget: floa
         ("import", signal.SIGHUP, 75, "75 SIGHUP asked"),
         ("step", signal.SIGTERM, 71, "71 SIGTERM asked for an end, and"),
         ("evaluation", signal.SIGINT, 71, "still in its section 'evaluation'"),
-        ("preview", signal.SIGTERM, 71, "the last checkpoint is intact"),
+        ("preview", signal.SIGTERM, 71, "checkpoints committed before are intact"),
     ],
 )
 def test_blocked_process_ends_after_a_signal_with_the_code_of_its_section(

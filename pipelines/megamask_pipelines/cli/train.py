@@ -75,8 +75,13 @@ def render(result: dict[str, Any]) -> str:
         from megamask_pipelines.check_run import render_check
 
         return render_check(result)
+    from pathlib import Path
+
+    from megamask.tracking.mlflow.state import page_of_run
+
+    page = page_of_run(Path(result["run_dir"]))
     loss = "none" if result["loss"] is None else f"{result['loss']:.4f} nats per token"
     return (
         f"run {result['run_dir']}: step {result['step']}, loss {loss}, {result['reason']} "
-        f"(exit code {result['exit_code']})"
+        f"(exit code {result['exit_code']})" + ("" if page is None else f"\nin MLflow: {page}")
     )

@@ -187,7 +187,7 @@ def failure_of(exits: Sequence[RankExit]) -> MegamaskError | None:
         if rank_exit.report is not None and rank_exit.report.exit_code == code:
             return rank_exit.report
     if code == ExitCode.HANG and overdue:
-        return error_with_code(code, _hang(overdue), hint="the newest checkpoint is intact; start the run again")
+        return error_with_code(code, _hang(overdue), hint="start the run again; committed checkpoints are intact")
     failed = sorted((e for e in own if e.returncode not in AGREED), key=lambda e: e.place_of_end)
     if not failed:
         return None

@@ -53,7 +53,7 @@ def numerics_error(*, step: int, loss: float, grad_norm: float, sample_indices: 
     """
     incident = incident_fields(step=step, loss=loss, grad_norm=grad_norm, sample_indices=sample_indices)
     return NotFiniteError(
-        f"{incident['problem']}. The update was not made and nothing was saved; the last checkpoint is intact.",
+        f"{incident['problem']}. The update was not made and nothing was saved.",
         hint=f"`megamask inspect RUN --step {step}` shows the batch; a lower optimizer.learning_rate often helps",
         incident=incident,
     )

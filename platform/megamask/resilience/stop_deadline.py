@@ -123,5 +123,5 @@ def ended_without_answer(asked: signal.Signals, section: str, waited: float) -> 
         return int(code), f"{asked.name} asked for an end before training began ({section}); nothing was lost"
     return int(ExitCode.HANG), (
         f"{asked.name} asked for an end, and {waited:.0f} s later this rank was still in its section {section!r}: "
-        "it waits for another rank or for the storage. Nothing was saved; the last checkpoint is intact"
+        "it waits for another rank or for the storage. Nothing was saved; checkpoints committed before are intact"
     )

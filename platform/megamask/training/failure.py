@@ -34,7 +34,7 @@ _TIMEOUT_SIGNS = (
     "collective operation timeout",
 )
 HANG = "waited in vain for another rank, for as long as launch.collective_timeout_s allows"
-HANG_HINT = "a rank hangs or its network is cut; the last checkpoint is intact, start the run again"
+HANG_HINT = "a rank hangs or its network is cut; start the run again, it resumes from its newest checkpoint"
 _log = logging.getLogger(__name__)
 
 

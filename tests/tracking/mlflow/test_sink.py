@@ -18,7 +18,7 @@ from megamask.tracking.journal.writer import Journal
 from megamask.tracking.mlflow import sink as mlflow_sink
 from megamask.tracking.mlflow.session import Session
 from megamask.tracking.mlflow.sink import MLflowSink
-from megamask.tracking.mlflow.state import load_state
+from megamask.tracking.mlflow.state import load_state, page_of_run
 from megamask.tracking.mlflow.store import environment
 
 DRAIN_S = 240.0
@@ -363,3 +363,32 @@ def test_mlflow_is_silent(output_dir: Path, capfd: pytest.CaptureFixture[str]) -
     assert send(run_dir)
     assert capfd.readouterr() == ("", "")
     assert logging.getLogger().handlers == handlers
+
+
+@pytest.mark.promise("MLflow that never took anything is not waited for at the end of a run")
+def test_sink_that_never_worked_is_not_waited_for(output_dir: Path) -> None:
+    run_dir = make_run(output_dir, "dead")
+    write_attempt(run_dir, 1, range(1, 3), 0)
+    refused = threading.Event()
+    sink = MLflowSink(run_dir, MLflowConfig(uri="http://127.0.0.1:9"), on_incident=lambda kind, problem: refused.set())
+    sink.start()
+    assert refused.wait(120)
+    patience: list[float] = []
+    thread = sink._thread
+    assert thread is not None
+    thread.join = lambda timeout=None: patience.append(timeout)  # type: ignore[method-assign]
+    assert not sink.drain(60.0)
+    assert patience == [0.0]
+
+
+@pytest.mark.promise("training ends with the address of the run's page in MLflow")
+def test_page_of_a_run_is_its_own_page_and_names_the_server_to_start(output_dir: Path) -> None:
+    run_dir = make_run(output_dir, "paged")
+    assert page_of_run(run_dir) is None
+    write_attempt(run_dir, 1, range(1, 3), 0)
+    assert send(run_dir)
+    info = stored_run(output_dir, "paged").info
+    page = page_of_run(run_dir)
+    assert page is not None
+    address = f"http://127.0.0.1:5000/#/experiments/{info.experiment_id}/runs/{info.run_id}"
+    assert page.startswith(f"{address}?workflowType=machine_learning after `mlflow ui --backend-store-uri sqlite:///")

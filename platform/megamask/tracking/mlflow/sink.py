@@ -58,6 +58,7 @@ class MLflowSink:
         self._is_out = False
         self._is_busy = False
         self._has_sent_all = False
+        self._has_worked = False
 
     def start(self) -> None:
         """Start the thread; MLflow is imported there (it takes seconds)."""
@@ -69,13 +70,16 @@ class MLflowSink:
     def drain(self, timeout_s: float) -> bool:
         """Wait until everything journalled so far is sent, a dead server has been tried twice, or the time is up.
 
+        A server that has refused and has never taken anything is not waited for.
+
         Returns:
             Whether everything was sent; if not, the next attempt of the run sends the rest.
         """
         if self._thread is None:
             return False
         self._is_draining.set()
-        self._thread.join(max(0.0, timeout_s))
+        never_worked = self._is_out and not self._has_worked
+        self._thread.join(0.0 if never_worked else max(0.0, timeout_s))
         return self._has_sent_all and not self._thread.is_alive()
 
     def _run(self) -> None:
@@ -99,6 +103,7 @@ class MLflowSink:
         try:
             if self._session is None:
                 self._session = Session.open(self._run_dir, self._config)
+            self._has_worked = True
             self._session.send_new()
         except BusyError:  # a `megamask sync` sends the same just now: no outage
             self._is_busy = True
