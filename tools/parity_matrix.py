@@ -61,17 +61,20 @@ class Pool:
             self._context.Process(target=_rank, args=(rank, num_processes, str(store), queue, function, arguments))
             for rank in range(num_processes)
         ]
-        for rank in ranks:
-            rank.start()
+        for process in ranks:
+            process.start()
+        answers: dict[int, Any] = {}
         try:
-            answers = dict(queue.get(timeout=LIMIT_S) for _ in ranks)
+            while len(answers) < num_processes:
+                rank, answer = queue.get(timeout=LIMIT_S)
+                if isinstance(answer, str):  # the others would wait for it
+                    raise RuntimeError(answer)
+                answers[rank] = answer
         finally:
             for process in ranks:
-                process.join(timeout=5)
+                process.join(timeout=5 if len(answers) == num_processes else 0)
                 if process.is_alive():
                     process.kill()
-        if failed := [answer for answer in answers.values() if isinstance(answer, str)]:
-            raise RuntimeError(failed[0])
         return [answers[rank] for rank in range(num_processes)]
 
 
