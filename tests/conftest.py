@@ -78,7 +78,7 @@ def journalled_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def job() -> Iterator[None]:
-    """A job of one process. Engines of one layout share its groups: gloo never frees the threads of a group."""
+    """A job of one process. Engines of one layout share its groups."""
     from megamask.engine.backend import select_backend
     from megamask.engine.process_group import destroy_process_group, init_process_group
 

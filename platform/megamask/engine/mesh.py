@@ -181,7 +181,7 @@ class Mesh:
 class ProcessGroups:
     """The process groups of a mesh: those of megatron-core, made once for a layout.
 
-    Another engine of the same layout uses the same groups, because gloo never frees the threads of a group.
+    Another engine of the same layout uses the same groups, because making them takes a while.
 
     Raises:
         RuntimeError: megatron-core numbers the ranks in another way, or its groups are of another layout.
@@ -264,4 +264,13 @@ class ProcessGroups:
         """Forget the groups, so that an engine of another layout can be made; the process group stays."""
         from megatron.core import parallel_state
 
+        # megatron-core only forgets its groups; those of gloo have three threads each, which wake many times a second
+        made = [group for group in _groups() if group is not dist.group.WORLD]
         parallel_state.destroy_model_parallel()
+        for group in made:
+            dist.destroy_process_group(group)
+
+
+def _groups() -> list[dist.ProcessGroup]:
+    """Every group of this process; torch names no public list of them."""
+    return list(dist.distributed_c10d._world.pg_map)
