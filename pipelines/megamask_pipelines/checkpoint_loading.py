@@ -10,9 +10,13 @@ from typing import TYPE_CHECKING
 from megamask.checkpoint.commit import Commit
 from megamask.checkpoint.contents import ModelDocument, TrainerState, check_size, check_state, read_model, read_state
 from megamask.checkpoint.names import TOKENIZER_NAME
+from megamask.checkpoint.origin import Origin, read_origin
 from megamask.checkpoint.reader import find
 from megamask.data.tokenizer import CorpusTokenizer
-from megamask.errors import CheckpointIntegrityError, DataIntegrityError
+from megamask.errors import CheckpointIntegrityError, DataIntegrityError, UsageError
+from megamask.models.vocabulary import NO_ID
+from megamask.objectives.base import Objective
+from megamask.objectives.shifted import at_step
 
 if TYPE_CHECKING:
     import torch
@@ -25,13 +29,45 @@ class LoadedCheckpoint:
     """A verified checkpoint without its weights.
 
     Args:
-        tokenizer: the checkpoint's own; its digest is the one that model.json names.
+        objective: how the network reads a row after this checkpoint's steps.
+        origin: where the weights come from, where no run wrote them.
+        own_tokenizer: the checkpoint's; its digest is the one that model.json names. None for an imported model
+            without one.
     """
 
     commit: Commit
     model: ModelDocument
     state: TrainerState
-    tokenizer: CorpusTokenizer
+    objective: Objective
+    origin: Origin | None
+    own_tokenizer: CorpusTokenizer | None
+
+    @property
+    def tokenizer(self) -> CorpusTokenizer:
+        """The checkpoint's tokenizer.
+
+        Raises:
+            UsageError: it has none.
+        """
+        if self.own_tokenizer is None:
+            problem = None if self.origin is None else self.origin.tokenizer_problem
+            raise UsageError(
+                f"{self.commit.folder} has no tokenizer{'' if problem is None else f' ({problem})'}. Nothing was done.",
+                hint="give --token-ids FILE.npy in place of text",
+            )
+        return self.own_tokenizer
+
+    def require_mask(self) -> None:
+        """Refuse to read a diffusion model without its mask token.
+
+        Raises:
+            UsageError: the published files name no mask token.
+        """
+        if self.objective.name != "autoregressive" and self.model.vocabulary.mask_token_id == NO_ID:
+            raise UsageError(
+                f"{self.commit.folder} is a diffusion model whose files name no mask token. Nothing was done.",
+                hint="set mask_token_id in the published config.json and convert it again",
+            )
 
     def network(self) -> tuple[ReferenceModel, torch.device]:
         """The reference network with the checkpoint's weights, in evaluation mode, on the GPU if there is one."""
@@ -60,13 +96,23 @@ def load_checkpoint(path: Path) -> LoadedCheckpoint:
     model, state = read_model(commit.folder), read_state(commit.folder)
     check_state(commit, state)
     check_size(commit, model)
+    return LoadedCheckpoint(
+        commit=commit,
+        model=model,
+        state=state,
+        objective=at_step(model.objective, state.step),
+        origin=read_origin(commit),
+        own_tokenizer=None if model.tokenizer_digest is None else _tokenizer(commit.folder, model.tokenizer_digest),
+    )
+
+
+def _tokenizer(folder: Path, digest: str) -> CorpusTokenizer:
     try:
-        tokenizer = CorpusTokenizer.load(commit.folder / TOKENIZER_NAME)
+        tokenizer = CorpusTokenizer.load(folder / TOKENIZER_NAME)
     except DataIntegrityError as error:
         raise CheckpointIntegrityError(error.message, hint=error.hint) from error
-    if tokenizer.digest != model.tokenizer_digest:
+    if tokenizer.digest != digest:
         raise CheckpointIntegrityError(
-            f"{commit.folder / TOKENIZER_NAME} has digest {tokenizer.digest}, model.json says "
-            f"{model.tokenizer_digest}. Nothing was loaded."
+            f"{folder / TOKENIZER_NAME} has digest {tokenizer.digest}, model.json names {digest}. Nothing was loaded."
         )
-    return LoadedCheckpoint(commit=commit, model=model, state=state, tokenizer=tokenizer)
+    return tokenizer

@@ -36,11 +36,13 @@ def evaluate(path: Path, request: EvaluationRequest) -> dict[str, Any]:
     if request.rows is not None and request.rows < 1:
         raise UsageError(f"--rows is {request.rows}; allowed: >= 1. {_NOTHING}")
     checkpoint = load_checkpoint(path)
+    if request.objective != "autoregressive":
+        checkpoint.require_mask()
     seed = checkpoint.state.seed if request.seed is None else request.seed
     if not 0 <= seed < 1 << 64:
         raise UsageError(f"--seed is {seed}; allowed: 0 to 2^64 - 1. {_NOTHING}")
     tokens, is_eligible = _rows(checkpoint, request)
-    objective = scored_objective(checkpoint.model.objective, request.objective, checkpoint.model.vocabulary)
+    objective = scored_objective(checkpoint.objective, request.objective, checkpoint.model.vocabulary)
     bound = GivenFirst(bound=objective.bound) if request.given_first else objective.bound
     scored = tokens[bound.scored(tokens, is_eligible)]
     network, device = checkpoint.network()

@@ -41,12 +41,13 @@ def sample(path: Path, request: SampleRequest) -> dict[str, Any]:
     if not 0 <= request.options.seed < 1 << 64:
         raise UsageError(f"--seed is {request.options.seed}; allowed: 0 to 2^64 - 1. Nothing was decoded.")
     checkpoint = load_checkpoint(path)
+    checkpoint.require_mask()
     sequence = _sequence(checkpoint, request)
     network, device = checkpoint.network()
     row = torch.tensor([sequence.tokens], device=device)
     [decoded] = decode(
         ReferencePredictor(network=network, vocabulary=checkpoint.model.vocabulary),
-        checkpoint.model.objective.decoder,
+        checkpoint.objective.decoder,
         row,
         is_wanted=row == checkpoint.model.vocabulary.mask_token_id,
         options=request.options,
@@ -67,7 +68,7 @@ def _sequence(checkpoint: LoadedCheckpoint, request: SampleRequest) -> MaskedSeq
     longest = checkpoint.model.spec.max_sequence_length
     if request.text_with_spans is None:
         prompt = request.prompt or ""
-        opening = checkpoint.model.objective.decoder.opening
+        opening = checkpoint.objective.decoder.opening
         return continuation(
             tokenizer, prompt, length=request.length, mask_token_id=mask, max_length=longest, opening=opening
         )

@@ -69,7 +69,7 @@ def test_newer_document_is_a_usage_error(folder: Path, name: str) -> None:
     ("changes", "error"),
     [
         ({"laws": LAWS | {"noise": 2}}, UsageError),
-        ({"shift": True}, UsageError),
+        ({"shift": True}, CheckpointIntegrityError),
         ({"objective": {}}, CheckpointIntegrityError),
         ({"model": {"num_layers": 2}}, CheckpointIntegrityError),
     ],

@@ -87,7 +87,7 @@ def test_a_folder_that_exists_is_not_touched(tmp_path):
     with pytest.raises(UsageError, match="exists already"):
         export(tmp_path / "out", plan, weights.__getitem__)
     (tmp_path / "other.partial").mkdir()
-    with pytest.raises(UsageError, match="was not made by an interrupted export"):
+    with pytest.raises(UsageError, match="was not made by an interrupted conversion"):
         export(tmp_path / "other", plan, weights.__getitem__)
 
 

@@ -215,7 +215,7 @@ def test_unsupported_model_parts_are_refused() -> None:
     for change, reason in (
         ({"byte_fallback": True}, "byte_fallback"),
         ({"merges": ["a b c d"]}, "gives no entry"),
-        ({"vocab": {"a": 0}, "merges": []}, "lacks 255 of the 256 bytes"),
+        ({"vocab": {"a": 0}, "merges": []}, "lacks 205 bytes of UTF-8 text"),
         ({"vocab": {"日": 0}, "merges": []}, "does not stand for bytes"),
     ):
         data = artefact()
@@ -256,3 +256,15 @@ def test_damaged_folder_is_a_data_error(name: str, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(data.replace(b"<|mask|>", b"<|mesk|>"))
     with pytest.raises(DataIntegrityError, match="the tokenizer is damaged"):
         CorpusTokenizer.load(tmp_path)
+
+
+def test_a_vocabulary_may_lack_bytes_that_text_rarely_has() -> None:
+    data = json.loads(TOKENIZER.files()["tokenizer.json"])
+    letters = letter_of_byte()
+    for byte in (0x04, 0xC0, 0xF5):
+        del data["model"]["vocab"][letters[byte]]
+    tokenizer = CorpusTokenizer(json.dumps(data).encode(), SPECIAL, name="given")
+    assert tokenizer.encode("plain text") == tokenizer.encode_reference("plain text")
+    assert tokenizer.check_parity(["a", "b"]) > 2
+    with pytest.raises(UsageError, match="no entry for the byte 0x04"):
+        tokenizer.encode("a\x04b")

@@ -19,7 +19,7 @@ def test_vocabulary_keeps_ids_that_fit() -> None:
     ("changed", "message"),
     [
         ({"mask_token_id": 100}, "mask_token_id is 100; allowed: 0 to 99"),
-        ({"eod_token_id": -1}, "eod_token_id is -1; allowed: 0 to 99"),
+        ({"eod_token_id": -2}, "eod_token_id is -2; allowed: 0 to 99"),
         ({"pad_token_id": 127}, "pad_token_id is 127; allowed: 0 to 99"),
         ({"mask_token_id": 98}, "also end of document or padding"),
         ({"padded_vocab_size": 99}, "100 entries padded to 99"),

@@ -264,6 +264,7 @@ MISSING = {
     "evaluate": ["no/such/run"],
     "sample": ["no/such/run"],
     "convert": ["to-hf", "no/such/run", "no/such/folder"],
+    "average": ["no/such/run", "no/such/folder"],
     "inspect": ["no/such/run", "--step", "1"],
     "verify": ["corpus", "no/such/corpus"],
     "status": ["no/such/run"],

@@ -23,6 +23,7 @@ from megamask.models.vocabulary import Vocabulary
 from megamask.objectives.base import Objective, Reading, scored_rows
 from megamask.objectives.masked import MaskedObjective
 from megamask.objectives.phased import PhasedObjective
+from megamask.objectives.wrapped import Wrapped
 from support.specs import OPTIONS, PLAIN  # noqa: F401 - tests of the engine import both from here
 
 SEED = 11
@@ -109,7 +110,7 @@ def make_engine(
     compute: str = "fp32",
     layers: str = "local",
     z_loss_weight: float = 0.0,
-    **optimizer: float,
+    **optimizer: Any,
 ) -> Any:
     from megamask.engine.engine import Engine
 
@@ -132,7 +133,7 @@ def make_engine(
 
 
 def _goal(goal: Any, spec: ModelSpec, z_loss_weight: float) -> Any:
-    if isinstance(goal, PhasedObjective):
+    if isinstance(goal, PhasedObjective | Wrapped):
         return goal
     return dataclasses.replace(goal, vocabulary=vocabulary(spec), z_loss_weight=z_loss_weight)
 

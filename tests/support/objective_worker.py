@@ -17,6 +17,7 @@ from megamask.objectives.masked import MaskedObjective
 from megamask.objectives.mixed import MixedObjective
 from megamask.objectives.phased import PhasedObjective
 from megamask.objectives.uniform import UniformObjective
+from megamask.objectives.warm_start import eased
 from support import engine_cases as cases
 
 STEPS = (1, 2, 3, 4)
@@ -77,6 +78,14 @@ OBJECTIVES: dict[str, Objective] = {
         vocabulary=VOCABULARY, corruption="edit", noise_schedule="linear", mask_logit="excluded", edit_weight=0.5
     ),
     "autoregressive": AutoregressiveObjective(vocabulary=VOCABULARY, mask_logit="excluded", z_loss_weight=0.1),
+    # everything that eases an autoregressive start; all of it is in effect at the step after the checkpoint
+    "warm": eased(
+        replace(MASKED, complementary=False, mask_ratio_warmup_steps=3),
+        shift=3,
+        attention_annealing_steps=5,
+        embedding_noise_steps=3,
+        embedding_noise_std=0.5,
+    ),
 }
 
 

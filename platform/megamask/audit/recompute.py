@@ -15,6 +15,7 @@ import torch
 
 from megamask.config.load import load_stored_config
 from megamask.config.schema.data import DataConfig
+from megamask.config.schema.initialise import InitialiseConfig
 from megamask.config.schema.objective import ObjectiveConfig
 from megamask.config.schema.roots import TrainConfig
 from megamask.config.schema.training import TrainingConfig
@@ -26,13 +27,13 @@ from megamask.diffusion.philox import NOISE_LAW_VERSION, run_key
 from megamask.errors import CheckpointIntegrityError, DataIntegrityError, UsageError
 from megamask.models.vocabulary import Vocabulary
 from megamask.objectives.base import Objective, Samples
-from megamask.objectives.registry import build_phases
 from megamask.objectives.schedule import phases_of
 from megamask.runs.configs import attempt_configs
 from megamask.runs.layout import configs_folder
 from megamask.runs.record import read_run
 from megamask.tracking.journal.seek import find_step
 from megamask.training.batch_size import batch_size_at, consumed_before, first_step
+from megamask.training.starting import run_objective
 
 _COMPARED = ("batch_digest", "content_digest", "masked_tokens", "scored_tokens")
 
@@ -226,13 +227,8 @@ def _batches(run: RecordedRun) -> TrainingConfig:
 
 def _objective(run: RecordedRun, loader: Loader) -> Objective:
     """The objective that the run was started with; a key that an older version did not record has its default."""
-    manifest, section = loader.manifest, "objective."
-    known = {field.name for field in fields(ObjectiveConfig)}
-    recorded = {
-        name.removeprefix(section): value
-        for name, value in run.identity.items()
-        if name.startswith(section) and name.removeprefix(section) in known
-    }
+    manifest = loader.manifest
+    recorded = _recorded_section(run, "objective.", ObjectiveConfig)
     vocabulary = Vocabulary(
         vocab_size=manifest.vocab_size,
         padded_vocab_size=manifest.vocab_size,
@@ -245,7 +241,21 @@ def _objective(run: RecordedRun, loader: Loader) -> Objective:
     )
     training = _batches(run)
     phases = phases_of(settings, training.sequence_length, lambda amount, unit: first_step(amount, unit, training))
-    return build_phases(phases, vocabulary, information=loader.token_information)
+    parent = read_run(run.folder).content.get("parent_checkpoint") or {}
+    return run_objective(
+        phases,
+        InitialiseConfig(**_recorded_section(run, "initialise.", InitialiseConfig)),
+        source_shifts=bool(parent.get("target_shift")),
+        vocabulary=vocabulary,
+        information=loader.token_information,
+    )
+
+
+def _recorded_section(run: RecordedRun, prefix: str, section: type) -> dict[str, Any]:
+    """The recorded keys of a section, without those that this version does not know."""
+    known = {field.name for field in fields(section)}
+    found = {name.removeprefix(prefix): value for name, value in run.identity.items() if name.startswith(prefix)}
+    return {name: value for name, value in found.items() if name in known}
 
 
 def _sample(loader: Loader, content: Row, index: int, *, first_index: int, global_batch_size: int) -> Samples:

@@ -143,6 +143,20 @@ def publish(folder: Path, files: Mapping[str, FileDigest], fields: CommitFields)
     place = parse_folder_name(folder.name)
     if place is None:
         raise MegamaskError(f"{folder} is not the folder of a checkpoint; nothing was published")
+    commit = write_commit(folder, place, files, fields)
+    with contextlib.suppress(StorageError):  # only a hint: the commit is valid without it
+        write_atomic(folder.parent / LATEST_NAME, f"{folder.name}\n".encode())
+    return commit
+
+
+def write_commit(folder: Path, place: tuple[int, int], files: Mapping[str, FileDigest], fields: CommitFields) -> Commit:
+    """Create COMMIT.json, which makes a folder a checkpoint.
+
+    Args:
+        place: step and attempt.
+
+    Raises: as `publish`.
+    """
     content: dict[str, Any] = {
         "step": place[0],
         "attempt": place[1],
@@ -161,8 +175,6 @@ def publish(folder: Path, files: Mapping[str, FileDigest], fields: CommitFields)
     data = encode_document(COMMIT, content)
     commit = parse_commit(data, folder)  # what is written is what a reader accepts
     create_exclusive(folder / COMMIT_NAME, data)
-    with contextlib.suppress(StorageError):  # only a hint: the commit is valid without it
-        write_atomic(folder.parent / LATEST_NAME, f"{folder.name}\n".encode())
     return commit
 
 

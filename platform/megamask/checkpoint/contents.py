@@ -12,15 +12,17 @@ from megamask.checkpoint.names import MODEL_NAME, STATE_NAME
 from megamask.errors import CheckpointIntegrityError, UsageError
 from megamask.models.counts import parameter_count
 from megamask.models.spec import ModelSpec
-from megamask.models.vocabulary import Vocabulary
+from megamask.models.vocabulary import NO_ID, Vocabulary
 from megamask.objectives.base import Objective
 from megamask.objectives.registry import build_objective
+from megamask.objectives.shifted import SHIFT_KEY
 from megamask.runs.laws import LAWS
 from megamask.storage.documents import DocumentKind, encode_document, read_document
 
 STATE = DocumentKind(format="megamask-trainer-state", version=1, damage=CheckpointIntegrityError)
 MODEL = DocumentKind(format="megamask-model", version=1, is_canonical=False, damage=CheckpointIntegrityError)
 _LONGEST_ROW = 1 << 24
+_SPECIAL_IDS = ("mask_token_id", "eod_token_id", "pad_token_id")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,24 +59,26 @@ class TrainerState:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelDocument:
-    """Content of model.json: enough to rebuild the network, its vocabulary and the objective it was trained for."""
+    """Content of model.json: enough to rebuild the network, its vocabulary and the objective it was trained for.
+
+    Args:
+        tokenizer_digest: of the checkpoint's tokenizer; None for an imported model without one.
+    """
 
     spec: ModelSpec
     vocabulary: Vocabulary
     objective: Objective
-    tokenizer_digest: str
+    tokenizer_digest: str | None
 
     def to_json(self) -> dict[str, Any]:
         """Return the fields of model.json; real numbers are written so that they read back exactly."""
         return {
             "model": self.spec.to_json(),
             "objective": self.objective.record(),
-            "shift": False,
+            "shift": self.objective.record().get(SHIFT_KEY, False),
             "vocabulary_size": self.vocabulary.vocab_size,
             "padded_vocabulary_size": self.vocabulary.padded_vocab_size,
-            "mask_token_id": self.vocabulary.mask_token_id,
-            "eod_token_id": self.vocabulary.eod_token_id,
-            "pad_token_id": self.vocabulary.pad_token_id,
+            **{name: _or_null(getattr(self.vocabulary, name)) for name in _SPECIAL_IDS},
             "tokenizer_digest": self.tokenizer_digest,
             "laws": dict(LAWS),
         }
@@ -115,8 +119,8 @@ def read_model(folder: Path) -> ModelDocument:
     document = read_document(MODEL, path)
     try:
         refuse_other_laws(document["laws"], path)
-        if document["shift"] is not False:
-            raise UsageError(f"{path} has shift: {document['shift']}; this megamask builds unshifted models only")
+        if document["shift"] != document["objective"].get(SHIFT_KEY, False):
+            raise ValueError("shift differs from that of the objective")
         return _model_of(document)
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise _misstated(path, error) from error
@@ -124,9 +128,12 @@ def read_model(folder: Path) -> ModelDocument:
 
 def _model_of(document: dict[str, Any]) -> ModelDocument:
     """The document's parts, each checked by its own type; what a part refuses is a misstatement of the document."""
-    names = ("vocab_size", "padded_vocab_size", "mask_token_id", "eod_token_id", "pad_token_id")
-    keys = ("vocabulary_size", "padded_vocabulary_size", *names[2:])
+    names = ("vocab_size", "padded_vocab_size")
+    keys = ("vocabulary_size", "padded_vocabulary_size")
     sizes = {name: document[key] for name, key in zip(names, keys, strict=True)}
+    sizes |= {name: NO_ID if document[name] is None else document[name] for name in _SPECIAL_IDS}
+    if any(document[name] == NO_ID for name in _SPECIAL_IDS):
+        raise ValueError("an id is negative")
     if not all(type(size) is int for size in sizes.values()):
         raise ValueError(f"vocabulary {sizes}")
     try:
@@ -143,6 +150,10 @@ def _model_of(document: dict[str, Any]) -> ModelDocument:
     if (spec.vocab_size, spec.padded_vocab_size) != (sizes["vocab_size"], sizes["padded_vocab_size"]):
         raise ValueError("the network's vocabulary is not the document's")
     return model
+
+
+def _or_null(token: int) -> int | None:
+    return None if token == NO_ID else token
 
 
 def check_size(commit: Commit, model: ModelDocument) -> None:

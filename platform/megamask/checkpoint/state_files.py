@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from megamask.checkpoint.commit import Commit
 from megamask.checkpoint.contents import read_model
+from megamask.checkpoint.origin import read_origin
 
 
 def refuse_old_state(commit: Commit) -> None:
@@ -28,7 +29,12 @@ def check_state(commit: Commit) -> None:
     from megamask.engine.state.index import read_index, require
     from megamask.engine.state.restore import read_num_updates
     from megamask.engine.state.slices import stored_shapes
+    from megamask.models.shapes import canonical_shapes
 
     refuse_old_state(commit)
-    require(commit.folder, read_index(commit.folder), stored_shapes(read_model(commit.folder).spec))
+    spec = read_model(commit.folder).spec
+    if read_origin(commit) is not None:  # weights alone
+        require(commit.folder, read_index(commit.folder), canonical_shapes(spec))
+        return
+    require(commit.folder, read_index(commit.folder), stored_shapes(spec))
     read_num_updates(commit.folder)

@@ -58,7 +58,10 @@ def convert(key: Key, node: Node, where: str, *, entry: str | None = None) -> An
     if key.is_optional and value_of_node(node) is None:
         return None
     try:
-        value = _string(node) if entry else _CONVERTERS[key.base](node)
+        if key.setting.takes_mapping and isinstance(node, MappingNode):
+            value: Any = _mapping_as_text(key, node)
+        else:
+            value = _string(node) if entry else _CONVERTERS[key.base](node)
     except _WrongType as error:
         given, allowed = f"{shown(value_of_node(node))} ({_kind(node)})", "a string" if entry else key.allowed
         hint = str(error.args[0]) if error.args else None
@@ -149,6 +152,14 @@ def _mapping(node: Node) -> dict[str, str]:
     if not isinstance(node, MappingNode):
         raise _WrongType("write a mapping of names, as {main: folder}")
     return {}  # its entries are converted one by one
+
+
+def _mapping_as_text(key: Key, node: MappingNode) -> list[str] | str:
+    """A mapping of names to numbers as the text that the key keeps."""
+    pairs = [(name, _number(child)) for name, _, child in entries_of(node)]
+    if key.base == "list":
+        return [f"{name}={number:g}" for name, number in pairs]
+    return "{" + ", ".join(f"{name}: {number:g}" for name, number in pairs) + "}"
 
 
 _CONVERTERS = {

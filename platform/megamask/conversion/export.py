@@ -1,4 +1,4 @@
-"""Writing a network as a folder in Hugging Face layout: shard by shard, resumable, verified, visible at the end."""
+"""Export of a network as a folder in Hugging Face layout: shard by shard, resumable, verified, visible at the end."""
 
 from __future__ import annotations
 
@@ -12,14 +12,13 @@ import torch
 
 from megamask.conversion.hub_folder import INDEX_NAME, WEIGHTS_NAME, HubFolder
 from megamask.conversion.name_map import NameMap
+from megamask.conversion.partial_folder import Progress, partial_folder, refuse_existing, show
 from megamask.conversion.shard_writer import PlannedTensor, index_document, plan_shards, write_shard
-from megamask.errors import DataIntegrityError, UsageError
-from megamask.storage.durable import fsync_directory, storage_errors, write_atomic
+from megamask.errors import DataIntegrityError
+from megamask.storage.durable import write_atomic
 from megamask.storage.hashing import hash_of
 
-PARTIAL_SUFFIX = ".partial"
 MAX_SHARD_BYTES = 5 * 10**9
-_PLAN_NAME = "plan.sha256"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,11 +94,10 @@ def export(
         DataIntegrityError: a written tensor does not read back; the partial folder is removed.
         StorageError: the storage refused; the target does not exist.
     """
-    if target.exists() or target.is_symlink():
-        raise UsageError(f"{target} exists already. Nothing was written.", hint="name a folder that does not exist")
-    shards, partial = plan.shards(), _partial_folder(target, plan.digest())
+    refuse_existing(target)
+    shards, partial = plan.shards(), partial_folder(target, plan.digest())
     canonical = plan.names.canonical_names()
-    progress = _Progress(2 * sum(tensor.num_bytes for tensors in shards.values() for tensor in tensors), on_progress)
+    progress = Progress(2 * sum(tensor.num_bytes for tensors in shards.values() for tensor in tensors), on_progress)
 
     def value_of(tensor: PlannedTensor) -> torch.Tensor:
         progress.add(tensor.num_bytes)
@@ -119,10 +117,7 @@ def export(
         write_atomic(partial / name, data)
     _verify(partial, shards, value_of)
     num_bytes = sum((partial / file).stat().st_size for file in shards)
-    with storage_errors(f"renaming {partial}"):
-        (partial / _PLAN_NAME).unlink()
-        partial.rename(target)
-        fsync_directory(target.parent)
+    show(partial, target)
     return ExportReport(
         family=plan.names.family.name,
         tensors=len(canonical),
@@ -130,25 +125,6 @@ def export(
         files=tuple(shards),
         resumed_files=resumed,
     )
-
-
-def _partial_folder(target: Path, digest: str) -> Path:
-    """The folder to write into: that of an interrupted export of the same plan, or an empty one."""
-    partial = target.with_name(target.name + PARTIAL_SUFFIX)
-    with storage_errors(f"making {partial}"):
-        mark = partial / _PLAN_NAME
-        if partial.exists():
-            if not mark.is_file():
-                raise UsageError(
-                    f"{partial} exists and was not made by an interrupted export. Nothing was written.",
-                    hint="move it away",
-                )
-            if mark.read_text() == digest:
-                return partial
-            shutil.rmtree(partial)
-        partial.mkdir(parents=True)
-        write_atomic(mark, digest.encode())
-    return partial
 
 
 def _verify(
@@ -167,12 +143,3 @@ def _verify(
                     f"{tensor.name} does not read back from {folder} as it was written; the folder was removed.",
                     hint="check the storage, then export again",
                 )
-
-
-class _Progress:
-    def __init__(self, total: int, report: Callable[[int, int], None]) -> None:
-        self._done, self._total, self._report = 0, total, report
-
-    def add(self, num_bytes: int) -> None:
-        self._done += num_bytes
-        self._report(self._done, self._total)

@@ -74,7 +74,23 @@ class HubFolder:
 
     def generation_config(self) -> dict[str, Any]:
         """generation_config.json, or an empty object."""
-        return self._document(GENERATION_NAME) if (self.path / GENERATION_NAME).is_file() else {}
+        return self.document(GENERATION_NAME)
+
+    def weight_files(self) -> list[Path]:
+        """The safetensors files."""
+        return [self.path / name for name in sorted(set(self._shard_of.values()))]
+
+    def document(self, name: str) -> dict[str, Any]:
+        """A JSON document of the folder, or an empty object where there is none."""
+        return self._document(name) if (self.path / name).is_file() else {}
+
+    def dtype(self, name: str, shape: tuple[int, ...]) -> str:
+        """Number format of a tensor, as safetensors names it; its shape is checked and its bytes are not read.
+
+        Raises:
+            DataIntegrityError: as `tensor`.
+        """
+        return self._checked(name, shape)[1]
 
     def check_names(self, expected: Iterable[str], optional: Iterable[str] = ()) -> None:
         """Compare the stored tensors with those that the family has.
@@ -98,18 +114,31 @@ class HubFolder:
         Raises:
             DataIntegrityError: its shape or number format is another, or its bytes cannot be read.
         """
+        value: torch.Tensor = self.rectangle(name, shape, tuple(slice(0, size) for size in shape))
+        return value
+
+    def rectangle(self, name: str, shape: tuple[int, ...], index: tuple[slice, ...]) -> torch.Tensor:
+        """A part of a tensor in its stored number format, on the CPU; only its bytes are read. Raises as `tensor`."""
+        stored, _ = self._checked(name, shape)
+        try:
+            value: torch.Tensor = stored[index]
+        except (SafetensorError, OSError, ValueError) as error:
+            raise self._damaged(self._shard_of[name], str(error)) from error
+        return value
+
+    def _checked(self, name: str, shape: tuple[int, ...]) -> tuple[Any, str]:
+        """The library's handle of a tensor, and its number format."""
         file_name = self._shard_of[name]
         try:
             stored = self._file(file_name).get_slice(name)
-            found, kind = tuple(stored.get_shape()), stored.get_dtype()
-            if found != shape:
-                raise self._damaged(file_name, f"{name} has shape {list(found)}, config.json asks for {list(shape)}")
-            if kind not in _DTYPES:
-                raise self._damaged(file_name, f"{name} is stored as {kind}; supported: {', '.join(_DTYPES)}")
-            value: torch.Tensor = self._file(file_name).get_tensor(name)
+            found, kind = tuple(stored.get_shape()), str(stored.get_dtype())
         except (SafetensorError, OSError, ValueError) as error:
             raise self._damaged(file_name, str(error)) from error
-        return value
+        if found != tuple(shape):
+            raise self._damaged(file_name, f"{name} has shape {list(found)}, config.json asks for {list(shape)}")
+        if kind not in _DTYPES:
+            raise self._damaged(file_name, f"{name} is stored as {kind}; supported: {', '.join(_DTYPES)}")
+        return stored, kind
 
     def tensors(self, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[str, torch.Tensor]]:
         """Tensors of these names and shapes, shard by shard, so that each file is opened once."""

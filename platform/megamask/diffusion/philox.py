@@ -46,6 +46,8 @@ class Purpose(IntEnum):
     VALIDATION_BLOCK_COUNT = 13
     VALIDATION_RANDOM_TOKEN = 14
     UNDECODED = 15
+    ATTENTION_OPENING = 20
+    EMBEDDING_NOISE = 21
 
 
 def philox4x32(counter: Sequence[Tensor | int], key: Sequence[Tensor | int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:

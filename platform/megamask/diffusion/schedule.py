@@ -150,6 +150,21 @@ def least_variance_schedule(num_positions: int, lowest: float = EPS, highest: fl
     )
 
 
+def warmed_time(t: float, step: int, warmup_steps: int) -> float:
+    """t scaled to [0, u), u rising linearly from 0.001 to 1 over the first steps of a run.
+
+    Source: the warm-up of Stable-DiffCoder, which drops the weight of the loss meanwhile.
+
+    Args:
+        step: 1-based.
+        warmup_steps: after these steps t is what it was.
+    """
+    if step > warmup_steps:
+        return t
+    share = (step - 1) / (warmup_steps - 1) if warmup_steps > 1 else 1.0
+    return t * (0.001 + 0.999 * share)
+
+
 def stratified_times(step: int, global_batch_size: int, key: tuple[int, int]) -> list[float]:
     """t_j = frac(u + j/B) of each place j of a global batch: one time in each of B equal strata of [0, 1).
 

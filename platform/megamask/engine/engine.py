@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from megamask.engine import scoring
 from megamask.engine.backend import Backend, select_backend
 from megamask.engine.collectives import Collectives
 from megamask.engine.head import ScoredRowHead
-from megamask.engine.initialization import set_initial_weights
+from megamask.engine.initialization import read_weights, set_initial_weights
 from megamask.engine.layers.router import Routing
 from megamask.engine.mesh import Mesh, ProcessGroups
 from megamask.engine.network import build_network, wrap_data_parallel
@@ -30,6 +31,7 @@ from megamask.engine.specs.families import layer_family
 from megamask.engine.state import restore
 from megamask.engine.state.host_copy import HostCopy
 from megamask.engine.state.share import Share, share
+from megamask.engine.state.slices import StoredSlice
 from megamask.engine.step import StepReport, StepSettings, StepShare
 from megamask.models.spec import ModelSpec
 from megamask.objectives.base import Objective, Reading, Rows
@@ -50,6 +52,7 @@ class Engine:
             the state on disk is the masters'.
         deterministic: device.deterministic.
         layers: device.layers.
+        draws_weights: set the first weights from the seed; otherwise they are zero until `set_weights`.
 
     Attributes:
         parameters: the table of this rank's parameters.
@@ -70,6 +73,7 @@ class Engine:
         compute: str = "fp32",
         deterministic: bool = True,
         layers: str = "local",
+        draws_weights: bool = True,
     ) -> None:
         backend = select_backend(deterministic=deterministic)
         self._collectives = Collectives(backend.device)
@@ -99,7 +103,7 @@ class Engine:
         mark_parameters(networks, self.parameters)
         chunks = tuple(wrap_data_parallel(network, chunk=number) for number, network in enumerate(networks))
         self._optimizer = ShardedAdamW(chunks, self.parameters, optimizer)
-        set_initial_weights(self._optimizer, spec, seed=seed)
+        set_initial_weights(self._optimizer, spec, seed=seed if draws_weights else None)
         self._rank_model = RankModel(
             mesh=mesh,
             groups=groups,
@@ -233,6 +237,16 @@ class Engine:
         """
         memory = self._host_copy if copy else None
         return share(self._optimizer, rank=self.rank, memory=memory)
+
+    def set_weights(self, read: Callable[[Sequence[StoredSlice]], None]) -> None:
+        """Set every weight from a source; Adam's state stays at zero.
+
+        Args:
+            read: fills rectangles of canonical tensors, those of this rank's shards; no collective call.
+
+        Raises: what `read` raises, on every rank alike.
+        """
+        read_weights(self._optimizer, self._spec, read, self._collectives)
 
     def load_state(self, folder: Path) -> None:
         """Restore the state from all ranks' files, under this engine's layout; any layout may have written them.

@@ -21,6 +21,7 @@ from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megamask.engine.embedding import WideSumEmbedding
+from megamask.engine.embedding_noise import with_noise
 from megamask.engine.layers.attention import RowContext
 from megamask.engine.layers.router import Routing
 from megamask.engine.mesh import Mesh
@@ -48,6 +49,9 @@ class DiffusionNetwork(GPTModel):  # type: ignore[misc]
 
         Returns: [s, b, h] on the last stage (all positions), the next stage's input elsewhere.
         """
+        if self.pre_process:
+            places = None if part is None else part.places
+            self.embedding.word_embeddings.noise = (context.embedding_noise, places)
         hidden: torch.Tensor = self.forward(
             input_ids=inputs, position_ids=None, attention_mask=None, packed_seq_params=RowContext(context, part)
         )
@@ -105,6 +109,8 @@ def build_network(
     if network.pre_process and compute != torch.float32:
         # float32 runs keep torch's lookup: it sums in their own format already
         network.embedding.word_embeddings = WideSumEmbedding(network.embedding.word_embeddings, mask_token_id)
+    if network.pre_process:
+        network.embedding.word_embeddings = with_noise(network.embedding.word_embeddings, mesh)
     return network
 
 

@@ -91,7 +91,13 @@ class ShardedAdamW:
         self._optimizer.zero_grad()
 
     def gradient_norm(self) -> float:
-        """Prepare the summed gradients for the update; return their global norm, the same on every rank."""
+        """Prepare the summed gradients for the update; return their global norm, the same on every rank.
+
+        Parameters that a learning-rate factor of 0 freezes have none.
+        """
+        for name, parameter in self._parameters():
+            if self._table[name].lr_multiplier == 0:
+                parameter.main_grad.zero_()  # type: ignore[attr-defined]  # megatron-core's buffer
         self._optimizer.prepare_grads()
         return float(self._optimizer.get_grad_norm())
 

@@ -17,8 +17,9 @@ import torch
 from megamask.config.schema.optimizer import OptimizerConfig
 from megamask.engine.canonical import TensorSlice, layer_slices, replicated, vocabulary_slices
 from megamask.engine.mesh import Mesh
+from megamask.engine.multipliers import check_patterns, multiplier_of
 from megamask.engine.specs.base import EMBEDDING, FINAL_NORM, OUTPUT_LAYER, LayerPart, Part
-from megamask.models.shapes import FINAL_NORM_NAME, TensorKind, layer_prefix
+from megamask.models.shapes import EMBEDDING_NAME, FINAL_NORM_NAME, HEAD_NAME, TensorKind, layer_prefix
 from megamask.models.spec import ModelSpec
 
 _Stage = Sequence[tuple[int, Mapping[str, LayerPart]]]
@@ -110,6 +111,7 @@ def parameter_table(
         KeyError: the network has a parameter that the family does not describe.
         ValueError: a parameter's shape is not that of its slices, or the family describes one that is missing.
     """
+    check_patterns(optimizer.multipliers(), spec)
     infos: dict[str, ParameterInfo] = {}
     for number, chunk in enumerate(chunks):
         layers, prefix = mesh.layers(spec.num_layers, number), _prefix(number, len(chunks))
@@ -208,7 +210,14 @@ def _info(
         ),
         is_expert=is_expert,
         is_buffer=kind is TensorKind.EXPERT_BIAS,
+        lr_multiplier=multiplier_of(name, slices or _first_slices(kind, spec), optimizer.multipliers()),
     )
+
+
+def _first_slices(kind: TensorKind, spec: ModelSpec) -> tuple[TensorSlice, ...]:
+    """The vocabulary's tensor, for a rank whose shard of it is padding alone."""
+    is_own_head = kind is TensorKind.HEAD and not spec.tie_embeddings
+    return replicated(HEAD_NAME if is_own_head else EMBEDDING_NAME, 1)
 
 
 def _describe(

@@ -13,7 +13,7 @@ from torch import Tensor
 from megamask.data.corpus.pack import RowPacker, token_dtype
 from megamask.data.manifest import Manifest
 from megamask.data.reader import SplitReader
-from megamask.data.tokenizer import CorpusTokenizer
+from megamask.data.tokenizer import NO_TOKEN, CorpusTokenizer
 from megamask.errors import DataIntegrityError, UsageError
 
 SPLIT_ROWS = 64
@@ -47,6 +47,8 @@ def text_rows(files: Sequence[Path], tokenizer: CorpusTokenizer, sequence_length
         UsageError: a file cannot be read or is empty. DataIntegrityError: a file is not UTF-8.
     """
     documents = [_document(tokenizer, file) for file in files]
+    if tokenizer.pad_token_id == NO_TOKEN:
+        return _rows_without_padding(documents, sequence_length)
     packer = RowPacker(
         sequence_length=sequence_length,
         rows_per_block=-(-sum(map(len, documents)) // sequence_length),
@@ -58,8 +60,21 @@ def text_rows(files: Sequence[Path], tokenizer: CorpusTokenizer, sequence_length
     return torch.from_numpy(tokens.astype(np.int64))
 
 
+def _rows_without_padding(documents: Sequence[np.ndarray[Any, np.dtype[np.int64]]], sequence_length: int) -> Tensor:
+    """Complete rows only, for a tokenizer without a padding token; one shorter row where there is not even one."""
+    tokens = np.concatenate(documents)
+    length = min(sequence_length, len(tokens))
+    return torch.from_numpy(tokens[: len(tokens) // length * length].reshape(-1, length))
+
+
 def split_rows(
-    folder: Path, manifest: Manifest, split: str, *, tokenizer_digest: str, sequence_length: int, rows: int | None
+    folder: Path,
+    manifest: Manifest,
+    split: str,
+    *,
+    tokenizer_digest: str | None,
+    sequence_length: int,
+    rows: int | None,
 ) -> Tensor:
     """Read the first rows of a split, int64 [n, s], in the corpus' own order.
 
@@ -103,4 +118,5 @@ def _document(tokenizer: CorpusTokenizer, path: Path) -> np.ndarray[Any, np.dtyp
         text = data.decode()
     except UnicodeDecodeError as error:
         raise DataIntegrityError(f"--text {path} is not UTF-8 at byte {error.start}. {_NOTHING}") from error
-    return np.append(tokenizer.encode_array(text), tokenizer.eod_token_id)
+    ids = tokenizer.encode_array(text)
+    return ids if tokenizer.eod_token_id == NO_TOKEN else np.append(ids, tokenizer.eod_token_id)

@@ -9,11 +9,14 @@ positions.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
+
+from megamask.diffusion.philox import Purpose, philox4x32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +48,77 @@ class BlockPattern:
     clean_half: Literal["block_causal", "token_causal"] = "block_causal"
 
 
-AttentionPattern = Bidirectional | Causal | BlockPattern
+@dataclass(frozen=True, kw_only=True)
+class Opening:
+    """Causal attention on its way to bidirectional: each later position is visible where its word is below a limit.
+
+    The word of query q and key k is a function of (key, step, q, k), the same for all rows of a step.
+
+    Args:
+        limit: of the word, out of 2^32.
+        step: 1-based number of the step. key: of the run.
+    """
+
+    limit: int
+    step: int
+    key: tuple[int, int]
+
+    def is_open(self, query: Tensor, key_index: Tensor) -> Tensor:
+        """True where a key position is drawn as visible; query and key_index broadcast together."""
+        low, high = self.step & 0xFFFFFFFF, self.step >> 32
+        cell = query * (1 << 24) + key_index  # a row has fewer than 2^24 positions
+        counter = (cell & 0xFFFFFFFF, (cell >> 32) + (high << 16), low, int(Purpose.ATTENTION_OPENING))
+        return philox4x32(counter, self.key)[0] < self.limit
+
+
+AttentionPattern = Bidirectional | Causal | BlockPattern | Opening
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmbeddingNoise:
+    """Gaussian noise on the embeddings of one token of the rows.
+
+    Args:
+        row_index: int64 [r], the sample that each row is a view of.
+        std: standard deviation.
+        token_id: the token whose positions get noise.
+        key: of the run.
+    """
+
+    row_index: Tensor
+    std: float
+    token_id: int
+    key: tuple[int, int]
+
+    def values(self, is_noised: Tensor, num_channels: int, places: Tensor | None = None) -> Tensor:
+        """Noise of the chosen positions, float32 [n, num_channels], in row-major order.
+
+        The standardised sum of twelve 16-bit halves of philox words: as for initial weights, no function whose
+        rounding differs between devices.
+
+        Args:
+            is_noised: bool [r, i].
+            places: int64 [i], where the positions are in the row; None for all of them in order.
+        """
+        rows, positions = is_noised.nonzero(as_tuple=True)
+        positions = positions if places is None else places[positions]
+        sample = self.row_index[rows]
+        channel = torch.arange(num_channels, device=is_noised.device)
+        place = positions[:, None] * (1 << 20) + channel[None]  # a network has fewer than 2^20 channels
+        words: list[Tensor] = []
+        for half in range(2):
+            counter = (
+                (sample & 0xFFFFFFFF)[:, None],
+                place & 0xFFFFFFFF,
+                ((place >> 32) * 2 + half) + ((sample >> 32) << 20)[:, None],
+                int(Purpose.EMBEDDING_NOISE),
+            )
+            words += philox4x32(counter, self.key)[: 4 if half == 0 else 2]
+        total = torch.zeros_like(place)
+        for word in words:
+            total += (word & 0xFFFF) + (word >> 16)
+        divisor = torch.tensor(math.sqrt(65536**2 - 1), dtype=torch.float64, device=place.device)
+        return ((total - 393210).to(torch.float64) / divisor * self.std).to(torch.float32)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,24 +131,30 @@ class Context:
             counts its sample twice.
         documents: int64 [r, i] number of each position's document; None means that a row is one document. No position
             sees another document.
+        embedding_noise: added to the embeddings, or None.
     """
 
     pattern: AttentionPattern = Bidirectional()
     positions: Tensor | None = None
     documents: Tensor | None = None
+    embedding_noise: EmbeddingNoise | None = None
 
     def rows(self, rows: slice | Tensor) -> Context:
         """The context of some of the rows, by their place."""
+        noise = self.embedding_noise
         return Context(
             pattern=self.pattern,
+            embedding_noise=None if noise is None else replace(noise, row_index=noise.row_index[rows]),
             positions=None if self.positions is None else self.positions[rows],
             documents=None if self.documents is None else self.documents[rows],
         )
 
     def to(self, device: torch.device) -> Context:
         """The context on a device."""
+        noise = self.embedding_noise
         return Context(
             pattern=self.pattern,
+            embedding_noise=None if noise is None else replace(noise, row_index=noise.row_index.to(device)),
             positions=None if self.positions is None else self.positions.to(device),
             documents=None if self.documents is None else self.documents.to(device),
         )
@@ -143,6 +222,8 @@ def _inside_a_document(
         return (query_index >= 0) & (key_index >= 0)
     if isinstance(pattern, Causal):
         return key_index <= query_index
+    if isinstance(pattern, Opening):
+        return (key_index <= query_index) | pattern.is_open(query_index, key_index)
     query_block, key_block = query_position // pattern.block_size, key_position // pattern.block_size
     is_noised_query, is_noised_key = query_index < half, key_index < half
     own_noise = is_noised_query & is_noised_key & (query_block == key_block)

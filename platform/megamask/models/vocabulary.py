@@ -6,6 +6,9 @@ from dataclasses import dataclass
 
 from megamask.errors import UsageError
 
+NO_ID = -1
+"""Of a special token that a model does not have; no token id equals it."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Vocabulary:
@@ -17,6 +20,8 @@ class Vocabulary:
         mask_token_id: [M]; never a target.
         eod_token_id: end of document; an eligible token.
         pad_token_id: padding; never eligible.
+
+    An imported model may lack any of the three, which is then NO_ID.
 
     Raises:
         UsageError: when an id lies outside the vocabulary, or [M] is also end of document or padding.
@@ -36,9 +41,9 @@ class Vocabulary:
             )
         for name in ("mask_token_id", "eod_token_id", "pad_token_id"):
             value = getattr(self, name)
-            if not 0 <= value < self.vocab_size:
+            if value != NO_ID and not 0 <= value < self.vocab_size:
                 raise UsageError(f"{name} is {value}; allowed: 0 to {self.vocab_size - 1}. Nothing was built.")
-        if self.mask_token_id in (self.eod_token_id, self.pad_token_id):
+        if self.mask_token_id != NO_ID and self.mask_token_id in (self.eod_token_id, self.pad_token_id):
             raise UsageError(
                 f"mask_token_id is {self.mask_token_id}, which is also end of document or padding; allowed: an id of "
                 "its own. Nothing was built."

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from megamask.errors import UsageError
 from megamask.models.context import Causal, Context
-from megamask.models.vocabulary import Vocabulary
+from megamask.models.vocabulary import NO_ID, Vocabulary
 from megamask.objectives.base import BoundRows, Key, OnePhase, Reading, Rows, Samples, scored_rows, softmax_without
 from megamask.objectives.documents import document_numbers, first_tokens, isolated, places_in_documents
 from megamask.objectives.shapes import ObjectiveShape, shape_of
@@ -74,7 +74,8 @@ class AutoregressiveObjective(OnePhase):
     @property
     def decoder(self) -> LeftToRight:
         """One token after another."""
-        return LeftToRight(mask_token_id=self.vocabulary.mask_token_id, opening=(self.vocabulary.eod_token_id,))
+        eod = self.vocabulary.eod_token_id
+        return LeftToRight(mask_token_id=self.vocabulary.mask_token_id, opening=() if eod == NO_ID else (eod,))
 
     def shape(self, sequence_length: int) -> ObjectiveShape:
         """One row of the sample's length, scored everywhere but at one position."""
@@ -161,7 +162,8 @@ class LeftToRight:
     def reading(self, tokens: Tensor, is_open: Tensor) -> Reading:
         """An open position is read one position earlier."""
         return Reading(
-            inputs=tokens,
+            # open positions of a model without a mask token hold NO_ID; no position that is read sees them
+            inputs=tokens.clamp(min=0),
             context=Context(pattern=Causal()),
             is_read=is_open.roll(-1, dims=1),
             num_positions=tokens.size(1),

@@ -25,6 +25,7 @@ from megamask.diffusion.schedule import (
     least_variance_schedule,
     noise_schedule,
     stratified_times,
+    warmed_time,
 )
 from megamask.diffusion.spindle import corrupt_by_information
 from megamask.errors import UsageError
@@ -56,6 +57,7 @@ class MaskedObjective(OnePhase):
         isolate_documents: no position sees another document of its row.
         recipe: a published system's schedule, weight, times and normaliser in place of the ones above; see weights.py.
         z_loss_weight: of the z-loss; it shapes training alone, so it is not part of the record.
+        mask_ratio_warmup_steps: of `warmed_time`; only training's.
 
     Raises:
         UsageError: for a schedule or a choice that does not exist.
@@ -76,6 +78,7 @@ class MaskedObjective(OnePhase):
     isolate_documents: bool = False
     recipe: str | None = None
     z_loss_weight: float = 0.0
+    mask_ratio_warmup_steps: int = 0
 
     def __post_init__(self) -> None:
         noise_schedule(self.noise_schedule)
@@ -101,6 +104,7 @@ class MaskedObjective(OnePhase):
         """The weighted cross entropy, `nelbo` where it estimates the bound, and the z-loss if it has a weight."""
         recipe = self._recipe
         is_bound = self.weight in BOUNDS and not self._is_spindle if recipe is None else recipe.is_bound
+        is_bound = is_bound and self.mask_ratio_warmup_steps == 0
         normalizer: PerEligibleToken | PerScoredToken = PerEligibleToken(num_views=self.shape(1).num_views)
         if recipe is not None and recipe.is_per_scored_token:
             normalizer = PerScoredToken()
@@ -154,6 +158,8 @@ class MaskedObjective(OnePhase):
             self._schedule(samples),
             cart_p=self.cart_p,
         )
+        if step <= self.mask_ratio_warmup_steps:
+            weight = torch.ones_like(weight)
         return Rows(
             inputs=noised.x_t,
             targets=noised.x_0,
@@ -235,10 +241,12 @@ class MaskedObjective(OnePhase):
 
     def _times(self, samples: Samples, step: int, key: Key) -> list[float]:
         is_stratified = self.time_sampling != "uniform" if self._recipe is None else self._recipe.is_stratified
-        if not is_stratified:
-            return independent_times(samples.sample_index.tolist(), key)
-        times = stratified_times(step, samples.global_batch_size, key)
-        return [times[position] for position in samples.batch_position]
+        if is_stratified:
+            drawn = stratified_times(step, samples.global_batch_size, key)
+            times = [drawn[position] for position in samples.batch_position]
+        else:
+            times = independent_times(samples.sample_index.tolist(), key)
+        return [warmed_time(t, step, self.mask_ratio_warmup_steps) for t in times]
 
 
 def bidirectional(documents: Tensor | None, num_views: int = 1) -> Context:

@@ -17,6 +17,7 @@ from megamask.objectives.mixed import MixedObjective
 from megamask.objectives.phased import PhasedObjective
 from megamask.objectives.schedule import Phases
 from megamask.objectives.shapes import name_of
+from megamask.objectives.shifted import SHIFT_KEY, with_shift
 from megamask.objectives.uniform import UniformObjective
 
 
@@ -62,7 +63,8 @@ def build_objective(settings: Mapping[str, Any], vocabulary: Vocabulary) -> Obje
     name = name_of(settings)
     if name not in _OBJECTIVES:
         raise UsageError(f"objective.name is {name!r}; allowed: {', '.join(_OBJECTIVES)}. Nothing was started.")
-    return _OBJECTIVES[name](vocabulary, {key: value for key, value in settings.items() if key != "name"})
+    own = {key: value for key, value in settings.items() if key not in ("name", SHIFT_KEY)}
+    return with_shift(_OBJECTIVES[name](vocabulary, own), settings.get(SHIFT_KEY, False))
 
 
 def build_phases(

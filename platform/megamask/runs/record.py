@@ -53,11 +53,13 @@ def open_run(
     corpora: Mapping[str, str],
     tokenizer_digest: str,
     code_version: str,
+    parent_checkpoint: Mapping[str, Any] | None = None,
 ) -> RunRecord:
     """Write run.json into an empty or new folder, or check that the existing one describes this run.
 
     Args:
         corpora: corpus id by name.
+        parent_checkpoint: what the first weights were read from; None where they were drawn.
 
     Raises:
         UsageError: the folder holds something else, a run of another identity, or one under other laws.
@@ -66,7 +68,7 @@ def open_run(
     """
     path = record_path(run_dir)
     if not path.exists():
-        _create(path, config, corpora, tokenizer_digest, code_version)
+        _create(path, config, corpora, tokenizer_digest, code_version, parent_checkpoint)
         return _read(path, is_new=True)
     record = _read(path, is_new=False)
     check_same_run(record, config, corpora=corpora, tokenizer_digest=tokenizer_digest)
@@ -74,7 +76,12 @@ def open_run(
 
 
 def _create(
-    path: Path, config: TrainConfig, corpora: Mapping[str, str], tokenizer_digest: str, code_version: str
+    path: Path,
+    config: TrainConfig,
+    corpora: Mapping[str, str],
+    tokenizer_digest: str,
+    code_version: str,
+    parent_checkpoint: Mapping[str, Any] | None,
 ) -> None:
     run_dir = path.parent
     created = _make_folder(run_dir)
@@ -87,7 +94,7 @@ def _create(
         "tokenizer_digest": tokenizer_digest,
         "code_version": code_version,
         "laws": LAWS,
-        "parent_checkpoint": None,
+        "parent_checkpoint": None if parent_checkpoint is None else dict(parent_checkpoint),
     }
     try:
         create_exclusive(path, encode_document(_KIND, content))

@@ -96,6 +96,8 @@ class AttemptStarted(JournalRecord):
         num_micro_batches: per data-parallel rank and step of training.global_batch_size samples.
         datasets: name, split, corpus_id, source, rows, tokens, sequence_length, tokenizer_digest of each split.
         resumed_from: step, checkpoint and digest of the commit; None for a start from nothing.
+        initialised_from: source, digest, family, target_shift and mask_row of the first weights; None where they were
+            drawn, and after a resume.
         extended: extendable settings that grew: [old, new] by key.
         changed: layout, device and world size that differ from the attempt before: [old, new] by name.
         run_sha256: of the bytes of run.json.
@@ -115,6 +117,7 @@ class AttemptStarted(JournalRecord):
     code_version: str | None = None
     libraries: dict[str, Any] | None = None
     resumed_from: dict[str, Any] | None = None
+    initialised_from: dict[str, Any] | None = None
     extended: dict[str, Any] | None = None
     changed: dict[str, Any] | None = None
     restore_s: float | None = None

@@ -207,6 +207,7 @@ class Attempt(FollowerAttempt):
                 resumed_from=None
                 if commit is None
                 else {"step": commit.step, "checkpoint": commit.folder.name, "digest": commit.digest},
+                initialised_from=None if commit is not None or data.start is None else dict(data.start.record),
                 extended=None if steps == self._recorded_steps else {"training.steps": [self._recorded_steps, steps]},
                 changed=self._changed(layout, world_size, device),
                 restore_s=None if commit is None else startup_s["restore"],

@@ -73,6 +73,7 @@ class AttemptScope:
             corpora=data.train.corpus_ids,
             tokenizer_digest=data.tokenizer_digest,
             code_version=code_version(),
+            parent_checkpoint=None if data.start is None else data.start.record,
         )
         recorded, completed = recorded_schedule(record)
         check_extension(config.optimizer, config.training, recorded_steps=recorded, completed=completed)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from megamask.checkpoint.agreement import on_main
 from megamask.checkpoint.contents import ModelDocument
 from megamask.checkpoint.loader import Loaded, load
 from megamask.checkpoint.ownership import Owner
@@ -25,6 +26,7 @@ from megamask.training.loop import Hook, TrainingRun
 from megamask.training.previewing import PeriodicPreview, preview_on_engine
 from megamask.training.progress import Progress
 from megamask.training.run_data import RunData
+from megamask.training.starting import verify_source
 from megamask.training.startup import StartupClock
 from megamask.training.stopping import StopFlag
 
@@ -65,6 +67,10 @@ def build_run(
             sweep(scope.run_dir, attempt.number)
         owner = Owner(run_id=attempt.run_id, seed=config.run.seed, corpora=data.train.corpus_ids)
         loaded = load(engine, scope.run_dir, model=model, owner=owner)
+        if loaded.commit is None and data.start is not None and data.start.weights is not None:
+            weights = data.start.weights
+            on_main(engine, lambda: verify_source(weights))
+            engine.set_weights(weights.read)
     _restore(scope.progress, loaded, data.objective, config.training.sequence_length)
     if scope.leader is not None:
         scope.leader.started(
@@ -127,6 +133,7 @@ def _engine(config: TrainConfig, data: RunData, startup: StartupClock) -> Engine
             compute=config.precision.compute,
             deterministic=config.device.deterministic,
             layers=config.device.layers,
+            draws_weights=data.start is None,
         )
 
 
@@ -153,9 +160,11 @@ def _hooks(
     attempt, objective = scope.attempt, data.objective
     measure, preview = None, None
     if data.validation is not None:
-        measure = validation_measure(config, engine, objective, data.validation, stop.check)
+        measure = validation_measure(
+            config, engine, objective, data.validation, stop.check, lambda: scope.progress.step
+        )
     if data.previews is not None:
-        preview = preview_on_engine(config, engine, objective, data.previews, stop.check)
+        preview = preview_on_engine(config, engine, objective, data.previews, stop.check, lambda: scope.progress.step)
 
     def has_line(kind: str) -> Callable[[int], bool]:
         return lambda step: bool(engine.broadcast_object(scope.rank == 0 and has_record(scope.run_dir, kind, step)))

@@ -20,6 +20,7 @@ from megamask.evaluation.on_engine import EvaluationEngine, evaluate_on_engine
 from megamask.evaluation.pair_variance import pair_variance_on_engine
 from megamask.objectives.base import Objective, Rows
 from megamask.objectives.phased import last_blocks
+from megamask.objectives.shifted import at_step
 from megamask.storage.hashing import hash_of, key_of
 from megamask.training.stopping import CutShort
 
@@ -77,6 +78,7 @@ def validation_measure(
     objective: Objective,
     loader: Loader,
     check: Callable[[], None] = lambda: None,
+    step: Callable[[], int] = lambda: 0,
 ) -> Measure:
     """Return a function that scores the first evaluation.rows validation rows.
 
@@ -88,24 +90,24 @@ def validation_measure(
     tokens = torch.from_numpy(np.stack([row.tokens for row in read]).astype(np.int64))
     is_eligible = loader.eligible(read)
     token_bytes = torch.tensor(loader.tokenizer.token_bytes)
-    num_bytes = int(token_bytes[tokens[objective.bound.scored(tokens, is_eligible)]].sum())
     num_views = objective.shape(config.training.sequence_length).num_views
     seed = config.run.seed if evaluation.seed is None else evaluation.seed
 
     def measure() -> dict[str, Any] | None:
         """Score the rows under the network's present weights."""
         started = time.monotonic()
+        bound = at_step(objective, step()).bound
         try:
             report = evaluate_on_engine(
                 InterruptibleEngine(engine=engine, check=check),
-                objective.bound,
+                bound,
                 tokens,
                 is_eligible,
                 draws=evaluation.draws,
                 replicates=evaluation.replicates,
                 key=run_key(seed),
                 batch_rows=config.training.micro_batch_size * num_views,
-                num_bytes=num_bytes,
+                num_bytes=int(token_bytes[tokens[bound.scored(tokens, is_eligible)]].sum()),
             )
             extra = _asked_for(
                 InterruptibleEngine(engine=engine, check=check),

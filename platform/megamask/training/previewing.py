@@ -23,6 +23,7 @@ from megamask.errors import UsageError
 from megamask.generation.confidence import DecodingOptions, check_decoding, decode
 from megamask.generation.prompt import TextTokenizer, until_end
 from megamask.objectives.base import Objective, Reading
+from megamask.objectives.shifted import at_step
 from megamask.storage.hashing import hash_of, key_of
 from megamask.training.hooks import Recorder
 from megamask.training.metrics import StepRecord
@@ -123,6 +124,7 @@ def preview_on_engine(
     objective: Objective,
     rows: PreviewRows,
     check: Callable[[], None] = lambda: None,
+    step: Callable[[], int] = lambda: 0,
 ) -> Callable[[], Mapping[str, Any] | None]:
     """Return a function that lets the network write; collective, the same answer on every rank.
 
@@ -131,6 +133,7 @@ def preview_on_engine(
 
     Args:
         check: collective; raises CutShort on every rank, then the function returns None.
+        step: steps taken when the function is called: a target shift may end on the way.
     """
     preview = config.preview
     mesh = engine.mesh
@@ -140,7 +143,7 @@ def preview_on_engine(
         """Decode every prompt under the network's present weights."""
         started = time.monotonic()
         try:
-            decoded = _decode_some(config, engine, objective, rows, mine, check)
+            decoded = _decode_some(config, engine, at_step(objective, step()), rows, mine, check)
         except CutShort:
             return None
         for told in engine.gather_objects(decoded):

@@ -9,11 +9,12 @@ from megamask.data.loader import Loader
 from megamask.data.tokenizer import TOKENIZER_DIR, verify_files
 from megamask.models.spec import ModelSpec
 from megamask.models.vocabulary import Vocabulary
-from megamask.objectives.registry import build_phases
 from megamask.objectives.schedule import Phases, phases_of
+from megamask.runs.layout import run_path
 from megamask.training.batch_size import first_step
 from megamask.training.evaluating import open_validation
 from megamask.training.previewing import open_previews
+from megamask.training.starting import open_start, run_objective
 
 
 def objective_phases(config: TrainConfig) -> Phases:
@@ -47,8 +48,22 @@ class RunData:
         self.tokenizer_digest = manifest.tokenizer_digest
         self.tokenizer_folder = self.train.folder / TOKENIZER_DIR
         verify_files(self.tokenizer_folder, manifest.tokenizer_digest)  # every checkpoint will hold a copy
-        self.objective = build_phases(
-            objective_phases(config), self.vocabulary, information=self.train.token_information
+        self.start = None
+        if config.initialise.source is not None:
+            self.start = open_start(
+                config.initialise.source,
+                config.initialise,
+                spec=self.spec,
+                vocabulary=self.vocabulary,
+                tokenizer=self.train.tokenizer,
+                run_dir=run_path(config.run.output_dir, config.run.name),
+            )
+        self.objective = run_objective(
+            objective_phases(config),
+            config.initialise,
+            source_shifts=self.start is not None and self.start.source_shifts,
+            vocabulary=self.vocabulary,
+            information=self.train.token_information,
         )
         self.previews = open_previews(config, self.objective, self.train)
         split = manifest.split("train")

@@ -26,6 +26,8 @@ class Setting:
         pattern_words: the pattern in words.
         variants: values of the section's `name` for which this key has a meaning; None for all. Given for another one,
             the key is refused; it is part neither of the run's identity nor of a stored config there.
+        takes_mapping: a mapping may be given too and is kept as text: of a list one "name=value" for each entry, of a
+            string "{name: value}".
         is_path: the strings are paths: `~` and ${paths.NAME} are replaced, `$NAME` is refused.
     """
 
@@ -40,6 +42,7 @@ class Setting:
     pattern: str | None = None
     pattern_words: str | None = None
     variants: tuple[str, ...] | None = None
+    takes_mapping: bool = False
     is_path: bool = False
 
     def allowed(self) -> str | None:

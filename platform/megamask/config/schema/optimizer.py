@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -64,11 +65,40 @@ class OptimizerConfig(Section):
     beta1: float = identity("decay of the first moment", default=0.9, minimum=0, below=1)
     beta2: float = identity("decay of the second moment", default=0.95, minimum=0, below=1)
     eps: float = identity("term added to the denominator", default=1e-8, above=0)
+    lr_multipliers: list[str] = identity(
+        "factor on the learning rate of the tensors whose canonical name fits a pattern, as "
+        "model.layers.*.self_attn.*=2; of several that fit the last one counts, 0 freezes",
+        default=[],
+        takes_mapping=True,
+    )
     clip_grad_norm: float = identity("largest global gradient norm; 0 switches clipping off", default=1.0, minimum=0)
+
+    def multipliers(self) -> list[tuple[str, float]]:
+        """Pattern and factor of each entry of `lr_multipliers`.
+
+        Raises:
+            ValueError: an entry is not PATTERN=FACTOR with a finite factor from 0 on.
+        """
+        found = []
+        for entry in self.lr_multipliers:
+            pattern, sign, factor = entry.rpartition("=")
+            number = float(factor)
+            if not (sign and pattern and math.isfinite(number) and number >= 0):
+                raise ValueError(entry)
+            found.append((pattern, number))
+        return found
 
     def problems(self, config: TrainConfig) -> Iterator[Problem]:
         """Settings of the schedule that contradict one another or that it would not carry out."""
         del config
+        try:
+            self.multipliers()
+        except ValueError:
+            yield Problem(
+                key="optimizer.lr_multipliers",
+                because="of which an entry is not a pattern and a factor",
+                allowed="PATTERN=FACTOR, or a mapping of patterns to factors; a factor is a number >= 0",
+            )
         if self.min_learning_rate > self.learning_rate:
             yield Problem(
                 key="optimizer.min_learning_rate",

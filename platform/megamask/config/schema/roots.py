@@ -11,6 +11,7 @@ from megamask.config.schema.data import DataConfig
 from megamask.config.schema.device import DeviceConfig
 from megamask.config.schema.evaluation import EvaluationConfig
 from megamask.config.schema.field import operational, section
+from megamask.config.schema.initialise import InitialiseConfig
 from megamask.config.schema.launch import LaunchConfig
 from megamask.config.schema.layout import LayoutConfig
 from megamask.config.schema.model import ModelConfig
@@ -36,6 +37,7 @@ class TrainConfig:
     model: ModelConfig = section()
     data: DataConfig = section()
     objective: ObjectiveConfig = section()
+    initialise: InitialiseConfig = section()
     optimizer: OptimizerConfig = section()
     training: TrainingConfig = section()
     layout: LayoutConfig = section()

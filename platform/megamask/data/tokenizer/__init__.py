@@ -1,6 +1,7 @@
 """Tokenizers: what other projects publish is turned into one stored form, which is all that the rest of data reads."""
 
 from megamask.data.tokenizer.corpus_tokenizer import (
+    NO_TOKEN,
     SPECIAL_TOKENS_NAME,
     TOKENIZER_DIR,
     TOKENIZER_NAME,
@@ -10,6 +11,7 @@ from megamask.data.tokenizer.corpus_tokenizer import (
 from megamask.data.tokenizer.special_tokens import SpecialTokens
 
 __all__ = [
+    "NO_TOKEN",
     "SPECIAL_TOKENS_NAME",
     "TOKENIZER_DIR",
     "TOKENIZER_NAME",

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -17,9 +18,13 @@ import tiktoken
 
 from megamask.data.tokenizer.pieces import MAX_IDS
 from megamask.data.tokenizer.refusal import refuse
+from megamask.errors import UsageError
 
 # The pattern of Hugging Face's ByteLevel pre-tokenizer, first published with GPT-2.
 BYTE_LEVEL_PATTERN = r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
+NO_BYTE = -1
+# tab, line feed, carriage return, printable ASCII, and the bytes of longer characters up to U+FFFF
+_NEEDED_BYTES = (0x09, 0x0A, 0x0D, *range(0x20, 0x7F), *range(0x80, 0xC0), *range(0xC3, 0xED), 0xEE, 0xEF)
 _WHOLE_TEXT_PATTERN = r"(?s:.)+"
 
 
@@ -50,13 +55,37 @@ class ByteLevelBpe:
 
     Args:
         encoding: yields ranks, not ids; None where tiktoken has no form of the pre-tokenizer.
-        id_of_rank: int64, token id of each rank.
+        id_of_rank: int64, token id of each rank; NO_BYTE for a byte that the vocabulary lacks.
         bytes_of_id: what each id of plain text stands for.
     """
 
     encoding: tiktoken.Encoding | None
     id_of_rank: npt.NDArray[np.int64]
     bytes_of_id: Mapping[int, bytes]
+
+    @cached_property
+    def missing_bytes(self) -> frozenset[int]:
+        """Bytes that the vocabulary has no entry for; a text with one of them cannot be encoded."""
+        return frozenset(range(256)) - {raw[0] for raw in self.bytes_of_id.values() if len(raw) == 1}
+
+    def encode(self, text: str, name: str) -> npt.NDArray[np.int64]:
+        """Return the ids of a text by tiktoken, int64 [n].
+
+        Args:
+            name: of the tokenizer, for the message.
+
+        Raises:
+            UsageError: the text has a byte that the vocabulary lacks.
+        """
+        assert self.encoding is not None  # the caller has looked
+        ids = self.id_of_rank[np.array(self.encoding.encode_ordinary(text), dtype=np.int64)]
+        if self.missing_bytes and bool((ids == NO_BYTE).any()):
+            byte = next(byte for byte in text.encode() if byte in self.missing_bytes)
+            raise UsageError(
+                f"{name} has no entry for the byte 0x{byte:02x}, which a text contains. Nothing was written.",
+                hint="remove such characters from the text, or take another tokenizer",
+            )
+        return ids
 
 
 def build(data: Mapping[str, Any], name: str) -> ByteLevelBpe:
@@ -161,11 +190,12 @@ def _pattern_of(pre_tokenizer: Any, name: str) -> str | None:
 
 def _ranks(model: Mapping[str, Any], vocab: Mapping[str, int], name: str) -> tuple[dict[bytes, int], list[int]]:
     letters = letter_of_byte()
-    missing = [byte for byte in range(256) if letters[byte] not in vocab]
+    # a published vocabulary may lack bytes that its training text did not have; of those that text needs, none
+    missing = [byte for byte in _NEEDED_BYTES if letters[byte] not in vocab]
     if missing:
-        raise refuse(name, f"its vocabulary lacks {len(missing)} of the 256 bytes, the first is 0x{missing[0]:02x}")
+        raise refuse(name, f"its vocabulary lacks {len(missing)} bytes of UTF-8 text, the first is 0x{missing[0]:02x}")
     ranks = {bytes([byte]): byte for byte in range(256)}
-    id_of_rank = [vocab[letters[byte]] for byte in range(256)]
+    id_of_rank = [vocab.get(letters[byte], NO_BYTE) for byte in range(256)]
     entries = ["".join(merge.split(" ", 1) if isinstance(merge, str) else merge) for merge in model["merges"]]
     if model.get("ignore_merges"):  # whole pieces are then looked up first, as tiktoken always does
         entries += sorted(vocab, key=lambda entry: vocab[entry])

@@ -41,6 +41,7 @@ SPECIAL_TOKENS_NAME = "special_tokens.json"
 FORMAT = "megamask-special-tokens"
 VERSION = 1
 
+NO_TOKEN = -1  # id of a special token that a tokenizer lacks; NO_ID of models/vocabulary.py
 _BYTES = 256
 _MAX_BYTES = 1 << 28
 _LONG_SPACES = 200_000
@@ -97,9 +98,9 @@ class CorpusTokenizer:
             if self._hf.token_to_id(content) != token:
                 raise refuse(name, f"the added token {content!r} does not keep its id {token}")
         self._text_of_special = {token: content for content, token in added.items()}
-        self.eod_token_id = added[special.eod]
-        self.pad_token_id = added[special.pad]
-        self.mask_token_id = added[special.mask]
+        self.eod_token_id = NO_TOKEN if special.eod is None else added[special.eod]
+        self.pad_token_id = NO_TOKEN if special.pad is None else added[special.pad]
+        self.mask_token_id = NO_TOKEN if special.mask is None else added[special.mask]
         self.vocab_size = 1 + max([*self._bytes_of_id, *added.values()])
 
     @cached_property
@@ -119,12 +120,11 @@ class CorpusTokenizer:
     def encode_array(self, text: str) -> npt.NDArray[np.int64]:
         """Like `encode`, as an int64 array [n]."""
         text = self._normalized(text)
-        is_long = len(text) >= _LONG_SPACES and _LONG_SPACE.search(
-            text
-        )  # tiktoken's pattern engine overflows its stack
+        # tiktoken's pattern engine overflows its stack on very long white space
+        is_long = len(text) >= _LONG_SPACES and _LONG_SPACE.search(text)
         if self._bpe is None or self._bpe.encoding is None or is_long or (self._plain and self._plain.search(text)):
             return np.array(self.encode_reference(text), dtype=np.int64)
-        return self._bpe.id_of_rank[np.array(self._bpe.encoding.encode_ordinary(text), dtype=np.int64)]
+        return self._bpe.encode(text, self._name)
 
     def _normalized(self, text: str) -> str:
         return text if self._nfc is None or text.isascii() else str(self._nfc.normalize_str(text))
@@ -167,14 +167,12 @@ class CorpusTokenizer:
 
     def files(self) -> dict[str, bytes]:
         """Name and content of the files in a tokenizer folder."""
-        table = {
-            "format": FORMAT,
-            "version": VERSION,
-            "eod": {"token": self.special.eod, "id": self.eod_token_id},
-            "pad": {"token": self.special.pad, "id": self.pad_token_id},
-            "mask": {"token": self.special.mask, "id": self.mask_token_id},
-            "vocab_size": self.vocab_size,
-        }
+        table: dict[str, Any] = {"format": FORMAT, "version": VERSION, "vocab_size": self.vocab_size}
+        ids = (self.eod_token_id, self.pad_token_id, self.mask_token_id)
+        for kind, token, number in zip(
+            ("eod", "pad", "mask"), (self.special.eod, self.special.pad, self.special.mask), ids, strict=True
+        ):
+            table[kind] = None if token is None else {"token": token, "id": number}
         return {TOKENIZER_NAME: self._json_bytes, SPECIAL_TOKENS_NAME: canonical_json(table)}
 
     def save(self, folder: str | Path) -> None:
@@ -232,8 +230,9 @@ class CorpusTokenizer:
 
     def _parity_texts(self, texts: Iterable[str]) -> Iterator[str]:
         special = self.special
-        yield f"x {special.eod}{special.pad} {special.mask}\n{special.mask}"
-        yield from NASTY_TEXTS
+        yield f"x {special.eod or ''}{special.pad or ''} {special.mask or ''}\n{special.mask or ''}"
+        missing = frozenset[int]() if self._bpe is None else self._bpe.missing_bytes
+        yield from (text for text in NASTY_TEXTS if missing.isdisjoint(text.encode()))
         yield from texts
 
     @classmethod
@@ -258,7 +257,8 @@ class CorpusTokenizer:
             raise _damaged(folder, str(error)) from error
         try:
             table = json.loads(table_bytes)
-            special = SpecialTokens(**{key: str(table[key]["token"]) for key in ("eod", "pad", "mask")})
+            texts = [None if (named := table[key]) is None else str(named["token"]) for key in ("eod", "pad", "mask")]
+            special = SpecialTokens(eod=texts[0], pad=texts[1], mask=texts[2])
             tokenizer = cls(json_bytes, special, name=str(folder / TOKENIZER_NAME))
             is_same = tokenizer.files()[SPECIAL_TOKENS_NAME] == table_bytes
         except (ValueError, KeyError, TypeError, RecursionError, UsageError) as error:
@@ -396,4 +396,5 @@ def _added(data: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _missing(special: SpecialTokens, known: dict[str, Any]) -> Sequence[str]:
-    return [content for content in (special.eod, special.pad, special.mask) if content not in known]
+    wanted = (special.eod, special.pad, special.mask)
+    return [content for content in wanted if content is not None and content not in known]

@@ -11,11 +11,14 @@ NUM_SPECIAL = 3
 
 @dataclass(frozen=True, kw_only=True)
 class SpecialTokens:
-    """The three strings that mark the end of a document, padding, and a masked position."""
+    """The three strings that mark the end of a document, padding, and a masked position.
 
-    eod: str
-    pad: str
-    mask: str
+    A corpus has all three; the tokenizer of an imported model may lack some.
+    """
+
+    eod: str | None
+    pad: str | None
+    mask: str | None
 
     def check(self) -> None:
         """Refuses strings that are empty or not three.

@@ -51,7 +51,7 @@ def write_slices(
     """
     name = file_name(rank)
     with (folder / name).open("xb") as file:
-        file.write(_header(slices))
+        file.write(header_of([(each.name, each.shape, each.offsets, tuple(each.data.shape)) for each in slices]))
         for each in slices:
             gate()
             # one slice at a time is copied beside the state, and only where it is not on the host already
@@ -59,18 +59,22 @@ def write_slices(
     return name
 
 
-def _header(slices: Sequence[StoredSlice]) -> bytes:
-    """Return length and header, padded with spaces so that the data is aligned to 8 bytes."""
+def header_of(parts: Sequence[tuple[str, tuple[int, ...], tuple[int, ...], tuple[int, ...]]]) -> bytes:
+    """Return length and header, padded with spaces so that the data is aligned to 8 bytes.
+
+    Args:
+        parts: name and shape of the complete tensor, offsets and sizes of the rectangle, in the order of the data.
+    """
     places = {"format": FORMAT, "version": str(VERSION)}
     entries: dict[str, object] = {}
     counts: dict[str, int] = {}
     end = 0
-    for each in slices:
-        number = counts.setdefault(each.name, 0)
-        counts[each.name] += 1
-        key, begin, end = f"{each.name}#{number}", end, end + 4 * each.data.numel()
-        entries[key] = {"dtype": "F32", "shape": list(each.data.shape), "data_offsets": [begin, end]}
-        places[key] = json.dumps({"offsets": each.offsets, "shape": each.shape}, separators=(",", ":"))
+    for name, shape, offsets, sizes in parts:
+        number = counts.setdefault(name, 0)
+        counts[name] += 1
+        key, begin, end = f"{name}#{number}", end, end + 4 * math.prod(sizes)
+        entries[key] = {"dtype": "F32", "shape": list(sizes), "data_offsets": [begin, end]}
+        places[key] = json.dumps({"offsets": offsets, "shape": shape}, separators=(",", ":"))
     text = json.dumps({"__metadata__": places, **entries}, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-(PREFIX_BYTES + len(text)) % 8)
     return len(text).to_bytes(PREFIX_BYTES, "little") + text
