@@ -5,14 +5,12 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from megamask.config.schema.layout import LayoutConfig
 from megamask.config.schema.roots import TrainConfig
-from megamask.errors import MegamaskError, UsageError, error_with_code
+from megamask.errors import MegamaskError
 from megamask.launch.placement import rank_place
 from megamask.launch.ranks import leave_report
 from megamask.resilience.heartbeat import Heartbeat
@@ -26,9 +24,6 @@ from megamask.training.resuming import is_complete
 from megamask.training.startup import StartupClock
 from megamask.training.stopping import StopReason
 from megamask_pipelines.local_ranks import train_in_local_ranks
-
-if TYPE_CHECKING:
-    from megamask.training.attempt_scope import AttemptScope
 
 
 def run_training(config: TrainConfig, arguments: Sequence[str], signals: StopRequest) -> dict[str, Any]:
@@ -45,7 +40,7 @@ def run_training(config: TrainConfig, arguments: Sequence[str], signals: StopReq
     run_dir = run_path(config.run.output_dir, config.run.name)
     try:
         if (place := rank_place()) is not None:
-            _check_world_size(config.layout, place.world_size)
+            place.check_world_size(config.layout.num_processes)
             return _train_here(run_dir, config, signals)
         if is_complete(run_dir, config):
             finished = StopReason.FINISHED.description
@@ -59,16 +54,6 @@ def run_training(config: TrainConfig, arguments: Sequence[str], signals: StopReq
         raise
 
 
-def _check_world_size(layout: LayoutConfig, started: int) -> None:
-    needed = layout.num_processes
-    if started != needed:
-        raise UsageError(
-            f"the launcher started {started} processes (WORLD_SIZE), but layout.tensor_parallel_size x "
-            f"pipeline_parallel_size x context_parallel_size x data_parallel_size is {needed}. Nothing was started.",
-            hint=f"start {needed} processes, or change layout.data_parallel_size",
-        )
-
-
 def _train_here(run_dir: Path, config: TrainConfig, signals: StopRequest) -> dict[str, Any]:
     """Train as a rank, or as the only process; the answer comes from this rank, not from rank 0's files."""
     reason, progress = pretrain(config, signals)
@@ -78,9 +63,6 @@ def _train_here(run_dir: Path, config: TrainConfig, signals: StopRequest) -> dic
 
 def pretrain(config: TrainConfig, signals: StopRequest) -> tuple[StopReason, Progress]:
     """Train on this rank until the attempt ends; every rank of the layout calls it.
-
-    Args:
-        config: composed and validated.
 
     Returns: why the attempt ended and how far the run is, the same on every rank.
     Raises:
@@ -102,15 +84,8 @@ def pretrain(config: TrainConfig, signals: StopRequest) -> tuple[StopReason, Pro
     with contextlib.ExitStack() as stack:
         data = RunData(config, stack)
         with attempt_scope(config, data, rank) as scope:
-            stack.enter_context(
-                StopDeadline(
-                    signals,
-                    heartbeat,
-                    grace_s=config.launch.stop_grace_s,
-                    save_budget_s=config.launch.effective_save_budget_s,
-                    last_act=functools.partial(_record_end_by_deadline, scope),
-                )
-            )
+            last_act = functools.partial(scope.ended_by_deadline, leave_report)
+            stack.enter_context(StopDeadline.of(config.launch, signals, heartbeat, last_act=last_act))
             select_device()
             if rank == 0:
                 scope.claim(config, data)
@@ -118,11 +93,3 @@ def pretrain(config: TrainConfig, signals: StopRequest) -> tuple[StopReason, Pro
             heartbeat.enter("close")
         destroy_process_group()
     return scope.reason, scope.progress
-
-
-def _record_end_by_deadline(scope: AttemptScope, code: int, reason: str) -> None:
-    """Record the end of a rank that did not answer a signal; the process ends right after this call."""
-    leave_report(error_with_code(code, reason))
-    sys.stderr.write(f"error: {reason}\n")
-    sys.stderr.flush()
-    scope.ended_by_deadline(code, reason)

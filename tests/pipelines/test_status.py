@@ -144,7 +144,7 @@ def test_run_of_two_attempts_is_told_in_ten_lines(told, capsys):
     assert len(lines) <= 10
     text = "\n".join(lines)
     for part in (
-        "phase      done (exit code 0): so it ended",
+        "phase      done (exit code 0): all steps are done",
         "step       6 of 6 (100.0 %)",
         "loss       4.4000 nats per token; bound 4.4000 ± 0.1000 on held-out text at step 6",
         "commits    step-00000006-a0002; before it step 4",

@@ -1,206 +1,224 @@
-"""A run directory that tells a whole story by the real writers: two attempts, repeated steps, commits; no training."""
+"""A run of two attempts, repeated steps and commits: the real training code on an engine without a network."""
 
 from __future__ import annotations
 
-import hashlib
+import contextlib
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from megamask.checkpoint.commit import Commit
-from megamask.checkpoint.contents import ModelDocument, TrainerState
-from megamask.checkpoint.retention import remove_committed
-from megamask.checkpoint.saver import save
+from megamask.checkpoint.commit import Commit, load_commit
+from megamask.checkpoint.contents import ModelDocument, read_state
+from megamask.checkpoint.loader import Loaded
+from megamask.checkpoint.reader import candidates
 from megamask.config.load import load_train_config
 from megamask.config.schema.roots import TrainConfig
-from megamask.data.content import batch_digest
-from megamask.data.manifest import Manifest
-from megamask.models.spec import ModelSpec
-from megamask.models.vocabulary import Vocabulary
+from megamask.data.loader import Batch
+from megamask.engine.step import StepReport
+from megamask.provenance.record import code_version
 from megamask.runs.claims import claim
 from megamask.runs.configs import store_attempt_config
 from megamask.runs.record import RunRecord, open_run
-from megamask.runs.status import Status, write_status
 from megamask.tracking.journal.writer import Journal
-from megamask.training.batch_size import batch_size_at, consumed_before
-from megamask.training.checkpointing import commit_record
-from megamask.training.schedules import learning_rate
-from support.objectives import masked_objective
+from megamask.tracking.records import AttemptStarted, CheckpointCommitted, Evaluation, JournalRecord
+from megamask.training.attempt import Attempt
+from megamask.training.checkpointing import CheckpointCommitter
+from megamask.training.hooks import StepJournal
+from megamask.training.loop import TrainingRun, train
+from megamask.training.progress import Progress
+from megamask.training.run_data import RunData
+from megamask.training.stopping import StopReason
 from support.thread_world import ThreadWorld
 from support.tiny_run import CONFIG, SEED, InitialWeights
 
 RAMP = "{batch_size_ramp_start: 2, batch_size_ramp_increment: 1, batch_size_ramp_samples: 4}"
+STEPS = 6
+
+
+class FakeEngine(InitialWeights):
+    """An engine whose network is always the initial one: the loss of a step is a function of its number."""
+
+    def __init__(self, data: RunData) -> None:
+        super().__init__(ThreadWorld(1), 0)
+        self.spec = data.spec
+
+    def members(self, global_batch_size: int) -> list[int]:
+        return list(range(global_batch_size))
+
+    def step(self, batch: Batch, *, step: int, learning_rate: float) -> StepReport:
+        loss, num_eligible = 5.0 - step / 10, int(batch.is_eligible.sum())
+        return StepReport(
+            loss=loss,
+            loss_terms={"nelbo": loss},
+            nelbo_nats_per_token=loss,
+            grad_norm=1.0,
+            is_finite=True,
+            num_eligible=num_eligible,
+            scored_tokens=num_eligible,
+            masked_tokens=num_eligible // 3,
+            masked_tokens_by_noise_level=[num_eligible - 9, *[1] * 9],
+            loss_by_noise_level=[loss] * 10,
+            content_sum=batch.content_sum,
+            forward_backward_s=0.0,
+            optimizer_s=0.0,
+        )
+
+
+class AfterStep:
+    """A stop flag that lets one step pass."""
+
+    def __init__(self, step: int) -> None:
+        self._step = step
+
+    def agreed(self, step: int) -> StopReason:
+        return StopReason.NONE if step < self._step else StopReason.STOP_AFTER_STEP
+
+
+class OneAttempt(Attempt):
+    """Rank 0's attempt, which may leave out or falsify the lines of commits.
+
+    Attributes:
+        announces: False for a process that dies between COMMIT.json and the line of the commit.
+        changes: fields that those lines get in place of the true ones.
+    """
+
+    announces = True
+    changes: Mapping[str, Any] = {}
+
+    def write(self, record: JournalRecord) -> None:
+        if isinstance(record, AttemptStarted):
+            record = replace(record, datasets=None)  # the config alone names the corpus, so that tests can move it
+        if not isinstance(record, CheckpointCommitted):
+            super().write(record)
+        elif self.announces:
+            super().write(replace(record, **self.changes))
 
 
 class JournalledRun:
-    """Writes what training writes, line by line, without a network.
-
-    Attempt 1 takes steps 1 to 5 and commits 2 and 4, then dies. Attempt 2 goes on from 4, repeats step 5, takes step 6,
-    commits it, prunes 2 and completes the run.
-    """
+    """Training, step by step, on a fake engine; the caller decides when an attempt starts, commits and ends."""
 
     def __init__(self, folder: Path, corpus: Path, *, rotate_bytes: int = 2**20) -> None:
-        self.corpus = corpus
-        self.manifest = Manifest.load(corpus)
-        length = self.manifest.sequence_length
-        text = CONFIG.format(folder=folder, corpus=corpus, seed=SEED, step=6, length=length)
+        self._stack = contextlib.ExitStack()
+        text = CONFIG.format(folder=folder, corpus=corpus, seed=SEED, step=STEPS, length=32)
         text = text.replace("training: {", "training: {" + RAMP[1:-1] + ", ")
-        (folder / "config.yaml").write_text(text)
+        (folder / "config.yaml").write_text(f"{text}checkpoint: {{asynchronous: false, keep_last: 2}}\n")
         self.config: TrainConfig = load_train_config(folder / "config.yaml").config
+        self.data = RunData(self.config, self._stack)
         self.run_dir = folder / "run"
         self.record: RunRecord = open_run(
             self.run_dir,
             self.config,
-            corpora={"main": self.manifest.corpus_id},
-            tokenizer_digest=self.manifest.tokenizer_digest,
-            code_version="test",
+            corpora=self.data.train.corpus_ids,
+            tokenizer_digest=self.data.tokenizer_digest,
+            code_version=code_version(),
         )
         self._rotate_bytes = rotate_bytes
-        self.journal: Journal
-        self.number = 0
-        self.parent: Commit | None = None
+        self._number = 0
+        self.engine = FakeEngine(self.data)
+        self.shape = self.data.objective.at(1).shape(self.config.training.sequence_length)
+        self.attempt: OneAttempt
+        self.progress: Progress
+        self.committer: CheckpointCommitter
 
-    def start(self, resumed: Commit | None) -> None:
-        """A new attempt."""
-        self.number = claim(self.run_dir, known_attempt=self.number)
-        store_attempt_config(self.run_dir, self.number, self.config)
-        self.journal = Journal.open(self.run_dir, self.number, rotate_bytes=self._rotate_bytes)
-        self.parent = resumed
-        if self.journal.head[0] == 0:
-            self.journal.append(
-                "run_started",
-                run_id=self.record.run_id,
-                corpora=dict(self.record.content["corpora"]),
-                run_sha256=self.record.sha256,
-            )
-        told = None
-        if resumed is not None:
-            told = {"step": resumed.step, "checkpoint": resumed.folder.name, "digest": resumed.digest}
-        self.journal.append(
-            "attempt_started",
-            attempt=self.number,
-            run_id=self.record.run_id,
-            host="here",
-            world_size=1,
-            code_version="test",
-            run_sha256=self.record.sha256,
-            device="cpu",
-            resumed_from=told,
-            extended=None,
+    @property
+    def journal(self) -> Journal:
+        return self.attempt.journal
+
+    def start(self, resumed: Commit | None, **changes: Any) -> None:
+        """A new attempt, from a commit or from nothing; `changes` falsify the line of a commit that it announces."""
+        self._number = claim(self.run_dir, known_attempt=self._number)
+        tracking = replace(self.config.tracking, mlflow=replace(self.config.tracking.mlflow, enabled=False))
+        untracked = replace(self.config, tracking=tracking)
+        self.attempt = OneAttempt(
+            self.run_dir, self.record, self._number, untracked, recorded_steps=STEPS, bytes_per_token=None
         )
-
-    def step(self, step: int, **changes: Any) -> None:
-        """One step line by the laws."""
-        begin = consumed_before(step, self.config.training)
-        size = batch_size_at(begin, self.config.training)
-        tokens = (begin + size) * self.manifest.sequence_length
-        eligible = size * self.manifest.sequence_length
-        fields = {
-            "step": step,
-            "loss": 5.0 - step / 10,
-            "loss_terms": {"nelbo": 5.0 - step / 10},
-            "nelbo_nats_per_token": 5.0 - step / 10,
-            "learning_rate": learning_rate(step, self.config.optimizer, self.config.training),
-            "global_batch_size": size,
-            "consumed_samples": begin + size,
-            "consumed_tokens": tokens,
-            "processed_tokens": 2 * tokens,
-            "masked_tokens": eligible // 3,
-            "masked_tokens_by_noise_level": [eligible - 9, *[1] * 9],
-            "batch_digest": batch_digest(begin, size),
-            "content_digest": hashlib.sha256(f"{step}".encode()).hexdigest()[:16],
-        }
-        self.journal.append("step", **{**fields, **changes})
-
-    def commit(self, step: int, *, is_told: bool = True, evaluation: dict[str, str] | None = None) -> Commit:
-        """A checkpoint with its two lines; without the second one if the process dies first."""
-        self.journal.append("checkpoint_started", step=step)
-        spec = ModelSpec.from_config(self.config.model, self.manifest.vocab_size, self.manifest.sequence_length)
-        engine = InitialWeights(ThreadWorld(1), 0)
-        engine.spec = spec
-        manifest, samples = self.manifest, consumed_before(step + 1, self.config.training)
-        vocabulary = Vocabulary(
-            vocab_size=manifest.vocab_size,
-            padded_vocab_size=spec.padded_vocab_size,
-            mask_token_id=manifest.mask_token_id,
-            eod_token_id=manifest.eod_token_id,
-            pad_token_id=manifest.pad_token_id,
-        )
-        commit = save(
-            engine,
-            self.run_dir,
-            attempt=self.number,
-            state=TrainerState(
-                step=step,
-                consumed_samples=samples,
-                consumed_tokens=samples * manifest.sequence_length,
-                seed=SEED,
-                schedule={"training_steps": 6},
-            ),
+        self.journal._rotate_bytes = self._rotate_bytes
+        store_attempt_config(self.run_dir, self._number, self.config)
+        self.progress = Progress(num_views=self.shape.num_views)
+        state = None if resumed is None else read_state(resumed.folder)
+        if state is not None:
+            self.progress.step, self.progress.consumed_samples = state.step, state.consumed_samples
+            self.progress.consumed_tokens = state.consumed_tokens
+        self.committer = CheckpointCommitter(
+            self.engine,  # type: ignore[arg-type]
+            self.attempt,
+            self.config.checkpoint,
             model=ModelDocument(
-                spec=spec,
-                vocabulary=vocabulary,
-                objective=masked_objective(vocabulary),
-                tokenizer_digest=manifest.tokenizer_digest,
+                spec=self.data.spec,
+                vocabulary=self.data.vocabulary,
+                objective=self.data.objective,
+                tokenizer_digest=self.data.tokenizer_digest,
             ),
-            tokenizer_folder=self.corpus / "tokenizer",
-            corpora={"main": manifest.corpus_id},
-            journal_head=self.journal.head,
-            run_id=self.record.run_id,
-            parent=self.parent.digest if self.parent else None,
-            check_claim=lambda: None,
-            evaluation=evaluation,
-            run_sha256=self.record.sha256,
+            tokenizer_folder=self.data.tokenizer_folder,
+            corpora=self.data.train.corpus_ids,
+            seed=SEED,
+            num_steps=STEPS,
+            parent=None if resumed is None else resumed.digest,
         )
-        if is_told:
-            self.tell(commit)
-        self.parent = commit
-        return commit
+        loaded = Loaded(commit=resumed, state=state, incidents=[])
+        self.attempt.changes = changes
+        self.attempt.started(self.data, loaded, world_size=1, device="cpu", startup_s={"restore": 0.0})
+        self.attempt.changes = {}
 
-    def tell(self, commit: Commit, **changes: Any) -> None:
-        """The line of a commit."""
-        record = replace(commit_record(commit, stall_s=0.1, save_s=0.2), **changes)
-        self.journal.append(record.kind, **record.to_json())
-
-    def prune(self, commit: Commit, at: int) -> None:
-        """Removes a checkpoint and says so."""
-        remove_committed(commit.folder)
-        self.journal.append("checkpoint_pruned", step=at, checkpoint=commit.folder.name)
-
-    def end(self, step: int, *, phase: str = "done", exit_code: int = 0) -> None:
-        """The last words of the attempt."""
-        self.journal.append(
-            "attempt_ended", attempt=self.number, phase=phase, exit_code=exit_code, step=step, reason="so it ended"
+    def step(self) -> None:
+        """The next step, by the training loop."""
+        train(
+            TrainingRun(
+                config=self.config,
+                engine=self.engine,  # type: ignore[arg-type]
+                loader=self.data.train,
+                progress=self.progress,
+                stop=AfterStep(self.progress.step + 1),  # type: ignore[arg-type]
+                hooks=[StepJournal(self.attempt)],
+                shape_at=lambda step: self.shape,
+                peak_seconds_per_token=lambda shape: None,
+            )
         )
-        status = Status(attempt=self.number, phase=phase, exit_code=exit_code, step=step, reason="so it ended")  # type: ignore[arg-type]
-        write_status(self.run_dir, status)
 
-    def complete(self, step: int) -> None:
+    def commit(self, *, is_announced: bool = True, evaluation: dict[str, float] | None = None) -> Commit:
+        """A checkpoint of the present step, with its two lines; without the second if the process dies first."""
+        self.attempt.announces = is_announced
+        self.committer.commit(self.progress, evaluation)
+        self.attempt.announces = True
+        return load_commit(candidates(self.run_dir)[0])
+
+    def complete(self) -> None:
         """All steps are done."""
-        self.end(step)
-        tokens = consumed_before(step + 1, self.config.training) * self.manifest.sequence_length
-        self.journal.append("run_completed", step=step, consumed_tokens=tokens)
+        self.attempt.close(StopReason.FINISHED, self.progress)
+        self.close()
+
+    def die(self) -> None:
+        """The process ends without a last line."""
+        self.journal.close()
+
+    def close(self) -> None:
+        """Close the corpora."""
+        self._stack.close()
 
 
 def write_journalled_run(folder: Path, corpus: Path, *, rotate_bytes: int = 2**20) -> Path:
-    """The whole story of `JournalledRun`; returns the run directory."""
+    """Write a complete run and return its directory.
+
+    Attempt 1 takes steps 1 to 5, commits 2 and 4, then dies. Attempt 2 resumes from 4, repeats step 5, takes and
+    evaluates step 6, commits it, which prunes 2, and completes the run.
+    """
     run = JournalledRun(folder, corpus, rotate_bytes=rotate_bytes)
     run.start(None)
-    run.step(1)
-    run.step(2)
-    first = run.commit(2)
+    run.step()
+    run.step()
+    run.commit()
     run.journal.incident("mlflow_outage", "MLflow takes nothing")
-    run.step(3)
-    run.step(4)
-    second = run.commit(4)
-    run.step(5)
-    run.journal.close()
+    run.step()
+    run.step()
+    second = run.commit()
+    run.step()
+    run.die()
     run.start(second)
-    run.step(5)
-    run.step(6)
-    run.journal.append("evaluation", step=6, nelbo_nats_per_token=4.4, standard_error=0.1)
-    run.commit(6, evaluation={"nelbo_nats_per_token": "4.4", "standard_error": "0.1"})
-    run.prune(first, 6)
-    run.complete(6)
-    run.journal.close()
+    run.step()
+    run.step()
+    bound = {"nelbo_nats_per_token": 4.4, "standard_error": 0.1}
+    run.attempt.write(Evaluation(step=6, **bound))
+    run.commit(evaluation=bound)
+    run.complete()
     return run.run_dir

@@ -36,6 +36,20 @@ class RankPlace:
     address: str
     port: int
 
+    def check_world_size(self, needed: int) -> None:
+        """Refuse a job of another size than the layout's.
+
+        Raises:
+            UsageError: names both numbers of processes.
+        """
+        if self.world_size != needed:
+            raise UsageError(
+                f"the launcher started {self.world_size} processes (WORLD_SIZE), but layout.tensor_parallel_size x "
+                "pipeline_parallel_size x context_parallel_size x data_parallel_size is "
+                f"{needed}. Nothing was started.",
+                hint=f"start {needed} processes, or change layout.data_parallel_size",
+            )
+
 
 def rank_place(environment: Mapping[str, str] = os.environ) -> RankPlace | None:
     """The place of this process among the ranks of a job, or None when no launcher placed it.

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable
 from typing import Self
 
+from megamask.config.schema.launch import LaunchConfig
 from megamask.errors import ExitCode, MegamaskError
 from megamask.resilience.heartbeat import BEFORE_TRAINING, Heartbeat
 from megamask.resilience.signals import STOP_SIGNALS, StopRequest
@@ -63,6 +64,19 @@ class StopDeadline:
         self._reader = self._writer = self._previous = -1
         self._num_interrupts = 0
         self._asked: signal.Signals | None = None
+
+    @classmethod
+    def of(
+        cls, launch: LaunchConfig, signals: StopRequest, heartbeat: Heartbeat, *, last_act: Callable[[int, str], None]
+    ) -> Self:
+        """Return the deadline that the section `launch` of a config sets."""
+        return cls(
+            signals,
+            heartbeat,
+            grace_s=launch.stop_grace_s,
+            save_budget_s=launch.effective_save_budget_s,
+            last_act=last_act,
+        )
 
     def __enter__(self) -> Self:
         self._reader, self._writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -98,8 +99,15 @@ class AttemptScope:
         if self.leader is not None:
             self.leader.close(self.reason, self.progress)
 
-    def ended_by_deadline(self, code: int, reason: str) -> None:
-        """Record the end of a rank that did not answer a signal; called from another thread, right before the end."""
+    def ended_by_deadline(self, report: Callable[[MegamaskError], object], code: int, reason: str) -> None:
+        """Record the end of a rank that did not answer a signal; called from another thread, right before the end.
+
+        Args:
+            report: leaves the error to the launcher.
+        """
+        report(error_with_code(code, reason))
+        sys.stderr.write(f"error: {reason}\n")
+        sys.stderr.flush()
         if self.known is None:
             return
         write_rank_failure(self.run_dir, self.known.number, rank=self.rank, exit_code=code, reason=reason)
