@@ -21,6 +21,7 @@ from bench_support import Report, alternate, benchmark_parser, peak_memory_mib, 
 
 from megamask.config.schema.layout import LayoutConfig
 from megamask.config.schema.optimizer import OptimizerConfig
+from megamask.config.schema.precision import PrecisionConfig
 from megamask.config.schema.training import TrainingConfig
 from megamask.models.spec import ModelSpec
 from megamask.models.vocabulary import Vocabulary
@@ -61,7 +62,15 @@ def make_engine(*, hidden_size: int, vocab_size: int, sequence_length: int, comp
         mask_logit="excluded",
     )
     training = TrainingConfig(steps=1, global_batch_size=1, sequence_length=sequence_length)
-    return Engine(spec, goal, OptimizerConfig(learning_rate=1e-3), LayoutConfig(), training, 1, compute=compute)
+    return Engine(
+        spec,
+        goal,
+        OptimizerConfig(learning_rate=1e-3),
+        LayoutConfig(),
+        training,
+        1,
+        precision=PrecisionConfig(compute=compute),
+    )
 
 
 class _AllAtOnce(torch.autograd.Function):

@@ -27,6 +27,7 @@ from training_runs import measure_runs
 
 from megamask.config.schema.layout import LayoutConfig
 from megamask.config.schema.optimizer import OptimizerConfig
+from megamask.config.schema.precision import PrecisionConfig
 from megamask.config.schema.training import TrainingConfig
 from megamask.diffusion.corruption import corrupt
 from megamask.diffusion.philox import run_key
@@ -157,7 +158,7 @@ class EngineCase:
                 sequence_length=shape.sequence_length,
             ),
             SEED,
-            compute=compute,
+            precision=PrecisionConfig(compute=compute),
         )
 
     def __call__(self) -> None:

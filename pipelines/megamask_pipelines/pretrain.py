@@ -71,6 +71,7 @@ def pretrain(config: TrainConfig, signals: StopRequest) -> tuple[StopReason, Pro
     startup, heartbeat = StartupClock(), Heartbeat.of_environment()
     # torch is imported after the checks of the callers
     from megamask.engine.backend import select_device
+    from megamask.engine.probes import check_machine
     from megamask.engine.process_group import destroy_process_group
     from megamask.training.attempt_scope import attempt_scope
     from megamask.training.build import build_run
@@ -87,6 +88,7 @@ def pretrain(config: TrainConfig, signals: StopRequest) -> tuple[StopReason, Pro
             last_act = functools.partial(scope.ended_by_deadline, leave_report)
             stack.enter_context(StopDeadline.of(config.launch, signals, heartbeat, last_act=last_act))
             select_device()
+            check_machine(config)
             if rank == 0:
                 scope.claim(config, data)
             scope.reason = train(build_run(config, data, scope, signals, startup, heartbeat))

@@ -26,12 +26,13 @@ def test_run_config_loads_and_fits(path):
 
 
 def test_expected_configs_are_there():
-    assert {path.stem for path in RUNS} >= {"tiny", "quickstart"}
+    assert {path.stem for path in RUNS} >= {"tiny", "quickstart", "1.7b", "1.7b_fp8", "8b_fp8"}
     assert {path.stem for path in MODELS} == {
         "tiny",
         "quickstart",
         "170m",
         "1b",
+        "1.7b",
         "8b",
         "tiny_moe",
         "llada2_mini",

@@ -66,3 +66,28 @@ def test_layers_that_cannot_run_here_are_refused(monkeypatch: Any, is_installed:
     with pytest.raises(UsageError, match=rf"device\.layers is 'te', but .*{reason}.*; allowed here: local") as error:
         families.layer_family("te", select_backend())
     assert "device.layers=local" in str(error.value.hint)
+
+
+@pytest.fixture(scope="module")
+def recipes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    answer: dict[str, Any] = run_gloo(1, worker.__file__, "run_recipes", root=str(tmp_path_factory.mktemp("recipes")))[
+        0
+    ]
+    return answer
+
+
+@pytest.mark.promise(
+    "Transformer Engine's linear layers run in the recipe of precision.fp8, the first and last in bf16"
+)
+def test_each_linear_layer_runs_in_its_recipe(recipes: dict[str, Any]) -> None:
+    """Four linear layers in each of three layers, one micro-batch."""
+    found = {name: [recipe for _, recipe in recipes[name]] for name in worker.RECIPES}
+    assert found["none"] == [None] * 12
+    assert found["tensorwise"] == ["Float8CurrentScaling"] * 12
+    assert found["middle"] == [None] * 4 + ["Float8CurrentScaling"] * 4 + [None] * 4
+    assert found["blockwise"] == ["Float8BlockScaling"] * 12
+    assert found["delayed"] == [None] * 12 + ["DelayedScaling"] * 12  # the calibrating pass comes first
+
+
+def test_delayed_state_inside_the_library_is_saved_and_restored(recipes: dict[str, Any]) -> None:
+    assert recipes["state"]

@@ -11,8 +11,10 @@ from typing import Any
 
 import torch
 
+from megamask.config.schema.device import DeviceConfig
 from megamask.config.schema.layout import LayoutConfig
 from megamask.config.schema.optimizer import OptimizerConfig
+from megamask.config.schema.precision import PrecisionConfig
 from megamask.config.schema.training import TrainingConfig
 from megamask.diffusion.corruption import CorruptedBatch, corrupt
 from megamask.diffusion.philox import run_key
@@ -108,7 +110,10 @@ def make_engine(
     head_chunk_rows: int = 1024,
     goal: Any = None,
     compute: str = "fp32",
-    layers: str = "local",
+    layers: str = "auto",
+    fp8: dict[str, Any] | None = None,
+    recompute: str = "none",
+    overlap: bool = False,
     z_loss_weight: float = 0.0,
     **optimizer: Any,
 ) -> Any:
@@ -125,10 +130,11 @@ def make_engine(
             micro_batch_size=micro_batch_size,
             sequence_length=SEQUENCE_LENGTH,
             head_chunk_rows=head_chunk_rows,
+            recompute=recompute,
         ),
         SEED,
-        compute=compute,
-        layers=layers,
+        precision=PrecisionConfig(compute=compute, **(fp8 or {})),
+        device=DeviceConfig(layers=layers, overlap_gradient_reduce=overlap),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from pathlib import Path
 from typing import Any
@@ -48,3 +49,48 @@ def run_layout(root: Path, number: int, name: str, layout: dict[str, Any]) -> di
         "is_state_equal": all(torch.equal(first[key], second[key]) for key in first),
         "has_fused_norms": any(key.endswith("layer_norm_weight") for key in names),
     }
+
+
+DEEP = dataclasses.replace(cases.OPTIONS, num_layers=3)
+
+
+def run_recipes(root: str) -> dict[str, Any]:
+    """The recipe of every linear forward pass of one step, by the precision settings; and a state that comes back."""
+    import transformer_engine
+
+    families.check_transformer_engine = lambda backend: None
+    answers: dict[str, Any] = {}
+    for name, fp8 in RECIPES.items():
+        engine = cases.make_engine(DEEP, layers="te", compute="bf16", micro_batch_size=8, fp8=fp8)
+        transformer_engine.RECIPES_USED.clear()
+        cases.take_step(engine, 1)
+        answers[name] = list(transformer_engine.RECIPES_USED)
+        if name == "delayed":
+            answers["state"] = _carries_state(engine, Path(root) / "delayed", fp8)
+        engine.close()
+    return answers
+
+
+def _carries_state(engine: Any, folder: Path, fp8: dict[str, Any]) -> bool:
+    """Write random scales into the library's modules, save, load into another engine, and compare."""
+    for place in engine._fp8._places:
+        place.scales.write(*(torch.rand_like(tensor) for tensor in place.scales.read()))
+    folder.mkdir()
+    cases.save_state(engine, folder)
+    again = cases.make_engine(DEEP, layers="te", compute="bf16", micro_batch_size=8, fp8=fp8)
+    again.load_state(folder)
+    pairs = zip(engine._fp8._places, again._fp8._places, strict=True)
+    return not again._fp8.needs_calibration and all(
+        torch.equal(one, other)
+        for ours, theirs in pairs
+        for one, other in zip(ours.scales.read(), theirs.scales.read(), strict=True)
+    )
+
+
+RECIPES: dict[str, dict[str, Any]] = {
+    "none": {},
+    "tensorwise": {"fp8": "tensorwise"},
+    "middle": {"fp8": "tensorwise", "fp8_first_layers_bf16": 1, "fp8_last_layers_bf16": 1},
+    "delayed": {"fp8": "delayed", "fp8_amax_history": 4},
+    "blockwise": {"fp8": "blockwise"},
+}

@@ -10,6 +10,7 @@ import importlib
 import logging
 import os
 import re
+import sys
 import warnings
 import weakref
 from collections.abc import Mapping
@@ -19,6 +20,7 @@ from typing import Any
 import torch
 
 from megamask.engine import cpu_backend
+from megamask.engine.probes import apex
 from megamask.errors import UsageError
 
 # A listening socket that rank 0 inherits from a local launcher: the store's port cannot be taken by another job.
@@ -48,6 +50,8 @@ def prepare_torch() -> None:
         warnings.filterwarnings("ignore", message=re.escape(message), category=category)
     # tensor parallelism overlaps a matrix product with a collective only if the device runs them in the order asked for
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    if apex() == "unrelated":
+        sys.modules["apex"] = None  # type: ignore[assignment]  # megatron-core takes any package of that name for NVIDIA's
     if not torch.cuda.is_available():
         cpu_backend.install()
 

@@ -19,6 +19,8 @@ from megatron.core.tensor_parallel.mappings import (
     reduce_scatter_to_sequence_parallel_region,
 )
 
+from megamask.engine.gradients import taken
+
 
 class WideSumEmbedding(torch.nn.Module):
     """Lookup in megatron-core's vocabulary-parallel table, with the table's weight and layout kept.
@@ -72,7 +74,7 @@ class _Lookup(torch.autograd.Function):
         has_buffer = hasattr(weight, "main_grad")
         total = weight.main_grad if has_buffer else torch.zeros_like(weight, dtype=torch.float32)
         add_rows(total, rows, is_mine, gradient.reshape(-1, gradient.size(-1)), frequent_row=ctx.frequent_row)
-        return (None if has_buffer else total.to(weight.dtype)), None, None
+        return (taken(weight) if has_buffer else total.to(weight.dtype)), None, None
 
 
 def add_rows(

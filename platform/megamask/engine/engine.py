@@ -11,14 +11,17 @@ from typing import Any
 
 import torch
 
+from megamask.config.schema.device import DeviceConfig
 from megamask.config.schema.layout import LayoutConfig
 from megamask.config.schema.optimizer import OptimizerConfig
+from megamask.config.schema.precision import PrecisionConfig
 from megamask.config.schema.training import TrainingConfig
 from megamask.data.loader import Batch
 from megamask.diffusion.sampling import Draw, Prediction
 from megamask.engine import scoring
 from megamask.engine.backend import Backend, select_backend
 from megamask.engine.collectives import Collectives
+from megamask.engine.fp8 import Fp8
 from megamask.engine.head import ScoredRowHead
 from megamask.engine.initialization import read_weights, set_initial_weights
 from megamask.engine.layers.router import Routing
@@ -27,6 +30,7 @@ from megamask.engine.network import build_network, wrap_data_parallel
 from megamask.engine.optimizer import ShardedAdamW
 from megamask.engine.parameters import mark_parameters, named_buffers, named_parameters, parameter_table
 from megamask.engine.passes import RankModel
+from megamask.engine.probes import capability
 from megamask.engine.specs.families import layer_family
 from megamask.engine.state import restore
 from megamask.engine.state.host_copy import HostCopy
@@ -35,9 +39,8 @@ from megamask.engine.state.slices import StoredSlice
 from megamask.engine.step import StepReport, StepSettings, StepShare
 from megamask.models.spec import ModelSpec
 from megamask.objectives.base import Objective, Reading, Rows
+from megamask.planning.capability import chosen_layers
 from megamask.storage.hashing import hash_of
-
-_FORMATS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class Engine:
@@ -48,14 +51,14 @@ class Engine:
 
     Args:
         seed: run.seed, the key of initial weights and of the noise.
-        compute: precision.compute. In bf16 Adam updates float32 master weights, gradients are summed in float32, and
+        precision: number formats. In bf16 Adam updates float32 master weights, gradients are summed in float32, and
             the state on disk is the masters'.
-        deterministic: device.deterministic.
-        layers: device.layers.
+        device: choices that concern the machine.
         draws_weights: set the first weights from the seed; otherwise they are zero until `set_weights`.
 
     Attributes:
         parameters: the table of this rank's parameters.
+        arithmetic: which modules the layers are made of, and which FP8 they compute in (tracking/records.py).
 
     Raises:
         UsageError: the layout's sizes do not multiply to the number of processes, or the layers cannot run here.
@@ -70,14 +73,14 @@ class Engine:
         training: TrainingConfig,
         seed: int,
         *,
-        compute: str = "fp32",
-        deterministic: bool = True,
-        layers: str = "local",
+        precision: PrecisionConfig = PrecisionConfig(),  # noqa: B008 - frozen
+        device: DeviceConfig = DeviceConfig(),  # noqa: B008 - frozen
         draws_weights: bool = True,
     ) -> None:
-        backend = select_backend(deterministic=deterministic)
+        backend = select_backend(deterministic=device.deterministic)
         self._collectives = Collectives(backend.device)
         mesh = Mesh.from_layout(layout, rank=self._collectives.rank, world_size=self._collectives.world_size)
+        layers = chosen_layers(precision, device, capability())
         family = layer_family(layers, backend)
         groups = ProcessGroups(mesh)
         self._spec = spec
@@ -91,17 +94,25 @@ class Engine:
             build_network(
                 spec,
                 mesh,
-                _FORMATS[compute],
+                precision,
                 mask_token_id=mask_token_id,
                 family=family,
                 chunk=chunk,
                 routing=routing,
+                recompute=training.recompute,
+                attention="te" if device.attention == "te" else "sdpa",
             )
             for chunk in range(mesh.virtual_pipeline_size)
         ]
+        self._fp8 = Fp8(
+            networks, precision, mesh, num_layers=spec.num_layers, group=groups.replicas, device=backend.device
+        )
         self.parameters = parameter_table(networks, spec, mesh, family.layer_parameters(spec), optimizer)
         mark_parameters(networks, self.parameters)
-        chunks = tuple(wrap_data_parallel(network, chunk=number) for number, network in enumerate(networks))
+        chunks = tuple(
+            wrap_data_parallel(network, chunk=number, is_overlapped=device.overlap_gradient_reduce)
+            for number, network in enumerate(networks)
+        )
         self._optimizer = ShardedAdamW(chunks, self.parameters, optimizer)
         set_initial_weights(self._optimizer, spec, seed=seed if draws_weights else None)
         self._rank_model = RankModel(
@@ -118,6 +129,8 @@ class Engine:
         self._settings = StepSettings(
             micro_batch_size=training.micro_batch_size, head_chunk_rows=training.head_chunk_rows, seed=seed
         )
+        fp8 = "none" if precision.fp8 == "none" else f"{precision.fp8}, {layers}"
+        self.arithmetic = {"layers": layers, "fp8": fp8}
         # forward-only passes have the shape of training's, so that a layout that can train can score
         self._rows_per_pass = training.micro_batch_size * objective.shape(training.sequence_length).num_views
 
@@ -161,6 +174,11 @@ class Engine:
         began = time.perf_counter()
         share = StepShare(rank_model, self._settings, batch, step=step)
         counts = share.agree_on_counts()
+        self._fp8.begin_step()
+        if self._fp8.needs_calibration:
+            with self._fp8.calibrating():
+                optimizer.zero_gradients()
+                share.forward_backward(counts)
         optimizer.zero_gradients()
         if (routing := rank_model.routing) is not None:
             routing.begin_step(num_rows=share.num_rows)
@@ -197,12 +215,13 @@ class Engine:
 
         Returns: float64 [r] on the CPU, nats, the same on all ranks of this data-parallel coordinate.
         """
-        return scoring.score(
-            self._rank_model,
-            rows,
-            rows_per_pass=self._rows_per_pass,
-            chunk_rows=self._settings.head_chunk_rows,
-        )
+        with self._fp8.untouched():
+            return scoring.score(
+                self._rank_model,
+                rows,
+                rows_per_pass=self._rows_per_pass,
+                chunk_rows=self._settings.head_chunk_rows,
+            )
 
     def predict(self, reading: Reading, draw: Draw) -> Prediction:
         """A token for each position read, row by row; forward only, training is not touched.
@@ -210,7 +229,8 @@ class Engine:
         Every rank of a data-parallel coordinate calls this with the same rows; no coordinate waits for another. The
         answer is on the CPU, the same on all those ranks.
         """
-        return scoring.predict(self._rank_model, reading, draw, rows_per_pass=self._rows_per_pass)
+        with self._fp8.untouched():
+            return scoring.predict(self._rank_model, reading, draw, rows_per_pass=self._rows_per_pass)
 
     def max_over_ranks(self, value: int) -> int:
         """The largest value of any rank."""
@@ -236,7 +256,7 @@ class Engine:
                 overwritten. Otherwise the state itself is written, and must not change meanwhile.
         """
         memory = self._host_copy if copy else None
-        return share(self._optimizer, rank=self.rank, memory=memory)
+        return share(self._optimizer, self._fp8, rank=self.rank, memory=memory)
 
     def set_weights(self, read: Callable[[Sequence[StoredSlice]], None]) -> None:
         """Set every weight from a source; Adam's state stays at zero.
@@ -255,7 +275,7 @@ class Engine:
             CheckpointIntegrityError: the folder does not hold the complete state of this network.
             UsageError: version 0.1.0 wrote the state.
         """
-        restore.load(folder, self._optimizer, self._spec, self._collectives)
+        restore.load(folder, self._optimizer, self._fp8, self._spec, self._collectives)
 
     def parameter_digest(self) -> str:
         """sha256 over weights and their masters; equal for two runs of one layout exactly if those are, bit for bit."""

@@ -18,6 +18,7 @@ import torch.distributed as dist
 
 from megamask.engine.cross_entropy import ShardedSoftmax
 from megamask.engine.divergence import Shard, ShardedDivergence
+from megamask.engine.gradients import taken
 from megamask.engine.mesh import Mesh, ProcessGroups
 from megamask.engine.network import DiffusionNetwork
 from megamask.engine.selection import ScoredRows
@@ -102,6 +103,7 @@ class ScoredRowHead:
                 is_used=scored.is_used[chunk],
             )
             yield chunk, rows, scores, costs
+            del rows, scores, costs  # two chunks never exist together
 
     def _costs(self, logits: torch.Tensor, scored: ScoredRows, chunk: slice) -> ShardedSoftmax | ShardedDivergence:
         """Cross entropies, or the divergences of interpolating noise. Shapes: logits [c, v/tp]."""
@@ -138,6 +140,7 @@ class _ChunkedLoss(torch.autograd.Function):
             if dist.get_world_size(head.group) > 1:  # each rank has its own columns; the next chunk need not wait
                 pending.append(dist.all_reduce(of_rows[chunk], group=head.group, async_op=True))
             of_weight = _add_product(of_weight, of_logits, rows)
+            del rows, costs, of_logits
         for work in pending:
             work.wait()
         ctx.weight, ctx.shape = weight, hidden.shape
@@ -159,7 +162,7 @@ class _ChunkedLoss(torch.autograd.Function):
             return of_hidden, of_weight.mul_(scale), None, None, None, None
         if hasattr(weight, "main_grad"):  # the float32 sum stays float32
             weight.main_grad.addcmul_(of_weight, scale)
-            return of_hidden, None, None, None, None, None
+            return of_hidden, taken(weight), None, None, None, None
         return of_hidden, of_weight.mul_(scale).to(weight.dtype), None, None, None, None
 
 

@@ -239,6 +239,8 @@ class ProcessGroups:
         self.tensor: dist.ProcessGroup = parallel_state.get_tensor_model_parallel_group()
         self.tensor_and_context: dist.ProcessGroup = parallel_state.get_tensor_and_context_parallel_group()
         self.context: dist.ProcessGroup = parallel_state.get_context_parallel_group()
+        # ranks with shards or copies of the same layers
+        self.replicas: dist.ProcessGroup = parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)
         self._pipeline: dist.ProcessGroup = parallel_state.get_pipeline_model_parallel_group()
         self._last_stage: int = parallel_state.get_pipeline_model_parallel_last_rank()
 

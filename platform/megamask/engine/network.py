@@ -20,8 +20,10 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megamask.config.schema.precision import PrecisionConfig
 from megamask.engine.embedding import WideSumEmbedding
 from megamask.engine.embedding_noise import with_noise
+from megamask.engine.gradients import announce_gradients
 from megamask.engine.layers.attention import RowContext
 from megamask.engine.layers.router import Routing
 from megamask.engine.mesh import Mesh
@@ -29,6 +31,8 @@ from megamask.engine.sequence import SequencePart
 from megamask.engine.specs.families import LayerFamily
 from megamask.models.context import Context
 from megamask.models.spec import ModelSpec
+
+_FORMATS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class DiffusionNetwork(GPTModel):  # type: ignore[misc]
@@ -74,25 +78,36 @@ class DiffusionNetwork(GPTModel):  # type: ignore[misc]
 def build_network(
     spec: ModelSpec,
     mesh: Mesh,
-    compute: torch.dtype,
+    precision: PrecisionConfig,
     *,
     mask_token_id: int,
     family: LayerFamily,
     chunk: int = 0,
     routing: Routing | None = None,
+    recompute: str = "none",
+    attention: str = "sdpa",
 ) -> DiffusionNetwork:
     """Build one of this rank's stages; its weights are undefined until the optimizer's shards are published.
 
     Args:
         chunk: which of the rank's stages, from 0.
-        compute: number format of weights and activations.
+        precision: number format of weights and activations, and of the layers' products under Transformer Engine.
         mask_token_id: the most frequent input id, whose gradient is summed by itself (embedding.py).
         family: of the layers' modules.
         routing: what the routers of this rank share; None for a dense network.
+        recompute: training.recompute.
+        attention: "sdpa" or "te".
     """
-    config = _transformer_config(spec, mesh, compute)
+    compute = _FORMATS[precision.compute]
+    config = _transformer_config(spec, mesh, compute, _recompute_options(recompute) | _fp8_options(precision))
     layers = mesh.layers(spec.num_layers, chunk)
-    block = family.block_spec(config, len(layers), rope_theta=spec.rope_theta, rotary_channels=spec.rotary_channels)
+    block = family.block_spec(
+        config,
+        len(layers),
+        rope_theta=spec.rope_theta,
+        rotary_channels=spec.rotary_channels,
+        attention=attention,
+    )
     if routing is not None:
         block = _experts().with_experts(block, layers, spec, routing)
     network = DiffusionNetwork(
@@ -114,18 +129,28 @@ def build_network(
     return network
 
 
-def wrap_data_parallel(network: DiffusionNetwork, *, chunk: int = 0) -> DistributedDataParallel:
+def wrap_data_parallel(
+    network: DiffusionNetwork, *, chunk: int = 0, is_overlapped: bool = False
+) -> DistributedDataParallel:
     """Add float32 gradient buffers and their sums over the data-parallel ranks, sharded for the optimizer.
 
     Args:
         chunk: which of the rank's stages, from 0; only the first one's buffers are cut into buckets.
+        is_overlapped: sum while the backward pass of the last micro-batch goes on (device.overlap_gradient_reduce).
     """
     ddp_config = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True, use_distributed_optimizer=True, average_in_collective=False
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=True,
+        average_in_collective=False,
+        overlap_grad_reduce=is_overlapped,
     )
-    return DistributedDataParallel(
+    model = DistributedDataParallel(
         config=network.config, ddp_config=ddp_config, module=network, disable_bucketing=chunk > 0
     )
+    if is_overlapped:
+        announce_gradients(network)
+        network.config.no_sync_func = model.no_sync  # the sums begin with the last micro-batch
+    return model
 
 
 def _experts() -> ModuleType:
@@ -141,7 +166,9 @@ def _stages(spec: ModelSpec, mesh: Mesh) -> list[list[str]]:
     return stages
 
 
-def _transformer_config(spec: ModelSpec, mesh: Mesh, compute: torch.dtype) -> TransformerConfig:
+def _transformer_config(
+    spec: ModelSpec, mesh: Mesh, compute: torch.dtype, options: dict[str, Any]
+) -> TransformerConfig:
     is_interleaved = mesh.virtual_pipeline_size > 1
     return TransformerConfig(
         num_layers=spec.num_layers,
@@ -182,7 +209,40 @@ def _transformer_config(spec: ModelSpec, mesh: Mesh, compute: torch.dtype) -> Tr
         calculate_per_token_loss=True,  # gradients are summed, never averaged (law 3)
         finalize_model_grads_func=_finalize_gradients,
         **({} if spec.experts is None else _experts().expert_settings(spec, mesh)),
+        **options,
     )
+
+
+def _recompute_options(recompute: str) -> dict[str, Any]:
+    if recompute == "none":
+        return {}
+    if recompute == "selective":
+        return {"recompute_granularity": "selective", "recompute_modules": ["core_attn", "mlp"]}
+    return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+
+
+def _fp8_options(precision: PrecisionConfig) -> dict[str, Any]:
+    """Settings for Transformer Engine's kernels, whose contexts megatron-core enters itself."""
+    if precision.fp8 == "none" or precision.fp8_kernels != "te":
+        return {}
+    options: dict[str, Any] = {
+        "fp8": "hybrid" if precision.fp8 in ("tensorwise", "delayed") else "e4m3",
+        "fp8_recipe": precision.fp8,
+    }
+    if precision.fp8 == "delayed":
+        return options | {
+            "fp8_amax_history_len": precision.fp8_amax_history,
+            "fp8_amax_compute_algo": "max",
+            "fp8_margin": precision.fp8_margin,
+        }
+    first, last = precision.fp8_first_layers_bf16, precision.fp8_last_layers_bf16
+    if first or last:
+        options |= {
+            "first_last_layers_bf16": True,
+            "num_layers_at_start_in_bf16": first,
+            "num_layers_at_end_in_bf16": last,
+        }
+    return options
 
 
 def _finalize_gradients(model: list[Any], num_tokens: torch.Tensor | None, **options: Any) -> None:

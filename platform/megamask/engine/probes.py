@@ -1,8 +1,19 @@
-"""Capabilities of the device under a run that planning and metrics need."""
+"""Capabilities of the machine under a run that planning and metrics need."""
 
 from __future__ import annotations
 
+import importlib.metadata
+import importlib.util
+from functools import reduce
+from typing import TYPE_CHECKING, Literal
+
 import torch
+
+from megamask.errors import UsageError
+from megamask.planning.capability import Capability, problems
+
+if TYPE_CHECKING:
+    from megamask.config.schema.roots import TrainConfig
 
 # Dense peaks without sparsity, for float32 without TF32 (torch's default for its matrices), from the vendor's data
 # sheets, FLOP/s of one device. The key is a part of the device's name; the first that fits holds.
@@ -35,3 +46,54 @@ def peak_flops_per_second(device_name: str, compute: str) -> float | None:
 def device_name(device: torch.device) -> str:
     """The device's name: the GPU's own, or `cpu`."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def capability() -> Capability:
+    """What this process finds: GPU, CUDA, Transformer Engine, apex."""
+    has_gpu = torch.cuda.is_available()
+    return Capability(
+        architecture=torch.cuda.get_device_capability() if has_gpu else None,
+        cuda=_cuda_version(),
+        transformer_engine=_version("transformer_engine"),
+        apex=apex(),
+    )
+
+
+def check_machine(config: TrainConfig) -> None:
+    """Refuse settings that this machine cannot carry out, before anything is started.
+
+    Raises:
+        UsageError: key and value, reason, allowed values.
+    """
+    for problem in problems(config.precision, config.device, capability()):
+        raise UsageError(
+            f"{problem.description(reduce(getattr, problem.key.split('.'), config))}. Nothing was started.",
+            hint=f"change {problem.key}",
+        )
+
+
+def apex() -> Literal["present", "absent", "unrelated"]:
+    """Whether NVIDIA's apex is installed.
+
+    It is known by its compiled extensions: the package index has another, unrelated package of that name, which
+    megatron-core takes for it and then fails.
+    """
+    if importlib.util.find_spec("amp_C") and importlib.util.find_spec("fused_weight_gradient_mlp_cuda"):
+        return "present"
+    return "absent" if importlib.util.find_spec("apex") is None else "unrelated"
+
+
+def _version(package: str) -> str | None:
+    if importlib.util.find_spec(package) is None:
+        return None
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"
+
+
+def _cuda_version() -> tuple[int, int] | None:
+    if torch.version.cuda is None:
+        return None
+    major, minor = torch.version.cuda.split(".")[:2]
+    return int(major), int(minor)

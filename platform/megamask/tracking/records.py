@@ -103,6 +103,8 @@ class AttemptStarted(JournalRecord):
         run_sha256: of the bytes of run.json.
         user: login name of the process.
         num_parameters: weights of the network, padding of the vocabulary not counted.
+        layers: modules that the layers were made of: local, te or emulated.
+        fp8: recipe of their matrix products and what computed it, e.g. "delayed, emulated"; "none" without FP8.
     """
 
     kind = "attempt_started"
@@ -125,6 +127,8 @@ class AttemptStarted(JournalRecord):
     run_sha256: str | None = None
     user: str | None = None
     num_parameters: int | None = None
+    layers: str | None = None
+    fp8: str | None = None
 
     @property
     def resumed(self) -> ResumedFrom | None:

@@ -181,7 +181,14 @@ class Attempt(FollowerAttempt):
         refuse_if_superseded(self.run_dir, self.number)
 
     def started(
-        self, data: RunData, loaded: Loaded, *, world_size: int, device: str, startup_s: Mapping[str, float]
+        self,
+        data: RunData,
+        loaded: Loaded,
+        *,
+        world_size: int,
+        device: str,
+        arithmetic: Mapping[str, str],
+        startup_s: Mapping[str, float],
     ) -> None:
         """Journal who trains, where, on what and from what; the readers of the journal begin."""
         if self._is_first:
@@ -212,6 +219,8 @@ class Attempt(FollowerAttempt):
                 changed=self._changed(layout, world_size, device),
                 restore_s=None if commit is None else startup_s["restore"],
                 startup_s=dict(startup_s),
+                layers=arithmetic["layers"],
+                fp8=arithmetic["fp8"],
             )
         )
         if commit is not None and not is_announced(self.run_dir, commit):

@@ -74,7 +74,12 @@ def build_run(
     _restore(scope.progress, loaded, data.objective, config.training.sequence_length)
     if scope.leader is not None:
         scope.leader.started(
-            data, loaded, world_size=engine.world_size, device=backend.name, startup_s=startup.seconds()
+            data,
+            loaded,
+            world_size=engine.world_size,
+            device=backend.name,
+            arithmetic=engine.arithmetic,
+            startup_s=startup.seconds(),
         )
         scope.leader.running(scope.progress.step)
     stop = StopFlag(
@@ -130,9 +135,8 @@ def _engine(config: TrainConfig, data: RunData, startup: StartupClock) -> Engine
             layout=config.layout,
             training=config.training,
             seed=config.run.seed,
-            compute=config.precision.compute,
-            deterministic=config.device.deterministic,
-            layers=config.device.layers,
+            precision=config.precision,
+            device=config.device,
             draws_weights=data.start is None,
         )
 

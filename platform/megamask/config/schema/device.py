@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
+from megamask.config.rules.problem import Problem
 from megamask.config.schema.field import operational
 from megamask.config.schema.section import Section
+
+if TYPE_CHECKING:
+    from megamask.config.schema.roots import TrainConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -14,12 +20,64 @@ class DeviceConfig(Section):
 
     layers: str = operational(
         "modules of the layers: local are megatron-core's and run on any device, te are Transformer Engine's and need "
-        "a GPU; checkpoints load into both",
-        default="local",
-        choices=("local", "te"),
+        "a GPU; auto takes te where they can run. Checkpoints load into both",
+        default="auto",
+        choices=("auto", "te", "local"),
+    )
+    attention: str = operational(
+        "kernels of attention: sdpa are torch's, te are Transformer Engine's and need its layers and an objective "
+        "whose rows need no mask; auto is sdpa",
+        default="auto",
+        choices=("auto", "sdpa", "te"),
+    )
+    overlap_gradient_reduce: bool = operational(
+        "sum gradients over data-parallel ranks while the backward pass of the last micro-batch goes on, in parts",
+        default=False,
     )
     deterministic: bool = operational(
         "the same layout on the same GPU type repeats a run bit for bit; false lets the libraries choose faster "
         "kernels whose sums have no fixed order. On a CPU every run repeats itself, for either value",
         default=True,
     )
+
+    def problems(self, config: TrainConfig) -> Iterator[Problem]:
+        """Layers and attention that contradict the number format or the objective."""
+        precision = config.precision
+        if precision.fp8 != "none":
+            is_emulated = precision.fp8_kernels == "emulate"
+            if self.layers == ("te" if is_emulated else "local"):
+                yield Problem(
+                    key="device.layers",
+                    because=f"but precision.fp8_kernels is {precision.fp8_kernels}, which has other layers",
+                    allowed="auto, local" if is_emulated else "auto, te",
+                )
+        if self.overlap_gradient_reduce and config.layout.data_parallel_size == 1:
+            yield Problem(
+                key="device.overlap_gradient_reduce",
+                because="but layout.data_parallel_size is 1, so that there is nothing to sum",
+                allowed="false, or a layout.data_parallel_size above 1",
+            )
+        if self.overlap_gradient_reduce and config.layout.virtual_pipeline_parallel_size > 1:
+            yield Problem(
+                key="device.overlap_gradient_reduce",
+                because="but layout.virtual_pipeline_parallel_size is above 1, whose schedule sums at its own times",
+                allowed="false",
+            )
+        if self.attention == "te" and config.layout.context_parallel_size > 1:
+            yield Problem(
+                key="device.attention",
+                because="but layout.context_parallel_size is above 1, which only sdpa knows",
+                allowed="auto, sdpa",
+            )
+        if self.attention == "te" and self.layers == "local":
+            yield Problem(
+                key="device.attention",
+                because="but device.layers is local",
+                allowed="auto, sdpa; or te with device.layers=te",
+            )
+        if self.attention == "te" and config.objective.name == "block":
+            yield Problem(
+                key="device.attention",
+                because="but objective.name is block, whose rows need a mask that only sdpa takes",
+                allowed="auto, sdpa",
+            )

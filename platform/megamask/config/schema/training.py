@@ -64,6 +64,13 @@ class TrainingConfig(Section):
         unit="rows",
     )
 
+    recompute: str = operational(
+        "activations that the backward pass computes again instead of keeping them: selective those of attention and "
+        "feed-forward parts, full those of complete layers. It changes memory and speed, and no bit of the result",
+        default="none",
+        choices=("none", "selective", "full"),
+    )
+
     def batch_levels(self) -> range:
         """Every size that a step's batch may have, ascending; one without a ramp."""
         return batch_levels(
@@ -85,6 +92,12 @@ class TrainingConfig(Section):
             increment=self.batch_size_ramp_increment,
             samples=self.batch_size_ramp_samples,
         )
+        if self.recompute != "none" and config.model.num_experts > 0:
+            yield Problem(
+                key="training.recompute",
+                because="but model.num_experts is above 0, and routers would count recomputed tokens twice",
+                allowed="none",
+            )
         if self.stop_after_step is not None and self.stop_after_step > self.steps:
             yield Problem(
                 key="training.stop_after_step",

@@ -13,12 +13,19 @@ from megamask.engine.layers.operators import swiglu
 
 
 class FeedForward(MLP):  # type: ignore[misc]
-    """megatron-core's two matrices, the first of which holds gate and up side by side, with SwiGLU between them."""
+    """megatron-core's two matrices, the first of which holds gate and up side by side, with SwiGLU between them.
+
+    Attributes:
+        column, row: classes of the two matrices' modules.
+    """
+
+    column: type[torch.nn.Module] = ColumnParallelLinear
+    row: type[torch.nn.Module] = RowParallelLinear
 
     def __init__(self, config: TransformerConfig, **unused: Any) -> None:
         super().__init__(
             config,
-            MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear),
+            MLPSubmodules(linear_fc1=self.column, linear_fc2=self.row),
             ffn_hidden_size=config.ffn_hidden_size,
         )
 

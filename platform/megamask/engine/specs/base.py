@@ -2,7 +2,8 @@
 
 A family is one module beside this one with two functions:
 
-    block_spec(config, num_layers, rope_theta=, rotary_channels=) -> megatron-core's specification of a stage's layers
+    block_spec(config, num_layers, rope_theta=, rotary_channels=, attention=) -> megatron-core's specification of a
+        stage's layers
     layer_parameters(spec) -> the part that each local parameter of such a layer plays, by its name in the layer
 
 The second describes what the first builds: the engine's parameter table (parameters.py) is made from it and refuses a

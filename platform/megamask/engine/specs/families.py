@@ -15,15 +15,21 @@ from megamask.models.spec import ModelSpec
 class LayerFamily(Protocol):
     """The functions that a module of this folder provides (base.py)."""
 
-    def block_spec(self, config: Any, num_layers: int, *, rope_theta: float, rotary_channels: int) -> Any:
-        """megatron-core's specification of a stage's layers and of the final norm."""
+    def block_spec(
+        self, config: Any, num_layers: int, *, rope_theta: float, rotary_channels: int, attention: str = "sdpa"
+    ) -> Any:
+        """megatron-core's specification of a stage's layers and of the final norm.
+
+        Args:
+            attention: "sdpa", or "te" where the family has it.
+        """
 
     def layer_parameters(self, spec: ModelSpec) -> dict[str, Part]:
         """Parts of a layer's parameters, by their names in the layer."""
 
 
 def layer_family(name: str, backend: Backend) -> LayerFamily:
-    """The family of device.layers.
+    """The family of that name: "local", "te" or "emulated".
 
     Raises:
         UsageError: it cannot run on this machine.

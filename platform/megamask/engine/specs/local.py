@@ -16,21 +16,28 @@ from megamask.models.spec import ModelSpec
 
 
 def block_spec(
-    config: TransformerConfig, num_layers: int, *, rope_theta: float, rotary_channels: int
+    config: TransformerConfig,
+    num_layers: int,
+    *,
+    rope_theta: float,
+    rotary_channels: int,
+    attention: str = "sdpa",
 ) -> TransformerBlockSubmodules:
-    """Specify a stage of num_layers layers and the final norm."""
+    """Specify a stage of num_layers layers and the final norm; attention is "sdpa"."""
+    if attention != "sdpa":
+        raise ValueError(f"these layers have no attention {attention!r}")
     layer = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=config.qk_layernorm)
-    attention = layer.submodules.self_attention
-    attention.params["attn_mask_type"] = AttnMaskType.no_mask  # the rows' context decides
-    attention.submodules.core_attention = ModuleSpec(
+    self_attention = layer.submodules.self_attention
+    self_attention.params["attn_mask_type"] = AttnMaskType.no_mask  # the rows' context decides
+    self_attention.submodules.core_attention = ModuleSpec(
         module=RotaryAttention, params={"rope_theta": rope_theta, "rotary_channels": rotary_channels}
     )
     layer.submodules.mlp = FeedForward
     layer.submodules.input_layernorm = RMSNorm
     layer.submodules.pre_mlp_layernorm = RMSNorm
     if config.qk_layernorm:
-        attention.submodules.q_layernorm = RMSNorm
-        attention.submodules.k_layernorm = RMSNorm
+        self_attention.submodules.q_layernorm = RMSNorm
+        self_attention.submodules.k_layernorm = RMSNorm
     return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=RMSNorm)
 
 

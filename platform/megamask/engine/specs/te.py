@@ -1,7 +1,6 @@
 """Layers of Transformer Engine: its linear modules, with the norms in front of them fused into them.
 
-Attention is megamask's own, so that positions and patterns are those of the other families. Imported only where the
-library is installed.
+Attention is megamask's own or the library's, by device.attention. Imported only where the library is installed.
 """
 
 from __future__ import annotations
@@ -14,19 +13,26 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megamask.engine.layers.attention import RotaryAttention
+from megamask.engine.layers.te_attention import RotaryTEAttention
 from megamask.engine.specs.base import Part
 from megamask.models.spec import ModelSpec
 
 
 def block_spec(
-    config: TransformerConfig, num_layers: int, *, rope_theta: float, rotary_channels: int
+    config: TransformerConfig,
+    num_layers: int,
+    *,
+    rope_theta: float,
+    rotary_channels: int,
+    attention: str = "sdpa",
 ) -> TransformerBlockSubmodules:
-    """Specify a stage of num_layers layers and the final norm."""
+    """Specify a stage of num_layers layers and the final norm; attention is "sdpa" or "te"."""
     layer = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
-    attention = layer.submodules.self_attention
-    attention.params["attn_mask_type"] = AttnMaskType.no_mask  # the rows' context decides
-    attention.submodules.core_attention = ModuleSpec(
-        module=RotaryAttention, params={"rope_theta": rope_theta, "rotary_channels": rotary_channels}
+    self_attention = layer.submodules.self_attention
+    self_attention.params["attn_mask_type"] = AttnMaskType.no_mask  # the rows' context decides
+    self_attention.submodules.core_attention = ModuleSpec(
+        module=RotaryTEAttention if attention == "te" else RotaryAttention,
+        params={"rope_theta": rope_theta, "rotary_channels": rotary_channels},
     )
     return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=TENorm)
 

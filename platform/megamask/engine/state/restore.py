@@ -19,7 +19,7 @@ from megamask.models.spec import ModelSpec
 from megamask.storage.documents import read_document
 
 
-def load(folder: Path, optimizer: Any, spec: ModelSpec, collectives: Collectives) -> None:
+def load(folder: Path, optimizer: Any, fp8: Any, spec: ModelSpec, collectives: Collectives) -> None:
     """Read this rank's shards and gather the others'; collective.
 
     Rank 0 reads the headers of all files for all ranks; each rank then opens only the files with parts of its own.
@@ -38,10 +38,13 @@ def load(folder: Path, optimizer: Any, spec: ModelSpec, collectives: Collectives
     index = collectives.broadcast_object(index)
     try:
         optimizer.num_updates = read_num_updates(folder)
-        StateReader(folder, index).read(list(slices_of(optimizer.shards(), spec)))
+        reader = StateReader(folder, index)
+        scales = fp8.targets(reader.index)
+        reader.read([*slices_of(optimizer.shards(), spec), *scales])
     except Exception as error:  # noqa: BLE001  raised on every rank
         failures.append(error)
     collectives.raise_alike(failures, CheckpointIntegrityError)
+    fp8.loaded(scales)
     optimizer.publish_weights()
 
 

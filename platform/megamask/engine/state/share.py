@@ -57,18 +57,19 @@ class Share:
         require(folder, read_index(folder), self._shapes)
 
 
-def share(optimizer: Any, *, rank: int, memory: HostCopy | None) -> Share:
+def share(optimizer: Any, fp8: Any, *, rank: int, memory: HostCopy | None) -> Share:
     """Return this rank's share of the present state: views of it, or a copy in `memory`.
 
     Args:
         optimizer: the ShardedAdamW that holds this rank's shards.
+        fp8: the Fp8 that holds the state of delayed scaling.
     """
     shards = [shard for shard in optimizer.shards() if shard.info.is_stored]
     if memory is not None:
         shards = memory.take(shards)
     return Share(
-        list(slices_of(shards, optimizer.spec)),
-        stored_shapes(optimizer.spec),
+        [*slices_of(shards, optimizer.spec), *fp8.slices()],
+        stored_shapes(optimizer.spec) | fp8.stored_shapes(),
         num_updates=optimizer.num_updates,
         rank=rank,
     )

@@ -51,6 +51,8 @@ class Linear(torch.nn.Module):
         self.sequence_parallel, self.parallel_mode = sequence_parallel and tp_size > 1, parallel_mode
         self.tp_size, self.tp_group, self.use_bias, self.return_bias = tp_size, tp_group, bias, return_bias
         self.weight = torch.nn.Parameter(torch.empty(rows, columns, dtype=params_dtype, device=device))
+        self.fp8_meta: dict[str, Any] = {}
+        self.save_original_input = False  # megatron-core sets it where a recipe allows
         self.bias = torch.nn.Parameter(torch.zeros(rows, dtype=params_dtype, device=device)) if bias else None
         for parameter in (self.weight, self.bias):  # the library marks its shards itself
             if parameter is not None and parallel_mode is not None:
@@ -78,6 +80,14 @@ class Linear(torch.nn.Module):
         if self.sequence_parallel:
             return mappings.reduce_scatter_to_sequence_parallel_region(y, group=self.tp_group)
         return mappings.reduce_from_tensor_model_parallel_region(y, group=self.tp_group)
+
+    def init_fp8_metadata(self, num_gemms: int = 1) -> None:
+        """The state of delayed scaling, which exists inside a context only; nothing here ever moves it."""
+        if _state["recipe"] != "DelayedScaling":
+            raise RuntimeError("no context of delayed scaling is entered")
+        for side, num_operands in (("scaling_fwd", 3 * num_gemms), ("scaling_bwd", 2 * num_gemms)):
+            history = torch.zeros(_state["length"], num_operands)
+            self.fp8_meta[side] = types.SimpleNamespace(amax_history=history, scale=torch.ones(num_operands))
 
     def get_extra_state(self) -> torch.Tensor:
         """Present on every module of the library; megamask never reads it."""
@@ -149,7 +159,8 @@ class DotProductAttention(torch.nn.Module):
 def fp8_autocast(enabled: bool = True, fp8_recipe: Any = None, **options: Any) -> Iterator[None]:
     """Records the recipe for the linear layers inside."""
     before = _state["recipe"]
-    _state["recipe"] = type(fp8_recipe).__name__ if enabled else None
+    _state["length"] = getattr(fp8_recipe, "amax_history_len", None)
+    _state["recipe"] = type(fp8_recipe).__name__.removeprefix("TE") if enabled else None
     try:
         yield
     finally:
@@ -189,7 +200,7 @@ class _Recipe:
         self.__dict__.update(fields)
 
     def delayed(self) -> bool:
-        return type(self).__name__ == "DelayedScaling"
+        return type(self).__name__.removeprefix("TE") == "DelayedScaling"
 
 
 def _plain(name: str, *bases: type) -> type:

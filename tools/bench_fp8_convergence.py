@@ -1,0 +1,122 @@
+#!/usr/bin/env python3
+"""How FP8 changes training: bf16 beside each emulated recipe, on the same text, with several seeds.
+
+Every run trains the same small network on a corpus of the standard library's source and ends with a bound on held-out
+text. A seed gives initial weights, masks and order of rows; runs of one seed differ in the number format alone. The gap
+of a recipe is its bound minus that of bf16 with the same seed. The spread of bf16 over the seeds stands beside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from bench_support import Report, benchmark_parser
+
+from megamask.tracking.journal.lines import read_journal
+
+ROOT = Path(__file__).parents[1]
+ARMS = {
+    "bf16": (),
+    "tensorwise": ("precision.fp8=tensorwise",),
+    "delayed": ("precision.fp8=delayed",),
+    "blockwise": ("precision.fp8=blockwise",),
+}
+SETTINGS = (
+    "precision.compute=bf16",
+    "tracking.mlflow.enabled=false",
+    "training.sequence_length=64",
+    "training.global_batch_size=8",
+    "training.micro_batch_size=8",
+    "optimizer.learning_rate=3e-3",
+    "optimizer.warmup_steps=50",
+    "evaluation.rows=128",
+)
+
+
+def megamask(*arguments: str) -> None:
+    """Run a verb; end this program where it fails."""
+    command = [sys.executable, "-m", "megamask_pipelines.cli.main", *arguments]
+    done = subprocess.run(command, env=dict(os.environ), cwd=ROOT, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        sys.exit(f"{' '.join(arguments[:3])} ... ended with {done.returncode}:\n{done.stderr}")
+
+
+def prepare(folder: Path) -> Path:
+    """A corpus of the standard library's source."""
+    corpus = folder / "corpus"
+    megamask(
+        *("prepare", "configs/corpus/python_stdlib.yaml", f"corpus.output_dir={corpus}"),
+        *("corpus.sequence_length=64", "corpus.tokenizer.vocab_size=1024"),
+    )
+    return corpus
+
+
+def train(folder: Path, corpus: Path, arm: str, seed: int, num_steps: int) -> dict[str, Any]:
+    """Train one run; return its bound and the losses of its steps."""
+    emulation = ("precision.fp8_kernels=emulate",) if ARMS[arm] else ()
+    megamask(
+        *("train", "configs/run/tiny.yaml", f"run.name={arm}-{seed}", f"run.output_dir={folder}", f"run.seed={seed}"),
+        *(f"data.corpora.main={corpus}", f"data.seed={seed}", f"training.steps={num_steps}"),
+        *(f"evaluation.every_steps={num_steps}", f"checkpoint.every_steps={num_steps}"),
+        *(*SETTINGS, *ARMS[arm], *emulation),
+    )
+    records = list(read_journal(folder / f"{arm}-{seed}"))
+    [bound] = [record["nelbo_nats_per_token"] for record in records if record["kind"] == "evaluation"]
+    losses = [record["loss"] for record in records if record["kind"] == "step"]
+    return {"bound": bound, "losses": losses}
+
+
+def main() -> int:
+    """Train all arms and seeds, and compare."""
+    parser = benchmark_parser(__doc__)
+    parser.add_argument("--steps", type=int, default=1000, help="steps of each run (default 1000)")
+    parser.add_argument("--seeds", type=int, default=3, help="seeds of each arm (default 3)")
+    parser.add_argument("--corpus", type=Path, help="a prepared corpus with rows of 64 tokens in place of our own")
+    arguments = parser.parse_args()
+    if arguments.quick:
+        arguments.steps, arguments.seeds = 10, 1
+    report = Report("bench_fp8_convergence", "FP8 beside bf16: convergence", arguments)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        corpus = arguments.corpus or prepare(folder)
+        runs: dict[tuple[str, int], dict[str, Any]] = {}
+        for seed in range(1, arguments.seeds + 1):
+            for arm in ARMS:
+                runs[arm, seed] = train(folder, corpus, arm, seed, arguments.steps)
+                print(json.dumps({"arm": arm, "seed": seed, "bound": runs[arm, seed]["bound"]}), flush=True)
+    compare(report, arguments, runs)
+    return report.finish()
+
+
+def compare(report: Report, arguments: argparse.Namespace, runs: dict[tuple[str, int], dict[str, Any]]) -> None:
+    """One row for each arm."""
+    seeds = sorted({seed for _, seed in runs})
+    table = report.table(
+        f"Bound on held-out text after {arguments.steps:,} steps, nats per token",
+        ["number format", "mean of the seeds", "standard deviation of the seeds", "gap to bf16, each seed", "mean gap"],
+        "A gap is that of one seed: same weights, text and masks. Positive is worse than bf16.",
+    )
+    for arm in ARMS:
+        bounds = [runs[arm, seed]["bound"] for seed in seeds]
+        gaps = [runs[arm, seed]["bound"] - runs["bf16", seed]["bound"] for seed in seeds]
+        deviation = statistics.stdev(bounds) if len(bounds) > 1 else float("nan")
+        table.add(
+            arm,
+            f"{statistics.mean(bounds):.4f}",
+            f"{deviation:.4f}",
+            ", ".join(f"{gap:+.4f}" for gap in gaps),
+            f"{statistics.mean(gaps):+.4f}",
+        )
+    report.keep("runs", {f"{arm} seed {seed}": run for (arm, seed), run in runs.items()})
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

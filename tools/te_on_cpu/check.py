@@ -1,0 +1,203 @@
+#!/usr/bin/env python3
+"""Hold the engine's Transformer Engine path against its emulation, with the library's own Python on a CPU.
+
+    tools/te_on_cpu/setup.sh FOLDER                     once: Python 3.12, torch and Transformer Engine, 5 GB
+    FOLDER/venv/bin/python tools/te_on_cpu/check.py     every case; --only NAME... for some; --json FILE
+
+Run it from the root of a checkout, before a run on a GPU and after a change of Transformer Engine or megatron-core. It
+proves wiring, state and arithmetic; kernels' bits, memory and speed need a GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib.metadata
+import json
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), *(str(HERE.parents[1] / name) for name in ("platform", "tests"))]
+
+import substitute  # noqa: E402
+
+substitute.install()
+
+import torch  # noqa: E402
+
+from support import engine_cases as cases  # noqa: E402
+
+SPEC = dataclasses.replace(cases.OPTIONS, hidden_size=64, ffn_hidden_size=128, head_dim=16, padded_vocab_size=128)
+RECIPES = ("tensorwise", "delayed", "blockwise")
+
+
+def build(
+    recipe: str = "none", *, layers: str = "te", emulate: bool = False, compute: str = "bf16", **more: Any
+) -> Any:
+    """An engine of one process. Shapes are small, and the kernels' rule of 128 is the config's, not the engine's."""
+    fp8 = {"fp8": recipe} | ({"fp8_kernels": "emulate"} if emulate else {}) | more
+    if recipe == "delayed":
+        fp8["fp8_amax_history"] = 4
+    layers = "auto" if emulate else layers
+    return cases.make_engine(SPEC, layers=layers, compute=compute, micro_batch_size=2, fp8=fp8)
+
+
+def steps(engine: Any, first: int, last: int) -> list[dict[str, Any]]:
+    """Reports of some steps."""
+    return [cases.report_fields(cases.take_step(engine, step, 3e-3)) for step in range(first, last + 1)]
+
+
+def gradient_error(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> float:
+    """Largest relative error of a tensor; the key's bias has no gradient but rounding."""
+    return max(
+        float((ours[name] - theirs[name]).norm() / theirs[name].norm().clamp(min=1e-9))
+        for name in theirs
+        if "k_proj.bias" not in name
+    )
+
+
+def first_step(**settings: Any) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """Report and gradients of step 1."""
+    engine = build(**settings)
+    report = steps(engine, 1, 1)[0]
+    gradients = {name: tensor.clone() for name, tensor in cases.canonical_gradients(engine).items()}
+    engine.close()
+    return report, gradients
+
+
+def check_layers() -> dict[str, Any]:
+    """Float32 layers of Transformer Engine against the local ones."""
+    (fused, of_fused), (local, of_local) = first_step(compute="fp32"), first_step(compute="fp32", layers="local")
+    found = {"loss": abs(fused["loss"] / local["loss"] - 1), "gradients": gradient_error(of_fused, of_local)}
+    return found | {"passed": found["loss"] < 1e-6 and found["gradients"] < 1e-5}
+
+
+def check_emulation(recipe: str) -> dict[str, Any]:
+    """Gradients of step 1 in float32: Transformer Engine's FP8 Python against the emulation, and against no FP8."""
+    fused, of_fused = first_step(recipe=recipe, compute="fp32")
+    emulated, of_emulated = first_step(recipe=recipe, emulate=True, compute="fp32")
+    _, exact = first_step(compute="fp32", layers="local")
+    found = {
+        "loss": abs(fused["loss"] / emulated["loss"] - 1),
+        "gradients": gradient_error(of_fused, of_emulated),
+        "gradients without FP8": gradient_error(of_fused, exact),
+    }
+    limit = 1e-4 if recipe == "blockwise" else 1e-5
+    return found | {"passed": found["gradients"] < limit < found["gradients without FP8"]}
+
+
+def check_resume(recipe: str) -> dict[str, Any]:
+    """Save at step 3, resume, and compare steps 4 to 6 bit for bit."""
+    engine = build(recipe)
+    steps(engine, 1, 3)
+    with tempfile.TemporaryDirectory() as folder:
+        cases.save_state(engine, Path(folder))
+        # one network after the other: the library moves the histories of all modules of a process on together
+        wanted, digest = steps(engine, 4, 6), engine.parameter_digest()
+        again = build(recipe)
+        again.load_state(Path(folder))
+    return {"passed": steps(again, 4, 6) == wanted and again.parameter_digest() == digest}
+
+
+def check_evaluation(recipe: str) -> dict[str, Any]:
+    """An evaluation between steps changes no bit of training."""
+    plain = build(recipe)
+    wanted, digest = steps(plain, 1, 3), plain.parameter_digest()
+    looked, found = build(recipe), list[dict[str, Any]]()
+    for step in (1, 2, 3):
+        cases.masked_scores(looked, *cases.probe_rows(5, SPEC))
+        found += steps(looked, step, step)
+    return {"passed": found == wanted and looked.parameter_digest() == digest}
+
+
+def check_first_layers() -> dict[str, Any]:
+    """One of two layers in bf16: half of the quantisations."""
+    counts = []
+    for first in (0, 1):
+        substitute.CALLS.clear()
+        steps(build("tensorwise", fp8_first_layers_bf16=first), 1, 1)
+        counts.append(substitute.CALLS.get("quantize", 0))
+    return {"quantisations": counts, "passed": 0 < 2 * counts[1] == counts[0]}
+
+
+def check_crossing() -> dict[str, Any]:
+    """A checkpoint of FP8 layers loads into local ones bit for bit."""
+    engine, local = build("tensorwise"), build(layers="local")
+    steps(engine, 1, 2)
+    with tempfile.TemporaryDirectory() as folder:
+        cases.save_state(engine, Path(folder))
+        local.load_state(Path(folder))
+    ours, theirs = cases.canonical_weights(engine), cases.canonical_weights(local)
+    return {"passed": all(torch.equal(ours[name], theirs[name]) for name in ours)}
+
+
+def check_capability() -> dict[str, Any]:
+    """The table of planning/capability.py against the library's own checks, on five architectures."""
+    from transformer_engine.pytorch import quantization
+
+    from megamask.engine.probes import capability
+    from megamask.planning.capability import refusal
+
+    questions = {
+        "tensorwise": quantization.check_fp8_support,
+        "delayed": quantization.check_fp8_support,
+        "blockwise": quantization.check_fp8_block_scaling_support,
+        "mxfp8": quantization.check_mxfp8_support,
+    }
+    differences, answers = [], {}
+    for architecture in ((8, 0), (8, 9), (9, 0), (10, 0), (12, 0)):
+        substitute.pretend_device(architecture)
+        for recipe, question in questions.items():
+            is_supported, reason = question()
+            name = f"{recipe} on {architecture[0]}.{architecture[1]}"
+            answers[name] = is_supported or reason
+            if is_supported != (refusal(recipe, capability()) is None):
+                differences.append(name)
+    substitute.pretend_device((9, 0))
+    return {"answers": answers, "differences": differences, "passed": not differences}
+
+
+CASES: dict[str, Callable[[], dict[str, Any]]] = {
+    "layers": check_layers,
+    **{f"emulation_{recipe}": lambda recipe=recipe: check_emulation(recipe) for recipe in RECIPES},
+    **{f"resume_{recipe}": lambda recipe=recipe: check_resume(recipe) for recipe in ("none", *RECIPES)},
+    **{f"evaluation_{recipe}": lambda recipe=recipe: check_evaluation(recipe) for recipe in RECIPES},
+    "first_layers": check_first_layers,
+    "crossing": check_crossing,
+    "capability": check_capability,
+}
+
+
+def main() -> int:
+    """Return 0 if every chosen case passed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=sorted(CASES), default=list(CASES), help="these cases only")
+    parser.add_argument("--json", type=Path, help="write the answers to this file")
+    options = parser.parse_args()
+
+    from megamask.engine.backend import select_backend
+    from megamask.engine.process_group import destroy_process_group, init_process_group
+
+    init_process_group(select_backend())
+    libraries = ("torch", "transformer-engine", "megatron-core")
+    versions = {name: importlib.metadata.version(name) for name in libraries}
+    print(f"versions: python {sys.version.split()[0]}, {', '.join(f'{k} {v}' for k, v in versions.items())}")
+    answers = {}
+    for name in options.only:
+        try:
+            answers[name] = CASES[name]()
+        except Exception as error:  # noqa: BLE001 - the next case is independent
+            answers[name] = {"passed": False, "error": f"{type(error).__name__}: {error}"}
+        print(f"{'passed' if answers[name]['passed'] else 'FAILED'}  {name}  {json.dumps(answers[name])}", flush=True)
+    destroy_process_group()
+    if options.json:
+        options.json.write_text(json.dumps({"versions": versions, "cases": answers}, indent=1) + "\n", encoding="utf-8")
+    return 0 if all(answer["passed"] for answer in answers.values()) else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
