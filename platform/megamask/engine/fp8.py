@@ -117,9 +117,8 @@ class Fp8:
         else:
             from megamask.engine.layers.fp8_te import calibrating
 
-            with calibrating(
-                [network.config for network in self._networks], [module for _, module in self._products()], self._group
-            ):
+            configs = [network.config for network in self._networks]
+            with calibrating(configs, [module for _, module in self._products()], self._group):
                 yield
         for place in self._places:
             history, scale = place.scales.read()

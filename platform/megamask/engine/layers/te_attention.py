@@ -50,12 +50,8 @@ class RotaryTEAttention(TEDotProductAttention):  # type: ignore[misc]
             raise ValueError("device.attention=te has no context parallelism; set device.attention=sdpa")
         if attention_mask is not None or packed_seq_params.mask(query.size(0), query.device) is not None:
             raise ValueError("device.attention=te takes no mask; set device.attention=sdpa for this objective")
-        q, k = (
-            rotate(tensor, packed_seq_params.angles(tensor, self.rope_theta, self.rotary_channels))
-            .permute(2, 0, 1, 3)
-            .contiguous()
-            for tensor in (query, key)
-        )
+        angles = packed_seq_params.angles(key, self.rope_theta, self.rotary_channels)
+        q, k = (rotate(tensor, angles).permute(2, 0, 1, 3).contiguous() for tensor in (query, key))
         pattern = AttnMaskType.causal if packed_seq_params.is_causal else AttnMaskType.no_mask
         attended: torch.Tensor = super().forward(q, k, value.contiguous(), None, pattern)
         return attended
