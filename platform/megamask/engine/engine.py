@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
 import time
@@ -83,27 +84,20 @@ class Engine:
         layers = chosen_layers(precision, device, capability())
         family = layer_family(layers, backend)
         groups = ProcessGroups(mesh)
-        self._spec = spec
-        self._host_copy = HostCopy(backend)
-        mask_token_id = objective.vocabulary.mask_token_id
+        self._spec, self._host_copy = spec, HostCopy(backend)
         routing = None
         if spec.experts is not None:
             backend.prepare_experts()
             routing = Routing(spec.experts, spec.num_layers, row_group=groups.tensor_and_context, device=backend.device)
-        networks = [
-            build_network(
-                spec,
-                mesh,
-                precision,
-                mask_token_id=mask_token_id,
-                family=family,
-                chunk=chunk,
-                routing=routing,
-                recompute=training.recompute,
-                attention="te" if device.attention == "te" else "sdpa",
-            )
-            for chunk in range(mesh.virtual_pipeline_size)
-        ]
+        build = functools.partial(
+            build_network,
+            mask_token_id=objective.vocabulary.mask_token_id,
+            family=family,
+            routing=routing,
+            recompute=training.recompute,
+            attention="te" if device.attention == "te" else "sdpa",
+        )
+        networks = [build(spec, mesh, precision, chunk=chunk) for chunk in range(mesh.virtual_pipeline_size)]
         self._fp8 = Fp8(
             networks, precision, mesh, num_layers=spec.num_layers, group=groups.replicas, device=backend.device
         )
@@ -129,8 +123,7 @@ class Engine:
         self._settings = StepSettings(
             micro_batch_size=training.micro_batch_size, head_chunk_rows=training.head_chunk_rows, seed=seed
         )
-        fp8 = "none" if precision.fp8 == "none" else f"{precision.fp8}, {layers}"
-        self.arithmetic = {"layers": layers, "fp8": fp8}
+        self.arithmetic = _arithmetic(precision, layers)
         # forward-only passes have the shape of training's, so that a layout that can train can score
         self._rows_per_pass = training.micro_batch_size * objective.shape(training.sequence_length).num_views
 
@@ -294,6 +287,10 @@ class Engine:
     def close(self) -> None:
         """Forget the groups of this layout, so that an engine of another one can be made; the process group stays."""
         ProcessGroups.release()
+
+
+def _arithmetic(precision: PrecisionConfig, layers: str) -> dict[str, str]:
+    return {"layers": layers, "fp8": "none" if precision.fp8 == "none" else f"{precision.fp8}, {layers}"}
 
 
 def _bytes_of(tensor: torch.Tensor) -> bytes:

@@ -97,7 +97,7 @@ class Fp8:
 
     @property
     def needs_calibration(self) -> bool:
-        """Whether delayed scaling has neither a history nor a loaded state: all its scales are 1."""
+        """True if delayed scaling has neither a history nor a loaded state: all its scales are 1."""
         return not self._is_calibrated
 
     def begin_step(self) -> None:
@@ -156,11 +156,11 @@ class Fp8:
         return {FP8_HISTORY: (num_rows, self._precision.fp8_amax_history), FP8_SCALE: (num_rows,)}
 
     def slices(self) -> list[StoredSlice]:
-        """What this rank writes of the state: copies on the host."""
+        """Return what this rank writes of the state: copies on the host."""
         return self._slices(torch.device("cpu")) if self._is_writer else []
 
     def targets(self, stored: Collection[str]) -> list[StoredSlice]:
-        """What this rank reads of a state with these tensors; nothing where it has no scales."""
+        """Return what this rank reads of a state with these tensors; nothing where it has no scales."""
         return self._slices(self._device) if FP8_SCALE in stored else []
 
     def loaded(self, targets: list[StoredSlice]) -> None:

@@ -14,7 +14,7 @@ def announce_gradients(network: torch.nn.Module) -> None:
 
 
 def taken(weight: torch.Tensor) -> torch.Tensor | None:
-    """What an autograd function returns for a weight whose gradient it has added to `main_grad` itself.
+    """Return what an autograd function returns for a weight whose gradient it has added to `main_grad` itself.
 
     That is nothing, unless the gradient must be announced: megatron-core's hook counts a weight as ready when a
     gradient arrives, and then needs one, which it does not add.

@@ -49,7 +49,7 @@ def device_name(device: torch.device) -> str:
 
 
 def capability() -> Capability:
-    """What this process finds: GPU, CUDA, Transformer Engine, apex."""
+    """Return what this process finds: GPU, CUDA, Transformer Engine, apex."""
     has_gpu = torch.cuda.is_available()
     return Capability(
         architecture=torch.cuda.get_device_capability() if has_gpu else None,
@@ -73,7 +73,7 @@ def check_machine(config: TrainConfig) -> None:
 
 
 def apex() -> Literal["present", "absent", "unrelated"]:
-    """Whether NVIDIA's apex is installed.
+    """Return whether NVIDIA's apex is installed.
 
     It is known by its compiled extensions: the package index has another, unrelated package of that name, which
     megatron-core takes for it and then fails.

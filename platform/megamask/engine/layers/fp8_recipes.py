@@ -1,4 +1,4 @@
-"""How FP8 recipes quantise an operand of a matrix product, in plain torch on any device.
+"""Quantisation of an operand of a matrix product by the FP8 recipes, in plain torch on any device.
 
 An operand is quantised and dequantised, and the product is computed in float32: up to the order of sums that is an FP8
 product with float32 accumulation. Sources: Micikevicius et al., arXiv:2209.05433; DeepSeek-V3, arXiv:2412.19437,
