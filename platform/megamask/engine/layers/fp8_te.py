@@ -56,14 +56,23 @@ def te_scales(config: Any, modules: list[Any]) -> list[TeScales]:
 def calibrating(configs: Sequence[Any], modules: list[Any], group: dist.ProcessGroup) -> Iterator[None]:
     """Inside, passes record magnitudes and quantise nothing.
 
-    The library records inputs and weights; gradients are recorded here, as they reach the modules.
+    The library records inputs and weights, those of the latest pass; the largest of all passes are kept here, and
+    gradients are recorded as they reach the modules.
     """
     recipe, fp8 = get_fp8_recipe(configs[0]), configs[0].fp8
+    seen = {module: torch.zeros_like(module.fp8_meta["scaling_fwd"].amax_history[0]) for module in modules}
+
+    def record_forward(module: Any, *unused: Any) -> None:
+        torch.maximum(seen[module], module.fp8_meta["scaling_fwd"].amax_history[0], out=seen[module])
+
     hooks = [module.register_full_backward_pre_hook(_record_gradient) for module in modules]
+    hooks += [module.register_forward_hook(record_forward) for module in modules]
     _set_fp8(configs, None)  # megatron-core then enters no context of its own
     try:
         with te.fp8_autocast(enabled=False, calibrating=True, fp8_recipe=recipe, fp8_group=group):
             yield
+        for module, amax in seen.items():
+            module.fp8_meta["scaling_fwd"].amax_history[0].copy_(amax)
     finally:
         _set_fp8(configs, fp8)
         for hook in hooks:
