@@ -186,8 +186,7 @@ class Attempt(FollowerAttempt):
         loaded: Loaded,
         *,
         world_size: int,
-        device: str,
-        arithmetic: Mapping[str, str],
+        machine: Mapping[str, str],
         startup_s: Mapping[str, float],
     ) -> None:
         """Journal who trains, where, on what and from what; the readers of the journal begin."""
@@ -204,7 +203,7 @@ class Attempt(FollowerAttempt):
                 host=self._node,
                 user=_user(),
                 world_size=world_size,
-                device=device,
+                device=machine["device"],
                 layout=layout,
                 num_micro_batches=self._num_micro_batches(),
                 num_parameters=parameter_count(data.spec),
@@ -216,11 +215,11 @@ class Attempt(FollowerAttempt):
                 else {"step": commit.step, "checkpoint": commit.folder.name, "digest": commit.digest},
                 initialised_from=None if commit is not None or data.start is None else dict(data.start.record),
                 extended=None if steps == self._recorded_steps else {"training.steps": [self._recorded_steps, steps]},
-                changed=self._changed(layout, world_size, device),
+                changed=self._changed(layout, world_size, machine["device"]),
                 restore_s=None if commit is None else startup_s["restore"],
                 startup_s=dict(startup_s),
-                layers=arithmetic["layers"],
-                fp8=arithmetic["fp8"],
+                layers=machine["layers"],
+                fp8=machine["fp8"],
             )
         )
         if commit is not None and not is_announced(self.run_dir, commit):

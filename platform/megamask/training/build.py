@@ -73,14 +73,8 @@ def build_run(
             engine.set_weights(weights.read)
     _restore(scope.progress, loaded, data.objective, config.training.sequence_length)
     if scope.leader is not None:
-        scope.leader.started(
-            data,
-            loaded,
-            world_size=engine.world_size,
-            device=backend.name,
-            arithmetic=engine.arithmetic,
-            startup_s=startup.seconds(),
-        )
+        machine = {"device": backend.name, **engine.arithmetic}
+        scope.leader.started(data, loaded, world_size=engine.world_size, machine=machine, startup_s=startup.seconds())
         scope.leader.running(scope.progress.step)
     stop = StopFlag(
         engine,
