@@ -103,10 +103,8 @@ class Engine:
         )
         self.parameters = parameter_table(networks, spec, mesh, family.layer_parameters(spec), optimizer)
         mark_parameters(networks, self.parameters)
-        chunks = tuple(
-            wrap_data_parallel(network, chunk=number, is_overlapped=device.overlap_gradient_reduce)
-            for number, network in enumerate(networks)
-        )
+        wrap = functools.partial(wrap_data_parallel, is_overlapped=device.overlap_gradient_reduce)
+        chunks = tuple(wrap(network, chunk=number) for number, network in enumerate(networks))
         self._optimizer = ShardedAdamW(chunks, self.parameters, optimizer)
         set_initial_weights(self._optimizer, spec, seed=seed if draws_weights else None)
         self._rank_model = RankModel(
