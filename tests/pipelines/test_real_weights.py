@@ -118,7 +118,6 @@ def test_it_writes_text(checkpoint: Path, capsys: pytest.CaptureFixture[str]) ->
     assert "Paris" in capsys.readouterr().out
 
 
-@pytest.mark.promise("The stability kit lowers the gradient norm of the first diffusion steps of a real checkpoint")
 def test_the_stability_kit_tames_the_first_gradients(published: Path, tmp_path: Path) -> None:
     corpus = yaml.safe_load((ROOT / "configs" / "corpus" / "smollm2.yaml").read_text())["corpus"]
     corpus |= {"inputs": ["{python_stdlib}/a*.py"], "output_dir": str(tmp_path / "corpus")}
