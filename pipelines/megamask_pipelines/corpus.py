@@ -10,16 +10,18 @@ from dataclasses import asdict
 from typing import Any
 
 from megamask.config.schema.corpus import CorpusConfig
-from megamask.data.corpus.prepare import build
+from megamask.data.corpus.prepare import build, merge, run_task
 from megamask.data.corpus.scan import Progress
+from megamask.data.corpus.tasks import task_of
 from megamask_pipelines import standard_streams
 
 
-def prepare_corpus(config: CorpusConfig) -> dict[str, Any]:
+def prepare_corpus(config: CorpusConfig, *, only_merge: bool = False) -> dict[str, Any]:
     """Prepare a corpus, with a progress bar on a terminal and lines elsewhere.
 
     Args:
         config: what to make of which inputs.
+        only_merge: publish what tasks have read and encoded.
 
     Returns:
         corpus_id, documents, tokens, sequences, shards, bytes (UTF-8 bytes of the text), vocab_size, output_dir,
@@ -30,8 +32,21 @@ def prepare_corpus(config: CorpusConfig) -> dict[str, Any]:
         UsageError, DataIntegrityError, StorageError: see `megamask.data.corpus.prepare.build`.
     """
     with progress_display() as progress:
-        report = asdict(build(config, progress))
+        report = asdict(merge(config, progress) if only_merge else build(config, progress))
     return report | {"warnings": list(report["warnings"])}
+
+
+def prepare_task(config: CorpusConfig, task: str) -> dict[str, Any]:
+    """Read and encode the units of one task, `k/n`.
+
+    Returns:
+        task, num_tasks, units (of the task), reused (of them, done before), units_of_all.
+
+    Raises: as `prepare_corpus`.
+    """
+    number, num_tasks = task_of(task)
+    with progress_display() as progress:
+        return asdict(run_task(config, number, num_tasks, progress))
 
 
 @contextlib.contextmanager

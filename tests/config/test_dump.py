@@ -49,6 +49,13 @@ def values(key: Key) -> st.SearchStrategy:
     elif key.base == "entries":
         options = {"name": texts, "format": texts}
         found = st.lists(paths | st.fixed_dictionaries({"path": paths}, optional=options), max_size=3)
+    elif key.base == "stages":
+        numbers = st.integers(1, 10**12) | st.floats(1e-9, 1e9)
+        shares = st.dictionaries(st.from_regex(r"\A[A-Za-z0-9._-]{1,20}\Z"), numbers, min_size=1, max_size=3)
+        stage = st.fixed_dictionaries(
+            {"weights": shares}, optional={"until_tokens": st.integers(1), "max_epochs": shares}
+        )
+        found = st.lists(stage, max_size=3)
     elif key.base == "dict":
         smallest = 1 if key.is_required else 0
         names = st.from_regex(r"\A[A-Za-z0-9._-]{1,20}\Z")

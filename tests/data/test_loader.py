@@ -16,7 +16,7 @@ from megamask.config.schema.data import DataConfig
 from megamask.data.content import add_content, content_digest, content_hash, documents_checksum, tokens_checksum
 from megamask.data.index import ShardIndex
 from megamask.data.loader import Batch, Loader
-from megamask.data.reader import Row, SplitReader
+from megamask.data.reader import RowBatch, SplitReader
 from megamask.errors import DataIntegrityError, ExitCode, UsageError
 from megamask.storage.hashing import hash_of, key_of, sha256_file
 from support.order_oracle import draw_rows
@@ -82,7 +82,7 @@ def test_batch_holds_the_rows_that_the_order_law_names(shared_corpus: Path, load
     assert batch.tokens.tolist() == [ROWS[row] for row in expected]
     assert batch.sample_index.tolist() == list(range(first, first + 12))
     assert batch.batch_position.tolist() == list(range(12))
-    assert (batch.tokens.dtype, batch.is_eligible.dtype) == (torch.int64, torch.bool)
+    assert (batch.tokens.dtype, batch.is_eligible.dtype) == (torch.uint16, torch.bool)  # as stored
 
 
 def test_content_sum_follows_its_definition(shared_corpus: Path, loader: Loader) -> None:
@@ -133,7 +133,7 @@ def test_batches_are_the_same_when_batch_size_changes(loader: Loader) -> None:
 
 def test_rows_are_those_of_the_batch_and_read_nothing(loader: Loader, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = loader.batch(9, 8, range(8)).rows
-    monkeypatch.setattr(SplitReader, "read", lambda *_: pytest.fail("a row was read"))
+    monkeypatch.setattr(SplitReader, "read_rows", lambda *_: pytest.fail("a row was read"))
     assert loader.rows(9, 8) == expected
 
 
@@ -142,6 +142,14 @@ def test_another_seed_or_window_gives_another_order(shared_corpus: Path, loader:
     for seed, window in ((8, 3), (7, 1)):
         with open_loader(shared_corpus, seed=seed, window=window) as other:
             assert other.rows(0, 30) != base
+
+
+def test_several_shares_wait_in_order(shared_corpus: Path) -> None:
+    with open_loader(shared_corpus) as plain, open_loader(shared_corpus) as ahead:
+        for first in (0, 6, 12):
+            ahead.prefetch(first, 6, [0, 3])
+        for first in (0, 12, 18):  # 6 was read for nothing
+            assert same(ahead.batch(first, 6, [0, 3]), plain.batch(first, 6, [0, 3]))
 
 
 @pytest.mark.promise("read-ahead does not change a batch")
@@ -160,14 +168,14 @@ def test_prefetch_reads_on_a_thread_before_the_batch_is_asked_for(
 ) -> None:
     readers: list[str] = []
     done = threading.Event()
-    real = SplitReader.read
+    real = SplitReader.read_rows
 
-    def read(self: SplitReader, row: int) -> Row:
+    def read_rows(self: SplitReader, rows: np.ndarray) -> RowBatch:
         readers.append(threading.current_thread().name)
         done.set()
-        return real(self, row)
+        return real(self, rows)
 
-    monkeypatch.setattr(SplitReader, "read", read)
+    monkeypatch.setattr(SplitReader, "read_rows", read_rows)
     with open_loader(shared_corpus) as loader:
         loader.prefetch(0, 4, [2])
         assert done.wait(20)
@@ -213,12 +221,12 @@ def test_close_joins_the_thread_and_may_be_called_twice(shared_corpus: Path) -> 
 def test_content_digest_changes_when_a_wrong_row_is_served(loader: Loader, monkeypatch: pytest.MonkeyPatch) -> None:
     truth = loader.batch(0, 8, range(8))
     wrong_at = truth.rows[3][1]
-    real = SplitReader.read
+    real = SplitReader.read_rows
 
-    def read(self: SplitReader, row: int) -> Row:
-        return real(self, (row + 1) % self.num_rows if row == wrong_at else row)
+    def read_rows(self: SplitReader, rows: np.ndarray) -> RowBatch:
+        return real(self, np.where(rows == wrong_at, (rows + 1) % self.num_rows, rows))
 
-    monkeypatch.setattr(SplitReader, "read", read)
+    monkeypatch.setattr(SplitReader, "read_rows", read_rows)
     wrong = loader.batch(0, 8, range(8))
     assert wrong.rows == truth.rows  # the law still names the right row; only the content betrays the wrong one
     assert not torch.equal(wrong.tokens, truth.tokens)
@@ -228,9 +236,11 @@ def test_content_digest_changes_when_a_wrong_row_is_served(loader: Loader, monke
 def test_content_digest_changes_when_two_samples_change_places(loader: Loader, monkeypatch: pytest.MonkeyPatch) -> None:
     truth = loader.batch(0, 8, range(8))
     first, second = truth.rows[0][1], truth.rows[5][1]
-    real = SplitReader.read
+    real = SplitReader.read_rows
     swap = {first: second, second: first}
-    monkeypatch.setattr(SplitReader, "read", lambda self, row: real(self, swap.get(row, row)))
+    monkeypatch.setattr(
+        SplitReader, "read_rows", lambda self, rows: real(self, [swap.get(row, row) for row in rows.tolist()])
+    )
     assert loader.batch(0, 8, range(8)).content_sum != truth.content_sum
 
 
@@ -287,7 +297,7 @@ class TestRefusals:
     @pytest.mark.parametrize("names", [[], ["a", "b"]])
     def test_mixtures_are_refused(self, shared_corpus: Path, names: list[str]) -> None:
         corpora = {name: str(shared_corpus) for name in names}
-        with pytest.raises(UsageError, match="mixtures are not built") as caught:
+        with pytest.raises(UsageError, match=r"data\.mixture has 0 stages") as caught:
             Loader(corpora, DataConfig(corpora=corpora), 16)
         assert "one entry under data.corpora" in str(caught.value)
 

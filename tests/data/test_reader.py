@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
+import pickle
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,12 +14,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megamask.data import Corpus, shard_files
 from megamask.data import reader as reader_module
 from megamask.data.content import documents_checksum, tokens_checksum
 from megamask.data.index import ShardIndex
-from megamask.data.manifest import Manifest
+from megamask.data.manifest import Manifest, ShardEntry
 from megamask.data.reader import SplitReader
 from megamask.errors import DataIntegrityError, ExitCode, StorageError, UsageError
+from megamask.storage.hashing import canonical_json, sha256_file
 from support.shards import flip_bit, packed_documents, packed_rows, random_documents, write_token_corpus
 
 DOCUMENTS = random_documents(30, seed=1)
@@ -131,12 +136,14 @@ def test_flipped_bit_in_a_document_table_is_found_and_named(corpus: Path) -> Non
         reader.read(4)
 
 
-def test_truncated_shard_is_found_at_open(corpus: Path) -> None:
+def test_truncated_shard_is_found_before_a_row_of_it_is_used(corpus: Path) -> None:
     path = corpus / "shards" / "train-000001.tar"
     size = path.stat().st_size
     os.truncate(path, size // 2)
+    reader = open_reader(corpus)
+    reader.read(0)
     with pytest.raises(DataIntegrityError, match=rf"train-000001\.tar has {size // 2} bytes, the manifest says {size}"):
-        open_reader(corpus)
+        reader.read(12)
 
 
 def test_shard_truncated_while_it_is_open_is_found(corpus: Path) -> None:
@@ -154,21 +161,83 @@ def test_missing_file_is_named_at_open(corpus: Path, name: str) -> None:
         open_reader(corpus)
 
 
-def test_every_flipped_byte_of_an_index_is_found_at_open(corpus: Path) -> None:
+def test_index_is_read_when_a_row_of_its_shard_is_wanted(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded: list[str] = []
+    real = reader_module.load_index
+
+    def load(folder: Path, manifest: Manifest, entry: ShardEntry, first_block: int) -> ShardIndex:
+        loaded.append(entry.name)
+        return real(folder, manifest, entry, first_block)
+
+    monkeypatch.setattr(reader_module, "load_index", load)
+    reader = open_reader(corpus)
+    assert (reader.num_rows, loaded) == (int(reader.block_rows.sum()), [])
+    reader.read_rows([14, 12, 13])
+    assert loaded == ["shards/train-000001.tar"]
+
+
+def test_rows_of_a_batch_come_in_the_order_asked_for(corpus: Path) -> None:
+    reader = open_reader(corpus)
+    rows = [17, 3, 4, 3, reader.num_rows - 1, 5, 0]
+    read, alone = reader.read_rows(rows), [reader.read(row) for row in rows]
+    assert read.tokens.tolist() == [row.tokens.tolist() for row in alone]
+    assert [pairs.tolist() for pairs in read.documents] == [row.documents.tolist() for row in alone]
+    assert read.tokens_crc32c == [row.tokens_crc32c for row in alone]
+    assert read.documents_crc32c == [row.documents_crc32c for row in alone]
+    assert reader.read_rows([]).tokens.shape == (0, 16)
+
+
+def test_index_with_other_blocks_than_the_manifest_gives_is_refused(corpus: Path) -> None:
+    content = json.loads((corpus / "manifest.json").read_bytes())
+    shard = corpus / "shards" / "train-000000.idx"
+    index = index_of(corpus, 0)
+    blocks = index.blocks.copy()
+    size = int(blocks["tokens_bytes"][0]) // 4
+    blocks["rows"][:2] = [3, 5]
+    blocks["tokens_bytes"][:2] = [3 * size, 5 * size]
+    blocks["docs_offset"][1] += size
+    shard.write_bytes(replace(index, blocks=blocks).pack())
+    content["splits"]["train"]["shards"][0]["index_sha256"] = sha256_file(shard)
+    (corpus / "manifest.json").write_bytes(canonical_json(content))
+    with pytest.raises(DataIntegrityError, match="are not those that the manifest's counts give"):
+        open_reader(corpus).read(0)
+
+
+def test_corpus_of_another_writer_has_its_blocks_read_from_the_indexes(corpus: Path) -> None:
+    expected = [row.tolist() for row in Corpus.open(corpus)]
+    content = json.loads((corpus / "manifest.json").read_bytes())
+    del content["options"]
+    (corpus / "manifest.json").write_bytes(canonical_json(content))
+    assert [row.tolist() for row in Corpus.open(corpus)] == expected
+
+
+def test_corpus_is_a_sequence_of_its_rows(corpus: Path) -> None:
+    rows = packed_rows(DOCUMENTS, sequence_length=16, eod=61, pad=62)
+    opened = Corpus.open(corpus)
+    assert len(opened) == len(rows)
+    assert opened[np.int64(3)].tolist() == opened[3 - len(rows)].tolist() == rows[3]
+    assert opened[3].dtype == np.uint16
+    with pytest.raises(IndexError):
+        opened[len(rows)]
+    assert pickle.loads(pickle.dumps(opened))[5].tolist() == rows[5]
+    assert len(Corpus.open(corpus, "validation")) == open_reader(corpus, "validation").num_rows
+
+
+def test_every_flipped_byte_of_an_index_is_found_before_a_row_is_used(corpus: Path) -> None:
     path = corpus / "shards" / "train-000000.idx"
     for offset in range(0, path.stat().st_size, 7):
         flip_bit(path, offset, 3)
         with pytest.raises(DataIntegrityError, match=r"train-000000\.idx: sha256 is"):
-            open_reader(corpus)
+            open_reader(corpus).read(0)
         flip_bit(path, offset, 3)
-    open_reader(corpus)
+    open_reader(corpus).read(0)
 
 
 def test_index_of_another_shard_is_refused(corpus: Path) -> None:
     shards = corpus / "shards"
     (shards / "train-000001.idx").write_bytes((shards / "train-000000.idx").read_bytes())
     with pytest.raises(DataIntegrityError, match=r"train-000001\.idx"):
-        open_reader(corpus)
+        open_reader(corpus).read(12)
 
 
 def test_open_files_are_bounded_and_closed(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -176,7 +245,7 @@ def test_open_files_are_bounded_and_closed(corpus: Path, monkeypatch: pytest.Mon
         links = [name.readlink() for name in Path("/proc/self/fd").iterdir() if name.is_symlink()]
         return sum(link.is_relative_to(corpus) for link in links)
 
-    monkeypatch.setattr(reader_module, "_OPEN_SHARDS", 2)
+    monkeypatch.setattr(shard_files, "_OPEN_SHARDS", 2)
     reader = open_reader(corpus)
     rows = [reader.read(row).tokens.tolist() for row in range(reader.num_rows)]
     assert count() == 2
@@ -200,7 +269,7 @@ def test_dead_device_is_a_storage_error_and_not_damage(corpus: Path, monkeypatch
     def fail(*_: object) -> bytes:
         raise OSError(errno.EIO, "Input/output error")
 
-    monkeypatch.setattr(os, "pread", fail)
+    monkeypatch.setattr(os, "preadv", fail)
     with pytest.raises(StorageError, match=r"train-000000\.tar") as caught:
         reader.read(0)
     assert caught.value.exit_code == ExitCode.STORAGE
@@ -208,6 +277,6 @@ def test_dead_device_is_a_storage_error_and_not_damage(corpus: Path, monkeypatch
 
 def test_short_reads_are_completed(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = open_reader(corpus).read(7).tokens.tolist()
-    real = os.pread
-    monkeypatch.setattr(os, "pread", lambda descriptor, size, offset: real(descriptor, min(size, 5), offset))
-    assert open_reader(corpus).read(7).tokens.tolist() == expected
+    real = os.preadv
+    monkeypatch.setattr(os, "preadv", lambda descriptor, buffers, offset: real(descriptor, [buffers[0][:5]], offset))
+    assert open_reader(corpus).read_rows([6, 7]).tokens[1].tolist() == expected

@@ -116,6 +116,9 @@ def test_whole_corpus_passes_and_is_counted(prepared: Path) -> None:
         "documents": totals["documents"],
         "tokens": totals["tokens"],
         "shards": totals["shards"],
+        "blocks": sum(split.num_blocks for split in manifest.splits.values()),
+        "bytes": sum(shard.bytes for split in manifest.splits.values() for shard in split.shards),
+        "faults": [],
         "ok": True,
     }
     assert report["shards"] > 3

@@ -274,10 +274,10 @@ def test_shard_that_the_device_does_not_give_is_the_storage_s_fault(
 ) -> None:
     """For every reader: evaluate, inspect, and training's loader, whose reading ahead fails in a thread."""
 
-    def pread(*_arguments: Any) -> bytes:
+    def preadv(*_arguments: Any) -> int:
         raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr(os, "pread", pread)
+    monkeypatch.setattr(os, "preadv", preadv)
     for arguments in (["evaluate", "--corpus", str(small_corpus)], ["inspect", "--step", "1"]):
         capsys.readouterr()
         code = cli.main([arguments[0], str(trained), *arguments[1:], "--json"])

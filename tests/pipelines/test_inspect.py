@@ -104,6 +104,14 @@ def expected_masked(index: int, tokens: list[int], pad: int, limit: int) -> list
     ]
 
 
+def test_one_sample_is_shown_by_its_index(run_dir: Path) -> None:
+    parser = argparse.ArgumentParser()
+    cli.add_arguments(parser)
+    arguments = parser.parse_args([str(run_dir), "--sample", str(2 * BATCH + 1)])
+    arguments.json = True
+    assert cli.run(arguments)["samples"] == [inspect(run_dir, 3)["samples"][1]]
+
+
 @pytest.mark.promise("`megamask inspect` recomputes samples and masks from the laws")
 @pytest.mark.parametrize("step", [1, 2, 37])
 def test_inspect_recomputes_samples_and_masks_from_the_laws(run_dir: Path, prepared: Path, step: int) -> None:

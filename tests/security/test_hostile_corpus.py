@@ -303,7 +303,7 @@ def test_absurd_size_in_an_index_is_refused_before_it_is_read(
         refused("train-000000.idx", "block 0")
         return
     with pytest.raises(DataIntegrityError, match=r"train-000000\.idx: block 0"):
-        SplitReader(corpus, Manifest.load(corpus), "train")
+        SplitReader(corpus, Manifest.load(corpus), "train").read(0)
 
 
 @pytest.mark.parametrize("size", [0, 63, 1 << 40])

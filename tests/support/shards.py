@@ -77,6 +77,7 @@ def write_token_corpus(
             "mask_token_id": mask,
         },
         "documents": {"digest": hash_of("no table"), "tables": []},
+        "options": {"rows_per_block": rows_per_block},
         "splits": splits,
     }
     (folder / "manifest.json").write_bytes(canonical_json(content))

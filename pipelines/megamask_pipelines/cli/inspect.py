@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from megamask.data.loader import Loader
+    from megamask.data.source import Source
 
 _MASK_SIGN = "░"
 
@@ -16,7 +17,9 @@ _MASK_SIGN = "░"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The verb's arguments."""
     parser.add_argument("run", help="a run directory, <run.output_dir>/<run.name>")
-    parser.add_argument("--step", type=int, required=True, help="1-based number of the step")
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument("--step", type=int, help="1-based number of the step")
+    which.add_argument("--sample", type=int, metavar="INDEX", help="one sample alone, by its global index from 0")
     parser.add_argument(
         "--corpus",
         action="append",
@@ -27,19 +30,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Recompute the samples of a step.
+    """Recompute the samples of a step, and show all or one.
 
     Returns:
         step, seed, samples, batch_digest, content_digest, masked_tokens, matches_journal; for a person each sample
         has its text and the names of its inputs too.
     """
-    from megamask.audit.recompute import check_step, inspect_step, open_loader, recorded_run
+    from megamask.audit.recompute import batches, check_step, inspect_step, open_loader, recorded_run
+    from megamask.training.batch_size import step_of_sample
     from megamask_pipelines.corpus_arguments import corpora_of
 
     recorded = recorded_run(Path(arguments.run), corpora_of(arguments.corpus, outcome="Nothing was recomputed."))
-    check_step(recorded, arguments.step)
+    sample = arguments.sample
+    step = arguments.step if sample is None else step_of_sample(max(sample, 0), batches(recorded))
+    check_step(recorded, step)
     with open_loader(recorded) as loader:
-        report = inspect_step(recorded, loader, arguments.step)
+        report = inspect_step(recorded, loader, step)
+        if sample is not None:
+            report["samples"] = [each for each in report["samples"] if each["sample_index"] == sample]
         if not getattr(arguments, "json", False):
             _explain(report["samples"], loader)
     return report
@@ -47,25 +55,27 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def _explain(samples: list[dict[str, Any]], loader: Loader) -> None:
     """Add to each sample its text with masked tokens as blocks, and the names of the inputs of its documents."""
-    numbers = {document["number"] for sample in samples for document in sample["documents"]}
-    names = _input_names(loader, numbers)
+    names = {}
+    for name, source in loader.sources.items():
+        own = [sample for sample in samples if sample["source"] == name]
+        names[name] = _input_names(source, {document["number"] for sample in own for document in sample["documents"]})
     for sample in samples:
         sample["text"] = _text(sample, loader)
         for document in sample["documents"]:
-            document["input"] = names.get(document["number"], "unknown")
+            document["input"] = names[sample["source"]].get(document["number"], "unknown")
 
 
-def _input_names(loader: Loader, numbers: set[int]) -> dict[int, str]:
+def _input_names(source: Source, numbers: set[int]) -> dict[int, str]:
     import pyarrow.parquet as pq
 
     names: dict[int, str] = {}
     first = 0
-    for table in loader.manifest.content["documents"]["tables"]:
+    for table in source.manifest.content["documents"]["tables"]:
         wanted = sorted(number for number in numbers if first <= number < first + table["documents"])
         first += table["documents"]
         if wanted:
             rows = pq.read_table(
-                loader.folder / table["name"], columns=["number", "input"], filters=[("number", "in", wanted)]
+                source.folder / table["name"], columns=["number", "input"], filters=[("number", "in", wanted)]
             )
             names |= dict(zip(rows["number"].to_pylist(), rows["input"].to_pylist(), strict=True))
     return names

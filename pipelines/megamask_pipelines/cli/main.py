@@ -25,6 +25,7 @@ from megamask_pipelines import standard_streams
 
 VERBS: Mapping[str, str] = {
     "prepare": "make a corpus from text files",
+    "data": "statistics of a corpus; which rows and steps have a document",
     "train": "train a run, or resume it",
     "launch": "make or submit the job of a run for Slurm or Kubernetes; run one node of it",
     "evaluate": "measure the likelihood bound of a run or checkpoint on held-out text",

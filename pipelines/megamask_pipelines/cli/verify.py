@@ -32,8 +32,9 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     A run is read to its end; the answer lists all findings.
 
     Returns:
-        for a corpus: corpus_id, rows, documents, tokens, shards, ok; for a checkpoint: as `verify_checkpoint`;
-        for a run: as `megamask.audit.run.verify_run`.
+        for a corpus: corpus_id, rows, documents, tokens, shards, blocks, bytes, faults, ok; of a damaged one the error
+        has shards, blocks, bytes and faults; for a checkpoint: as `verify_checkpoint`; for a run: as
+        `megamask.audit.run.verify_run`.
     """
     folder = Path(arguments.folder)
     if arguments.what == "corpus":
@@ -69,7 +70,7 @@ def render(result: dict[str, Any]) -> str:
     """One line for a person; of a run a line for each finding, too."""
     if "findings" in result:
         return _render_run(result)
-    facts = ", ".join(f"{name} {value}" for name, value in result.items() if name != "ok")
+    facts = ", ".join(f"{name} {value}" for name, value in result.items() if name not in ("ok", "faults"))
     return f"whole: {facts}"
 
 

@@ -6,7 +6,7 @@ every number that both need.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from megamask.config.schema.initialise import InitialiseConfig
 from megamask.config.schema.objective import ObjectiveConfig
 from megamask.config.schema.roots import TrainConfig
 from megamask.config.schema.training import TrainingConfig
-from megamask.data.content import add_content, batch_digest, content_digest, content_hash
+from megamask.data.content import add_content, batch_digest, content_digest
 from megamask.data.loader import Loader
 from megamask.data.order import ORDER_LAW_VERSION
 from megamask.data.reader import Row
@@ -44,9 +44,11 @@ class RecordedRun:
 
     folder: Path
     identity: Mapping[str, Any]  # flat dotted keys
-    corpus_ids: Mapping[str, str]
+    corpus_ids: Mapping[str, str | None]  # None for a corpus that was added later
     steps: int  # training.steps of the newest attempt
     corpora: Mapping[str, str]  # name -> folder, of the newest attempt
+    mixture: Sequence[dict[str, Any]] = ()  # of the newest attempt
+    quarantine: Sequence[str] = ()  # of the newest attempt
 
     def value(self, key: str) -> Any:
         """One identity field.
@@ -78,20 +80,22 @@ def recorded_run(folder: Path, corpora: Mapping[str, str] | None = None) -> Reco
                 f"this megamask knows version {known}. Nothing was recomputed.",
                 hint="use the version of megamask that made the run",
             )
-    corpus_ids = dict(content["corpora"])
+    config = _newest_config(folder)
+    corpus_ids = dict.fromkeys(config.data.corpora) | dict(content["corpora"])
     unknown = sorted(set(corpora or {}) - set(corpus_ids))
     if unknown:
         raise UsageError(
             f"--corpus names {unknown[0]}, which the run does not have; allowed: {', '.join(corpus_ids)}. "
             "Nothing was recomputed."
         )
-    config = _newest_config(folder)
     return RecordedRun(
         folder=folder,
         identity=content["identity"],
         corpus_ids=corpus_ids,
         steps=config.training.steps,
         corpora={name: (corpora or {}).get(name) or config.data.corpora.get(name, "") for name in corpus_ids},
+        mixture=config.data.mixture,
+        quarantine=config.data.quarantine,
     )
 
 
@@ -124,6 +128,8 @@ def open_loader(run: RecordedRun) -> Loader:
         seed=run.value("data.seed"),
         shuffle_window_blocks=run.value("data.shuffle_window_blocks"),
         score=run.identity.get("data.score", "all"),
+        mixture=list(run.mixture),
+        quarantine=list(run.quarantine),
     )
     try:
         loader = Loader(data.corpora, data, run.value("training.sequence_length"))
@@ -131,7 +137,7 @@ def open_loader(run: RecordedRun) -> Loader:
         names = " ".join(f"--corpus {name}=FOLDER" for name in run.corpora)
         raise UsageError(error.message, hint=f"name the present folder of the run's corpus: {names}") from error
     for name, corpus_id in loader.corpus_ids.items():
-        if corpus_id != run.corpus_ids[name]:
+        if run.corpus_ids[name] not in (None, corpus_id):
             loader.close()
             raise DataIntegrityError(
                 f"data.corpora.{name} ({run.corpora[name]}) is corpus {corpus_id}, but the run was made with "
@@ -169,7 +175,7 @@ def inspect_step(run: RecordedRun, loader: Loader, step: int) -> dict[str, Any]:
         DataIntegrityError: a row is damaged, or the journal of the run holds other digests for this step.
     """
     check_step(run, step)
-    seed, training = int(run.value("run.seed")), _batches(run)
+    seed, training = int(run.value("run.seed")), batches(run)
     first_index = consumed_before(step, training)
     batch_size = batch_size_at(first_index, training)
     objective = _objective(run, loader)
@@ -183,7 +189,7 @@ def inspect_step(run: RecordedRun, loader: Loader, step: int) -> dict[str, Any]:
         samples.append(
             {"sample_index": index, "source": source, "row": row} | _described(content, drawn, num_padding) | details
         )
-        hashes.append(content_hash(index, loader.source_digest, row, content.tokens_crc32c, content.documents_crc32c))
+        hashes.append(loader.content_hash(index, source, row, content))
     objective = objective.at(step)
     report = {
         "step": step,
@@ -204,16 +210,16 @@ def content_digest_of(run: RecordedRun, loader: Loader, step: int) -> str:
     Raises:
         DataIntegrityError: a row is damaged.
     """
-    training = _batches(run)
+    training = batches(run)
     first = consumed_before(step, training)
     hashes = []
     for index, (source, row) in enumerate(loader.rows(first, batch_size_at(first, training)), start=first):
         content = loader.read(source, row)
-        hashes.append(content_hash(index, loader.source_digest, row, content.tokens_crc32c, content.documents_crc32c))
+        hashes.append(loader.content_hash(index, source, row, content))
     return content_digest(add_content(*hashes))
 
 
-def _batches(run: RecordedRun) -> TrainingConfig:
+def batches(run: RecordedRun) -> TrainingConfig:
     """The settings that the size of a batch depends on; runs of older versions know no ramp."""
     return TrainingConfig(
         steps=run.steps,
@@ -239,7 +245,7 @@ def _objective(run: RecordedRun, loader: Loader) -> Objective:
     settings = ObjectiveConfig(**recorded).settings(
         isolate_documents=bool(run.identity.get("data.isolate_documents", False))
     )
-    training = _batches(run)
+    training = batches(run)
     phases = phases_of(settings, training.sequence_length, lambda amount, unit: first_step(amount, unit, training))
     parent = read_run(run.folder).content.get("parent_checkpoint") or {}
     return run_objective(

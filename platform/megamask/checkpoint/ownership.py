@@ -35,8 +35,14 @@ class Owner:
         seed = commit.state.get("seed")
         if seed is not None and seed != str(self.seed):  # a missing one is damage, which its reader reports
             raise _foreign(commit, f"was made with run.seed {seed}, this run has {self.seed}")
-        if dict(commit.corpora) != dict(self.corpora):
+        if not _agree(commit.corpora, self.corpora):
             raise _foreign(commit, f"was made on corpora {dict(commit.corpora)}, this run has {dict(self.corpora)}")
+
+
+def _agree(one: Mapping[str, str], other: Mapping[str, str]) -> bool:
+    """Whether two records name the same corpora, but for some that one of them has in addition (a run may grow)."""
+    shared = set(one) & set(other)
+    return shared in (set(one), set(other)) and all(one[name] == other[name] for name in shared)
 
 
 def owner_of(record: RunRecord) -> Owner:

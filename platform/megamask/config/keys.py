@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from megamask.config.schema.field import Setting
 
-Base = Literal["int", "float", "bool", "str", "list", "entries", "dict"]
+Base = Literal["int", "float", "bool", "str", "list", "entries", "stages", "dict"]
 
 _WORDS: dict[Base, str] = {
     "int": "an integer",
@@ -22,6 +22,7 @@ _WORDS: dict[Base, str] = {
     "str": "a string",
     "list": "a list of strings",
     "entries": "a list of strings and mappings of names to strings",
+    "stages": "a list of mappings {until_tokens: INTEGER, weights: {NAME: NUMBER}, max_epochs: {NAME: NUMBER}}",
     "dict": "a mapping of names to strings",
 }
 _CLOSE_ENOUGH = 0.6
@@ -53,9 +54,12 @@ class Key:
     @property
     def type_name(self) -> str:
         """The type as the schema writes it, as "int | None"."""
-        name = {"list": "list[str]", "entries": "list[str | dict[str, str]]", "dict": "dict[str, str]"}.get(
-            self.base, self.base
-        )
+        name = {
+            "list": "list[str]",
+            "entries": "list[str | dict[str, str]]",
+            "stages": "list[dict[str, Any]]",
+            "dict": "dict[str, str]",
+        }.get(self.base, self.base)
         return f"{name} | None" if self.is_optional else name
 
     @property
@@ -155,6 +159,8 @@ def _parse_annotation(annotation: Any) -> tuple[Base, bool]:
         return "list", False
     if annotation == list[str | dict[str, str]]:
         return "entries", False
+    if annotation == list[dict[str, Any]]:
+        return "stages", False
     if annotation == dict[str, str]:
         return "dict", False
     raise TypeError(f"settings of type {annotation} are not supported")

@@ -148,6 +148,32 @@ def _entries(node: Node) -> list[str | dict[str, str]]:
     ]
 
 
+def _stages(node: Node) -> list[dict[str, Any]]:
+    if not isinstance(node, SequenceNode) or not all(isinstance(item, MappingNode) for item in node.value):
+        raise _WrongType("write a list, as [{until_tokens: 1000000, weights: {a: 1, b: 3}}, {weights: {a: 1}}]")
+    return [_stage(item) for item in node.value]
+
+
+def _stage(node: Node) -> dict[str, Any]:
+    stage: dict[str, Any] = {}
+    for name, _, child in entries_of(node):
+        if name == "until_tokens":
+            stage[name] = _integer(child)
+        elif name in ("weights", "max_epochs") and isinstance(child, MappingNode):
+            stage[name] = {source: _share(number) for source, _, number in entries_of(child)}
+        else:
+            raise _WrongType(
+                f"a stage has until_tokens, weights and max_epochs, of which {name} is not one as it stands"
+            )
+    return stage
+
+
+def _share(node: Node) -> int | float:
+    """A number as it is written: 1 stays an integer."""
+    value = value_of_node(node)
+    return value if isinstance(value, int) and not isinstance(value, bool) else _number(node)
+
+
 def _mapping(node: Node) -> dict[str, str]:
     if not isinstance(node, MappingNode):
         raise _WrongType("write a mapping of names, as {main: folder}")
@@ -169,6 +195,7 @@ _CONVERTERS = {
     "str": _string,
     "list": _list,
     "entries": _entries,
+    "stages": _stages,
     "dict": _mapping,
 }
 
@@ -177,7 +204,7 @@ def _strings(value: Any) -> list[str]:
     if isinstance(value, str):
         return [value]
     if isinstance(value, dict):
-        return list(value.values())
+        return [text for item in value.values() for text in _strings(item)]
     return [text for item in value for text in _strings(item)] if isinstance(value, list) else []
 
 

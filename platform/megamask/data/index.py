@@ -51,6 +51,7 @@ HEADER_BYTES = 64
 DOCS_COLUMNS = 3
 DOCS_ENTRY_BYTES = 8 * DOCS_COLUMNS
 
+_PLACES = ("tokens_offset", "tokens_bytes", "docs_offset", "docs_bytes")
 _HEADER = struct.Struct("<8sIIQQQQIIII")
 BLOCK_DTYPE = np.dtype(
     [
@@ -205,17 +206,26 @@ def _check_blocks(index: ShardIndex, num_rows: int, name: str) -> None:
     """A checksum proves the bytes, not their sense: a hostile or buggy writer is caught here."""
     if index.itemsize not in (2, 4) or index.sequence_length < 1:
         raise _damaged(name, f"itemsize {index.itemsize} or sequence length {index.sequence_length} is impossible")
-    end = 0
-    total = 0
-    for number, block in enumerate(index.blocks.tolist()):
-        tokens_offset, tokens_bytes, rows, _, docs_offset, docs_bytes, docs, _ = block
-        if tokens_bytes != rows * index.sequence_length * index.itemsize or docs_bytes != docs * DOCS_ENTRY_BYTES:
-            raise _damaged(name, f"block {index.first_block + number} has sizes that do not fit its counts")
-        is_inside = end <= tokens_offset and tokens_offset + tokens_bytes <= docs_offset
-        if rows < 1 or not is_inside or docs_offset + docs_bytes > index.shard_bytes:
-            raise _damaged(name, f"block {index.first_block + number} lies outside the shard or over another block")
-        end = docs_offset + docs_bytes
-        total += rows
+    blocks = index.blocks
+    tokens, docs = blocks["tokens_offset"], blocks["docs_offset"]
+    tokens_bytes, docs_bytes, rows = blocks["tokens_bytes"], blocks["docs_bytes"], blocks["rows"].astype(np.uint64)
+    row_bytes = index.sequence_length * index.itemsize
+    # Below 2^62 no sum of two of them wraps; a block with a larger one is wrong in any case.
+    is_small = np.all([blocks[field] < np.uint64(1 << 62) for field in _PLACES], axis=0)
+    ends = np.concatenate([np.zeros(1, np.uint64), docs + docs_bytes])
+    is_sized = (tokens_bytes == rows * np.uint64(row_bytes)) & (
+        docs_bytes == blocks["docs"].astype(np.uint64) * np.uint64(DOCS_ENTRY_BYTES)
+    )
+    is_inside = is_small & (rows >= 1) & (ends[:-1] <= tokens) & (tokens + tokens_bytes <= docs)
+    is_inside &= ends[1:] <= np.uint64(index.shard_bytes)
+    for is_right, what in (
+        (is_sized, "has sizes that do not fit its counts"),
+        (is_inside, "lies outside the shard or over another block"),
+    ):
+        wrong = np.flatnonzero(~is_right)
+        if len(wrong):
+            raise _damaged(name, f"block {index.first_block + int(wrong[0])} {what}")
+    total = int(rows.sum())
     if total != num_rows:
         raise _damaged(name, f"the blocks hold {total} rows, the header says {num_rows}")
 

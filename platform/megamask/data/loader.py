@@ -1,4 +1,4 @@
-"""Batches of a run: the rows that the order law names, read, checked and widened to int64.
+"""Batches of a run: the rows that the order law names, read and checked.
 
 The batch of a step is the sample indices first, ..., first + B - 1; each rank asks for the members that its
 coordinate computes. Nothing here knows of ranks or processes, and nothing is carried from batch to batch.
@@ -7,21 +7,23 @@ coordinate computes. Nothing here knows of ranks or processes, and nothing is ca
 from __future__ import annotations
 
 import threading
+from collections import deque
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property
-from pathlib import Path
+from itertools import repeat
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from megamask.config.schema.data import DataConfig
 from megamask.data.content import add_content, content_hash
-from megamask.data.manifest import open_corpus
-from megamask.data.order import SourceOrder, order_key
-from megamask.data.reader import Row, SplitReader
+from megamask.data.mixture import Mixture, stages_of
+from megamask.data.quarantine import quarantined_rows
+from megamask.data.reader import Row, RowBatch
 from megamask.data.roles import answered
+from megamask.data.source import Source
 from megamask.data.tokenizer import CorpusTokenizer
 from megamask.diffusion.spindle import token_information
 from megamask.errors import UsageError
@@ -33,7 +35,7 @@ _INFORMATION_ROWS = 4096
 class Batch:
     """One rank's share of a global batch; b members, L tokens each, in the order the members were given."""
 
-    tokens: torch.Tensor  # int64 [b, L], clean ids, padding included
+    tokens: torch.Tensor  # uint16 or uint32 [b, L] as stored, clean ids, padding included; widened on the device
     is_eligible: torch.Tensor  # bool [b, L]: every real token, end-of-document included; not padding
     sample_index: torch.Tensor  # int64 [b], global
     batch_position: torch.Tensor  # int64 [b], position j in the global batch
@@ -52,71 +54,84 @@ class Loader:
     """Reads what a run trains on; usable with and without torch.distributed.
 
     Args:
-        corpora: name -> folder of a prepared corpus; exactly one for now.
-        data: seed and window of the order.
-        sequence_length: tokens of a row (`training.sequence_length`); must be the corpus' own.
+        corpora: name -> folder of a prepared corpus; several are mixed as `data.mixture` says.
+        data: seed and window of the order, mixture, quarantine.
+        sequence_length: tokens of a row (`training.sequence_length`); must be the corpora's own.
         split: which split to read.
 
+    Attributes:
+        sources: by name, in the order of `corpora`.
+        mixture: which source and draw each sample index has.
+
     Raises:
-        UsageError: no such folder, not a corpus, another sequence length, no such split, more than one corpus.
-        DataIntegrityError: the corpus is damaged.
+        UsageError: no such folder, not a corpus, another sequence length, no such split, corpora of different
+            tokenizers or without a mixture, a quarantined row that does not exist.
+        DataIntegrityError: a corpus is damaged.
     """
 
     def __init__(
         self, corpora: Mapping[str, str], data: DataConfig, sequence_length: int, split: str = "train"
     ) -> None:
-        if len(corpora) != 1:
+        if not corpora or (len(corpora) > 1 and not data.mixture):
             raise UsageError(
-                f"data.corpora has {len(corpora)} entries ({', '.join(corpora) or 'none'}); "
-                "mixtures are not built. No batch was read.",
-                hint="give one entry under data.corpora",
+                f"data.corpora has {len(corpora)} entries ({', '.join(corpora) or 'none'}) and data.mixture has "
+                f"{len(data.mixture)} stages. No batch was read.",
+                hint="give one entry under data.corpora, or weights for each in data.mixture",
             )
-        [(self.source, folder)] = corpora.items()
-        self.folder = Path(folder)
         self.sequence_length = sequence_length
-        self.manifest = open_corpus(self.folder, f"data.corpora.{self.source}")
-        if self.manifest.sequence_length != sequence_length:
-            raise UsageError(
-                f"training.sequence_length is {sequence_length}, but the rows of data.corpora.{self.source} "
-                f"({self.folder}) have {self.manifest.sequence_length} tokens. No batch was read.",
-                hint=f"set training.sequence_length={self.manifest.sequence_length}, or prepare the corpus again",
-            )
-        if split not in self.manifest.splits or self.manifest.splits[split].num_rows == 0:
-            raise UsageError(
-                f"data.corpora.{self.source} ({self.folder}) has no split {split!r} with rows; "
-                f"it has: {', '.join(sorted(self.manifest.splits))}. No batch was read.",
-                hint="prepare the corpus with documents for that split (corpus.validation_fraction)",
-            )
+        self.sources = {name: Source(name, folder, data, sequence_length, split) for name, folder in corpora.items()}
+        self._by_number = list(self.sources.values())
+        _refuse_other_tokenizers(self._by_number)
+        first = self._by_number[0]
+        self.source, self.folder, self.manifest = first.name, first.folder, first.manifest
+        self.corpus_ids = {name: source.manifest.corpus_id for name, source in self.sources.items()}
+        stages = stages_of(data.mixture, list(corpora), sequence_length)
+        self.mixture = Mixture(list(corpora), stages, data.seed)
+        self._accounts = Mixture(list(corpora), stages, data.seed)  # for the training thread, which waits for no lock
+        self.quarantined = quarantined_rows(data.quarantine, self.sources) if split == "train" else {}
         self._scores_answers = data.score == "answers"
-        if self._scores_answers and "chat_template_sha256" not in self.manifest.content["options"]:
-            raise UsageError(
-                f"data.score is answers, but data.corpora.{self.source} ({self.folder}) holds no conversations. "
-                "No batch was read.",
-                hint="set data.score=all, or prepare the corpus from inputs of the format messages",
-            )
-        self.source_digest = self.manifest.source_digest(split)
-        self.corpus_ids = {self.source: self.manifest.corpus_id}
-        self._reader = SplitReader(self.folder, self.manifest, split)
-        key = order_key(data.seed, self.source_digest, split)
-        self._order = SourceOrder(self._reader.block_rows, key=key, window_blocks=data.shuffle_window_blocks)
+        for name, source in self.sources.items():
+            if self._scores_answers and "chat_template_sha256" not in source.manifest.content["options"]:
+                raise UsageError(
+                    f"data.score is answers, but data.corpora.{name} ({source.location}) holds no conversations. "
+                    "No batch was read.",
+                    hint="set data.score=all, or prepare the corpus from inputs of the format messages",
+                )
         self._lock = threading.Lock()  # order and reader serve one thread at a time
         self._thread: ThreadPoolExecutor | None = None
-        self._pending: tuple[_Share, Future[Batch]] | None = None
+        self._pending: deque[tuple[_Share, Future[Batch]]] = deque()
 
-    @cached_property
+    @property
+    def source_digest(self) -> str:
+        """Digest of the first source's split."""
+        return self._by_number[0].digest
+
+    @property
     def tokenizer(self) -> CorpusTokenizer:
-        """The tokenizer that made the corpus."""
-        return CorpusTokenizer.load(self.folder / "tokenizer")
+        """The tokenizer that made the corpora."""
+        return self._by_number[0].tokenizer
 
     @property
     def num_rows(self) -> int:
-        """Rows of one epoch."""
-        return self._order.num_rows
+        """Rows of one epoch of every source together."""
+        return sum(source.order.num_rows for source in self._by_number)
 
     def rows(self, first_index: int, count: int) -> list[tuple[str, int]]:
         """(source, row) of the sample indices first_index, ..., first_index + count - 1; reads nothing."""
         with self._lock:
-            return [(self.source, int(row)) for row in self._order.rows(first_index, count)]
+            numbers, rows = self._rows(first_index, count)
+        names = [source.name for source in self._by_number]
+        return [(names[number], row) for number, row in zip(numbers.tolist(), rows.tolist(), strict=True)]
+
+    def _rows(self, first_index: int, count: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """Numbers of the sources, and rows, of consecutive sample indices: two int64 arrays [count]."""
+        numbers, draws = self.mixture.draws(first_index, count)
+        rows = np.empty(count, dtype=np.int64)
+        for number in np.unique(numbers).tolist():
+            is_here = numbers == number
+            own = draws[is_here]  # consecutive, because the indices are
+            rows[is_here] = self._by_number[number].order.rows(int(own[0]), len(own))
+        return numbers, rows
 
     def read(self, source: str, row: int) -> Row:
         """One checked row of a source.
@@ -125,10 +140,20 @@ class Loader:
             UsageError: no such source or row.
             DataIntegrityError: the row is damaged.
         """
-        if source != self.source:
-            raise UsageError(f"no source {source!r} under data.corpora; allowed: {self.source}. No row was read.")
+        if source not in self.sources:
+            names = ", ".join(self.sources)
+            raise UsageError(f"no source {source!r} under data.corpora; allowed: {names}. No row was read.")
         with self._lock:
-            return self._reader.read(row)
+            return self._read_rows(self.sources[source], np.array([row], dtype=np.int64)).row(0)
+
+    def consumed(self, num_samples: int) -> dict[str, int]:
+        """Samples of each source among the first `num_samples` of the run."""
+        return self._accounts.consumed(num_samples)
+
+    def content_hash(self, index: int, source: str, row: int, content: Row) -> int:
+        """A sample's part of its batch's content digest."""
+        digest = self.sources[source].digest
+        return content_hash(index, digest, row, content.tokens_crc32c, content.documents_crc32c)
 
     def token_information(self) -> torch.Tensor:
         """Information of each id of the vocabulary, from the first rows of the split in stored order: int64 [V].
@@ -146,7 +171,7 @@ class Loader:
         tokens = np.stack([row.tokens for row in rows]) if rows else np.empty((0, self.sequence_length))
         is_eligible = torch.from_numpy(tokens.astype(np.int64)) != self.manifest.pad_token_id
         if self._scores_answers and rows:
-            answers = np.stack([answered(row.documents, self.sequence_length) for row in rows])
+            answers = np.stack([_answers(row.documents, self.sequence_length) for row in rows])
             is_eligible &= torch.from_numpy(answers)
         return is_eligible
 
@@ -163,31 +188,34 @@ class Loader:
             ValueError: a member lies outside the batch.
         """
         share = _share(first_index, global_batch_size, members)
-        pending, self._pending = self._pending, None
-        if pending is not None:
-            if pending[0] == share:
-                return pending[1].result()
-            pending[1].exception()  # waits; what was not asked for, its error included, is nobody's business
+        while self._pending:
+            ahead, batch = self._pending.popleft()
+            if ahead == share:
+                return batch.result()
+            batch.exception()  # waits; an error of a share that was not asked for is dropped with it
         return self._read_share(share)
 
     def prefetch(self, first_index: int, global_batch_size: int, members: Sequence[int]) -> None:
-        """Begins to read a share on a thread; `batch` with the same arguments then returns it, or raises its error."""
+        """Begin to read a share on a thread; `batch` with the same arguments then returns it, or raises its error.
+
+        Shares are read in the order of the calls, and `batch` takes them in that order: asking for another one drops
+        those before it. The caller bounds how many wait; each takes its rows' bytes in the stored type.
+        """
         share = _share(first_index, global_batch_size, members)
-        if self._pending is not None:
-            if self._pending[0] == share:
-                return
-            self._pending[1].exception()
+        if any(ahead == share for ahead, _ in self._pending):
+            return
         if self._thread is None:
             self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="megamask-loader")
-        self._pending = (share, self._thread.submit(self._read_share, share))
+        self._pending.append((share, self._thread.submit(self._read_share, share, announce=True)))
 
     def close(self) -> None:
         """Joins the thread and closes the shards; a second call does nothing."""
         if self._thread is not None:
             self._thread.shutdown(wait=True, cancel_futures=True)
             self._thread = None
-        self._pending = None
-        self._reader.close()
+        self._pending.clear()
+        for source in self._by_number:
+            source.reader.close()
 
     def __enter__(self) -> Loader:
         return self
@@ -195,27 +223,68 @@ class Loader:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _read_share(self, share: _Share) -> Batch:
+    def _read_share(self, share: _Share, *, announce: bool = False) -> Batch:
+        places = np.array(share.members, dtype=np.int64)
         with self._lock:
-            of_batch = self._order.rows(share.first_index, share.global_batch_size)
-            rows = [int(of_batch[place]) for place in share.members]
-            self._reader.will_need(rows)
-            read = [self._reader.read(row) for row in rows]
-        indices = [share.first_index + place for place in share.members]
-        stored = np.stack([row.tokens for row in read]) if read else np.empty((0, self.sequence_length))
-        tokens = torch.from_numpy(stored.astype(np.int64))
-        hashes = (
-            content_hash(index, self.source_digest, row, content.tokens_crc32c, content.documents_crc32c)
-            for index, row, content in zip(indices, rows, read, strict=True)
-        )
+            numbers, rows = (values[places] for values in self._rows(share.first_index, share.global_batch_size))
+            tokens = np.empty((len(places), self.sequence_length), dtype=self.manifest.dtype)
+            is_eligible = np.ones(tokens.shape, dtype=np.bool_)
+            hashes: list[int] = []
+            for number in np.unique(numbers).tolist():
+                source, mine = self._by_number[number], np.flatnonzero(numbers == number)
+                if announce:
+                    source.reader.will_need(self._readable(source, rows[mine]))
+                read = self._read_rows(source, rows[mine])
+                tokens[mine] = read.tokens
+                if self._scores_answers:
+                    is_eligible[mine] = [_answers(pairs, self.sequence_length) for pairs in read.documents]
+                hashes += map(
+                    content_hash,
+                    (share.first_index + places[mine]).tolist(),
+                    repeat(source.digest),
+                    rows[mine].tolist(),
+                    read.tokens_crc32c,
+                    read.documents_crc32c,
+                )
+        is_eligible &= tokens != self.manifest.pad_token_id
+        names = [source.name for source in self._by_number]
         return Batch(
-            tokens=tokens,
-            is_eligible=self.eligible(read),
-            sample_index=torch.tensor(indices, dtype=torch.int64),
-            batch_position=torch.tensor(share.members, dtype=torch.int64),
-            rows=[(self.source, row) for row in rows],
+            tokens=torch.from_numpy(tokens),
+            is_eligible=torch.from_numpy(is_eligible),
+            sample_index=torch.from_numpy(share.first_index + places),
+            batch_position=torch.from_numpy(places),
+            rows=[(names[number], row) for number, row in zip(numbers.tolist(), rows.tolist(), strict=True)],
             content_sum=add_content(*hashes),
         )
+
+    def _readable(self, source: Source, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """The rows that are not quarantined."""
+        excluded = self.quarantined.get(source.name)
+        return rows if excluded is None else rows[~np.isin(rows, excluded)]
+
+    def _read_rows(self, source: Source, rows: npt.NDArray[np.int64]) -> RowBatch:
+        """Rows of a source; a quarantined one is not read: it is all padding, without documents, checksums 0."""
+        excluded = self.quarantined.get(source.name)
+        if excluded is None or not np.isin(rows, excluded).any():
+            return source.reader.read_rows(rows)
+        read = source.reader.read_rows(self._readable(source, rows))
+        return read.spread(~np.isin(rows, excluded), fill=self.manifest.pad_token_id)
+
+
+def _answers(documents: npt.NDArray[np.int64], length: int) -> npt.NDArray[np.bool_]:
+    """The tokens of a row that are part of an answer; a quarantined row has no documents and none."""
+    return answered(documents, length) if len(documents) else np.zeros(length, dtype=np.bool_)
+
+
+def _refuse_other_tokenizers(sources: Sequence[Source]) -> None:
+    """Ids mean the same in every source."""
+    for source in sources[1:]:
+        if source.manifest.tokenizer_digest != sources[0].manifest.tokenizer_digest:
+            raise UsageError(
+                f"data.corpora.{source.name} has tokenizer {source.manifest.tokenizer_digest}, "
+                f"data.corpora.{sources[0].name} has {sources[0].manifest.tokenizer_digest}. No batch was read.",
+                hint="prepare the corpora with the same corpus.tokenizer.path",
+            )
 
 
 def _share(first_index: int, global_batch_size: int, members: Sequence[int]) -> _Share:

@@ -23,15 +23,19 @@ class LeastRecentlyUsed(Generic[K, V]):
         self._on_drop = on_drop
         self._values: OrderedDict[K, V] = OrderedDict()
 
+    def __contains__(self, key: K) -> bool:
+        return key in self._values
+
     def __len__(self) -> int:
         return len(self._values)
 
-    def get(self, key: K, make: Callable[[], V]) -> V:
+    def get(self, key: K, make: Callable[[K], V]) -> V:
         """The value of a key; made now when it is not there. An error while making it leaves the cache as it was."""
-        if key in self._values:
-            self._values.move_to_end(key)
-            return self._values[key]
-        value = make()
+        values = self._values
+        if key in values:
+            values.move_to_end(key)
+            return values[key]
+        value = make(key)
         self._values[key] = value
         while len(self._values) > self._limit:
             self._drop(self._values.popitem(last=False)[1])

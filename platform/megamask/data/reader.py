@@ -1,14 +1,16 @@
-"""Rows of a corpus by number: one pread through the index, and never a row that fails its checksum.
+"""Rows of a corpus by number: read in batches through the index, and never a row that fails its checksum.
 
-At open every index is checked against the manifest and every shard's size; on every read the row's crc32c and the
-crc32c of its block's document table. Damage raises, naming shard, member and row; nothing is skipped or replaced.
+A shard's index is read when a row of the shard is first wanted and compared with the manifest's digest; so is the
+shard's size. On every read the row's crc32c and the crc32c of its block's document table are checked. Damage raises,
+naming shard, member and row; nothing is skipped or replaced.
+
+Shapes: n rows, L tokens of a row, k documents of a row.
 """
 
 from __future__ import annotations
 
-import os
-import stat
-from collections.abc import Iterable
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,18 +19,21 @@ import numpy as np
 import numpy.typing as npt
 from crc32c import crc32c
 
-from megamask.data.content import documents_checksum
+from megamask.data.block_rows import block_rows
 from megamask.data.index import DOCS_COLUMNS, ShardIndex, block_name, index_bytes
 from megamask.data.lru import LeastRecentlyUsed
 from megamask.data.manifest import Manifest, ShardEntry
+from megamask.data.remote import RemoteCorpus, RemoteShards
+from megamask.data.shard_files import ShardFiles, missing, not_plain
 from megamask.errors import DataIntegrityError
 from megamask.storage.durable import storage_errors
 from megamask.storage.hashing import sha256_bytes
-from megamask.storage.plain_files import NotPlainError, open_plain, read_plain
+from megamask.storage.plain_files import NotPlainError, read_plain
 
-_OPEN_SHARDS = 128  # file descriptors
-_LOADED_INDEXES = 256  # about 80 KiB each with the default shard shape
-_LOADED_DOCUMENTS = 256  # blocks
+Int64Array = npt.NDArray[np.int64]
+
+_MORE_THAN_A_WINDOW = 192  # a batch may reach into the next window
+_NO_DOCUMENTS = np.empty((0, 2), dtype=np.int64)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,26 +42,48 @@ class Row:
 
     Args:
         tokens: [L] in the stored type (little-endian uint16 or uint32).
-        documents: int64 [n, 2]: (start, document number) of each document with tokens in the row; start 0 also where
+        documents: int64 [k, 2]: (start, document number) of each document with tokens in the row; start 0 also where
             the document began in an earlier row.
         tokens_crc32c: of the tokens' bytes as they were read.
         documents_crc32c: of the pairs as little-endian int64, computed from what was read.
     """
 
     tokens: npt.NDArray[Any]
-    documents: npt.NDArray[np.int64]
+    documents: Int64Array
     tokens_crc32c: int
     documents_crc32c: int
 
 
 @dataclass(frozen=True, kw_only=True)
-class RowLocation:
-    """Where a row lies: its shard, its shard block, and its number in each of them."""
+class RowBatch:
+    """Rows as they were read, in the order asked for: tokens [n, L] and a list entry a row; fields as of `Row`."""
 
-    shard: int
-    block: int  # in the shard
-    row: int  # in the block
-    row_of_shard: int
+    tokens: npt.NDArray[Any]
+    documents: list[Int64Array]
+    tokens_crc32c: list[int]
+    documents_crc32c: list[int]
+
+    def row(self, place: int) -> Row:
+        """One of the rows."""
+        return Row(
+            tokens=self.tokens[place],
+            documents=self.documents[place],
+            tokens_crc32c=self.tokens_crc32c[place],
+            documents_crc32c=self.documents_crc32c[place],
+        )
+
+    def spread(self, is_read: npt.NDArray[np.bool_], *, fill: int) -> RowBatch:
+        """These rows at the places of a mask bool [n]; at the others rows of one id, without documents, checksums 0."""
+        tokens = np.full((len(is_read), self.tokens.shape[1]), fill, dtype=self.tokens.dtype)
+        tokens[is_read] = self.tokens
+        own = iter(range(len(self.documents)))
+        places = [next(own) if read else None for read in is_read.tolist()]
+        return RowBatch(
+            tokens=tokens,
+            documents=[_NO_DOCUMENTS if place is None else self.documents[place] for place in places],
+            tokens_crc32c=[0 if place is None else self.tokens_crc32c[place] for place in places],
+            documents_crc32c=[0 if place is None else self.documents_crc32c[place] for place in places],
+        )
 
 
 class SplitReader:
@@ -66,31 +93,43 @@ class SplitReader:
         corpus_dir: the corpus folder.
         manifest: its manifest.
         split: "train" or "validation".
+        window_blocks: blocks that rows are read from in turn; the document tables, and the indexes, of as many and
+            some more are kept: about 20 KiB a table, and 80 KiB an index with the default shard shape.
+        remote: where the shards are, of a corpus in an object store; `corpus_dir` is its local copy then.
 
     Raises:
         UsageError: the corpus has no such split.
-        DataIntegrityError: an index is damaged or a shard is missing or has another size.
+        DataIntegrityError: a shard is missing, or an index that had to be read is damaged.
     """
 
-    def __init__(self, corpus_dir: str | Path, manifest: Manifest, split: str) -> None:
+    def __init__(
+        self,
+        corpus_dir: str | Path,
+        manifest: Manifest,
+        split: str,
+        *,
+        window_blocks: int = 64,
+        remote: RemoteCorpus | None = None,
+    ) -> None:
         self._folder = Path(corpus_dir)
         self._manifest = manifest
         self._split = split
         self._shards = manifest.split(split).shards
-        self._itemsize = manifest.dtype.itemsize
-        self._row_bytes = manifest.sequence_length * self._itemsize
-        self._indexes: LeastRecentlyUsed[int, _LoadedIndex] = LeastRecentlyUsed(_LOADED_INDEXES)
-        self._descriptors: LeastRecentlyUsed[int, int] = LeastRecentlyUsed(_OPEN_SHARDS, on_drop=os.close)
-        self._documents: LeastRecentlyUsed[tuple[int, int], npt.NDArray[np.int64]] = LeastRecentlyUsed(
-            _LOADED_DOCUMENTS
+        self._row_bytes = manifest.sequence_length * manifest.dtype.itemsize
+        self._remote = remote
+        self._files: ShardFiles | RemoteShards = (
+            ShardFiles(self._folder, self._shards) if remote is None else remote.shard_files(self._shards, self._index)
+        )
+        self._indexes: LeastRecentlyUsed[int, ShardIndex] = LeastRecentlyUsed(window_blocks + _MORE_THAN_A_WINDOW)
+        self._documents: LeastRecentlyUsed[int, _BlockDocuments] = LeastRecentlyUsed(
+            window_blocks + _MORE_THAN_A_WINDOW
         )
         self._first_row = _starts([entry.rows for entry in self._shards])
         self._first_block = _starts([entry.blocks for entry in self._shards])
-        block_rows = [np.empty(0, np.int64)]
-        for shard, entry in enumerate(self._shards):
-            self._check_size(entry, self._stat_size(entry))
-            block_rows.append(self._index(shard).index.blocks["rows"].astype(np.int64))
-        self.block_rows: npt.NDArray[np.int64] = np.concatenate(block_rows)
+        self.block_rows: Int64Array = block_rows(
+            manifest, split, lambda shard: self._load_index(shard).blocks["rows"].astype(np.int64)
+        )
+        self._first_row_of_block = _starts(self.block_rows)
 
     @property
     def num_rows(self) -> int:
@@ -98,141 +137,188 @@ class SplitReader:
         return int(self._first_row[-1])
 
     def read(self, row: int) -> Row:
-        """The row of a number (0-based, through the shards in name order), checked.
+        """The row of a number (0-based, through the shards in name order), checked; raises as `read_rows`."""
+        return self.read_rows([row]).row(0)
+
+    def read_rows(self, rows: Sequence[int] | Int64Array) -> RowBatch:
+        """Rows by number, checked: read in the order of the files, returned in the order given.
 
         Raises:
             IndexError: the split has no such row.
-            DataIntegrityError: the row or its document table is damaged.
+            DataIntegrityError: a row or its document table is damaged, or the index of its shard.
             StorageError: the device does not answer.
         """
-        place = self._locate(row)
-        index = self._index(place.shard).index
-        offset = int(index.blocks["tokens_offset"][place.block]) + place.row * self._row_bytes
-        data = self._pread(place.shard, offset, self._row_bytes)
-        found, expected = int(crc32c(data)), int(index.row_crc32c[place.row_of_shard])
-        if found != expected or len(data) != self._row_bytes:
-            where = f"row {place.row} of the block (row {row} of split {self._split})"
-            raise self._damaged(place, "tokens", where, found, expected)
-        table = self._documents.get((place.shard, place.block), lambda: self._read_documents(place))
-        documents = np.ascontiguousarray(table[table[:, 0] == place.row, 1:])
-        return Row(
-            tokens=np.frombuffer(data, dtype=self._manifest.dtype),
-            documents=documents,
-            tokens_crc32c=found,
-            documents_crc32c=documents_checksum(documents),
-        )
+        places = self._locate(rows)
+        count = len(places.order)
+        tokens = np.empty((count, self._manifest.sequence_length), dtype=self._manifest.dtype)
+        views, order = _views(tokens), places.order.tolist()
+        expected = np.empty(count, dtype=np.uint32)
+        for shard, first, end, offsets in self._spans(places):
+            expected[first:end] = self._index(shard).row_crc32c[places.of_shard[first:end]]
+            num_read = self._files.read_spans(shard, offsets, [views[member] for member in order[first:end]])
+            if num_read < end - first:
+                raise self._cut_off(int(places.blocks[first + num_read]), offsets[num_read])
+        checksums = [crc32c(view) for view in views]
+        found = np.array(checksums, dtype=np.uint32)[places.order]
+        if (found != expected).any():
+            raise self._damaged_row(places, found, expected)
+        documents: list[Int64Array] = [_NO_DOCUMENTS] * count
+        documents_crc32c = [0] * count
+        get = self._documents.get
+        for member, block, row in zip(order, places.blocks.tolist(), places.in_block.tolist(), strict=True):
+            table = get(block, self._read_documents)
+            documents[member] = table.pairs[row]
+            documents_crc32c[member] = table.crc32c[row]
+        return RowBatch(tokens=tokens, documents=documents, tokens_crc32c=checksums, documents_crc32c=documents_crc32c)
 
     def will_need(self, rows: Iterable[int]) -> None:
-        """Tells the system which rows are read next, so that it fetches them all at once; reads nothing itself."""
-        if not hasattr(os, "posix_fadvise"):
-            return
-        for row in rows:
-            place = self._locate(row)
-            blocks = self._index(place.shard).index.blocks
-            offset = int(blocks["tokens_offset"][place.block]) + place.row * self._row_bytes
-            with storage_errors(f"reading {self._path(place.shard)}"):
-                os.posix_fadvise(self._descriptor(place.shard), offset, self._row_bytes, os.POSIX_FADV_WILLNEED)
+        """Announce rows that are read soon, so that the system fetches them all at once; reads no row itself."""
+        for shard, _, _, offsets in self._spans(self._locate(list(rows))):
+            for offset in offsets:
+                self._files.will_need(shard, offset, self._row_bytes)
 
     def close(self) -> None:
-        """Closes the shards; a later read opens them again."""
-        self._descriptors.clear()
+        """Close the shards; a later read opens them again."""
+        self._files.close()
 
-    def _locate(self, row: int) -> RowLocation:
-        if not 0 <= row < self.num_rows:
-            raise IndexError(f"row {row} of split {self._split}, which has {self.num_rows} rows")
-        shard = int(np.searchsorted(self._first_row, row, side="right")) - 1
-        row_of_shard = row - int(self._first_row[shard])
-        first_rows = self._index(shard).first_rows
-        block = int(np.searchsorted(first_rows, row_of_shard, side="right")) - 1
-        return RowLocation(
-            shard=shard, block=block, row=row_of_shard - int(first_rows[block]), row_of_shard=row_of_shard
+    def _locate(self, rows: Sequence[int] | Int64Array) -> _Places:
+        wanted = np.asarray(rows, dtype=np.int64)
+        if len(wanted) and not 0 <= int(wanted.min()) <= int(wanted.max()) < self.num_rows:
+            outside = wanted[(wanted < 0) | (wanted >= self.num_rows)]
+            raise IndexError(f"row {outside[0]} of split {self._split}, which has {self.num_rows} rows")
+        order = wanted.argsort(kind="stable")
+        ordered = wanted[order]
+        blocks = self._first_row_of_block.searchsorted(ordered, "right") - 1
+        shards = self._first_block.searchsorted(blocks, "right") - 1
+        return _Places(
+            order=order,
+            rows=ordered,
+            shards=shards,
+            blocks=blocks,
+            in_block=ordered - self._first_row_of_block[blocks],
+            of_shard=ordered - self._first_row[shards],
         )
 
-    def _read_documents(self, place: RowLocation) -> npt.NDArray[np.int64]:
-        record = self._index(place.shard).index.blocks[place.block]
+    def _spans(self, places: _Places) -> Iterator[tuple[int, int, int, list[int]]]:
+        """For each shard that has wanted rows: its number, where its rows begin and end in `places`, their offsets."""
+        cuts = (np.flatnonzero(places.shards[1:] != places.shards[:-1]) + 1).tolist()
+        bounds = [0, *cuts, len(places.shards)] if len(places.shards) else [0]
+        for first, end in itertools.pairwise(bounds):
+            shard = int(places.shards[first])
+            begins = self._index(shard).blocks["tokens_offset"]
+            own = begins[places.blocks[first:end] - self._first_block[shard]].astype(np.int64)
+            yield shard, first, end, (own + places.in_block[first:end] * self._row_bytes).tolist()
+
+    def _cut_off(self, block: int, offset: int) -> DataIntegrityError:
+        shard = int(self._first_block.searchsorted(block, "right")) - 1
+        return DataIntegrityError(
+            f"{self._files.path(shard)}: member {block_name(block)}.tokens.npy: the file ends within the row at byte "
+            f"{offset}. It was not used.",
+            hint="restore the file or prepare the corpus again",
+        )
+
+    def _damaged_row(
+        self, places: _Places, found: npt.NDArray[np.uint32], expected: npt.NDArray[np.uint32]
+    ) -> DataIntegrityError:
+        """The error of the damaged row that comes first in the batch."""
+        wrong = np.flatnonzero(found != expected)
+        number = int(wrong[np.argmin(places.order[wrong])])
+        shard, block = int(places.shards[number]), int(places.blocks[number])
+        begin = int(self._index(shard).blocks["tokens_offset"][block - int(self._first_block[shard])])
+        where = (
+            f"row {places.in_block[number]} of the block (row {places.rows[number]} of split {self._split}), byte "
+            f"{begin + int(places.in_block[number]) * self._row_bytes}"
+        )
+        return self._damaged(block, "tokens", where, int(found[number]), int(expected[number]))
+
+    def _read_documents(self, block: int) -> _BlockDocuments:
+        shard = int(np.searchsorted(self._first_block, block, side="right")) - 1
+        record = self._index(shard).blocks[block - int(self._first_block[shard])]
         size = int(record["docs_bytes"])
-        data = self._pread(place.shard, int(record["docs_offset"]), size)
+        data = self._files.read(shard, int(record["docs_offset"]), size)
         found, expected = int(crc32c(data)), int(record["docs_crc32c"])
         if found != expected or len(data) != size:
-            raise self._damaged(place, "docs", "the table of the block's documents", found, expected)
-        return np.frombuffer(data, dtype="<i8").reshape(-1, DOCS_COLUMNS).astype(np.int64)
+            where = f"the table of the block's documents, byte {int(record['docs_offset'])}"
+            raise self._damaged(block, "docs", where, found, expected)
+        table = np.frombuffer(data, dtype="<i8").reshape(-1, DOCS_COLUMNS).astype(np.int64)
+        return _BlockDocuments.of(table, int(self.block_rows[block]))
 
-    def _pread(self, shard: int, offset: int, size: int) -> bytes:
-        descriptor = self._descriptor(shard)
-        with storage_errors(f"reading {self._path(shard)}"):
-            data = os.pread(descriptor, size, offset)
-            while 0 < len(data) < size:
-                piece = os.pread(descriptor, size - len(data), offset + len(data))
-                if not piece:
-                    break
-                data += piece
-        return data
+    def _index(self, shard: int) -> ShardIndex:
+        return self._indexes.get(shard, self._load_checked)
 
-    def _descriptor(self, shard: int) -> int:
-        return self._descriptors.get(shard, lambda: self._open(shard))
-
-    def _open(self, shard: int) -> int:
-        path = self._path(shard)
-        try:
-            with storage_errors(f"opening {path}"):
-                descriptor = open_plain(path)
-        except FileNotFoundError:
-            raise _missing(path) from None
-        except NotPlainError as error:
-            raise _not_plain(error) from error
-        try:
-            self._check_size(self._shards[shard], os.fstat(descriptor).st_size)
-        except DataIntegrityError:
-            os.close(descriptor)
-            raise
-        return descriptor
-
-    def _path(self, shard: int) -> Path:
-        return self._folder / self._shards[shard].name
-
-    def _stat_size(self, entry: ShardEntry) -> int:
-        path = self._folder / entry.name
-        try:
-            with storage_errors(f"opening {path}"):
-                status = path.lstat()
-        except (FileNotFoundError, NotADirectoryError):
-            raise _missing(path) from None
-        if not stat.S_ISREG(status.st_mode):
-            raise _not_plain(NotPlainError(f"{path} is a link or no plain file"))
-        return status.st_size
-
-    def _check_size(self, entry: ShardEntry, size: int) -> None:
-        if size != entry.bytes:
+    def _load_checked(self, shard: int) -> ShardIndex:
+        index = self._load_index(shard)
+        first, end = int(self._first_block[shard]), int(self._first_block[shard + 1])
+        if not np.array_equal(index.blocks["rows"], self.block_rows[first:end]):
             raise DataIntegrityError(
-                f"{self._folder / entry.name} has {size} bytes, the manifest says {entry.bytes}. "
-                "No sample of it was used.",
-                hint="restore the file or prepare the corpus again",
+                f"{self._folder / self._shards[shard].index_name}: the rows of its blocks are not those that the "
+                "manifest's counts give. No sample of its shard was used.",
+                hint="prepare the corpus again",
             )
+        return index
 
-    def _index(self, shard: int) -> _LoadedIndex:
-        def load() -> _LoadedIndex:
-            first_block = int(self._first_block[shard])
-            return _LoadedIndex.of(load_index(self._folder, self._manifest, self._shards[shard], first_block))
+    def _load_index(self, shard: int) -> ShardIndex:
+        entry = self._shards[shard]
+        if self._remote is not None:
+            self._remote.copy(entry.index_name, sha256=entry.index_sha256)
+        return load_index(self._folder, self._manifest, self._shards[shard], int(self._first_block[shard]))
 
-        return self._indexes.get(shard, load)
-
-    def _damaged(self, place: RowLocation, kind: str, what: str, found: int, expected: int) -> DataIntegrityError:
-        block = int(self._first_block[place.shard]) + place.block
+    def _damaged(self, block: int, kind: str, what: str, found: int, expected: int) -> DataIntegrityError:
+        shard = int(np.searchsorted(self._first_block, block, side="right")) - 1
         return DataIntegrityError(
-            f"{self._path(place.shard)}: member {block_name(block)}.{kind}.npy, {what}: "
+            f"{self._files.path(shard)}: member {block_name(block)}.{kind}.npy, {what}: "
             f"crc32c is {found:08x}, the index says {expected:08x}. It was not used.",
             hint="restore the file or prepare the corpus again",
         )
 
 
 @dataclass(frozen=True, kw_only=True)
-class _LoadedIndex:
-    index: ShardIndex
-    first_rows: npt.NDArray[np.int64]
+class _Places:
+    """Where n rows lie, sorted by row; each int64 [n].
+
+    Args:
+        order: place in the batch.
+        rows, blocks: counted through the split.
+        shards: numbers.
+        in_block, of_shard: the row, counted in its block and in its shard.
+    """
+
+    order: Int64Array
+    rows: Int64Array
+    shards: Int64Array
+    blocks: Int64Array
+    in_block: Int64Array
+    of_shard: Int64Array
+
+
+@dataclass(frozen=True, kw_only=True)
+class _BlockDocuments:
+    """The document table of a block: for each row its pairs [k, 2] and their crc32c."""
+
+    pairs: list[Int64Array]
+    crc32c: list[int]
 
     @classmethod
-    def of(cls, index: ShardIndex) -> _LoadedIndex:
-        return cls(index=index, first_rows=index.first_rows())
+    def of(cls, table: Int64Array, num_rows: int) -> _BlockDocuments:
+        """Split a table [n, 3] by row."""
+        if np.any(np.diff(table[:, 0]) < 0):  # checksums hold, so a writer made it so
+            table = table[np.argsort(table[:, 0], kind="stable")]
+        pairs = np.ascontiguousarray(table[:, 1:], dtype="<i8")
+        bounds = np.searchsorted(table[:, 0], np.arange(num_rows + 1)).tolist()
+        data = pairs.data.cast("B") if len(pairs) else memoryview(b"")
+        return cls(
+            pairs=[pairs[first:end] for first, end in itertools.pairwise(bounds)],
+            crc32c=[crc32c(data[16 * first : 16 * end]) for first, end in itertools.pairwise(bounds)],
+        )
+
+
+def _views(tokens: npt.NDArray[Any]) -> list[memoryview]:
+    """The bytes of each row of an array [n, L]."""
+    if not len(tokens):
+        return []
+    size = tokens.itemsize * tokens.shape[1]
+    data = tokens.reshape(-1).view(np.uint8).data
+    return [data[start : start + size] for start in range(0, len(data), size)]
 
 
 def load_index(corpus_dir: Path, manifest: Manifest, entry: ShardEntry, first_block: int) -> ShardIndex:
@@ -252,9 +338,9 @@ def load_index(corpus_dir: Path, manifest: Manifest, entry: ShardEntry, first_bl
         with storage_errors(f"reading {path}"):
             data = read_plain(path, index_bytes(entry.blocks, entry.rows))
     except FileNotFoundError:
-        raise _missing(path) from None
+        raise missing(path) from None
     except NotPlainError as error:
-        raise _not_plain(error) from error
+        raise not_plain(error) from error
     digest = sha256_bytes(data)
     if digest != entry.index_sha256:
         raise DataIntegrityError(
@@ -275,19 +361,5 @@ def load_index(corpus_dir: Path, manifest: Manifest, entry: ShardEntry, first_bl
     return index
 
 
-def _starts(counts: list[int]) -> npt.NDArray[np.int64]:
+def _starts(counts: Sequence[int] | Int64Array) -> npt.NDArray[np.int64]:
     return np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
-
-
-def _missing(path: Path) -> DataIntegrityError:
-    return DataIntegrityError(
-        f"{path} is missing, but the manifest names it. No sample of it was used.",
-        hint="restore the file or prepare the corpus again",
-    )
-
-
-def _not_plain(error: NotPlainError) -> DataIntegrityError:
-    return DataIntegrityError(
-        f"{error}; a corpus holds plain files only. No sample of it was used.",
-        hint="restore the file or prepare the corpus again",
-    )

@@ -21,13 +21,14 @@ import numpy.typing as npt
 from megamask.data.corpus.documents import DOCUMENTS_DIR, DocumentRecord, documents_digest, read_documents
 from megamask.data.corpus.shard import SHARDS_DIR
 from megamask.data.corpus.splits import TRAIN, VALIDATION, choose_validation, split_hash
+from megamask.data.faults import find_faults
 from megamask.data.index import block_name
 from megamask.data.manifest import MANIFEST_NAME, PROVENANCE_NAME, Manifest, provenance_problem
 from megamask.data.manifest_values import odd_record
 from megamask.data.roles import without_roles
 from megamask.data.tokenizer import SPECIAL_TOKENS_NAME, TOKENIZER_DIR, TOKENIZER_NAME, CorpusTokenizer
 from megamask.data.verify_shard import CheckedRowGroup, damage, plain_file_size, verify_shard
-from megamask.errors import MegamaskError, UsageError
+from megamask.errors import DataIntegrityError, MegamaskError, UsageError
 
 Progress = Callable[[int, int], object]
 
@@ -36,14 +37,16 @@ _LISTED_DIRS = (SHARDS_DIR, DOCUMENTS_DIR, TOKENIZER_DIR)
 
 
 def verify_corpus(folder: str | Path, progress: Progress | None = None) -> dict[str, Any]:
-    """Checks a whole corpus and stops at the first damage.
+    """Check every byte of a corpus; the damage that is met first raises.
+
+    The error's `details` have shards, blocks and bytes of the corpus and every damaged place of its shards (`faults`).
 
     Args:
         folder: the corpus.
         progress: called with (rows checked, rows of the corpus) after each block.
 
     Returns:
-        corpus_id, rows, documents, tokens (eligible), shards, ok (true).
+        corpus_id, rows, documents, tokens (eligible), shards, blocks, bytes, faults (none), ok (true).
 
     Raises:
         UsageError: the folder is not a corpus, or a newer version made it.
@@ -54,6 +57,25 @@ def verify_corpus(folder: str | Path, progress: Progress | None = None) -> dict[
     if not folder.is_dir():
         raise UsageError(f"{folder} is not a folder. Nothing was checked.", hint="name a prepared corpus")
     manifest = Manifest.load(folder)
+    try:
+        return _checked(folder, manifest, progress)
+    except DataIntegrityError as error:
+        error.details |= _extent(manifest) | {"faults": [fault.to_json() for fault in find_faults(folder, manifest)]}
+        raise
+
+
+def _extent(manifest: Manifest) -> dict[str, int]:
+    """Shards, blocks and bytes of a corpus."""
+    shards = [entry for split in manifest.splits.values() for entry in split.shards]
+    return {
+        "shards": len(shards),
+        "blocks": sum(entry.blocks for entry in shards),
+        "bytes": sum(entry.bytes for entry in shards),
+    }
+
+
+def _checked(folder: Path, manifest: Manifest, progress: Progress | None) -> dict[str, Any]:
+    """All checks, in the order in which later ones rely on earlier ones."""
     _check_record(folder, manifest)
     _check_names(folder, manifest)
     if problem := provenance_problem(folder / PROVENANCE_NAME, manifest.corpus_id):
@@ -83,7 +105,8 @@ def verify_corpus(folder: str | Path, progress: Progress | None = None) -> dict[
         "rows": num_rows,
         "documents": sum(split.num_documents for split in manifest.splits.values()),
         "tokens": sum(split.num_tokens for split in manifest.splits.values()),
-        "shards": len(shards),
+        **_extent(manifest),
+        "faults": [],
         "ok": True,
     }
 

@@ -197,7 +197,7 @@ def check_same_run(
             hint="resume with the version of megamask that started the run",
         )
     for name, corpus_id in corpora.items():
-        stored = content["corpora"].get(name)
+        stored = content["corpora"].get(name, corpus_id)  # a name that was added later
         if stored != corpus_id:
             raise UsageError(
                 f"data.corpora.{name} is corpus {corpus_id}, but {record.path} was started with {stored}. "

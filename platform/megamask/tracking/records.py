@@ -158,6 +158,7 @@ class Step(JournalRecord):
     global_batch_size: int | None = None
     consumed_samples: int | None = None
     consumed_tokens: int | None = None
+    consumed_by_source: dict[str, Any] | None = None
     processed_tokens: int | None = None
     masked_tokens: int | None = None
     masked_tokens_by_noise_level: list[Any] | None = None

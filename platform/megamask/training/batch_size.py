@@ -57,6 +57,15 @@ def first_step(amount: int, unit: str, training: TrainingConfig) -> int:
     return 1 + bisect_left(range(1, _MOST_STEPS), samples, key=lambda step: consumed_before(step, training))
 
 
+def step_of_sample(sample_index: int, training: TrainingConfig) -> int:
+    """The step (1-based) whose batch has a sample; the inverse of `consumed_before`."""
+    if sample_index < 0:
+        raise ValueError(f"sample_index is {sample_index}")
+    levels = _levels_of(training)
+    level = bisect_right(levels.samples_before, sample_index) - 1
+    return levels.steps_before[level] + (sample_index - levels.samples_before[level]) // levels.sizes[level] + 1
+
+
 def _levels_of(training: TrainingConfig) -> _Levels:
     start, increment = training.batch_size_ramp_start, training.batch_size_ramp_increment
     samples = training.batch_size_ramp_samples

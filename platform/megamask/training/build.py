@@ -23,6 +23,7 @@ from megamask.training.checkpointing import CheckpointCommitter
 from megamask.training.evaluating import validation_measure
 from megamask.training.hooks import PeriodicCheckpoint, PeriodicEvaluation, StatusFile, StepJournal
 from megamask.training.loop import Hook, TrainingRun
+from megamask.training.mixing import refuse_moved_past
 from megamask.training.previewing import PeriodicPreview, preview_on_engine
 from megamask.training.progress import Progress
 from megamask.training.run_data import RunData
@@ -72,6 +73,7 @@ def build_run(
             on_main(engine, lambda: verify_source(weights))
             engine.set_weights(weights.read)
     _restore(scope.progress, loaded, data.objective, config.training.sequence_length)
+    refuse_moved_past(config, scope.run_dir, attempt.number, scope.progress.consumed_samples)
     if scope.leader is not None:
         machine = {"device": backend.name, **engine.arithmetic}
         scope.leader.started(data, loaded, world_size=engine.world_size, machine=machine, startup_s=startup.seconds())

@@ -10,6 +10,7 @@ from megamask.data.loader import Loader
 from megamask.data.manifest import PROVENANCE, PROVENANCE_NAME
 from megamask.errors import MegamaskError
 from megamask.storage.documents import read_document
+from megamask.storage.ranges import is_remote
 
 
 def _origin(folder: Path) -> dict[str, Any]:
@@ -35,20 +36,23 @@ def described_datasets(loaders: Mapping[str, Loader | None]) -> list[dict[str, A
     for split, loader in loaders.items():
         if loader is None:
             continue
-        manifest = loader.manifest
-        entry = manifest.split(split)
-        described.append(
-            {
-                "name": loader.source,
-                "split": split,
-                "corpus_id": manifest.corpus_id,
-                "source": str(loader.folder.absolute()),
-                "rows": entry.num_rows,
-                "tokens": entry.num_tokens,
-                "text_bytes": entry.text_bytes,
-                **_origin(loader.folder),
-                "sequence_length": manifest.sequence_length,
-                "tokenizer_digest": manifest.tokenizer_digest,
-            }
-        )
+        for source in loader.sources.values():
+            manifest = source.manifest
+            entry = manifest.split(split)
+            excluded = loader.quarantined.get(source.name)
+            described.append(
+                {
+                    "name": source.name,
+                    "split": split,
+                    "corpus_id": manifest.corpus_id,
+                    "source": source.location if is_remote(source.location) else str(source.folder.absolute()),
+                    "rows": entry.num_rows,
+                    "tokens": entry.num_tokens,
+                    "text_bytes": entry.text_bytes,
+                    **_origin(source.folder),
+                    "sequence_length": manifest.sequence_length,
+                    "tokenizer_digest": manifest.tokenizer_digest,
+                }
+                | ({} if excluded is None else {"quarantined_rows": excluded.tolist()})
+            )
     return described

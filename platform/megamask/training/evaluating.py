@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -39,7 +40,8 @@ def open_validation(config: TrainConfig) -> Loader | None:
     """
     if config.evaluation.every_steps is None:
         return None
-    return Loader(config.data.corpora, config.data, config.training.sequence_length, split="validation")
+    corpora = dict(itertools.islice(config.data.corpora.items(), 1))  # of a mixture, the first corpus
+    return Loader(corpora, replace(config.data, mixture=[]), config.training.sequence_length, split="validation")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -59,12 +59,14 @@ class TrainingRun:
     heartbeat: Heartbeat = field(default_factory=Heartbeat)
 
     def next_batch(self) -> Batch:
-        """This rank's share of the next global batch, arithmetic on consumed_samples; the one after is read ahead."""
+        """This rank's share of the next global batch, arithmetic on consumed_samples; those after it are read ahead."""
         training, first = self.config.training, self.progress.consumed_samples
         size = batch_size_at(first, training)
         batch = self.loader.batch(first, size, self.engine.members(size))
-        next_size = batch_size_at(first + size, training)
-        self.loader.prefetch(first + size, next_size, self.engine.members(next_size))
+        for _ in range(self.config.data.read_ahead_batches):
+            first += size
+            size = batch_size_at(first, training)
+            self.loader.prefetch(first, size, self.engine.members(size))
         return batch
 
 
@@ -107,6 +109,8 @@ def train(run: TrainingRun) -> StopReason:
             shape=shape,
             peak_seconds_per_token=run.peak_seconds_per_token(shape),
         )
+        if len(run.loader.sources) > 1:
+            record.fields["consumed_by_source"] = run.loader.consumed(progress.consumed_samples)
         for hook in run.hooks:
             run.heartbeat.enter(hook.section)
             hook.after_step(progress, record)

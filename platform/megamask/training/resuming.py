@@ -13,6 +13,7 @@ from megamask.checkpoint.reader import candidates, has_commit
 from megamask.config.identity import compare_identity
 from megamask.config.schema.roots import TrainConfig
 from megamask.data.manifest import open_corpus
+from megamask.data.source import local_folder
 from megamask.errors import CheckpointIntegrityError, UsageError
 from megamask.runs.layout import checkpoints_folder, record_path
 from megamask.runs.record import RunRecord, read_run
@@ -43,7 +44,7 @@ def is_complete(run_dir: Path, config: TrainConfig) -> bool:
     if status is None or status.phase != "done" or status.step != config.training.steps:
         return False
     corpora = {
-        name: open_corpus(Path(folder), f"data.corpora.{name}").corpus_id
+        name: open_corpus(local_folder(folder, config.data), f"data.corpora.{name}").corpus_id
         for name, folder in config.data.corpora.items()
     }
     return corpora == record.content["corpora"] and any(has_commit(folder) for folder in candidates(run_dir))

@@ -13,6 +13,7 @@ from megamask.objectives.schedule import Phases, phases_of
 from megamask.runs.layout import run_path
 from megamask.training.batch_size import first_step
 from megamask.training.evaluating import open_validation
+from megamask.training.mixing import refuse_repetition
 from megamask.training.previewing import open_previews
 from megamask.training.starting import open_start, run_objective
 
@@ -36,6 +37,7 @@ class RunData:
         self.validation = open_validation(config)
         if self.validation is not None:
             stack.enter_context(contextlib.closing(self.validation))
+        refuse_repetition(config, self.train)
         manifest = self.train.manifest
         self.spec = ModelSpec.from_config(config.model, manifest.vocab_size, config.training.sequence_length)
         self.vocabulary = Vocabulary(
@@ -66,5 +68,5 @@ class RunData:
             information=self.train.token_information,
         )
         self.previews = open_previews(config, self.objective, self.train)
-        split = manifest.split("train")
-        self.bytes_per_token = split.text_bytes / split.num_tokens
+        splits = [source.manifest.split("train") for source in self.train.sources.values()]
+        self.bytes_per_token = sum(split.text_bytes for split in splits) / sum(split.num_tokens for split in splits)

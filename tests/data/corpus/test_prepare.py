@@ -175,7 +175,7 @@ def test_corpus_without_validation_has_the_train_split_only(tmp_path: Path) -> N
 def test_tokenizer_never_sees_validation_text_nor_more_than_training_bytes(tmp_path: Path) -> None:
     inputs = write_inputs(tmp_path / "inputs")
     config = corpus_config(inputs, tmp_path / "corpus")
-    scanned = scan.scan(scan_files(config), jsonl_text_key="text", validation_fraction="0.25", progress=lambda *_: None)
+    scanned = scan.scan(scan_files(config), config, lambda *_: None)
     train = [text for number, _, text in scanned.texts(lambda _: None) if scanned.documents.split_of(number) == "train"]
     assert len(train) < len(scanned.documents)
     assert list(scanned.training_texts(10**9, lambda *_: None)) == train

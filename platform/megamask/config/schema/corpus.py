@@ -79,6 +79,24 @@ class TokenizerConfig(Section):
 
 
 @dataclass(frozen=True, kw_only=True)
+class FilterConfig(Section):
+    """Documents to leave out, by their text alone; null asks for no such filter."""
+
+    min_characters: int | None = identity(
+        "leave out documents with fewer characters", default=None, minimum=1, unit="characters"
+    )
+    max_characters: int | None = identity(
+        "leave out documents with more characters", default=None, minimum=1, unit="characters"
+    )
+    min_letters: float | None = identity(
+        "leave out documents of whose visible characters a smaller share are letters", default=None, above=0, maximum=1
+    )
+    max_repeated_lines: float | None = identity(
+        "leave out documents of whose lines a larger share repeat an earlier one", default=None, minimum=0, below=1
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class CorpusConfig(Section):
     """Inputs, splits, tokenizer and row shape of a corpus."""
 
@@ -107,6 +125,25 @@ class CorpusConfig(Section):
     blocks_per_shard: int = identity("members of a shard", default=256, minimum=1, unit="blocks")
     licence: str | None = operational("licence of the text, recorded in provenance.json", default=None)
     origin: str | None = operational("where the text comes from, recorded in provenance.json", default=None)
+    deduplicate: str = identity(
+        "of documents with the same text (exact), or also of those with nearly the same (near, by MinHash), only the "
+        "first is taken",
+        default="none",
+        choices=("none", "exact", "near"),
+    )
+    near_duplicate_threshold: float = identity(
+        "share of equal 5-grams of words (estimated Jaccard similarity) from which two documents are near duplicates",
+        default=0.8,
+        above=0,
+        below=1,
+    )
+    processes: int | None = operational(
+        "processes that read and encode; null: one per processor where the inputs have more than 64 MiB",
+        default=None,
+        minimum=1,
+        unit="processes",
+    )
+    filters: FilterConfig = section(FilterConfig)
     tokenizer: TokenizerConfig = section()
 
     def problems(self, config: PrepareConfig) -> Iterator[Problem]:

@@ -96,6 +96,6 @@ def operational(doc: str, **options: Any) -> Any:
     return setting("operational", doc, **options)
 
 
-def section() -> Any:
-    """A nested section of settings, with its own defaults."""
-    return dataclasses.field(metadata={"section": True})
+def section(default: type | None = None) -> Any:
+    """A nested section of settings, with its own defaults; `default` is its class where code may leave it out."""
+    return dataclasses.field(metadata={"section": True}, default_factory=MISSING if default is None else default)

@@ -21,9 +21,10 @@ from __future__ import annotations
 import hashlib
 import os
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -78,25 +79,60 @@ class DocumentList:
         self.bytes = array("q")
         self.text_bytes = array("q")
         self.tokens = array("q")
+        self.dropped_by = array("b")  # number of the filter that dropped it, or -1
+        self.signatures: list[npt.NDArray[np.uint32]] = []  # MinHash of each, where near duplicates are looked for
         self._sha256 = bytearray()
         self.is_validation: npt.NDArray[np.bool_] = np.zeros(0, dtype=np.bool_)
 
     def __len__(self) -> int:
         return len(self.offset)
 
-    def append(self, *, input_index: int, offset: int, num_bytes: int, text: bytes) -> None:
+    def append(self, *, input_index: int, offset: int, num_bytes: int, text: bytes, dropped_by: int = -1) -> None:
         """Notes the next document.
 
         Args:
             input_index: place of its file in the inputs.
             offset, num_bytes: its raw bytes in that file.
             text: its text in UTF-8.
+            dropped_by: number of the filter that drops it, or -1.
         """
         self.input_index.append(input_index)
         self.offset.append(offset)
         self.bytes.append(num_bytes)
         self.text_bytes.append(len(text))
+        self.dropped_by.append(dropped_by)
         self._sha256 += hashlib.sha256(text).digest()
+
+    def subset(self, is_taken: npt.NDArray[np.bool_]) -> DocumentList:
+        """The documents of a mask bool [n], numbered anew; without splits and token counts."""
+        if is_taken.all():
+            return self
+        taken = DocumentList()
+        for name in ("input_index", "offset", "bytes", "text_bytes"):
+            values = np.array(getattr(self, name), dtype=np.int64)[is_taken]
+            setattr(taken, name, array("q", values.tobytes()))
+        taken.dropped_by = array("b", [-1]) * len(taken.offset)
+        digests = np.frombuffer(bytes(self._sha256), dtype=np.uint8).reshape(-1, 32)
+        taken._sha256 = bytearray(digests[is_taken].tobytes())
+        return taken
+
+    def to_arrays(self) -> dict[str, npt.NDArray[Any]]:
+        """Everything but splits and tokens, for `extend`."""
+        names = ("input_index", "offset", "bytes", "text_bytes")
+        arrays = {name: np.array(getattr(self, name), dtype="<i8") for name in names}
+        arrays["dropped_by"] = np.array(self.dropped_by, dtype="<i1")
+        arrays["sha256"] = np.frombuffer(bytes(self._sha256), dtype=np.uint8)
+        if self.signatures:
+            arrays["signatures"] = np.stack(self.signatures)
+        return arrays
+
+    def extend(self, arrays: Mapping[str, npt.NDArray[Any]], *, first_input: int) -> None:
+        """Append documents of `to_arrays`, whose inputs are counted from `first_input`."""
+        self.input_index.extend((arrays["input_index"] + first_input).tolist())
+        for name in ("offset", "bytes", "text_bytes", "dropped_by"):
+            getattr(self, name).extend(arrays[name].tolist())
+        self._sha256 += arrays["sha256"].tobytes()
+        self.signatures.extend(arrays.get("signatures", ()))
 
     def text_sha256(self, number: int) -> bytes:
         """The 32 bytes of a document's text digest."""

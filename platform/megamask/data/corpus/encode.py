@@ -1,10 +1,12 @@
-"""Encodes the documents of a scanned corpus into its shards."""
+"""Documents into tokens, and tokens into the shards of a corpus."""
 
 from __future__ import annotations
 
 from collections import Counter as Tally
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -26,20 +28,85 @@ _PARITY_FIRST = 8
 _PARITY_CHARACTERS = 20_000
 
 
-class Encoder:
-    """The last pass over the inputs: every document encoded, packed and written to its split.
+# (is answer, ids) of each segment of a document: one that is no answer, but for conversations.
+Segments = Sequence[tuple[bool, npt.NDArray[Any]]]
+
+
+class DocumentEncoder:
+    """Encode documents one by one; what comes out is proved to be the text.
+
+    Args:
+        config: chat template.
+        tokenizer: its ids are compared with Hugging Face tokenizers on a sample of every kind of input.
+    """
+
+    def __init__(self, config: CorpusConfig, tokenizer: CorpusTokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._chat = ChatEncoder(chat_template(config.chat_template), tokenizer)
+        self._seen: Tally[str] = Tally()
+        tokenizer.check_parity([])
+
+    @property
+    def vocab_size(self) -> int:
+        """Entries of the tokenizer."""
+        return self._tokenizer.vocab_size
+
+    def encode(self, text: str, file: InputFile, number: int) -> Segments:
+        """The ids of a document by segments, end-of-document last.
+
+        Args:
+            text: of the document.
+            file: that has it.
+            number: for messages.
+
+        Raises:
+            UsageError: the tokenizer loses part of the text or makes special tokens of it, or the chat template
+                cannot be used.
+        """
+        tokenizer, kind = self._tokenizer, file.path.suffix
+        self._seen[kind] += 1
+        if self._seen[kind] <= _PARITY_FIRST or self._seen[kind].bit_count() == 1:
+            tokenizer.check_text(text[:_PARITY_CHARACTERS])
+        if file.format == "messages":
+            return self._chat.segments(text, f"{file.path}, document {number}")
+        ids = tokenizer.encode_array(text)
+        special = (tokenizer.eod_token_id, tokenizer.pad_token_id, tokenizer.mask_token_id)
+        if np.isin(ids, special).any() or not tokenizer.is_complete(ids, text):
+            raise UsageError(
+                f"the tokenizer turned text of {file.path} into special tokens or lost part of it, so it cannot be "
+                "used. Nothing was published.",
+                hint="give another corpus.tokenizer.path, or train one with corpus.tokenizer.vocab_size",
+            )
+        return [(False, np.append(ids, tokenizer.eod_token_id))]
+
+
+def encoded_texts(
+    config: CorpusConfig, scanned: ScannedCorpus, tokenizer: CorpusTokenizer, count: Counter
+) -> Iterator[Segments]:
+    """Read the inputs again and encode every document that is taken.
+
+    Raises:
+        UsageError: the tokenizer cannot be used for this text.
+        DataIntegrityError: an input changed since it was scanned.
+    """
+    encoder = DocumentEncoder(config, tokenizer)
+    for number, file, text in scanned.texts(count):
+        yield encoder.encode(text, file, number)
+        count.document()
+
+
+class CorpusWriter:
+    """Packs encoded documents and writes them to the shards of their split.
 
     Args:
         folder: the corpus folder being built.
         config: row shape and shard size.
         scanned: the inputs and the documents with their splits; gets the token counts.
-        tokenizer: encodes; its ids are compared with Hugging Face tokenizers on a sample of every kind of input.
+        tokenizer: whose ids the documents hold.
     """
 
     def __init__(self, folder: Path, config: CorpusConfig, scanned: ScannedCorpus, tokenizer: CorpusTokenizer) -> None:
         self._scanned = scanned
-        self._tokenizer = tokenizer
-        self._chat = ChatEncoder(chat_template(config.chat_template), tokenizer)
         self._is_used: npt.NDArray[np.bool_] = np.zeros(tokenizer.vocab_size, dtype=np.bool_)
         dtype = token_dtype(tokenizer.vocab_size)
         names = [TRAIN, VALIDATION] if scanned.documents.is_validation.any() else [TRAIN]
@@ -63,60 +130,31 @@ class Encoder:
             for name in names
         }
 
-    def write(self, count: Counter) -> None:
-        """Reads, encodes, packs and writes all documents.
+    def write(self, encoded: Iterable[Segments]) -> None:
+        """Pack and write all documents.
+
+        Args:
+            encoded: the segments of each document that the corpus takes, in order.
 
         Raises:
-            UsageError: the tokenizer cannot be used for this text.
-            DataIntegrityError: an input changed since it was scanned.
             OSError: the storage refused.
         """
         documents = self._scanned.documents
-        seen: Tally[str] = Tally()
         with ExitStack() as cleanup:
             for writer in self._writers.values():
                 cleanup.callback(writer.abort)
-            self._tokenizer.check_parity([])
-            for number, file, text in self._scanned.texts(count):
-                kind = file.path.suffix
-                seen[kind] += 1
-                if seen[kind] <= _PARITY_FIRST or seen[kind].bit_count() == 1:
-                    self._tokenizer.check_text(text[:_PARITY_CHARACTERS])
-                segments = self._segments(number, text, file)
-                count.document()
+            for number, segments in enumerate(encoded):
                 documents.tokens.append(sum(len(tokens) for _, tokens in segments))
                 split = documents.split_of(number)
-                for listed, tokens in segments:
+                for is_answer, tokens in segments:
+                    self._is_used[tokens] = True
+                    listed = answer_number(number) if is_answer else number
                     for block in self._packers[split].add(listed, tokens):
                         self._writers[split].add(block)
             for split, packer in self._packers.items():
                 for block in packer.finish():
                     self._writers[split].add(block)
                 self._writers[split].finish()
-
-    def _segments(self, number: int, text: str, file: InputFile) -> list[tuple[int, npt.NDArray[np.int64]]]:
-        """(number in the document lists, ids) of a document's segments; one, but for conversations."""
-        if file.format != "messages":
-            return [(number, self._encode(text, file))]
-        found = self._chat.segments(text, f"{file.path}, document {number}")
-        for _, tokens in found:
-            self._is_used[tokens] = True
-        return [(answer_number(number) if is_answer else number, tokens) for is_answer, tokens in found]
-
-    def _encode(self, text: str, file: InputFile) -> npt.NDArray[np.int64]:
-        """The ids of a document, end-of-document last; proves that they hold its text and no special id."""
-        tokenizer = self._tokenizer
-        ids = tokenizer.encode_array(text)
-        special = (tokenizer.eod_token_id, tokenizer.pad_token_id, tokenizer.mask_token_id)
-        if np.isin(ids, special).any() or not tokenizer.is_complete(ids, text):
-            raise UsageError(
-                f"the tokenizer turned text of {file.path} into special tokens or lost part of it, so it cannot be "
-                "used. Nothing was published.",
-                hint="give another corpus.tokenizer.path, or train one with corpus.tokenizer.vocab_size",
-            )
-        tokens = np.append(ids, tokenizer.eod_token_id)
-        self._is_used[tokens] = True
-        return tokens
 
     def unused_ids(self) -> list[int]:
         """Ascending ids that occur in no document; the mask id and the pad id are always among them."""

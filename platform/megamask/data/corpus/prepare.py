@@ -12,38 +12,46 @@ of each split, and about 80 bytes a document are. `options` in the manifest are
 from __future__ import annotations
 
 import errno
-from collections.abc import Sequence
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 from megamask.config.schema.corpus import CorpusConfig, TokenizerConfig
 from megamask.data.corpus.chat import chat_template
 from megamask.data.corpus.documents import DOCUMENTS_DIR, write_documents
-from megamask.data.corpus.encode import Encoder
+from megamask.data.corpus.encode import CorpusWriter, Segments, encoded_texts
 from megamask.data.corpus.inputs import find_inputs
 from megamask.data.corpus.pack import PACKER_NAME, PACKER_VERSION, token_dtype
 from megamask.data.corpus.provenance import provenance
 from megamask.data.corpus.publish import exclusive, folder_being_built
-from megamask.data.corpus.scan import Counter, Progress, ScannedCorpus, scan
+from megamask.data.corpus.scan import Counter, Progress, ScannedCorpus, num_bytes, scan
+from megamask.data.corpus.selection import Selector
 from megamask.data.corpus.shard import SHARDS_DIR, write_flushed
 from megamask.data.corpus.splits import decimal_text
+from megamask.data.corpus.tasks import TaskReport, Tasks
+from megamask.data.corpus.units import UNIT_BYTES, folder_of
 from megamask.data.manifest import MANIFEST, MANIFEST_NAME, PROVENANCE_NAME, Manifest
 from megamask.data.tokenizer import TOKENIZER_DIR, CorpusTokenizer, SpecialTokens
 from megamask.errors import DataIntegrityError, UsageError
+from megamask.resilience.parent_death import die_with_parent
 from megamask.storage.durable import storage_errors
 from megamask.storage.hashing import canonical_json, sha256_bytes
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class _Job:
     """What is to be written, once the inputs are known."""
 
     config: CorpusConfig
     plan: dict[str, Any]
     scanned: ScannedCorpus
-    loaded: CorpusTokenizer | None
-    progress: Progress
+    tokenizer: Callable[[], CorpusTokenizer]
+    encoded: Callable[[CorpusTokenizer], Iterator[Segments]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,29 +100,106 @@ def build(config: CorpusConfig, progress: Progress = lambda *_: None) -> Prepare
         StorageError: the disk refused; nothing was published.
     """
     special = _special_tokens(config.tokenizer)
-    files = find_inputs(config.inputs, config.exclude)
+    target = Path(config.output_dir).expanduser().resolve()
+    with storage_errors(f"preparing {target}"):
+        files = find_inputs(config.inputs, config.exclude)
+        _refuse_foreign(target)
+        processes = _processes(config, num_bytes(files))
+        if not (target / MANIFEST_NAME).is_file() and (processes > 1 or folder_of(target).exists()):
+            _run_tasks(config, processes, progress)
+            return merge(config, progress)
+        loaded = _load_tokenizer(config.tokenizer, special)
+        scanned = scan(files, config, progress)
+
+        def tokenizer() -> CorpusTokenizer:
+            return loaded or _train(config, scanned, progress)
+
+        def encoded(tokenizer: CorpusTokenizer) -> Iterator[Segments]:
+            return encoded_texts(config, scanned, tokenizer, Counter(progress, "encoding", scanned.num_bytes))
+
+        return _publish(config, target, _Job(config, _plan(config, scanned, loaded), scanned, tokenizer, encoded))
+
+
+def run_task(config: CorpusConfig, task: int, num_tasks: int, progress: Progress = lambda *_: None) -> TaskReport:
+    """Read and encode the units of one task of a preparation; those that are done already are left.
+
+    Args:
+        config: what to make of which inputs; the same for all tasks.
+        task: number of the task, from 0.
+        num_tasks: how many there are; need not be the same for all.
+        progress: as of `build`.
+
+    Raises: as `build`; nothing is published.
+    """
     target = Path(config.output_dir).expanduser().resolve()
     with storage_errors(f"preparing {target}"):
         _refuse_foreign(target)
-        loaded = _load_tokenizer(config.tokenizer, special)
-        scanned = scan(
-            files,
-            jsonl_text_key=config.jsonl_text_key,
-            validation_fraction=decimal_text(config.validation_fraction),
-            progress=progress,
-        )
-        plan = _plan(config, scanned, loaded)
-        manifest = _existing(target, plan)
+        return _tasks(config, target, progress).run(task, num_tasks)
+
+
+def merge(config: CorpusConfig, progress: Progress = lambda *_: None) -> PrepareReport:
+    """Publish the corpus of tasks that are all done, and remove what they kept; raises as `build`."""
+    target = Path(config.output_dir).expanduser().resolve()
+    with storage_errors(f"preparing {target}"):
+        _refuse_foreign(target)
+        tasks = _tasks(config, target, progress)
+        scanned = tasks.scanned()
+        plan = _plan(config, scanned, tasks.loaded)
+        job = _Job(config, plan, scanned, tasks.tokenizer, lambda _: tasks.encoded(scanned))
+        report = _publish(config, target, job)
+        shutil.rmtree(tasks.store.folder)
+    return report
+
+
+def _publish(config: CorpusConfig, target: Path, job: _Job) -> PrepareReport:
+    """The corpus of a job, made now unless the same one is already there."""
+    warnings = job.scanned.warnings
+    manifest = _existing(target, job.plan)
+    if manifest is not None:
+        return PrepareReport.of(manifest, target, warnings, reused=True)
+    with exclusive(target):
+        manifest = _existing(target, job.plan)  # another process may have finished it since
         if manifest is not None:
-            return PrepareReport.of(manifest, target, scanned.warnings, reused=True)
-        with exclusive(target):
-            manifest = _existing(target, plan)  # somebody may have finished it since
-            if manifest is not None:
-                return PrepareReport.of(manifest, target, scanned.warnings, reused=True)
-            with folder_being_built(target) as folder:
-                job = _Job(config=config, plan=plan, scanned=scanned, loaded=loaded, progress=progress)
-                manifest = _fill(folder, job)
-    return PrepareReport.of(manifest, target, scanned.warnings, reused=False)
+            return PrepareReport.of(manifest, target, warnings, reused=True)
+        with folder_being_built(target) as folder:
+            manifest = _fill(folder, job)
+    return PrepareReport.of(manifest, target, warnings, reused=False)
+
+
+def _processes(config: CorpusConfig, size: int) -> int:
+    if config.processes is not None:
+        return config.processes
+    return len(os.sched_getaffinity(0)) if size > UNIT_BYTES else 1
+
+
+def _run_tasks(config: CorpusConfig, processes: int, progress: Progress) -> None:
+    """All tasks of a preparation, each in a process of its own where there are several."""
+    if processes == 1:
+        run_task(config, 0, 1, progress)
+        return
+    with ProcessPoolExecutor(processes, mp_context=get_context("spawn"), initializer=die_with_parent) as pool:
+        waiting = [pool.submit(run_task, config, task, processes) for task in range(processes)]
+        for done, future in enumerate(waiting):
+            progress(f"reading and encoding in {processes} processes", 0, done, processes)
+            future.result()
+
+
+def _tasks(config: CorpusConfig, target: Path, progress: Progress) -> Tasks:
+    loaded = _load_tokenizer(config.tokenizer, _special_tokens(config.tokenizer))
+    template = sha256_bytes(chat_template(config.chat_template).encode())
+    options = {"sequence_length": config.sequence_length, "chat_template_sha256": template} | _options(config, loaded)
+    return Tasks(config, options, target, loaded, lambda scanned: _train(config, scanned, progress), progress)
+
+
+def _train(config: CorpusConfig, scanned: ScannedCorpus, progress: Progress) -> CorpusTokenizer:
+    """A tokenizer trained on the training documents."""
+    asked = config.tokenizer
+    return CorpusTokenizer.train(
+        scanned.training_texts(asked.training_bytes, progress),
+        vocab_size=asked.vocab_size or 0,
+        special=_special_tokens(asked),
+        on_wait=lambda: progress("training the tokenizer", 0, 0, None),
+    )
 
 
 def _special_tokens(config: TokenizerConfig) -> SpecialTokens:
@@ -137,8 +222,8 @@ def _load_tokenizer(config: TokenizerConfig, special: SpecialTokens) -> CorpusTo
     return CorpusTokenizer.from_file(config.path, special, pattern=config.pattern, has_own_eod=has_own_eod)
 
 
-def _plan(config: CorpusConfig, scanned: ScannedCorpus, loaded: CorpusTokenizer | None) -> dict[str, Any]:
-    """The part of the manifest that is known before anything is encoded: what was asked, of which inputs."""
+def _options(config: CorpusConfig, loaded: CorpusTokenizer | None) -> dict[str, Any]:
+    """What was asked for, as the manifest records it."""
     asked = config.tokenizer
     tokenizer: dict[str, Any] = {
         "eod_token": asked.eod_token if loaded is None else loaded.special.eod,
@@ -154,24 +239,29 @@ def _plan(config: CorpusConfig, scanned: ScannedCorpus, loaded: CorpusTokenizer 
         tokenizer["source"] = {"kind": source.kind, "files": dict(source.files)}
         tokenizer |= {} if asked.pattern is None else {"pattern": asked.pattern}
     return {
+        "jsonl_text_key": config.jsonl_text_key,
+        "rows_per_block": config.rows_per_block,
+        "blocks_per_shard": config.blocks_per_shard,
+        "validation_fraction": decimal_text(config.validation_fraction),
+        "tokenizer": tokenizer,
+    } | Selector(config).options()
+
+
+def _plan(config: CorpusConfig, scanned: ScannedCorpus, loaded: CorpusTokenizer | None) -> dict[str, Any]:
+    """The part of the manifest that is known before anything is encoded: what was asked, of which inputs."""
+    plan: dict[str, Any] = {
         "format": MANIFEST.format,
         "version": MANIFEST.version,
         "sequence_length": config.sequence_length,
         "packer": {"name": PACKER_NAME, "version": PACKER_VERSION},
-        "options": {
-            "jsonl_text_key": config.jsonl_text_key,
-            "rows_per_block": config.rows_per_block,
-            "blocks_per_shard": config.blocks_per_shard,
-            "validation_fraction": decimal_text(config.validation_fraction),
-            "tokenizer": tokenizer,
-        }
-        | _chat_options(config, scanned),
+        "options": _options(config, loaded) | _chat_options(config, scanned),
         "inputs": [
-            {"name": each.file.name, "sha256": each.sha256, "bytes": each.bytes, "documents": each.documents}
+            {"name": each.file.name, "sha256": each.sha256, "bytes": each.bytes, "documents": taken}
             | each.file.options()
-            for each in scanned.inputs
+            for each, taken in zip(scanned.inputs, scanned.documents_of_inputs(), strict=True)
         ],
     }
+    return plan | ({"steps": list(scanned.steps)} if scanned.steps else {})
 
 
 def _chat_options(config: CorpusConfig, scanned: ScannedCorpus) -> dict[str, str]:
@@ -236,18 +326,18 @@ def _existing(target: Path, plan: dict[str, Any]) -> Manifest | None:
 
 
 def _fill(folder: Path, job: _Job) -> Manifest:
-    """Writes everything into the folder, the manifest last."""
-    tokenizer, scanned = _tokenizer(job), job.scanned
+    """Write everything into the folder, the manifest last."""
+    tokenizer, scanned = job.tokenizer(), job.scanned
     for name in (TOKENIZER_DIR, SHARDS_DIR, DOCUMENTS_DIR):
         (folder / name).mkdir()
     for name, data in tokenizer.files().items():
         write_flushed(folder / TOKENIZER_DIR / name, data)
-    encoder = Encoder(folder, job.config, scanned, tokenizer)
-    encoder.write(Counter(job.progress, "encoding", scanned.num_bytes))
+    writer = CorpusWriter(folder, job.config, scanned, tokenizer)
+    writer.write(job.encoded(tokenizer))
     digest, tables = write_documents(
         folder, scanned.documents.records([(each.file.name, each.sha256) for each in scanned.inputs])
     )
-    splits = encoder.split_entries()
+    splits = writer.split_entries()
     content = job.plan | {
         "dtype": token_dtype(tokenizer.vocab_size).name,
         "tokenizer": {
@@ -259,7 +349,7 @@ def _fill(folder: Path, job: _Job) -> Manifest:
         },
         "documents": {"digest": digest, "tables": [{"name": name, "documents": count} for name, count in tables]},
         "splits": {name: split.to_json() for name, split in splits.items()},
-        "unused_ids": encoder.unused_ids(),
+        "unused_ids": writer.unused_ids(),
         "totals": {
             "documents": len(scanned.documents),
             "text_bytes": sum(scanned.documents.text_bytes),
@@ -269,20 +359,6 @@ def _fill(folder: Path, job: _Job) -> Manifest:
         },
     }
     data = canonical_json(content)
-    files = [each.file for each in scanned.inputs]
-    write_flushed(folder / PROVENANCE_NAME, provenance(job.config, files, sha256_bytes(data)))
+    write_flushed(folder / PROVENANCE_NAME, provenance(job.config, scanned.inputs, sha256_bytes(data)))
     write_flushed(folder / MANIFEST_NAME, data)
     return Manifest.from_content(content)
-
-
-def _tokenizer(job: _Job) -> CorpusTokenizer:
-    """The tokenizer that was loaded, or one trained on the training documents."""
-    if job.loaded is not None:
-        return job.loaded
-    asked = job.config.tokenizer
-    return CorpusTokenizer.train(
-        job.scanned.training_texts(asked.training_bytes, job.progress),
-        vocab_size=asked.vocab_size or 0,
-        special=_special_tokens(asked),
-        on_wait=lambda: job.progress("training the tokenizer", 0, 0, None),
-    )

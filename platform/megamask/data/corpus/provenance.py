@@ -11,6 +11,7 @@ from pathlib import Path
 
 from megamask.config.schema.corpus import CorpusConfig
 from megamask.data.corpus.inputs import InputFile
+from megamask.data.corpus.scan import ScannedInput
 from megamask.data.manifest import PROVENANCE
 from megamask.provenance.redaction import redact_values
 from megamask.storage.documents import encode_document
@@ -38,14 +39,20 @@ def _stated(file: InputFile) -> dict[str, str]:
     return {key: value for key, value in stated.items() if value is not None}
 
 
-def provenance(config: CorpusConfig, files: Sequence[InputFile], corpus_id: str) -> bytes:
+def _noted(scanned: ScannedInput) -> dict[str, dict[str, int]]:
+    """Counts of unusual documents, where there are any."""
+    counts = scanned.notes.counts()
+    return {"notes": counts} if counts else {}
+
+
+def provenance(config: CorpusConfig, inputs: Sequence[ScannedInput], corpus_id: str) -> bytes:
     """The bytes of provenance.json: origin, licence, paths, code and library versions, time, and the corpus id.
 
     Credentials in what was asked are redacted.
 
     Args:
         config: what was asked.
-        files: the inputs in order.
+        inputs: in order, with the counts of what is unusual in them.
         corpus_id: the corpus that the record is about.
     """
     record = {
@@ -54,7 +61,10 @@ def provenance(config: CorpusConfig, files: Sequence[InputFile], corpus_id: str)
         "licence": config.licence,
         "inputs": list(config.inputs),
         "exclude": list(config.exclude),
-        "files": [{"name": file.name, "path": _printable(file.path)} | _stated(file) for file in files],
+        "files": [
+            {"name": each.file.name, "path": _printable(each.file.path)} | _stated(each.file) | _noted(each)
+            for each in inputs
+        ],
         "tokenizer_path": config.tokenizer.path,
         "code": {"megamask": package_version("megamask"), "python": platform.python_version()},
         "libraries": {name: package_version(name) for name in _LIBRARIES},

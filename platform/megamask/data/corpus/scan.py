@@ -3,27 +3,23 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
+from megamask.config.schema.corpus import CorpusConfig
 from megamask.data.corpus.documents import DocumentList
 from megamask.data.corpus.inputs import InputFile, companions
 from megamask.data.corpus.read_input import InputReader, reading
-from megamask.data.corpus.splits import TRAIN, choose_validation
+from megamask.data.corpus.selection import Selection, Selector
+from megamask.data.corpus.splits import TRAIN, choose_validation, decimal_text
 from megamask.errors import DataIntegrityError, UsageError
 
 # (phase, documents done, bytes done, bytes in all or None); for a person to watch, without influence on the result.
 Progress = Callable[[str, int, int, int | None], None]
 
-
-@dataclass(frozen=True, kw_only=True)
-class ScannedInput:
-    """One input as the first pass saw it."""
-
-    file: InputFile
-    sha256: str
-    bytes: int
-    documents: int
+_GIANT = 1 << 24  # characters
 
 
 @dataclass
@@ -33,10 +29,12 @@ class TextNotes:
     empty: int = 0
     with_nul: int = 0
     with_replacement: int = 0
+    giant: int = 0
 
     def add(self, text: str) -> None:
         """Count one document."""
         self.empty += not text
+        self.giant += len(text) > _GIANT
         self.with_nul += "\0" in text
         self.with_replacement += "\ufffd" in text
 
@@ -48,6 +46,21 @@ class TextNotes:
             (self.with_replacement, "with U+FFFD, the sign of an earlier decoding error, which is kept"),
         )
         return [f"{file.path}: {count} document(s) {what}" for count, what in kinds if count]
+
+    def counts(self) -> dict[str, int]:
+        """Counts by kind, those above zero."""
+        return {name: count for name, count in vars(self).items() if count}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScannedInput:
+    """One input as the first pass saw it; `documents` are those in the file, taken or not."""
+
+    file: InputFile
+    sha256: str
+    bytes: int
+    documents: int
+    notes: TextNotes
 
 
 class Counter:
@@ -82,18 +95,49 @@ class ScannedCorpus:
 
     Args:
         inputs: in document order.
-        documents: of all inputs; splits are chosen.
+        found: the documents of all inputs.
+        selection: which of them the corpus takes.
+        validation_fraction: decimal string.
         jsonl_text_key: key of a .jsonl line that holds the text.
         warnings: sentences about inputs and texts that are probably not as they were meant.
+
+    Raises:
+        UsageError: there is no text at all, or a single document and a fraction above 0.
     """
 
     def __init__(
-        self, inputs: list[ScannedInput], documents: DocumentList, jsonl_text_key: str, warnings: list[str]
+        self,
+        inputs: list[ScannedInput],
+        found: DocumentList,
+        selection: Selection,
+        *,
+        validation_fraction: str,
+        jsonl_text_key: str,
+        warnings: list[str],
     ) -> None:
         self.inputs = inputs
-        self.documents = documents
-        self.warnings = warnings
+        self.steps = selection.steps
+        self.documents = found.subset(selection.is_kept)
+        self.warnings = warnings + [text for scanned in inputs for text in scanned.notes.warnings(scanned.file)]
+        self._found = found
+        self._is_kept = selection.is_kept
         self._jsonl_text_key = jsonl_text_key
+        if sum(self.documents.text_bytes) == 0:
+            left = f" that the steps {', '.join(step['name'] for step in self.steps)} leave" if self.steps else ""
+            raise UsageError(
+                f"the corpus is empty: {len(inputs)} input file(s) hold no text at all{left}. Nothing was written.",
+                hint="check corpus.inputs",
+            )
+        self.documents.is_validation = choose_validation(self.documents.split_hashes(), validation_fraction)
+
+    def is_kept(self, place: int) -> bool:
+        """Whether the corpus takes the document at a place among all documents of the inputs."""
+        return bool(self._is_kept[place])
+
+    def documents_of_inputs(self) -> list[int]:
+        """Documents that the corpus takes of each input."""
+        counts = np.bincount(np.array(self.documents.input_index, dtype=np.int64), minlength=len(self.inputs))
+        return [int(count) for count in counts]
 
     @property
     def num_bytes(self) -> int:
@@ -101,25 +145,18 @@ class ScannedCorpus:
         return sum(scanned.bytes for scanned in self.inputs)
 
     def texts(self, on_bytes: Callable[[int], None]) -> Iterator[tuple[int, InputFile, str]]:
-        """Reads the inputs again: (number, file, text) of each document in order.
+        """Read the inputs again: (number, file, text) of each document that is taken, in order.
 
         Raises:
             DataIntegrityError: an input is no longer what the first pass saw.
         """
-        number = 0
+        place, number = 0, 0
         for scanned in self.inputs:
-            reader = InputReader(scanned.file, self._jsonl_text_key, on_bytes)
-            first = number
-            for document in reader.documents():
-                is_known = number < len(self.documents) and (
-                    hashlib.sha256(document.text.encode()).digest() == self.documents.text_sha256(number)
-                )
-                if not is_known:
-                    raise _changed(scanned.file)
-                yield number, scanned.file, document.text
-                number += 1
-            if number - first != scanned.documents or reader.sha256 != scanned.sha256:
-                raise _changed(scanned.file)
+            for text in read_again(scanned, self._found, place, self._jsonl_text_key, on_bytes):
+                if self._is_kept[place]:
+                    yield number, scanned.file, text
+                    number += 1
+                place += 1
 
     def training_texts(self, num_bytes: int, progress: Progress) -> Iterator[str]:
         """The first training documents up to `num_bytes` of UTF-8 text; the last one is cut at a character."""
@@ -139,47 +176,101 @@ class ScannedCorpus:
                 return
 
 
-def scan(files: list[InputFile], *, jsonl_text_key: str, validation_fraction: str, progress: Progress) -> ScannedCorpus:
-    """Reads every input once.
+def read_again(
+    scanned: ScannedInput, found: DocumentList, first: int, jsonl_text_key: str, on_bytes: Callable[[int], None]
+) -> Iterator[str]:
+    """The texts of an input, which must be those of the first pass.
+
+    Args:
+        scanned: the input.
+        found: documents of the first pass.
+        first: place among them of the input's first.
+        jsonl_text_key: key of a .jsonl line that holds the text.
+        on_bytes: called with the number of bytes read.
+
+    Raises:
+        DataIntegrityError: the input is no longer what the first pass saw.
+    """
+    reader = InputReader(scanned.file, jsonl_text_key, on_bytes)
+    place, end = first, first + scanned.documents
+    for document in reader.documents():
+        if place >= end or hashlib.sha256(document.text.encode()).digest() != found.text_sha256(place):
+            raise _changed(scanned.file)
+        yield document.text
+        place += 1
+    if place != end or reader.sha256 != scanned.sha256:
+        raise _changed(scanned.file)
+
+
+def scan(files: list[InputFile], config: CorpusConfig, progress: Progress) -> ScannedCorpus:
+    """Read every input once.
 
     Args:
         files: in document order.
-        jsonl_text_key: key of a .jsonl line that holds the text.
-        validation_fraction: decimal string.
+        config: how they are read, what is taken of them, and which share is held out.
         progress: told the bytes read.
 
     Raises:
         UsageError: there is no text at all, or a single document and a fraction above 0.
         DataIntegrityError: an input is not what its name says.
     """
-    documents = DocumentList()
-    inputs: list[ScannedInput] = []
+    inputs, found = scan_inputs(files, config, Counter(progress, "reading the inputs", num_bytes(files)))
+    return assemble(inputs, found, config)
+
+
+def assemble(inputs: list[ScannedInput], found: DocumentList, config: CorpusConfig) -> ScannedCorpus:
+    """The corpus to be of all inputs that were scanned; raises as `scan`."""
+    return ScannedCorpus(
+        inputs,
+        found,
+        Selector(config).select(found),
+        validation_fraction=decimal_text(config.validation_fraction),
+        jsonl_text_key=config.jsonl_text_key,
+        warnings=companions([scanned.file for scanned in inputs]),
+    )
+
+
+def num_bytes(files: Iterable[InputFile]) -> int:
+    """Bytes of input files together."""
     total = 0
     for file in files:
         with reading(file.path):
             total += file.path.stat().st_size
-    count = Counter(progress, "reading the inputs", total)
-    warnings = companions(files)
+    return total
+
+
+def scan_inputs(
+    files: Sequence[InputFile], config: CorpusConfig, count: Counter
+) -> tuple[list[ScannedInput], DocumentList]:
+    """Read some inputs once: their documents, counted from the first of these files; raises as `scan`."""
+    selector = Selector(config)
+    found = DocumentList()
+    inputs: list[ScannedInput] = []
     for place, file in enumerate(files):
-        reader, notes = InputReader(file, jsonl_text_key, count), TextNotes()
-        first = len(documents)
+        reader, notes = InputReader(file, config.jsonl_text_key, count), TextNotes()
+        first = len(found)
         for document in reader.documents():
             notes.add(document.text)
             count.document()
-            documents.append(
-                input_index=place, offset=document.offset, num_bytes=document.bytes, text=document.text.encode()
+            found.append(
+                input_index=place,
+                offset=document.offset,
+                num_bytes=document.bytes,
+                text=document.text.encode(),
+                dropped_by=selector.drops(document.text),
             )
+            if selector.needs_signatures:
+                found.signatures.append(selector.signature(document.text))
         inputs.append(
-            ScannedInput(file=file, sha256=reader.sha256, bytes=reader.num_bytes, documents=len(documents) - first)
+            ScannedInput(
+                file=file,
+                sha256=reader.sha256,
+                bytes=reader.num_bytes,
+                documents=len(found) - first,
+                notes=notes,
+            )
         )
-        warnings += notes.warnings(file)
-    if sum(documents.text_bytes) == 0:
-        raise UsageError(
-            f"the corpus is empty: {len(files)} input file(s) hold no text at all. Nothing was written.",
-            hint="check corpus.inputs",
-        )
-    documents.is_validation = choose_validation(documents.split_hashes(), validation_fraction)
-    return ScannedCorpus(inputs, documents, jsonl_text_key, warnings)
+    return inputs, found
 
 
 def _changed(file: InputFile) -> DataIntegrityError:

@@ -255,6 +255,7 @@ def _step_points(record: Step, memory: Memory) -> list[Point]:
     if record.nelbo_nats_per_token != record.loss:  # equal where the bound is all of the loss
         values["nelbo_nats_per_token"] = record.nelbo_nats_per_token
         values |= {f"loss_terms/{term}": value for term, value in (record.loss_terms or {}).items()}
+    values |= {f"sources/{name}": value for name, value in (record.consumed_by_source or {}).items()}
     if record.nelbo_nats_per_token is not None and memory.bytes_per_token:
         values["bits_per_byte"] = record.nelbo_nats_per_token / math.log(2) / memory.bytes_per_token
     if record.consumed_samples is not None:
