@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 from bench_support import Report, alternate, benchmark_parser, ratio, spread
+from crc32c import crc32c
 
 from megamask.config.schema.data import DataConfig
 from megamask.data.corpus.pack import RowPacker
@@ -264,7 +265,7 @@ def readers(corpora: Corpora) -> dict[str, Batches]:
 def write_trillion(folder: Path) -> None:
     """A corpus of 10^12 tokens whose shards are sparse files of zeros, with true indexes."""
     (folder / "shards").mkdir(parents=True)
-    row_crc, size = _zero_crc(), 0
+    row_crc, size = int(crc32c(bytes(LENGTH * 2))), 0
     blocks = np.zeros(BLOCKS_PER_SHARD, BLOCK_DTYPE)
     for block in blocks:
         block["tokens_offset"], block["rows"] = size + 640, ROWS_PER_BLOCK
@@ -297,12 +298,6 @@ def write_trillion(folder: Path) -> None:
         )
     total = sum(shard["blocks"] for shard in shards)
     (folder / "manifest.json").write_bytes(canonical_json(manifest_content(shards, TRILLION_ROWS, total)))
-
-
-def _zero_crc() -> int:
-    from crc32c import crc32c
-
-    return int(crc32c(bytes(LENGTH * 2)))
 
 
 _OPEN = """

@@ -40,7 +40,7 @@ class Owner:
 
 
 def _agree(one: Mapping[str, str], other: Mapping[str, str]) -> bool:
-    """Whether two records name the same corpora, but for some that one of them has in addition (a run may grow)."""
+    """Return whether two records name the same corpora, apart from more that one of them has (a run may grow)."""
     shared = set(one) & set(other)
     return shared in (set(one), set(other)) and all(one[name] == other[name] for name in shared)
 

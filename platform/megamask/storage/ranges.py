@@ -21,7 +21,7 @@ _RETRY_TIMEOUT_S = 60
 
 
 def is_remote(root: str) -> bool:
-    """Whether a root names an object store instead of a folder."""
+    """Return whether a root names an object store instead of a folder."""
     scheme, sign, _ = root.partition("://")
     return bool(sign) and scheme in SCHEMES
 

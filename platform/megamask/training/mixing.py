@@ -1,4 +1,4 @@
-"""What a run may not do with its mixture: move its past, or repeat a source more often than was allowed."""
+"""Refusals of a mixture that would move the past of a run, or repeat a source more often than allowed."""
 
 from __future__ import annotations
 
