@@ -118,7 +118,7 @@ def test_no_objective_noises_or_scores_a_prompt_or_padding(corpus: Path, name: s
         pad_token_id=manifest.pad_token_id,
     )
     given = Samples(
-        tokens=batch.tokens,
+        tokens=batch.tokens.to(torch.int64),
         is_eligible=batch.is_eligible,
         sample_index=batch.sample_index,
         batch_position=list(range(count)),
@@ -128,7 +128,7 @@ def test_no_objective_noises_or_scores_a_prompt_or_padding(corpus: Path, name: s
     views = len(rows.inputs) // count
     prompt = ~batch.is_eligible.repeat_interleave(views, dim=0)
     read = rows.inputs[:, :64]
-    assert torch.equal(read[prompt], batch.tokens.repeat_interleave(views, dim=0)[prompt])
+    assert torch.equal(read[prompt], batch.tokens.to(torch.int64).repeat_interleave(views, dim=0)[prompt])
     scored = rows.is_scored[:, :64].roll(1, dims=1) if name == "autoregressive" else rows.is_scored[:, :64]
     assert bool(scored.any()) and not (scored & prompt).any()
     assert not (rows.targets[rows.is_scored] == manifest.pad_token_id).any()

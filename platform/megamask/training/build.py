@@ -69,11 +69,9 @@ def build_run(
         owner = Owner(run_id=attempt.run_id, seed=config.run.seed, corpora=data.train.corpus_ids)
         loaded = load(engine, scope.run_dir, model=model, owner=owner)
         if loaded.commit is None and data.start is not None and data.start.weights is not None:
-            weights = data.start.weights
-            on_main(engine, lambda: verify_source(weights))
-            engine.set_weights(weights.read)
-    _restore(scope.progress, loaded, data.objective, config.training.sequence_length)
-    refuse_moved_past(config, scope.run_dir, attempt.number, scope.progress.consumed_samples)
+            _load_source(engine, data.start.weights)
+        _restore(scope.progress, loaded, data.objective, config.training.sequence_length)
+        refuse_moved_past(config, scope.run_dir, attempt.number, scope.progress.consumed_samples)
     if scope.leader is not None:
         machine = {"device": backend.name, **engine.arithmetic}
         scope.leader.started(data, loaded, world_size=engine.world_size, machine=machine, startup_s=startup.seconds())
@@ -135,6 +133,12 @@ def _engine(config: TrainConfig, data: RunData, startup: StartupClock) -> Engine
             device=config.device,
             draws_weights=data.start is None,
         )
+
+
+def _load_source(engine: Engine, weights: AdaptedWeights) -> None:
+    """Verify a published model's files on one rank, and set the network's weights from them."""
+    on_main(engine, lambda: verify_source(weights))
+    engine.set_weights(weights.read)
 
 
 def _restore(progress: Progress, loaded: Loaded, objective: Objective, sequence_length: int) -> None:
