@@ -11,6 +11,7 @@ from megamask.checkpoint.loader import Loaded, load
 from megamask.checkpoint.ownership import Owner
 from megamask.checkpoint.retention import sweep
 from megamask.config.schema.roots import TrainConfig
+from megamask.conversion.source import AdaptedWeights
 from megamask.models.counts import flops_per_token
 from megamask.objectives.base import Objective
 from megamask.objectives.shapes import ObjectiveShape
