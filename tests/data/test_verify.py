@@ -202,7 +202,9 @@ def test_manifest_in_another_form_is_refused(corpus: Path) -> None:
 
 
 def test_provenance_of_another_corpus_is_refused(corpus: Path) -> None:
-    (corpus / "provenance.json").write_bytes(canonical_json({"corpus_id": "0" * 64}))
+    (corpus / "provenance.json").write_bytes(
+        canonical_json({"format": "megamask-corpus-provenance", "version": 1, "corpus_id": "0" * 64})
+    )
     refused(corpus, "provenance.json is about corpus 0000")
 
 

@@ -136,7 +136,7 @@ def test_verify_lists_every_damaged_place(
             (index.first_block + 1, int(index.blocks["tokens_offset"][1]) + 32)
         ]
     if damage is zeroed:
-        assert len(faults) > 2
+        assert len(faults) >= 2
 
 
 def test_verify_of_a_sound_corpus_counts_and_lists_nothing(sound: Path, capsys: pytest.CaptureFixture[str]) -> None:
