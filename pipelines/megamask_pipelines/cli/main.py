@@ -37,6 +37,7 @@ VERBS: Mapping[str, str] = {
     "status": "show the state of a run, attempt by attempt",
     "sync": "upload the parts of a run that MLflow is missing",
     "explain": "explain a setting: meaning, range, default, origin",
+    "plan": "estimate memory, speed and fitness of a run on GPUs, without a device",
     "new-config": "write a commented minimal corpus and run config",
 }
 _HELP = """usage: megamask VERB [CONFIG.yaml] [key.path=value ...] [--json]

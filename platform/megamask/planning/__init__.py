@@ -1,1 +1,1 @@
-"""What a run needs and what a machine can do, known before a device is booked; no torch."""
+"""Sizes, times and limits of a run before a device is booked: integers and arithmetic, no torch."""

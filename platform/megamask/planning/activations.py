@@ -1,0 +1,139 @@
+"""Bytes of activations on one rank: what its layers keep for the backward pass, and how many micro-batches at once.
+
+A layer keeps, per position, the inputs of both norms and of all four matrices, queries, keys and values as attention
+reads them, attention's output and SwiGLU's input. The test of this file counts what torch's hooks see being saved.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megamask.planning.subject import Subject
+
+_FLOAT32 = 4
+_TOKEN_ID = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class ActivationBytes:
+    """A rank's activations at the fullest moment of a step.
+
+    Args:
+        layers: kept by the layers for the backward pass, all micro-batches in flight together.
+        in_flight: micro-batches whose activations the rank's first chunk keeps at once.
+        ends: embedding, final norm and the head's rows.
+        workspace: gradients and recomputed activations of the layer that is being differentiated.
+        logits: of the head's chunk, with their softmax and gradient.
+    """
+
+    layers: int
+    in_flight: int
+    ends: int
+    workspace: int
+    logits: int
+
+    @property
+    def total(self) -> int:
+        """All but the logits."""
+        return self.layers + self.ends + self.workspace
+
+
+def activation_bytes(subject: Subject, *, pipeline_rank: int) -> ActivationBytes:
+    """Count a rank's activations; ranks of the same pipeline stage are alike."""
+    stages = subject.stages_of(pipeline_rank)
+    last = len(stages) - 1
+    passes = chunk_passes_in_flight(subject, pipeline_rank)
+    layer = stored_by_layer(subject)
+    # passes of the chunks alternate in groups, so that each chunk has its share of them
+    layers = sum(len(stage) for stage in stages) * layer * passes // len(stages)
+    in_flight = -(-passes // len(stages))
+    ends = in_flight * _embedding(subject) if subject.is_first(pipeline_rank, 0) else 0
+    logits = 0
+    if subject.is_last(pipeline_rank, last):
+        ends += _final_norm(subject) + _head(subject)
+        logits = _logits(subject)
+    return ActivationBytes(
+        layers=layers, in_flight=in_flight, ends=ends, workspace=_workspace(subject), logits=logits
+    )
+
+
+def chunk_passes_in_flight(subject: Subject, pipeline_rank: int) -> int:
+    """Forward passes of chunks that wait for their backward pass, at most (megatron-core's two schedules)."""
+    ranks, chunks = subject.axes.pipeline_parallel_size, subject.axes.virtual_pipeline_parallel_size
+    passes = subject.num_micro_batches * chunks
+    after = ranks - pipeline_rank - 1
+    if chunks == 1:
+        return min(passes, after + 1)
+    return min(passes, 2 * after + (chunks - 1) * ranks + 1)
+
+
+def stored_by_layer(subject: Subject, *, is_complete: bool = False) -> int:
+    """Bytes that one layer keeps of one micro-batch.
+
+    Args:
+        is_complete: what it would keep without recomputation.
+    """
+    if is_complete:
+        return _complete_layer(subject, keeps_core=True)
+    if subject.recompute == "full":
+        return subject.stored_positions * subject.spec.hidden_size * subject.format_bytes
+    return _complete_layer(subject, keeps_core=subject.recompute == "none")
+
+
+def _complete_layer(subject: Subject, *, keeps_core: bool) -> int:
+    spec, ranks, size = subject.spec, subject.axes.tensor_parallel_size, subject.format_bytes
+    queries = spec.num_attention_heads * spec.head_dim // ranks
+    mixed = queries + 2 * spec.num_query_groups * spec.head_dim // ranks
+    is_grouped = spec.num_query_groups != spec.num_attention_heads
+    # between the matrices: inputs of both norms, of the first projection and of the feed-forward part
+    stored = subject.stored_positions * (4 * spec.hidden_size * size + 2 * _FLOAT32)
+    # inside them: attention's output projection, SwiGLU and the second matrix
+    stored += subject.positions * (queries + 3 * spec.ffn_hidden_size // ranks) * size
+    if spec.qk_norm:
+        heads = (spec.num_attention_heads + spec.num_query_groups) // ranks
+        stored += subject.positions * heads * _FLOAT32
+        if is_grouped:  # gathering the groups' queries copies them, and the norm keeps its input
+            stored += subject.positions * queries * size
+    # values are a view of the stacked projections, which stay alive then; grouped ones are copied for every query head
+    if spec.qk_norm or not is_grouped or not keeps_core:
+        stored += subject.positions * mixed * size
+    if keeps_core:
+        copies = 4 if is_grouped else 3  # queries, keys, (values,) output
+        stored += subject.positions * (copies * queries * size + spec.num_attention_heads // ranks * _FLOAT32)
+    return stored
+
+
+def _embedding(subject: Subject) -> int:
+    return subject.positions * (_TOKEN_ID + (1 if subject.compute != "fp32" else 0))
+
+
+def _final_norm(subject: Subject) -> int:
+    return subject.stored_positions * (subject.spec.hidden_size * subject.format_bytes + _FLOAT32)
+
+
+def _head(subject: Subject) -> int:
+    """The head's input, the gradients of its rows and the float32 gradient of its matrix."""
+    spec = subject.spec
+    of_matrix = spec.padded_vocab_size // subject.axes.tensor_parallel_size * spec.hidden_size * _FLOAT32
+    rows = subject.positions + _head_rows(subject)
+    return rows * spec.hidden_size * subject.format_bytes + of_matrix
+
+
+def _head_rows(subject: Subject) -> int:
+    return subject.head_rows * subject.micro_batch_size // subject.axes.context_parallel_size
+
+
+def _logits(subject: Subject) -> int:
+    chunk = min(subject.head_chunk_rows, _head_rows(subject))
+    columns = subject.spec.padded_vocab_size // subject.axes.tensor_parallel_size
+    is_wide = subject.compute == "fp32"
+    each = _FLOAT32 if is_wide else subject.format_bytes + _FLOAT32 + subject.format_bytes  # logits, softmax, gradient
+    return chunk * columns * each
+
+
+def _workspace(subject: Subject) -> int:
+    spec, ranks, size = subject.spec, subject.axes.tensor_parallel_size, subject.format_bytes
+    gradients = subject.positions * (2 * spec.hidden_size + 3 * spec.ffn_hidden_size // ranks) * size
+    if subject.recompute == "full":
+        return gradients + _complete_layer(subject, keeps_core=True)
+    return gradients
