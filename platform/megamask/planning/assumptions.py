@@ -19,8 +19,9 @@ def _assumed(doc: str, default: float) -> Any:
 class Assumptions:
     """What a plan takes for granted; all numbers are positive."""
 
-    matrix_efficiency: float = _assumed("part of the peak rate that a matrix product of a layer reaches", 0.70)
-    attention_efficiency: float = _assumed("part of the peak rate that the attention kernel reaches", 0.50)
+    matrix_efficiency: float = _assumed("part of the peak rate that a matrix product of a layer reaches", 0.68)
+    half_rate_rows: float = _assumed("rows of a matrix product at which it reaches half of that efficiency", 256.0)
+    attention_efficiency: float = _assumed("part of the peak rate that the attention kernel reaches", 0.45)
     memory_efficiency: float = _assumed("part of the memory bandwidth that element-wise work reaches", 0.75)
     link_efficiency: float = _assumed("part of a link's bandwidth that a collective reaches", 0.75)
     collective_latency_s: float = _assumed("seconds that every collective costs beside its bytes", 20e-6)

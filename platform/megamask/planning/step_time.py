@@ -94,9 +94,11 @@ def _compute(
         attention *= 4 / 3
     if subject.is_last(pipeline_rank, axes.virtual_pipeline_parallel_size - 1):
         matrices += share * work.head
+    # a rank's products have one row a position: short pieces of a row keep the units waiting
+    rate = assumed.matrix_efficiency * subject.positions / (subject.positions + assumed.half_rate_rows)
     moved = layers * stored_by_layer(subject, is_complete=True) * _PASSES_OVER_ACTIVATIONS
     return (
-        matrices / (peak * assumed.matrix_efficiency)
+        matrices / (peak * rate)
         + attention / (peak * assumed.attention_efficiency)
         + moved / (gpu.memory_bandwidth * assumed.memory_efficiency)
     )
