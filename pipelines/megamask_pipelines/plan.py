@@ -78,9 +78,7 @@ def plan_run(loaded: Loaded[TrainConfig], request: Request) -> dict[str, Any]:
     return _planned(config, spec, gpu, assumed, request) | {"assumptions": assumptions}
 
 
-def _planned(
-    config: TrainConfig, spec: ModelSpec, gpu: Gpu, assumed: Assumptions, request: Request
-) -> dict[str, Any]:
+def _planned(config: TrainConfig, spec: ModelSpec, gpu: Gpu, assumed: Assumptions, request: Request) -> dict[str, Any]:
     subject = subject_of(config, spec)
     if request.rank is not None and not 0 <= request.rank < subject.world_size:
         raise UsageError(
@@ -94,9 +92,7 @@ def _planned(
     return answer | ({} if answer["feasible"] else {"exit_code": int(ExitCode.USAGE)})
 
 
-def _searched(
-    config: TrainConfig, spec: ModelSpec, gpu: Gpu, assumed: Assumptions, request: Request
-) -> dict[str, Any]:
+def _searched(config: TrainConfig, spec: ModelSpec, gpu: Gpu, assumed: Assumptions, request: Request) -> dict[str, Any]:
     subject = subject_of(config, spec)
     num_gpus = subject.world_size if request.num_gpus is None else request.num_gpus
     found = search(subject, shared_numbers(config), gpu, assumed, num_gpus)
@@ -120,7 +116,6 @@ def subject_of(config: TrainConfig, spec: ModelSpec) -> Subject:
     """The numbers that a plan reads of a config."""
     training = config.training
     shape = shape_of(config.objective.settings(), training.sequence_length)
-    head_rows = min(training.head_capacity or shape.scored_positions, shape.scored_positions)
     return Subject(
         spec=spec,
         shape=shape,
@@ -128,8 +123,8 @@ def subject_of(config: TrainConfig, spec: ModelSpec) -> Subject:
         global_batch_size=training.global_batch_size,
         micro_batch_size=training.micro_batch_size,
         compute=config.precision.compute,
-        head_rows=head_rows,
-        head_chunk_rows=head_rows * training.micro_batch_size,
+        head_rows=shape.scored_positions,
+        head_chunk_rows=training.head_chunk_rows,
         checkpoint_every_steps=config.checkpoint.every_steps,
     )
 
@@ -168,7 +163,9 @@ def _count_reason(config: TrainConfig, subject: Subject, num_gpus: int) -> str:
         if config.training.global_batch_size % (size * config.training.micro_batch_size) == 0
     ]
     nearest = f"layout.data_parallel_size={sizes[-1]} uses {sizes[-1] * others}" if sizes else "a smaller layout"
-    return f"the layout needs {subject.world_size} processes, but --gpus is {num_gpus}; {nearest}; --search finds others"
+    return (
+        f"the layout needs {subject.world_size} processes, but --gpus is {num_gpus}; {nearest}; --search finds others"
+    )
 
 
 def _row(plan: Plan) -> dict[str, Any]:

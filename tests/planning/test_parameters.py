@@ -6,7 +6,6 @@ import dataclasses
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -14,7 +13,7 @@ from megamask.config.rules.layout import AxisSizes
 from megamask.models.counts import parameter_count
 from megamask.models.spec import ModelSpec
 from megamask.planning.parameters import fullest_share, parameter_bytes
-from support import meta_rank
+from support.command import ROOT
 from support.engine_cases import OPTIONS, PLAIN
 from support.planned import dense, subject_of
 
@@ -24,8 +23,12 @@ DENSE_405B = dense(layers=126, hidden=16384, forward=53248, heads=128, groups=8,
 SEQUENCE_8 = {"tensor_parallel_size": 8, "sequence_parallel": True}
 CASES = [
     pytest.param(DENSE_8B, SEQUENCE_8 | {"pipeline_parallel_size": 2, "data_parallel_size": 64}, 0, "bf16", id="8b"),
-    pytest.param(DENSE_8B, SEQUENCE_8 | {"pipeline_parallel_size": 2, "data_parallel_size": 64}, 777, "fp32", id="8b-777"),
-    pytest.param(DENSE_70B, SEQUENCE_8 | {"pipeline_parallel_size": 8, "data_parallel_size": 64}, 4095, "bf16", id="70b"),
+    pytest.param(
+        DENSE_8B, SEQUENCE_8 | {"pipeline_parallel_size": 2, "data_parallel_size": 64}, 777, "fp32", id="8b-777"
+    ),
+    pytest.param(
+        DENSE_70B, SEQUENCE_8 | {"pipeline_parallel_size": 8, "data_parallel_size": 64}, 4095, "bf16", id="70b"
+    ),
     pytest.param(
         DENSE_405B,
         SEQUENCE_8 | {"pipeline_parallel_size": 16, "data_parallel_size": 128, "pipeline_split": "balanced"},
@@ -73,7 +76,7 @@ def measured() -> list[dict[str, int]]:
         for spec, layout, rank, compute in (case.values for case in CASES)
     ]
     done = subprocess.run(
-        [sys.executable, Path(meta_rank.__file__)],
+        [sys.executable, ROOT / "tools" / "meta_rank.py"],
         input=json.dumps({"cases": cases}),
         capture_output=True,
         text=True,

@@ -75,8 +75,8 @@ def _speed(result: dict[str, Any]) -> list[str]:
 
 def _surroundings(operation: dict[str, Any]) -> list[str]:
     lines = [
-        f"checkpoint: {operation['checkpoint_bytes'] / 1e9:,.1f} GB, stalls training {operation['checkpoint_stall_s']:.2g}"
-        f" s, written in {operation['checkpoint_write_s']:.3g} s; data: {operation['data_bandwidth'] / 1e6:,.2f} MB/s"
+        f"checkpoint: {operation['checkpoint_bytes'] / 1e9:,.1f} GB, stalls training "
+        f"{operation['checkpoint_stall_s']:.2g} s, written in {operation['checkpoint_write_s']:.3g} s; data: {operation['data_bandwidth'] / 1e6:,.2f} MB/s"
     ]
     if operation["ettr"] is not None:
         lines.append(
@@ -99,6 +99,6 @@ def _layouts(result: dict[str, Any]) -> list[str]:
 def _assumed(assumptions: dict[str, Any]) -> str:
     vocabulary = assumptions["vocab_size"]
     return (
-        f"on {assumptions['gpu']['value']}, {vocabulary['value']:,} entries ({vocabulary['meaning']}); an estimate, not a "
-        "measurement: --json lists every assumption, --assume replaces one"
+        f"on {assumptions['gpu']['value']}, {vocabulary['value']:,} entries ({vocabulary['meaning']}); an estimate, "
+        "not a measurement: --json lists every assumption, --assume replaces one"
     )

@@ -52,9 +52,7 @@ def activation_bytes(subject: Subject, *, pipeline_rank: int) -> ActivationBytes
     if subject.is_last(pipeline_rank, last):
         ends += _final_norm(subject) + _head(subject)
         logits = _logits(subject)
-    return ActivationBytes(
-        layers=layers, in_flight=in_flight, ends=ends, workspace=_workspace(subject), logits=logits
-    )
+    return ActivationBytes(layers=layers, in_flight=in_flight, ends=ends, workspace=_workspace(subject), logits=logits)
 
 
 def chunk_passes_in_flight(subject: Subject, pipeline_rank: int) -> int:

@@ -149,9 +149,7 @@ def rank_plan(subject: Subject, assumed: Assumptions, rank: int) -> RankPlan:
     gaps = assumed.fragmentation * (activations.total + activations.logits)
     return RankPlan(
         rank=rank,
-        held=parameter_bytes(
-            subject, pipeline_rank=pipeline_rank, share_rank=within // axes.tensor_parallel_size
-        ),
+        held=parameter_bytes(subject, pipeline_rank=pipeline_rank, share_rank=within // axes.tensor_parallel_size),
         activations=activations,
         other=int(assumed.context_bytes + gaps),
     )
@@ -175,7 +173,9 @@ def _largest_part(plan: RankPlan) -> str:
             plan.held.parameters + plan.held.gradients
         ),
         f"the layers' activations of {activations.in_flight} micro-batches (lower training.micro_batch_size, or raise "
-        "layout.tensor_parallel_size with layout.sequence_parallel or layout.context_parallel_size)": activations.layers,
+        "layout.context_parallel_size or, with layout.sequence_parallel, layout.tensor_parallel_size)": (
+            activations.layers
+        ),
         "logits (lower training.head_chunk_rows)": activations.logits,
     }
     name = max(parts, key=parts.__getitem__)

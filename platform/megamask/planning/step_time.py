@@ -78,9 +78,7 @@ def _step_time(subject: Subject, gpu: Gpu, assumed: Assumptions, work: Work, *, 
     )
 
 
-def _compute(
-    subject: Subject, gpu: Gpu, assumed: Assumptions, work: Work, *, layers: int, pipeline_rank: int
-) -> float:
+def _compute(subject: Subject, gpu: Gpu, assumed: Assumptions, work: Work, *, layers: int, pipeline_rank: int) -> float:
     """Seconds that one micro-batch computes on a rank, forward and backward."""
     axes, spec = subject.axes, subject.spec
     peak = gpu.fp32_flops if subject.compute == "fp32" else gpu.bf16_flops

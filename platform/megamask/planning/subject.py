@@ -99,6 +99,4 @@ class Subject:
     def is_last(self, pipeline_rank: int, chunk: int) -> bool:
         """Whether a rank's chunk holds the final norm and the head."""
         axes = self.axes
-        return (
-            pipeline_rank == axes.pipeline_parallel_size - 1 and chunk == axes.virtual_pipeline_parallel_size - 1
-        )
+        return pipeline_rank == axes.pipeline_parallel_size - 1 and chunk == axes.virtual_pipeline_parallel_size - 1
