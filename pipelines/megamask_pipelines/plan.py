@@ -1,4 +1,4 @@
-"""The job of `megamask plan`: memory, time and fitness of a run on GPUs that nobody has to book."""
+"""The job of `megamask plan`: memory, time and fitness of a run on GPUs, before any is booked."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _MOST_SHOWN = 10
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """What was asked for beside the config.
+    """The command line's options beside the config.
 
     Args:
         gpu_name: of the table in planning/gpus.py.

@@ -76,7 +76,8 @@ def _speed(result: dict[str, Any]) -> list[str]:
 def _surroundings(operation: dict[str, Any]) -> list[str]:
     lines = [
         f"checkpoint: {operation['checkpoint_bytes'] / 1e9:,.1f} GB, stalls training "
-        f"{operation['checkpoint_stall_s']:.2g} s, written in {operation['checkpoint_write_s']:.3g} s; data: {operation['data_bandwidth'] / 1e6:,.2f} MB/s"
+        f"{operation['checkpoint_stall_s']:.2g} s, written in {operation['checkpoint_write_s']:.3g} s; data: "
+        f"{operation['data_bandwidth'] / 1e6:,.2f} MB/s"
     ]
     if operation["ettr"] is not None:
         lines.append(

@@ -17,7 +17,7 @@ def _assumed(doc: str, default: float) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class Assumptions:
-    """What a plan takes for granted; all numbers are positive."""
+    """Figures that a plan cannot know; all are positive numbers."""
 
     matrix_efficiency: float = _assumed("part of the peak rate that a matrix product of a layer reaches", 0.68)
     half_rate_rows: float = _assumed("rows of a matrix product at which it reaches half of that efficiency", 256.0)

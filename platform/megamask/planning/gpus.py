@@ -1,4 +1,4 @@
-"""What a plan knows of GPUs: memory, peak rates and links, from the vendors' data sheets."""
+"""Memory, peak rates and links of GPUs, from the vendor's data sheets."""
 
 from __future__ import annotations
 

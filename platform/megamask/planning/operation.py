@@ -1,4 +1,4 @@
-"""What a run asks of its surroundings: checkpoints, data, and the part of the time that survives failures."""
+"""Demands of a run on its surroundings: checkpoints, data, and the part of the time that survives failures."""
 
 from __future__ import annotations
 
