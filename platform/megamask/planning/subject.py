@@ -1,4 +1,4 @@
-"""The subject of a plan: a network, what an objective makes of its rows, a layout and the settings that cost memory or time.
+"""The subject of a plan: a network, the objective's rows, a layout, and the settings that cost memory or time.
 
 Ranks are numbered as the mesh numbers them: tensor parallel fastest, then context, data and pipeline parallel.
 """
