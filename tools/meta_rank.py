@@ -23,6 +23,7 @@ import megamask.engine.engine  # noqa: F401  prepares torch for megatron-core
 from megamask.config.schema.layout import LayoutConfig
 from megamask.config.schema.optimizer import OptimizerConfig
 from megamask.engine.backend import select_backend
+from megamask.engine.layers.router import Routing
 from megamask.engine.mesh import Mesh, ProcessGroups
 from megamask.engine.network import build_network, wrap_data_parallel
 from megamask.engine.optimizer import ShardedAdamW
@@ -36,25 +37,32 @@ def measure(case: dict[str, Any]) -> dict[str, Any]:
     spec, layout = ModelSpec.from_json(case["spec"]), LayoutConfig(**case["layout"])
     world_size, compute = case["world_size"], {"fp32": torch.float32, "bf16": torch.bfloat16}[case["compute"]]
     dist.init_process_group("fake", store=FakeStore(), rank=case["rank"], world_size=world_size)
-    started = time.perf_counter()
+    started, backend = time.perf_counter(), select_backend()
     try:
         mesh = Mesh.from_layout(layout, rank=case["rank"], world_size=world_size)
-        ProcessGroups(mesh)
+        groups = ProcessGroups(mesh)
         grouped = time.perf_counter()
         torch.cuda.current_device = lambda: torch.device("meta")
-        family = layer_family("local", select_backend())
+        family = layer_family("local", backend)
+        routing = None
+        if spec.experts is not None:
+            backend.prepare_experts()
+            group = groups.tensor_and_context
+            routing = Routing(spec.experts, spec.num_layers, row_group=group, device=torch.device("meta"))
         with torch.device("meta"):
-            network = build_network(spec, mesh, compute, mask_token_id=0, family=family)
-            table = parameter_table(
-                network, spec, mesh, family.layer_parameters(spec), OptimizerConfig(learning_rate=1.0)
-            )
-            mark_parameters(network, table)
-            model = wrap_data_parallel(network)
-            optimizer = ShardedAdamW(model, table, OptimizerConfig(learning_rate=1.0))
-            updated = sum(shard.stop - shard.start for shard in optimizer.shards())
-        buffers = [*model.buffers, *model.expert_parallel_buffers]
+            networks = [
+                build_network(spec, mesh, compute, mask_token_id=0, family=family, chunk=chunk, routing=routing)
+                for chunk in range(mesh.virtual_pipeline_size)
+            ]
+            optimizer_config = OptimizerConfig(learning_rate=1.0)
+            table = parameter_table(networks, spec, mesh, family.layer_parameters(spec), optimizer_config)
+            mark_parameters(networks, table)
+            chunks = [wrap_data_parallel(network, chunk=chunk) for chunk, network in enumerate(networks)]
+            optimizer = ShardedAdamW(chunks, table, optimizer_config)
+            updated = sum(shard.stop - shard.start for shard in optimizer.shards() if not shard.info.is_buffer)
+        buffers = [buffer for chunk in chunks for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers)]
         return {
-            "count": sum(parameter.numel() for parameter in network.parameters()),
+            "count": sum(parameter.numel() for network in networks for parameter in network.parameters()),
             "parameters": sum(buffer.param_data.numel() * buffer.param_data.element_size() for buffer in buffers),
             "gradients": sum(buffer.grad_data.numel() * buffer.grad_data.element_size() for buffer in buffers),
             "updated": updated,

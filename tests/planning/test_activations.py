@@ -7,6 +7,7 @@ import dataclasses
 import pytest
 
 from megamask.config.rules.layout import AxisSizes
+from megamask.models.experts import ExpertSpec
 from megamask.planning.activations import activation_bytes, chunk_passes_in_flight, stored_by_layer
 from support import engine_cases, saved_activations
 from support.gloo import run_gloo
@@ -18,7 +19,11 @@ GROUPED = dataclasses.replace(
 )
 EACH_ITS_OWN = dataclasses.replace(GROUPED, num_query_groups=4)
 NORMED = dataclasses.replace(GROUPED, qk_norm=True, qkv_bias=True)
-SPECS = {"grouped": GROUPED, "each-its-own": EACH_ITS_OWN, "normed": NORMED}
+EXPERTS = ExpertSpec(num_experts=8, topk=2, ffn_hidden_size=96, num_dense_layers=1)
+MIXTURE = dataclasses.replace(GROUPED, experts=EXPERTS)
+SHARED = dataclasses.replace(GROUPED, experts=dataclasses.replace(EXPERTS, num_shared=1))
+DENSE = {"grouped": GROUPED, "each-its-own": EACH_ITS_OWN, "normed": NORMED}
+SPECS = DENSE | {"experts": MIXTURE, "shared-experts": SHARED}
 LAYOUTS = {
     "tensor": {"tensor_parallel_size": 2},
     "sequence": {"tensor_parallel_size": 2, "sequence_parallel": True},
@@ -47,12 +52,12 @@ def test_a_stage_saves_what_the_plan_counts(job, spec, compute: str) -> None:
 
 @pytest.mark.multiprocess
 def test_a_tensor_parallel_rank_saves_what_the_plan_counts() -> None:
-    runs = [(name, layout, compute) for name in SPECS for layout in LAYOUTS for compute in ("fp32", "bf16")]
+    runs = [(name, layout, compute) for name in DENSE for layout in LAYOUTS for compute in ("fp32", "bf16")]
     answers = run_gloo(
         2,
         saved_activations.__file__,
         "run_tensor_parallel",
-        runs=[[dataclasses.asdict(SPECS[name]), LAYOUTS[layout], compute, LENGTH] for name, layout, compute in runs],
+        runs=[[SPECS[name].to_json(), LAYOUTS[layout], compute, LENGTH] for name, layout, compute in runs],
     )
     for (name, layout, compute), saved in zip(runs, answers[0], strict=True):
         assert planned(SPECS[name], compute, **LAYOUTS[layout]) == pytest.approx(saved, rel=0.05), (name, layout)
@@ -60,10 +65,10 @@ def test_a_tensor_parallel_rank_saves_what_the_plan_counts() -> None:
 
 def test_a_layer_that_is_recomputed_keeps_its_input_only() -> None:
     subject = subject_of(GROUPED, AxisSizes(), recompute="full")
-    assert stored_by_layer(subject) == subject.positions * GROUPED.hidden_size * 2
+    assert stored_by_layer(subject, 0) == subject.positions * GROUPED.hidden_size * 2
     whole = subject_of(GROUPED, AxisSizes())
     part = subject_of(GROUPED, AxisSizes(), recompute="selective")
-    assert stored_by_layer(subject) < stored_by_layer(part) < stored_by_layer(whole)
+    assert stored_by_layer(subject, 0) < stored_by_layer(part, 0) < stored_by_layer(whole, 0)
 
 
 @pytest.mark.parametrize("virtual", [1, 2, 3])

@@ -16,7 +16,10 @@ def saved_bytes(engine: Any, *, num_rows: int, length: int) -> int:
         engine: of one pipeline stage.
         length: positions of a row on this rank's mesh, before any axis divides them.
     """
-    network = engine._rank_model.network
+    rank_model = engine._rank_model
+    (network,) = rank_model.networks
+    if rank_model.routing is not None:
+        rank_model.routing.begin_step(num_rows=num_rows)
     of_parameters = {parameter.untyped_storage().data_ptr() for parameter in network.parameters()}
     kept: dict[int, torch.UntypedStorage] = {}  # held, so that no address is used twice
 

@@ -6,6 +6,7 @@ import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 
 from megamask.models.shapes import TensorKind, canonical_tensors
 from megamask.models.spec import ModelSpec
@@ -24,6 +25,7 @@ class FlopsPerToken:
     training: float
 
 
+@lru_cache(maxsize=64)
 def parameter_count(spec: ModelSpec) -> int:
     """Trainable numbers of the canonical tensors; vocabulary padding is not counted, a tied head once."""
     return _count(spec, _numbers)
@@ -65,6 +67,7 @@ def _active_numbers(spec: ModelSpec) -> int:
     return _numbers(spec) - layers * idle * 3 * spec.hidden_size * experts.ffn_hidden_size
 
 
+@lru_cache(maxsize=64)
 def flops_per_token(spec: ModelSpec, *, scored_fraction: float = 0.5, attended_fraction: float = 1.0) -> FlopsPerToken:
     """Matrix products per processed position, for MFU.
 

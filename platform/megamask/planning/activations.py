@@ -43,9 +43,9 @@ def activation_bytes(subject: Subject, *, pipeline_rank: int) -> ActivationBytes
     stages = subject.stages_of(pipeline_rank)
     last = len(stages) - 1
     passes = chunk_passes_in_flight(subject, pipeline_rank)
-    layer = stored_by_layer(subject)
+    held = sum(stored_by_layer(subject, layer) for stage in stages for layer in stage)
     # passes of the chunks alternate in groups, so that each chunk has its share of them
-    layers = sum(len(stage) for stage in stages) * layer * passes // len(stages)
+    layers = held * passes // len(stages)
     in_flight = -(-passes // len(stages))
     ends = in_flight * _embedding(subject) if subject.is_first(pipeline_rank, 0) else 0
     logits = 0
@@ -65,39 +65,67 @@ def chunk_passes_in_flight(subject: Subject, pipeline_rank: int) -> int:
     return min(passes, 2 * after + (chunks - 1) * ranks + 1)
 
 
-def stored_by_layer(subject: Subject, *, is_complete: bool = False) -> int:
-    """Bytes that one layer keeps of one micro-batch.
+def stored_by_layer(subject: Subject, layer: int, *, is_complete: bool = False) -> int:
+    """Bytes that a layer keeps of one micro-batch.
 
     Args:
+        layer: its global number.
         is_complete: what it would keep without recomputation.
     """
-    if is_complete:
-        return _complete_layer(subject, keeps_core=True)
-    if subject.recompute == "full":
+    if subject.recompute == "full" and not is_complete:
         return subject.stored_positions * subject.spec.hidden_size * subject.format_bytes
-    return _complete_layer(subject, keeps_core=subject.recompute == "none")
+    keeps_core = is_complete or subject.recompute == "none"
+    # inputs of both norms and of the first projection, and the norms' scales
+    between = subject.stored_positions * (3 * subject.spec.hidden_size * subject.format_bytes + 2 * _FLOAT32)
+    inside = _experts(subject) if subject.spec.has_experts(layer) else _feed_forward(subject)
+    return between + _attention(subject, keeps_core=keeps_core) + inside
 
 
-def _complete_layer(subject: Subject, *, keeps_core: bool) -> int:
+def _attention(subject: Subject, *, keeps_core: bool) -> int:
+    """Bytes between the first projection and the output projection, whose input is the last of them."""
     spec, ranks, size = subject.spec, subject.axes.tensor_parallel_size, subject.format_bytes
     queries = spec.num_attention_heads * spec.head_dim // ranks
     mixed = queries + 2 * spec.num_query_groups * spec.head_dim // ranks
     is_grouped = spec.num_query_groups != spec.num_attention_heads
-    # between the matrices: inputs of both norms, of the first projection and of the feed-forward part
-    stored = subject.stored_positions * (4 * spec.hidden_size * size + 2 * _FLOAT32)
-    # inside them: attention's output projection, SwiGLU and the second matrix
-    stored += subject.positions * (queries + 3 * spec.ffn_hidden_size // ranks) * size
+    each = queries * size
     if spec.qk_norm:
-        heads = (spec.num_attention_heads + spec.num_query_groups) // ranks
-        stored += subject.positions * heads * _FLOAT32
+        each += (spec.num_attention_heads + spec.num_query_groups) // ranks * _FLOAT32
         if is_grouped:  # gathering the groups' queries copies them, and the norm keeps its input
-            stored += subject.positions * queries * size
+            each += queries * size
     # values are a view of the stacked projections, which stay alive then; grouped ones are copied for every query head
     if spec.qk_norm or not is_grouped or not keeps_core:
-        stored += subject.positions * mixed * size
+        each += mixed * size
     if keeps_core:
         copies = 4 if is_grouped else 3  # queries, keys, (values,) output
-        stored += subject.positions * (copies * queries * size + spec.num_attention_heads // ranks * _FLOAT32)
+        each += copies * queries * size + spec.num_attention_heads // ranks * _FLOAT32
+    return subject.positions * each
+
+
+def _feed_forward(subject: Subject) -> int:
+    """Inputs of the first matrix, of SwiGLU and of the second matrix."""
+    spec, size = subject.spec, subject.format_bytes
+    inner = 3 * spec.ffn_hidden_size // subject.axes.tensor_parallel_size
+    return subject.stored_positions * spec.hidden_size * size + subject.positions * inner * size
+
+
+def _experts(subject: Subject) -> int:
+    """Bytes of a layer with experts whose tokens are spread evenly; the most loaded rank keeps more.
+
+    A token's row is copied for each of its experts, whose SwiGLU keeps five widths beside the input of the second
+    matrix; the router computes in float32.
+    """
+    spec, axes, size = subject.spec, subject.axes, subject.format_bytes
+    experts = spec.experts
+    assert experts is not None  # of a layer that has them
+    width = experts.ffn_hidden_size // axes.expert_tensor_parallel_size
+    visits = subject.stored_positions * experts.topk * axes.expert_tensor_parallel_size
+    of_router = spec.hidden_size * _FLOAT32 + experts.num_experts * (3 * _FLOAT32 + 2)
+    stored = visits * ((spec.hidden_size + 6 * width) * size + _TOKEN_ID + _FLOAT32)
+    stored += subject.stored_positions * of_router
+    if shared := experts.shared_hidden_size // axes.tensor_parallel_size:
+        # in float32 the router's input is that of the shared part
+        stored += subject.stored_positions * spec.hidden_size * (0 if size == _FLOAT32 else size)
+        stored += subject.positions * 5 * shared * size
     return stored
 
 
@@ -130,8 +158,12 @@ def _logits(subject: Subject) -> int:
 
 
 def _workspace(subject: Subject) -> int:
-    spec, ranks, size = subject.spec, subject.axes.tensor_parallel_size, subject.format_bytes
-    gradients = subject.positions * (2 * spec.hidden_size + 3 * spec.ffn_hidden_size // ranks) * size
-    if subject.recompute == "full":
-        return gradients + _complete_layer(subject, keeps_core=True)
-    return gradients
+    spec, axes, size = subject.spec, subject.axes, subject.format_bytes
+    width = spec.ffn_hidden_size // axes.tensor_parallel_size
+    if spec.experts is not None:
+        visited = spec.experts.topk * spec.experts.ffn_hidden_size + spec.experts.shared_hidden_size
+        width = max(width, visited // axes.tensor_parallel_size)
+    gradients = subject.positions * (2 * spec.hidden_size + 3 * width) * size
+    if subject.recompute != "full":
+        return gradients
+    return gradients + max(stored_by_layer(subject, layer, is_complete=True) for layer in (0, spec.num_layers - 1))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from megamask.models.counts import parameter_count
 from megamask.planning.assumptions import Assumptions
 from megamask.planning.gpus import Gpu
-from megamask.planning.parameters import fullest_share, parameter_bytes
+from megamask.planning.parameters import fullest_within, parameter_bytes
 from megamask.planning.subject import Subject
 
 _STATE_BYTES = 3 * 4  # float32 weight and two moments
@@ -50,7 +50,7 @@ def operation(subject: Subject, gpu: Gpu, assumed: Assumptions, *, step_s: float
     nodes = -(-subject.world_size // gpu.per_node)
     total = _STATE_BYTES * parameter_count(subject.spec)
     share = _STATE_BYTES * max(
-        parameter_bytes(subject, pipeline_rank=rank, share_rank=fullest_share(subject, rank)).updated
+        parameter_bytes(subject, pipeline_rank=rank, within=fullest_within(subject, rank)).updated
         for rank in range(subject.axes.pipeline_parallel_size)
     )
     stall = share / assumed.host_copy_bandwidth

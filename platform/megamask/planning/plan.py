@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from megamask.models.counts import parameter_count
+from megamask.models.counts import active_parameter_count, parameter_count
 from megamask.planning.activations import ActivationBytes, activation_bytes
 from megamask.planning.assumptions import Assumptions
 from megamask.planning.gpus import Gpu
 from megamask.planning.operation import Operation, operation
-from megamask.planning.parameters import ParameterBytes, fullest_share, parameter_bytes
+from megamask.planning.parameters import ParameterBytes, fullest_within, parameter_bytes
 from megamask.planning.step_time import StepTime, step_time
 from megamask.planning.subject import Subject
 from megamask.planning.work import Work, work_per_token
@@ -102,7 +102,7 @@ class Plan:
             "layout": asdict(self.subject.axes),
             "per_rank": self.rank.to_json(),
             "model_parameters": parameter_count(spec),
-            "active_parameters": parameter_count(spec),
+            "active_parameters": active_parameter_count(spec),
             "flops_per_token": self.work.total,
             "flops": asdict(self.work),
             "step_time_s": time.total,
@@ -142,25 +142,21 @@ def make_plan(subject: Subject, gpu: Gpu, assumed: Assumptions, *, rank: int | N
 
 def rank_plan(subject: Subject, assumed: Assumptions, rank: int) -> RankPlan:
     """Plan one global rank."""
-    axes = subject.axes
-    shares = axes.data_parallel_size * axes.context_parallel_size
-    pipeline_rank, within = divmod(rank, shares * axes.tensor_parallel_size)
+    pipeline_rank, within = divmod(rank, subject.ranks_of_stage)
     activations = activation_bytes(subject, pipeline_rank=pipeline_rank)
     gaps = assumed.fragmentation * (activations.total + activations.logits)
     return RankPlan(
         rank=rank,
-        held=parameter_bytes(subject, pipeline_rank=pipeline_rank, share_rank=within // axes.tensor_parallel_size),
+        held=parameter_bytes(subject, pipeline_rank=pipeline_rank, within=within),
         activations=activations,
         other=int(assumed.context_bytes + gaps),
     )
 
 
 def _fullest_of_stages(subject: Subject, assumed: Assumptions) -> list[RankPlan]:
-    axes = subject.axes
-    per_stage = axes.data_parallel_size * axes.context_parallel_size * axes.tensor_parallel_size
     return [
-        rank_plan(subject, assumed, stage * per_stage + fullest_share(subject, stage) * axes.tensor_parallel_size)
-        for stage in range(axes.pipeline_parallel_size)
+        rank_plan(subject, assumed, stage * subject.ranks_of_stage + fullest_within(subject, stage))
+        for stage in range(subject.axes.pipeline_parallel_size)
     ]
 
 

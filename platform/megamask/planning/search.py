@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from megamask.config.rules.layout import PIPELINE_SPLITS, AxisSizes, Shared, layout_problems
-from megamask.config.rules.problem import divisors
+from megamask.config.rules.experts import expert_layout_problems
+from megamask.config.rules.layout import PIPELINE_SPLITS, AxisSizes, Shared, layout_problems, stage_sizes
+from megamask.config.rules.problem import Problem, divisors
+from megamask.models.spec import ModelSpec
 from megamask.planning.assumptions import Assumptions
 from megamask.planning.gpus import Gpu
 from megamask.planning.plan import Plan, make_plan
 from megamask.planning.subject import Subject
 
-_MOST_CHUNKS = 8
+_MOST_CHUNKS = 4
 _MICRO_BATCH_SIZES = (1, 2, 4, 8)
 
 
@@ -53,8 +56,9 @@ def search(subject: Subject, shared: Shared, gpu: Gpu, assumed: Assumptions, num
 
 def candidates(subject: Subject, shared: Shared, gpu: Gpu, num_gpus: int) -> Iterator[Subject]:
     """The run under every layout and micro-batch size that the rules allow."""
-    for axes in _layouts(gpu, num_gpus):
-        if next(layout_problems(shared, axes), None) is not None:
+    for axes in _layouts(subject.spec, gpu, num_gpus):
+        problems = itertools.chain(layout_problems(shared, axes), _expert_problems(subject.spec, axes))
+        if next(problems, None) is not None:
             continue
         group = axes.pipeline_parallel_size if axes.virtual_pipeline_parallel_size > 1 else 1
         for micro_batch_size in _MICRO_BATCH_SIZES:
@@ -62,18 +66,52 @@ def candidates(subject: Subject, shared: Shared, gpu: Gpu, num_gpus: int) -> Ite
                 yield dataclasses.replace(subject, axes=axes, micro_batch_size=micro_batch_size)
 
 
-def _layouts(gpu: Gpu, num_gpus: int) -> Iterator[AxisSizes]:
+def _layouts(spec: ModelSpec, gpu: Gpu, num_gpus: int) -> Iterator[AxisSizes]:
+    for tensor, context, pipeline in _dense_axes(gpu, num_gpus):
+        stage = num_gpus // pipeline
+        experts = 1 if spec.experts is None else math.gcd(stage, spec.experts.num_experts)
+        cuts = _cuts(spec.num_layers, pipeline)
+        for (virtual, split), expert in itertools.product(cuts, divisors(experts)):
+            yield AxisSizes(
+                tensor_parallel_size=tensor,
+                pipeline_parallel_size=pipeline,
+                virtual_pipeline_parallel_size=virtual,
+                context_parallel_size=context,
+                data_parallel_size=stage // (tensor * context),
+                expert_parallel_size=expert,
+                sequence_parallel=tensor > 1,
+                pipeline_split=split,
+            )
+
+
+def _dense_axes(gpu: Gpu, num_gpus: int) -> Iterator[tuple[int, int, int]]:
+    """Sizes (tensor, context, pipeline) whose product divides the GPUs."""
     for tensor in divisors(math.gcd(num_gpus, gpu.per_node)):
         for context in divisors(num_gpus // tensor):
             for pipeline in divisors(num_gpus // (tensor * context)):
-                for virtual in range(1, _MOST_CHUNKS + 1) if pipeline > 1 else (1,):
-                    for split in PIPELINE_SPLITS if pipeline > 1 else PIPELINE_SPLITS[:1]:
-                        yield AxisSizes(
-                            tensor_parallel_size=tensor,
-                            pipeline_parallel_size=pipeline,
-                            virtual_pipeline_parallel_size=virtual,
-                            context_parallel_size=context,
-                            data_parallel_size=num_gpus // (tensor * context * pipeline),
-                            sequence_parallel=tensor > 1,
-                            pipeline_split=split,
-                        )
+                yield tensor, context, pipeline
+
+
+def _cuts(num_layers: int, pipeline: int) -> Iterator[tuple[int, str]]:
+    """Virtual stages and split of each different way to cut the layers."""
+    seen = set()
+    for virtual in range(1, _MOST_CHUNKS + 1) if pipeline > 1 else (1,):
+        for split in PIPELINE_SPLITS:
+            sizes = stage_sizes(num_layers, pipeline * virtual, split)
+            if sizes is not None and (virtual, *sizes) not in seen:
+                seen.add((virtual, *sizes))
+                yield virtual, split
+
+
+def _expert_problems(spec: ModelSpec, axes: AxisSizes) -> Iterator[Problem]:
+    experts = spec.experts
+    if experts is None:
+        return iter(())
+    return expert_layout_problems(
+        axes,
+        num_experts=experts.num_experts,
+        ffn_hidden_size=experts.ffn_hidden_size,
+        layers="local",
+        num_layers=spec.num_layers,
+        num_dense_layers=experts.num_dense_layers,
+    )

@@ -26,13 +26,14 @@ class StepTime:
 
     Args:
         compute: matrices, attention, head, element-wise work, recomputation and the update.
-        tensor, context, pipeline, data: communication on each axis that nothing hides.
+        tensor, context, expert, pipeline, data: communication on each axis that nothing hides.
         bubble: idle time of the pipeline.
     """
 
     compute: float
     tensor: float
     context: float
+    expert: float
     pipeline: float
     data: float
     bubble: float
@@ -45,7 +46,7 @@ class StepTime:
     @property
     def communication(self) -> float:
         """Seconds of communication that nothing hides."""
-        return self.tensor + self.context + self.pipeline + self.data
+        return self.tensor + self.context + self.expert + self.pipeline + self.data
 
 
 def step_time(subject: Subject, gpu: Gpu, assumed: Assumptions) -> StepTime:
@@ -64,17 +65,24 @@ def _step_time(subject: Subject, gpu: Gpu, assumed: Assumptions, work: Work, *, 
     compute = _compute(subject, gpu, assumed, work, layers=layers, pipeline_rank=pipeline_rank)
     tensor = layers * _tensor_parallel(subject, gpu, assumed)
     context = layers * _context_parallel(subject, gpu, assumed)
+    expert = sum(
+        _expert_parallel(subject, gpu, assumed)
+        for stage in subject.stages_of(pipeline_rank)
+        for layer in stage
+        if subject.spec.has_experts(layer)
+    )
     pipeline = _pipeline_parallel(subject, gpu, assumed)
-    updated = parameter_bytes(subject, pipeline_rank=pipeline_rank, share_rank=0).updated
+    updated = parameter_bytes(subject, pipeline_rank=pipeline_rank, within=0).updated
     update = updated * _UPDATE_BYTES / (gpu.memory_bandwidth * assumed.memory_efficiency)
     idle = (axes.pipeline_parallel_size - 1) / axes.virtual_pipeline_parallel_size
     return StepTime(
         compute=micro_batches * compute + update,
         tensor=micro_batches * tensor,
         context=micro_batches * context,
+        expert=micro_batches * expert,
         pipeline=micro_batches * pipeline,
         data=_data_parallel(subject, gpu, assumed, pipeline_rank=pipeline_rank),
-        bubble=idle * (compute + tensor + context + pipeline),
+        bubble=idle * (compute + tensor + context + expert + pipeline),
     )
 
 
@@ -94,7 +102,11 @@ def _compute(subject: Subject, gpu: Gpu, assumed: Assumptions, work: Work, *, la
         matrices += share * work.head
     # a rank's products have one row a position: short pieces of a row keep the units waiting
     rate = assumed.matrix_efficiency * subject.positions / (subject.positions + assumed.half_rate_rows)
-    moved = layers * stored_by_layer(subject, is_complete=True) * _PASSES_OVER_ACTIVATIONS
+    moved = _PASSES_OVER_ACTIVATIONS * sum(
+        stored_by_layer(subject, layer, is_complete=True)
+        for stage in subject.stages_of(pipeline_rank)
+        for layer in stage
+    )
     return (
         matrices / (peak * rate)
         + attention / (peak * assumed.attention_efficiency)
@@ -128,6 +140,18 @@ def _context_parallel(subject: Subject, gpu: Gpu, assumed: Assumptions) -> float
     return moved / _bandwidth(gpu, assumed, extent=extent) + 2 * assumed.collective_latency_s
 
 
+def _expert_parallel(subject: Subject, gpu: Gpu, assumed: Assumptions) -> float:
+    """Seconds in which a layer's tokens travel to their experts and back, and their gradients likewise."""
+    axes, experts = subject.axes, subject.spec.experts
+    ranks = axes.expert_parallel_size
+    if ranks == 1 or experts is None:
+        return 0.0
+    row = subject.spec.hidden_size * subject.format_bytes
+    moved = 4 * (ranks - 1) / ranks * subject.stored_positions * experts.topk * row
+    extent = ranks * axes.expert_tensor_parallel_size
+    return moved / _bandwidth(gpu, assumed, extent=extent) + 4 * assumed.collective_latency_s
+
+
 def _pipeline_parallel(subject: Subject, gpu: Gpu, assumed: Assumptions) -> float:
     """Seconds in which a micro-batch travels to the next stage and its gradient back, for every chunk."""
     axes = subject.axes
@@ -144,7 +168,7 @@ def _data_parallel(subject: Subject, gpu: Gpu, assumed: Assumptions, *, pipeline
     ranks = axes.data_parallel_size * axes.context_parallel_size
     if ranks == 1:
         return 0.0
-    held = parameter_bytes(subject, pipeline_rank=pipeline_rank, share_rank=0)
+    held = parameter_bytes(subject, pipeline_rank=pipeline_rank, within=0)
     moved = (ranks - 1) / ranks * (held.gradients + held.parameters)
     extent = ranks * axes.tensor_parallel_size
     seconds = moved / _bandwidth(gpu, assumed, extent=extent) + 2 * assumed.collective_latency_s

@@ -55,6 +55,16 @@ class Subject:
         )
 
     @property
+    def num_shares(self) -> int:
+        """Data- and context-parallel ranks, which share the optimizer's state of dense parameters."""
+        return self.axes.data_parallel_size * self.axes.context_parallel_size
+
+    @property
+    def ranks_of_stage(self) -> int:
+        """Ranks of one pipeline stage."""
+        return self.num_shares * self.axes.tensor_parallel_size
+
+    @property
     def format_bytes(self) -> int:
         """Bytes of a weight or an activation."""
         return BYTES_OF_FORMAT[self.compute]
