@@ -22,6 +22,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 import megamask.engine.engine  # noqa: F401  prepares torch for megatron-core
 from megamask.config.schema.layout import LayoutConfig
 from megamask.config.schema.optimizer import OptimizerConfig
+from megamask.config.schema.precision import PrecisionConfig
 from megamask.engine.backend import select_backend
 from megamask.engine.layers.router import Routing
 from megamask.engine.mesh import Mesh, ProcessGroups
@@ -35,7 +36,7 @@ from megamask.models.spec import ModelSpec
 def measure(case: dict[str, Any]) -> dict[str, Any]:
     """Parameters of one rank, bytes of its buffers, elements of its optimizer's state, and seconds to build them."""
     spec, layout = ModelSpec.from_json(case["spec"]), LayoutConfig(**case["layout"])
-    world_size, compute = case["world_size"], {"fp32": torch.float32, "bf16": torch.bfloat16}[case["compute"]]
+    world_size, precision = case["world_size"], PrecisionConfig(compute=case["compute"])
     dist.init_process_group("fake", store=FakeStore(), rank=case["rank"], world_size=world_size)
     started, backend = time.perf_counter(), select_backend()
     try:
@@ -51,7 +52,7 @@ def measure(case: dict[str, Any]) -> dict[str, Any]:
             routing = Routing(spec.experts, spec.num_layers, row_group=group, device=torch.device("meta"))
         with torch.device("meta"):
             networks = [
-                build_network(spec, mesh, compute, mask_token_id=0, family=family, chunk=chunk, routing=routing)
+                build_network(spec, mesh, precision, mask_token_id=0, family=family, chunk=chunk, routing=routing)
                 for chunk in range(mesh.virtual_pipeline_size)
             ]
             optimizer_config = OptimizerConfig(learning_rate=1.0)

@@ -20,6 +20,8 @@ from megamask.models.counts import parameter_count
 from megamask.models.spec import ModelSpec
 from megamask.objectives.shapes import shape_of
 from megamask.planning.assumptions import Assumptions
+from megamask.planning.capability import Capability
+from megamask.planning.capability import problems as capability_problems
 from megamask.planning.gpus import Gpu, gpu_named
 from megamask.planning.plan import Plan, make_plan
 from megamask.planning.search import search
@@ -58,7 +60,9 @@ def plan_run(loaded: Loaded[TrainConfig], request: Request) -> dict[str, Any]:
     config, gpu = loaded.config, gpu_named(request.gpu_name)
     assumed = Assumptions.with_overrides(request.assume)
     problems = itertools.chain(
-        variant_problems(config, loaded.origins, default_origin=DEFAULT_ORIGIN), all_problems(config)
+        variant_problems(config, loaded.origins, default_origin=DEFAULT_ORIGIN),
+        all_problems(config),
+        capability_problems(config.precision, config.device, _assumed_capability(gpu)),
     )
     reasons = [problem.description(value_of(config, problem.key)) for problem in problems]
     vocab_size, vocab_origin = _vocabulary(config, request.vocab_size)
@@ -125,8 +129,16 @@ def subject_of(config: TrainConfig, spec: ModelSpec) -> Subject:
         compute=config.precision.compute,
         head_rows=shape.scored_positions,
         head_chunk_rows=training.head_chunk_rows,
+        has_fp8=config.precision.fp8 != "none",
+        recompute=training.recompute,
+        is_overlapped=config.device.overlap_gradient_reduce,
         checkpoint_every_steps=config.checkpoint.every_steps,
     )
+
+
+def _assumed_capability(gpu: Gpu) -> Capability:
+    """The GPU with the software that the extra `gpu` installs."""
+    return Capability(architecture=gpu.architecture, cuda=(12, 9), transformer_engine="assumed")
 
 
 def _vocabulary(config: TrainConfig, given: int | None) -> tuple[int, str]:

@@ -92,6 +92,8 @@ def test_flops_count_half_of_the_positions_as_scored_by_default() -> None:
         ("1b", LLADA_VOCABULARY, 1491),
         ("8b", GPT2_VOCABULARY, 7391),
         ("8b", LLADA_VOCABULARY, 8016),
+        ("1.7b", 151_936, 1721),
+        ("100b", 128_256, 100_438),
     ],
 )
 def test_presets_have_the_sizes_that_their_files_state(name: str, vocab_size: int, millions: float) -> None:
@@ -117,9 +119,10 @@ def test_8b_is_the_published_shape_of_llada() -> None:
 
 
 def test_every_preset_is_tested_and_can_be_split_in_two() -> None:
-    assert {path.stem for path in PRESETS.glob("*.yaml")} == {"tiny", "quickstart", "170m", "1b", "8b"} | set(
-        WITH_EXPERTS
-    )
+    assert {path.stem for path in PRESETS.glob("*.yaml")} == {
+        *("tiny", "quickstart", "170m", "1b", "1.7b", "8b", "100b"),
+        *WITH_EXPERTS,
+    }
     for path in PRESETS.glob("*.yaml"):
         spec = preset(path.stem, 512)
         for size in (spec.num_layers, spec.num_attention_heads, spec.num_query_groups, spec.ffn_hidden_size):

@@ -92,3 +92,12 @@ assert "torch" not in sys.modules and "megatron" not in sys.modules
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_format_that_the_gpu_does_not_have_is_a_reason() -> None:
+    overrides = ["precision.compute=bf16", "precision.fp8=blockwise"]
+    refused = megamask("plan", CONFIG, "--gpu", "a100", *overrides, "--json")
+    assert refused.code == 2 and "precision.fp8 is 'blockwise'" in refused.json["reasons"][0]
+    fp8 = megamask("plan", CONFIG, *overrides, "--json").json
+    bf16 = megamask("plan", CONFIG, "precision.compute=bf16", "--json").json
+    assert fp8["feasible"] and fp8["step_time"]["compute"] < bf16["step_time"]["compute"]

@@ -16,7 +16,7 @@ from support.planned import shape, subject_of
 
 LENGTH = 64
 SPEC = dataclasses.replace(PLAIN, max_sequence_length=LENGTH)
-BLOCK = {"name": "block", "block_size": 8, "diffusion_weight": None}
+BLOCK = {"name": "block", "block_size": 8, "diffusion_weight": None, "complementary": False}
 
 
 def layer_matrices() -> int:

@@ -20,6 +20,7 @@ class Assumptions:
     """Figures that a plan cannot know; all are positive numbers."""
 
     matrix_efficiency: float = _assumed("part of the peak rate that a matrix product of a layer reaches", 0.68)
+    fp8_efficiency: float = _assumed("the same of an FP8 product, quantisation included", 0.50)
     half_rate_rows: float = _assumed("rows of a matrix product at which it reaches half of that efficiency", 256.0)
     attention_efficiency: float = _assumed("part of the peak rate that the attention kernel reaches", 0.45)
     memory_efficiency: float = _assumed("part of the memory bandwidth that element-wise work reaches", 0.75)

@@ -22,6 +22,7 @@ class Gpu:
         memory_bandwidth: bytes per second of its own memory.
         node_bandwidth: bytes per second to a GPU of the same node, one direction.
         network_bandwidth: bytes per second to another node, one direction, one adapter a GPU.
+        architecture: compute capability.
         per_node: GPUs of a node.
     """
 
@@ -32,6 +33,7 @@ class Gpu:
     memory_bandwidth: float
     node_bandwidth: float
     network_bandwidth: float
+    architecture: tuple[int, int]
     per_node: int = 8
 
 
@@ -47,6 +49,7 @@ GPUS: Mapping[str, Gpu] = MappingProxyType(
             memory_bandwidth=2.04e12,
             node_bandwidth=300e9,
             network_bandwidth=25e9,
+            architecture=(8, 0),
         ),
         "h100": Gpu(
             memory_bytes=int(79.1 * _GIB),
@@ -56,6 +59,7 @@ GPUS: Mapping[str, Gpu] = MappingProxyType(
             memory_bandwidth=3.35e12,
             node_bandwidth=450e9,
             network_bandwidth=50e9,
+            architecture=(9, 0),
         ),
         "h200": Gpu(
             memory_bytes=int(139.8 * _GIB),
@@ -65,6 +69,7 @@ GPUS: Mapping[str, Gpu] = MappingProxyType(
             memory_bandwidth=4.8e12,
             node_bandwidth=450e9,
             network_bandwidth=50e9,
+            architecture=(9, 0),
         ),
         "b200": Gpu(
             memory_bytes=int(178.3 * _GIB),
@@ -74,6 +79,7 @@ GPUS: Mapping[str, Gpu] = MappingProxyType(
             memory_bandwidth=7.7e12,
             node_bandwidth=900e9,
             network_bandwidth=50e9,
+            architecture=(10, 0),
         ),
     }
 )

@@ -92,6 +92,7 @@ def _compute(subject: Subject, gpu: Gpu, assumed: Assumptions, work: Work, *, la
     peak = gpu.fp32_flops if subject.compute == "fp32" else gpu.bf16_flops
     tokens = subject.micro_batch_size * spec.max_sequence_length
     share = tokens / (axes.tensor_parallel_size * axes.context_parallel_size)
+    head = 0.0
     of_layers = share * layers / spec.num_layers
     matrices, attention = of_layers * work.matrices, of_layers * work.attention
     if subject.recompute == "full":
@@ -99,16 +100,21 @@ def _compute(subject: Subject, gpu: Gpu, assumed: Assumptions, work: Work, *, la
     elif subject.recompute == "selective":
         attention *= 4 / 3
     if subject.is_last(pipeline_rank, axes.virtual_pipeline_parallel_size - 1):
-        matrices += share * work.head
+        head = share * work.head
     # a rank's products have one row a position: short pieces of a row keep the units waiting
-    rate = assumed.matrix_efficiency * subject.positions / (subject.positions + assumed.half_rate_rows)
+    efficiency = assumed.matrix_efficiency
+    of_matrices = peak
+    if subject.has_fp8 and gpu.fp8_flops is not None:
+        efficiency, of_matrices = assumed.fp8_efficiency, gpu.fp8_flops
+    rate = efficiency * subject.positions / (subject.positions + assumed.half_rate_rows)
     moved = _PASSES_OVER_ACTIVATIONS * sum(
         stored_by_layer(subject, layer, is_complete=True)
         for stage in subject.stages_of(pipeline_rank)
         for layer in stage
     )
     return (
-        matrices / (peak * rate)
+        matrices / (of_matrices * rate)
+        + head / (peak * assumed.matrix_efficiency)
         + attention / (peak * assumed.attention_efficiency)
         + moved / (gpu.memory_bandwidth * assumed.memory_efficiency)
     )

@@ -26,6 +26,7 @@ class Subject:
         compute: number format of weights and activations, "fp32" or "bf16".
         head_rows: rows of the head for a sample.
         head_chunk_rows: rows that the head computes at a time.
+        has_fp8: whether the layers' matrix products are FP8.
         recompute: "none", "selective" (the attention's core) or "full" (every layer from its input).
         is_overlapped: whether gradients and parameters travel while other layers compute.
         checkpoint_every_steps: None where only the last step commits.
@@ -39,6 +40,7 @@ class Subject:
     compute: str
     head_rows: int
     head_chunk_rows: int
+    has_fp8: bool = False
     recompute: str = "none"
     is_overlapped: bool = False
     checkpoint_every_steps: int | None = None
