@@ -38,6 +38,7 @@ VERBS: Mapping[str, str] = {
     "sync": "upload the parts of a run that MLflow is missing",
     "explain": "explain a setting: meaning, range, default, origin",
     "plan": "estimate memory, speed and fitness of a run on GPUs, without a device",
+    "doctor": "examine this machine: versions, features, storage, devices, collectives",
     "new-config": "write a commented minimal corpus and run config",
 }
 _HELP = """usage: megamask VERB [CONFIG.yaml] [key.path=value ...] [--json]

@@ -1,0 +1,92 @@
+"""The job of `megamask doctor`: versions, checks of host and device, and which features are on here."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+from pathlib import Path
+from typing import Any
+
+from megamask.engine import probes
+from megamask.engine.device_checks import device_checks
+from megamask.errors import ExitCode
+from megamask.planning.capability import RECIPES, refusal
+from megamask.resilience.preflight.finding import answers
+from megamask.resilience.preflight.host import host_checks
+from megamask.resilience.process_facts import node_name
+
+_PACKAGES = (
+    "torch",
+    "megatron-core",
+    "transformer-engine",
+    "numpy",
+    "tokenizers",
+    "webdataset",
+    "mlflow-skinny",
+    "mlflow",
+)
+
+
+def examine(folder: Path, *, with_device: bool = True, needed_bytes: int = 1 << 30) -> dict[str, Any]:
+    """Examine this machine.
+
+    Args:
+        folder: where runs would be kept.
+        with_device: whether to look at devices too.
+
+    Returns: node, fit (no check failed), versions, features, checks [{name, outcome, message, values, seconds}], and
+        exit_code 70 when a check failed.
+    """
+    checks = host_checks(folder, needed_bytes=needed_bytes)
+    if with_device:
+        checks += device_checks()
+    found = [
+        {
+            "name": answer.name,
+            "outcome": answer.finding.outcome,
+            "message": answer.finding.message,
+            "values": answer.finding.values,
+            "seconds": round(answer.seconds, 3),
+        }
+        for answer in answers(checks)
+    ]
+    is_fit = all(check["outcome"] != "fail" for check in found)
+    return {
+        "node": node_name(),
+        "fit": is_fit,
+        "versions": versions(),
+        "features": features(),
+        "checks": found,
+        **({} if is_fit else {"exit_code": int(ExitCode.HARDWARE)}),
+    }
+
+
+def versions() -> dict[str, str | None]:
+    """Version of Python and of each library; None where one is not installed."""
+    found: dict[str, str | None] = {"python": platform.python_version(), "system": platform.platform()}
+    for package in _PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = None
+    return found
+
+
+def features() -> list[dict[str, Any]]:
+    """What a run with default settings uses here: name, is_on, and the reason where it is off."""
+    found = probes.capability()
+    te_reason = None if found.can_run_te else refusal("tensorwise", found)
+    rows: list[tuple[str, str | None]] = [
+        ("GPU", None if found.architecture is not None else "no GPU is visible to torch"),
+        ("Transformer Engine layers (device.layers=auto)", te_reason),
+        *((f"FP8 {recipe} (precision.fp8={recipe})", refusal(recipe, found)) for recipe in RECIPES),
+        ("apex", _APEX[found.apex]),
+    ]
+    return [{"name": name, "is_on": reason is None, "reason": reason} for name, reason in rows]
+
+
+_APEX: dict[str, str | None] = {
+    "present": None,
+    "absent": "not installed; nothing needs it",
+    "unrelated": "another package of that name is installed; it is not used: pip uninstall apex",
+}
