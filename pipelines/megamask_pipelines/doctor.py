@@ -73,7 +73,7 @@ def versions() -> dict[str, str | None]:
 
 
 def features() -> list[dict[str, Any]]:
-    """What a run with default settings uses here: name, is_on, and the reason where it is off."""
+    """Features that a run with default settings has here: name, is_on, and the reason where it is off."""
     found = probes.capability()
     te_reason = None if found.can_run_te else refusal("tensorwise", found)
     rows: list[tuple[str, str | None]] = [
