@@ -35,7 +35,7 @@ def test_key_of_run_json_that_this_version_lacks_is_a_finding(run_dir: Path, ver
 
 @pytest.mark.promise("an unknown training key in run.json is a finding; a missing one has its default")
 def test_key_that_run_json_does_not_have_yet_stands_at_its_default(run_dir: Path, verify: Verify) -> None:
-    rewrite_record(run_dir, "identity", **{"objective.complementary": "gone"})
+    rewrite_record(run_dir, "identity", **{"objective.z_loss_weight": "gone"})
     assert all("sha256" in entry["problem"] for entry in verify(65)["findings"])  # of the bytes, and nothing else
 
 

@@ -158,7 +158,13 @@ class JournalledRun:
         )
         loaded = Loaded(commit=resumed, state=state, incidents=[])
         self.attempt.changes = changes
-        self.attempt.started(self.data, loaded, world_size=1, device="cpu", startup_s={"restore": 0.0})
+        self.attempt.started(
+            self.data,
+            loaded,
+            world_size=1,
+            machine={"device": "cpu", "layers": "local", "fp8": "none"},
+            startup_s={"restore": 0.0},
+        )
         self.attempt.changes = {}
 
     def step(self) -> None:
