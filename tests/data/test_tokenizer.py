@@ -262,7 +262,8 @@ def test_a_vocabulary_may_lack_bytes_that_text_rarely_has() -> None:
     data = json.loads(TOKENIZER.files()["tokenizer.json"])
     letters = letter_of_byte()
     for byte in (0x04, 0xC0, 0xF5):
-        del data["model"]["vocab"][letters[byte]]
+        # another entry takes the id: a gap would move the ids of the special tokens
+        data["model"]["vocab"][f"zz{letters[ord('a')] * (byte % 7 + 3)}"] = data["model"]["vocab"].pop(letters[byte])
     tokenizer = CorpusTokenizer(json.dumps(data).encode(), SPECIAL, name="given")
     assert tokenizer.encode("plain text") == tokenizer.encode_reference("plain text")
     assert tokenizer.check_parity(["a", "b"]) > 2
