@@ -102,11 +102,18 @@ def load_checkpoint(path: Path) -> LoadedCheckpoint:
         state=state,
         objective=at_step(model.objective, state.step),
         origin=read_origin(commit),
-        own_tokenizer=None if model.tokenizer_digest is None else _tokenizer(commit.folder, model.tokenizer_digest),
+        own_tokenizer=_tokenizer(commit, model.tokenizer_digest),
     )
 
 
-def _tokenizer(folder: Path, digest: str) -> CorpusTokenizer:
+def _tokenizer(commit: Commit, digest: str | None) -> CorpusTokenizer | None:
+    folder = commit.folder
+    if digest is None:
+        if any(name.startswith(f"{TOKENIZER_NAME}/") for name in commit.files):
+            raise CheckpointIntegrityError(
+                f"{folder / TOKENIZER_NAME} exists, model.json names no tokenizer. Nothing was loaded."
+            )
+        return None
     try:
         tokenizer = CorpusTokenizer.load(folder / TOKENIZER_NAME)
     except DataIntegrityError as error:

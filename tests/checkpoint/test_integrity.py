@@ -71,7 +71,7 @@ def test_flipped_byte_is_noticed_and_its_file_named(
 def test_truncated_file_is_noticed_and_named(commit_step: MakeCommit) -> None:
     commit = commit_step(20)
     (commit.folder / "weights.bin").write_bytes(b"short")
-    with pytest.raises(CheckpointIntegrityError, match=r"weights\.bin has 5 bytes, COMMIT\.json says 3000"):
+    with pytest.raises(CheckpointIntegrityError, match=r"weights\.bin has 5 bytes, COMMIT\.json has 3000"):
         verify_folder(commit.folder)
 
 

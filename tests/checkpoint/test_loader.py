@@ -21,6 +21,8 @@ from megamask.errors import CheckpointIntegrityError, StorageError, UsageError
 from support.model_documents import model_document
 from support.thread_world import ThreadWorld
 
+CORPORA = {"main": "c" * 64}
+
 
 @pytest.fixture
 def saved(run_dir: Path, tmp_path: Path) -> ThreadWorld:
@@ -39,7 +41,7 @@ def saved(run_dir: Path, tmp_path: Path) -> ThreadWorld:
                 state=TrainerState(step=step, consumed_samples=8 * step, consumed_tokens=step, seed=7),  # noqa: B023
                 model=model_document(),
                 tokenizer_folder=tmp_path / "tokenizer",
-                corpora={},
+                corpora=CORPORA,
                 journal_head=(0, "0" * 64),
                 run_id="r",
                 parent=None,
@@ -50,7 +52,7 @@ def saved(run_dir: Path, tmp_path: Path) -> ThreadWorld:
     return ThreadWorld(3)
 
 
-OWNER = Owner(run_id="r", seed=7, corpora={})
+OWNER = Owner(run_id="r", seed=7, corpora=CORPORA)
 
 
 def _load(world: ThreadWorld, run_dir: Path, model: ModelDocument | None = None, owner: Owner = OWNER) -> list[Any]:
@@ -165,7 +167,9 @@ def test_state_that_contradicts_its_commit_is_damage(run_dir: Path, tmp_path: Pa
     state = TrainerState(step=60, consumed_samples=1, consumed_tokens=1, seed=7)
     (folder / "state.json").write_bytes(state.to_bytes())
     files = {name: digest_and_flush(folder, name) for name in ("model.json", "state.json")}
-    publish(folder, files, CommitFields(run_id="r", state=replace(state, consumed_samples=2).scalars()))
+    publish(
+        folder, files, CommitFields(run_id="r", state=replace(state, consumed_samples=2).scalars(), corpora=CORPORA)
+    )
     results = _load(saved, run_dir)
     assert [result.state.step for result in results] == [40] * 3
     assert "different positions" in results[0].incidents[0]["problem"]
@@ -188,9 +192,12 @@ def test_ranks_that_see_different_file_systems_do_not_load(
     [
         (replace(OWNER, run_id="s"), "belongs to run r, this is run s. Nothing was loaded."),
         (replace(OWNER, seed=8), "run.seed 7, this run has 8. Nothing was loaded."),
-        (replace(OWNER, corpora={"main": "c" * 64}), f"this run has {{'main': '{'c' * 64}'}}. Nothing was loaded."),
+        (replace(OWNER, corpora={"main": "d" * 64}), f"this run has {{'main': '{'d' * 64}'}}. Nothing was loaded."),
+        (replace(OWNER, corpora={"more": "c" * 64}), f"this run has {{'more': '{'c' * 64}'}}. Nothing was loaded."),
+        (replace(OWNER, corpora={"main": "d" * 64, "more": "e" * 64}), "Nothing was loaded."),
+        (replace(OWNER, corpora={}), "this run has {}. Nothing was loaded."),
     ],
-    ids=["run", "seed", "corpora"],
+    ids=["run", "seed", "corpora", "corpus of another name", "grown and another digest", "no corpora"],
 )
 def test_checkpoint_of_another_run_is_refused_on_every_rank_and_named(
     saved: ThreadWorld, run_dir: Path, owner: Owner, words: str
@@ -199,6 +206,11 @@ def test_checkpoint_of_another_run_is_refused_on_every_rank_and_named(
     assert [type(result) for result in results] == [UsageError] * 3
     assert all(result.message.startswith(f"{_folder(run_dir, 40)} ") and words in result.message for result in results)
     assert [engine.loaded_from for engine in saved.engines] == [None] * 3
+
+
+def test_checkpoint_from_before_a_corpus_was_added_is_loaded(saved: ThreadWorld, run_dir: Path) -> None:
+    results = _load(saved, run_dir, owner=replace(OWNER, corpora=CORPORA | {"more": "e" * 64}))
+    assert [result.state.step for result in results] == [40] * 3
 
 
 @pytest.mark.promise("a foreign checkpoint is refused before its files are read")

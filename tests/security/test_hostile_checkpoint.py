@@ -269,8 +269,11 @@ def change_json(path: Path, key: str, value: Any) -> None:
             "noise_schedule",
         ),
         ("objective", {"x": 1}, "unexpected keyword"),
+        ("objective", [], "model.json lacks or misstates"),
         ("model", [], "model.json lacks or misstates"),
-        ("tokenizer_digest", "0" * 64, "model.json says"),
+        ("tokenizer_digest", "0" * 64, "model.json names"),
+        ("tokenizer_digest", None, "model.json names no tokenizer"),
+        ("tokenizer_digest", 0, "model.json lacks or misstates"),
     ],
 )
 def test_model_document_that_cannot_be_is_refused_before_a_network_is_built(

@@ -119,6 +119,9 @@ def read_model(folder: Path) -> ModelDocument:
     document = read_document(MODEL, path)
     try:
         refuse_other_laws(document["laws"], path)
+        for name in ("model", "objective"):
+            if not isinstance(document[name], dict):
+                raise ValueError(f"{name} is no object")
         if document["shift"] != document["objective"].get(SHIFT_KEY, False):
             raise ValueError("shift differs from that of the objective")
         return _model_of(document)
@@ -132,10 +135,13 @@ def _model_of(document: dict[str, Any]) -> ModelDocument:
     keys = ("vocabulary_size", "padded_vocabulary_size")
     sizes = {name: document[key] for name, key in zip(names, keys, strict=True)}
     sizes |= {name: NO_ID if document[name] is None else document[name] for name in _SPECIAL_IDS}
-    if any(document[name] == NO_ID for name in _SPECIAL_IDS):
-        raise ValueError("an id is negative")
+    for name in _SPECIAL_IDS:
+        if document[name] == NO_ID:  # how a missing one is written in memory, never in the document
+            raise ValueError(f"{name} is {document[name]}; allowed: an id, or null for none")
     if not all(type(size) is int for size in sizes.values()):
         raise ValueError(f"vocabulary {sizes}")
+    if not isinstance(document["tokenizer_digest"], str | None):
+        raise ValueError("tokenizer_digest is no text")
     try:
         vocabulary = Vocabulary(**sizes)
         model = ModelDocument(

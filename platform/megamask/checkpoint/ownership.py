@@ -40,8 +40,13 @@ class Owner:
 
 
 def _agree(one: Mapping[str, str], other: Mapping[str, str]) -> bool:
-    """Return whether two records name the same corpora, apart from more that one of them has (a run may grow)."""
+    """Return whether two records name the same corpora, apart from more that one of them has (a run may grow).
+
+    A run has its first corpora from its first step on, so a record without any agrees with no other.
+    """
     shared = set(one) & set(other)
+    if not shared:
+        return not one and not other
     return shared in (set(one), set(other)) and all(one[name] == other[name] for name in shared)
 
 
