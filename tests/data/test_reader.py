@@ -136,12 +136,21 @@ def test_flipped_bit_in_a_document_table_is_found_and_named(corpus: Path) -> Non
         reader.read(4)
 
 
-def test_truncated_shard_is_found_before_a_row_of_it_is_used(corpus: Path) -> None:
-    path = corpus / "shards" / "train-000001.tar"
+@pytest.mark.parametrize("name", ["train-000001.tar", "train-000001.idx"])
+def test_truncated_file_is_named_at_open(corpus: Path, name: str) -> None:
+    path = corpus / "shards" / name
     size = path.stat().st_size
     os.truncate(path, size // 2)
+    with pytest.raises(DataIntegrityError, match=rf"{name} has {size // 2} bytes, the manifest says {size}"):
+        open_reader(corpus)
+
+
+def test_shard_truncated_later_is_found_before_a_row_of_it_is_used(corpus: Path) -> None:
+    path = corpus / "shards" / "train-000001.tar"
+    size = path.stat().st_size
     reader = open_reader(corpus)
     reader.read(0)
+    os.truncate(path, size // 2)
     with pytest.raises(DataIntegrityError, match=rf"train-000001\.tar has {size // 2} bytes, the manifest says {size}"):
         reader.read(12)
 

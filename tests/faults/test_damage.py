@@ -1,7 +1,8 @@
 """Damage where a user meets it: the right exit code, a message that names the file, and nothing wrong loaded.
 
-Every verb runs in this process, on a corpus and an untrained run of two checkpoints. What each file's reader notices is
-held byte by byte in the tests of its room; what a training run does about damage is in test_damage_while_training.py.
+Every verb runs in this process unless a run must start for it, on a corpus and an untrained run of two checkpoints.
+What each file's reader notices is held byte by byte in the tests of its room; what a training run does about damage is
+in test_damage_while_training.py.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from megamask.data.manifest import open_corpus
 from megamask.errors import DataIntegrityError
 from megamask.storage import fault_points
 from megamask_pipelines.cli import main as cli
-from support.command import tiny
+from support.command import checkpoints, journal, tiny
+from support.command import megamask as megamask_outside
 from support.records import flip_byte
 from support.saving import save_once
 from support.tiny_run import SEQUENCE_LENGTH, write_corpus, write_run
@@ -102,17 +104,22 @@ def readers_of(corpus: Path, run_dir: Path, runs: Path) -> dict[str, list[object
 
 
 @pytest.mark.promise(
-    "a changed byte, a cut or a missing file of a corpus ends with 64 before anything is read or written"
+    "a cut or missing file of a corpus, or a changed byte of its manifest or tokenizer, ends with 64 before any write"
 )
-@pytest.mark.parametrize("verb", ["train", "evaluate", "inspect", "verify"])
 @pytest.mark.parametrize(
-    ("name", "how"),
+    ("verb", "name", "how"),
     [
-        ("manifest.json", "flipped"),
-        ("shards/*.idx", "flipped"),
-        ("shards/*.idx", "missing"),
-        ("shards/*.tar", "truncated"),
-        ("shards/*.tar", "missing"),
+        (verb, name, how)
+        for verb in ("train", "evaluate", "inspect", "verify")
+        for name, how in (
+            ("manifest.json", "flipped"),
+            ("shards/*.idx", "flipped"),
+            ("shards/*.idx", "truncated"),
+            ("shards/*.idx", "missing"),
+            ("shards/*.tar", "truncated"),
+            ("shards/*.tar", "missing"),
+        )
+        if (verb, name, how) != ("train", "shards/*.idx", "flipped")  # found at its first use: the next test
     ],
 )
 def test_damaged_corpus_ends_with_64_before_anything_is_read_or_written(
@@ -125,8 +132,21 @@ def test_damaged_corpus_ends_with_64_before_anything_is_read_or_written(
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.promise("a changed byte of a shard index ends training with 64 at its first use, before a step is taken")
+@pytest.mark.multiprocess
+def test_changed_byte_of_an_index_ends_training_with_64_at_its_first_use(
+    corpus: Path, run_dir: Path, tmp_path: Path
+) -> None:
+    for path in corpus.glob("shards/*.idx"):
+        damage(path, "flipped")
+    done = megamask_outside(*readers_of(corpus, run_dir, tmp_path / "runs")["train"], "--json")
+    refused(Answer(done.code, done.stdout, done.stderr), 64, "shards", ".idx", "No sample of its shard was used")
+    assert [record for record in journal(tmp_path / "runs" / "new") if record["kind"] == "step"] == []
+    assert checkpoints(tmp_path / "runs" / "new") == []
+
+
 @pytest.mark.promise(
-    "a changed byte, a cut or a missing file of a corpus ends with 64 before anything is read or written"
+    "a cut or missing file of a corpus, or a changed byte of its manifest or tokenizer, ends with 64 before any write"
 )
 @pytest.mark.parametrize("verb", ["train", "verify"])
 @pytest.mark.parametrize("name", ["tokenizer.json", "special_tokens.json"])
@@ -141,7 +161,7 @@ def test_damaged_tokenizer_of_a_corpus_ends_with_64_before_a_checkpoint_could_co
 
 
 @pytest.mark.promise(
-    "a changed byte, a cut or a missing file of a corpus ends with 64 before anything is read or written"
+    "a cut or missing file of a corpus, or a changed byte of its manifest or tokenizer, ends with 64 before any write"
 )
 def test_manifest_with_any_byte_flipped_is_no_manifest(corpus: Path) -> None:
     """Also where what is left makes sense: provenance.json names the manifest that was written."""

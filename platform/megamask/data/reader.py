@@ -1,8 +1,9 @@
 """Rows of a corpus by number: read in batches through the index, and never a row that fails its checksum.
 
-A shard's index is read when a row of the shard is first wanted and compared with the manifest's digest; so is the
-shard's size. On every read the row's crc32c and the crc32c of its block's document table are checked. Damage raises,
-naming shard, member and row; nothing is skipped or replaced.
+The size of every shard and index is compared with the manifest on opening. A shard's index is read when a row of the
+shard is first wanted, and compared with the manifest's digest then. On every read the row's crc32c and the crc32c of
+its block's document table are checked. Damage raises, naming shard, member and row; nothing
+is skipped or replaced.
 
 Shapes: n rows, L tokens of a row, k documents of a row.
 """
@@ -99,7 +100,7 @@ class SplitReader:
 
     Raises:
         UsageError: the corpus has no such split.
-        DataIntegrityError: a shard is missing, or an index that had to be read is damaged.
+        DataIntegrityError: a file is missing or cut, or an index that had to be read is damaged.
     """
 
     def __init__(

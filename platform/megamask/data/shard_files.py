@@ -5,9 +5,11 @@ manifest names.
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Sequence
 from pathlib import Path
 
+from megamask.data.index import index_bytes
 from megamask.data.lru import LeastRecentlyUsed
 from megamask.data.manifest import ShardEntry
 from megamask.errors import DataIntegrityError
@@ -25,14 +27,14 @@ class ShardFiles:
         shards: of the split, as the manifest has them.
 
     Raises:
-        DataIntegrityError: a shard or an index of it is not in the folder.
+        DataIntegrityError: a shard or an index of it is not in the folder, or has another size than the manifest says.
     """
 
     def __init__(self, folder: Path, shards: Sequence[ShardEntry]) -> None:
         self._folder = folder
         self._shards = shards
         self._descriptors: LeastRecentlyUsed[int, int] = LeastRecentlyUsed(_OPEN_SHARDS, on_drop=os.close)
-        self._check_present()
+        self._check_sizes()
 
     def path(self, shard: int) -> Path:
         """Where a shard lies."""
@@ -89,16 +91,19 @@ class ShardFiles:
         """Close the shards; a later read opens them again."""
         self._descriptors.clear()
 
-    def _check_present(self) -> None:
-        """Compare the names with one listing of each folder; sizes and digests are checked when a shard is used."""
-        present: dict[Path, set[str]] = {}
-        for entry in self._shards:
-            for name in (entry.name, entry.index_name):
-                path = self._folder / name
-                if path.parent not in present:
-                    present[path.parent] = _names(path.parent)
-                if path.name not in present[path.parent]:
-                    raise missing(path)
+    def _check_sizes(self) -> None:
+        """Look at each file once, without opening it; what is no plain file is told by its reader, when it is used."""
+        with storage_errors(f"looking at the shards of {self._folder}"):
+            for entry in self._shards:
+                sizes = {entry.name: entry.bytes, entry.index_name: index_bytes(entry.blocks, entry.rows)}
+                for name, expected in sizes.items():
+                    path = f"{self._folder}/{name}"
+                    try:
+                        found = os.lstat(path)
+                    except (FileNotFoundError, NotADirectoryError):
+                        raise missing(Path(path)) from None
+                    if stat.S_ISREG(found.st_mode) and found.st_size != expected:
+                        raise _wrong_size(Path(path), found.st_size, expected)
 
     def _open(self, shard: int) -> int:
         path, entry = self.path(shard), self._shards[shard]
@@ -112,10 +117,7 @@ class ShardFiles:
         size = os.fstat(descriptor).st_size
         if size != entry.bytes:
             os.close(descriptor)
-            raise DataIntegrityError(
-                f"{path} has {size} bytes, the manifest says {entry.bytes}. No sample of it was used.",
-                hint="restore the file or prepare the corpus again",
-            )
+            raise _wrong_size(path, size, entry.bytes)
         return descriptor
 
 
@@ -135,12 +137,11 @@ def not_plain(error: NotPlainError) -> DataIntegrityError:
     )
 
 
-def _names(folder: Path) -> set[str]:
-    try:
-        with storage_errors(f"listing {folder}"):
-            return set(os.listdir(folder))  # noqa: PTH208 (names alone; Path objects of a million shards are slow)
-    except (FileNotFoundError, NotADirectoryError):
-        return set()
+def _wrong_size(path: Path, size: int, expected: int) -> DataIntegrityError:
+    return DataIntegrityError(
+        f"{path} has {size} bytes, the manifest says {expected}. No sample of it was used.",
+        hint="restore the file or prepare the corpus again",
+    )
 
 
 def _rest(buffers: Sequence[memoryview], done: int) -> list[memoryview]:

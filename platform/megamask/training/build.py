@@ -72,7 +72,7 @@ def build_run(
         if loaded.commit is None and data.start is not None and data.start.weights is not None:
             _load_source(engine, data.start.weights)
         _restore(scope.progress, loaded, data.objective, config.training.sequence_length)
-        refuse_moved_past(config, scope.run_dir, attempt.number, scope.progress.consumed_samples)
+        refuse_moved_past(config, scope.run_dir, attempt.number, scope.progress, data.train)
     if scope.leader is not None:
         machine = {"device": backend.name, **engine.arithmetic}
         scope.leader.started(data, loaded, world_size=engine.world_size, machine=machine, startup_s=startup.seconds())

@@ -2,44 +2,82 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Mapping
 from fractions import Fraction
 from pathlib import Path
 
 from megamask.config.identity import effective_stages, growth_problem
-from megamask.config.load import load_train_config
+from megamask.config.load import load_stored_config
 from megamask.config.schema.roots import TrainConfig
 from megamask.data.loader import Loader
-from megamask.errors import UsageError
+from megamask.errors import CheckpointIntegrityError, UsageError
 from megamask.runs.configs import attempt_configs
+from megamask.tracking.journal.seek import find_step
 from megamask.training.batch_size import consumed_before
+from megamask.training.progress import Progress
+
+_NOT_STARTED = ". Nothing was started."
+_log = logging.getLogger(__name__)
 
 
-def refuse_moved_past(config: TrainConfig, run_dir: Path, attempt: int, consumed_samples: int) -> None:
-    """Compare the mixture with that of the attempt before.
+def refuse_moved_past(config: TrainConfig, run_dir: Path, attempt: int, progress: Progress, loader: Loader) -> None:
+    """Compare the mixture with that of the attempt before; where its config is damaged, with what the journal counted.
 
     Args:
         config: of this attempt.
         run_dir: the run.
         attempt: number of this attempt.
-        consumed_samples: of the checkpoint that it resumes from, 0 for none.
+        progress: of the checkpoint that it resumes from.
+        loader: of this attempt.
 
     Raises:
         UsageError: a sample that was used would be another one.
+        CheckpointIntegrityError: neither the config nor the journal tells, and there are several corpora.
     """
     before = {number: path for number, path in attempt_configs(run_dir).items() if number < attempt}
-    if not before or not consumed_samples:
+    if not before or not progress.consumed_samples:
         return
-    recorded = load_train_config(before[max(before)], []).config
-    problem = growth_problem(
-        effective_stages(recorded.data.mixture, list(recorded.data.corpora)),
-        effective_stages(config.data.mixture, list(config.data.corpora)),
-        consumed_samples * config.training.sequence_length,
-    )
+    path = before[max(before)]
+    try:
+        recorded = load_stored_config(path)
+    except UsageError as error:
+        _log.warning("the config of the attempt before was not used: %s", error.message.removesuffix(_NOT_STARTED))
+        problem = _count_problem(path, run_dir, progress, loader)
+    else:
+        problem = growth_problem(
+            effective_stages(recorded.data.mixture, list(recorded.data.corpora)),
+            effective_stages(config.data.mixture, list(config.data.corpora)),
+            progress.consumed_samples * config.training.sequence_length,
+        )
     if problem is not None:
         raise UsageError(
             f"{problem}. The past of a run does not move. Nothing was started.",
             hint="only the last stage may be given an end, beyond what was read, and stages be added behind it",
         )
+
+
+def _count_problem(path: Path, run_dir: Path, progress: Progress, loader: Loader) -> str | None:
+    """Say where the journal counted other samples of a source up to a step than this mixture gives, or None."""
+    given = _nonzero(loader.consumed(progress.consumed_samples))
+    record = find_step(run_dir, progress.step)
+    if record is None and len(loader.sources) == 1:
+        return None  # every mixture of one corpus reads the same samples
+    if record is None:
+        raise CheckpointIntegrityError(
+            f"{path} is damaged and the journal has no line of step {progress.step}, so that nothing tells which "
+            "mixture was read. Nothing was started.",
+            hint="restore one of the two from a backup",
+        )
+    first = next(iter(loader.sources))  # the journal of a run on one corpus does not count by source
+    counted = _nonzero(record.get("consumed_by_source") or {first: progress.consumed_samples})
+    if counted == given:
+        return None
+    return f"data.mixture gives {given} samples by source up to step {progress.step}, but the run has read {counted}"
+
+
+def _nonzero(counts: Mapping[str, int]) -> dict[str, int]:
+    return {name: count for name, count in counts.items() if count}
 
 
 def refuse_repetition(config: TrainConfig, loader: Loader) -> None:
