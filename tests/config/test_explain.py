@@ -41,6 +41,11 @@ def test_section_lists_its_keys_those_of_subsections_too():
     assert [setting["key"] for setting in explain("layout")] == [
         "layout.tensor_parallel_size",
         "layout.pipeline_parallel_size",
+        "layout.virtual_pipeline_parallel_size",
+        "layout.pipeline_split",
+        "layout.context_parallel_size",
+        "layout.expert_parallel_size",
+        "layout.expert_tensor_parallel_size",
         "layout.data_parallel_size",
         "layout.sequence_parallel",
     ]

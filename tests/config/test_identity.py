@@ -28,7 +28,7 @@ def test_identity_fields_are_exactly_the_identity_keys_and_the_corpora(train):
 
 
 def test_extendable_fields_are_steps_and_names_of_corpora(train):
-    assert extendable_fields(train().config) == {"training.steps": 20, "data.corpora": ["main"]}
+    assert extendable_fields(train().config) == {"training.steps": 20, "data.corpora": ["main"], "data.mixture": []}
 
 
 def test_same_config_is_the_same_run_after_json(train):
@@ -112,8 +112,8 @@ def test_field_that_an_older_record_lacks_must_be_at_its_default(train, refusal)
 
 def test_field_that_this_version_does_not_know_is_refused(train, refusal):
     config = train().config
-    stored = identity_fields(config) | {"model.num_experts": 8}
-    assert "model.num_experts is recorded as 8" in refusal(lambda: compare_identity(stored, config)).message
+    stored = identity_fields(config) | {"model.num_wheels": 8}
+    assert "model.num_wheels is recorded as 8" in refusal(lambda: compare_identity(stored, config)).message
 
 
 def test_true_is_not_one(train, refusal):

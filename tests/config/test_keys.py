@@ -76,7 +76,11 @@ def test_keys_that_others_rely_on_exist():
 
 def test_kinds_follow_the_config_law():
     kinds = {name: key.setting.kind for name, key in all_keys(TrainConfig).items()}
-    assert {name for name, kind in kinds.items() if kind == "extendable"} == {"training.steps", "data.corpora"}
+    assert {name for name, kind in kinds.items() if kind == "extendable"} == {
+        "training.steps",
+        "data.corpora",
+        "data.mixture",
+    }
     for section in ("model", "objective", "optimizer", "precision"):
         assert {kind for name, kind in kinds.items() if name.startswith(f"{section}.")} == {"identity"}
     for section in ("layout", "checkpoint", "tracking"):

@@ -34,6 +34,7 @@ def test_expected_configs_are_there():
         "1b",
         "1.7b",
         "8b",
+        "100b",
         "tiny_moe",
         "llada2_mini",
         "llada2_flash",
