@@ -18,6 +18,8 @@ from hypothesis import HealthCheck, settings
 
 # A suite that is started with nohup ignores SIGHUP, and every process that a test starts would inherit that.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
+# One that a shell starts in the background ignores SIGINT, and so would they.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 settings.register_profile(
     "megamask",

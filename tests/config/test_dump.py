@@ -33,6 +33,8 @@ def values(key: Key) -> st.SearchStrategy:
     strings = paths if setting.is_path else texts
     if setting.choices:
         found = st.sampled_from(setting.choices)
+    elif key.name == "initialise.shift":
+        found = st.sampled_from(["keep", "drop", "{until_step: 7}"])
     elif setting.pattern and key.name.startswith("launch."):
         found = st.from_regex(setting.pattern, fullmatch=True).filter(lambda text: not carries_credential(text))
     elif setting.pattern:

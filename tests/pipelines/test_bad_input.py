@@ -54,12 +54,12 @@ def test_verb_refuses_a_config_that_is_none(refuse: Refuse, verb: str, given: st
 
 @pytest.mark.parametrize(
     "arguments",
-    # explain alone lists every key, new-config alone writes here
+    # explain alone lists every key, new-config alone writes here, doctor alone looks at this machine
     [
         ["trian", "x"],
         ["verify", "moon", "x"],
         ["verify", "corpus"],
-        *([v] for v in cli.VERBS if v not in ("explain", "new-config")),
+        *([v] for v in cli.VERBS if v not in ("explain", "new-config", "doctor")),
     ],
 )
 def test_command_line_without_what_it_needs_is_refused(refuse: Refuse, arguments: list[str]) -> None:
@@ -72,7 +72,7 @@ def test_no_verb_is_a_usage_error(place: Path, capsys: pytest.CaptureFixture[str
     assert "verbs:" in capsys.readouterr().err
     refused = cli.main(["--json"])
     written = capsys.readouterr()
-    check_refusal(refused, written.out, written.err, 2, ("unknown verb '--json'; allowed: prepare, train",))
+    check_refusal(refused, written.out, written.err, 2, ("unknown verb '--json'; allowed: prepare, data, train",))
 
 
 @pytest.mark.promise("an unknown key is refused with its line and the nearest key")
@@ -119,7 +119,7 @@ def test_explaining_an_unknown_key_names_the_nearest(refuse: Refuse) -> None:
         ("precision.compute=fp8", ("precision.compute is 'fp8'", "allowed: fp32, bf16")),
         ("training.stop_after_step=3", ("training.stop_after_step is 3", "allowed: 1 to 2")),
         ("model.num_query_groups=3", ("model.num_query_groups is 3", "num_attention_heads is 4", "1, 2, 4")),
-        ("data.corpora.more=x", ("data.corpora", "2 entries", "exactly one")),
+        ("data.corpora.more=x", ("data.corpora", "2 entries", "data.mixture has no stage")),
         ("data.corpora.main=null", ("does not set data.corpora",)),
         ("training.head_chunk_rows=0", ("training.head_chunk_rows is 0", ">= 1")),
     ],

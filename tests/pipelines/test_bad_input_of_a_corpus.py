@@ -54,7 +54,7 @@ def test_corpus_that_cannot_be_made_is_refused(
     ("path", "words"),
     [
         ("nope.json", ("corpus.tokenizer.path: nope.json cannot be read",)),
-        ("folder", ("corpus.tokenizer.path: folder cannot be read",)),
+        ("folder", ("the folder folder holds no tokenizer files", "tokenizer.json")),
         ("text.txt", ("text.txt: not JSON", "byte-level BPE", "corpus.tokenizer.path")),
         ("words.json", ("words.json", "WordLevel", "byte-level BPE")),
         ("spaces.json", ("spaces.json", "does not end with ByteLevel")),

@@ -93,7 +93,7 @@ def test_every_verb_takes_json(capsys, name):
 def test_unknown_verb_names_the_nearest(capsys):
     assert cli.main(["trian"]) == 2
     error = capsys.readouterr().err
-    assert "unknown verb 'trian'; allowed: prepare, train," in error
+    assert "unknown verb 'trian'; allowed: prepare, data, train," in error
     assert "hint: did you mean train?" in error
 
 
@@ -259,7 +259,9 @@ def test_closed_stdout_is_no_error(arguments):
 
 MISSING = {
     "prepare": ["no/such.yaml"],
+    "data": ["stats", "no/such/corpus"],
     "train": ["no/such.yaml"],
+    "plan": ["no/such.yaml"],
     "launch": ["node", "no/such.yaml"],
     "evaluate": ["no/such/run"],
     "sample": ["no/such/run"],
@@ -275,7 +277,7 @@ MISSING = {
 
 
 @pytest.mark.promise("every verb refuses a missing argument path with one clear error")
-@pytest.mark.parametrize("name", cli.VERBS)
+@pytest.mark.parametrize("name", [verb for verb in cli.VERBS if verb != "doctor"])  # it takes nothing
 def test_every_verb_refuses_what_is_not_there_with_one_clear_error(name):
     done = megamask(name, *MISSING[name], "--json")
     assert done.returncode == 2, done.stderr

@@ -53,8 +53,8 @@ def test_required_key_has_no_default(explain):
 
 def test_section_is_listed_a_line_a_key(explain):
     lines = explain("layout", "run.yaml", "layout.data_parallel_size=2")[1].splitlines()
-    assert len(lines) == 4
-    assert lines[2].split()[:3] == ["layout.data_parallel_size", "2", "(override)"]
+    assert len(lines) == 9
+    assert lines[7].split()[:3] == ["layout.data_parallel_size", "2", "(override)"]
 
 
 def test_config_alone_lists_all_of_its_keys(explain):

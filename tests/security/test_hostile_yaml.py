@@ -199,7 +199,7 @@ def test_scalar_that_yaml_versions_read_differently_is_no_integer(refuse, value:
 
 @pytest.mark.parametrize("value", ["yes", "no", "on", "off", "y", "1", "'true'", "null"])
 def test_scalar_that_yaml_versions_read_differently_is_no_boolean(refuse, value: str) -> None:
-    refuse(f"objective:\n  complementary: {value}\n", "objective.complementary is ", "true or false", "bad.yaml:2")
+    refuse(f"model:\n  qk_norm: {value}\n", "model.qk_norm is ", "true or false", "bad.yaml:2")
 
 
 @pytest.mark.parametrize("value", ["'${CANARY}/x.yaml'", "env:CANARY", "https://host/x.yaml", "/dev/null/x", "."])
