@@ -35,6 +35,8 @@ def values(key: Key) -> st.SearchStrategy:
         found = st.sampled_from(setting.choices)
     elif key.name == "initialise.shift":
         found = st.sampled_from(["keep", "drop", "{until_step: 7}"])
+    elif key.name == "initialise.mask_row":
+        found = st.sampled_from(["unused", "mean", "17"])
     elif setting.pattern and key.name.startswith("launch."):
         found = st.from_regex(setting.pattern, fullmatch=True).filter(lambda text: not carries_credential(text))
     elif setting.pattern:

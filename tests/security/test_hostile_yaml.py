@@ -320,4 +320,4 @@ def test_environment_is_read_for_references_only(tmp_path: Path, monkeypatch: py
     config = load_train_config(path, ["tracking.mlflow.uri=env:HOME"]).config
     assert config.tracking.mlflow.uri == "env:HOME"
     assert load_train_config(TINY, [])
-    assert read == []
+    assert set(read) <= {"HOME"}  # of ~ in a path
