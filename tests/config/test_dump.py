@@ -102,7 +102,7 @@ BASE = load_train_config(CONFIGS / "run" / "tiny.yaml").config
 
 @pytest.mark.promise("config -> YAML -> config loses nothing")
 @pytest.mark.parametrize("section", [field.name for field in dataclasses.fields(TrainConfig)])
-@settings(max_examples=40)
+@settings(max_examples=12)
 @given(data=st.data())
 def test_train_config_survives_yaml_unchanged(section, data):
     """One section at a time: all of them together are more than hypothesis draws at once."""
