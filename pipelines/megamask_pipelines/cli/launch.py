@@ -140,8 +140,8 @@ def render(result: dict[str, Any]) -> str:
             f"node {result['node']} of {result['num_nodes']}: run {result['run_dir']}, step {result['step']} "
             f"(exit code {result['exit_code']})"
         )
-    told = [f"{result['target']} job {result['name']} is in {result['written']}"] if result["written"] else []
-    told += [f"submitted: {result['submitted']}"] if result["submitted"] is not None else []
+    lines = [f"{result['target']} job {result['name']} is in {result['written']}"] if result["written"] else []
+    lines += [f"submitted: {result['submitted']}"] if result["submitted"] is not None else []
     if result["asked"] is not None:
-        told.append(f"the scheduler accepts it: {result['asked']}")
-    return "\n".join(told) or result["text"].rstrip("\n")
+        lines.append(f"the scheduler accepts it: {result['asked']}")
+    return "\n".join(lines) or result["text"].rstrip("\n")

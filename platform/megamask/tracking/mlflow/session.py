@@ -53,7 +53,7 @@ class Session:
         """Find the run in MLflow or create it, and describe it there.
 
         Args:
-            keeps_foreign_state: a stored state of another server stays as it is, and this session's is not stored.
+            keeps_foreign_state: the stored state of another server stays; that of this connection is not stored.
 
         Raises:
             BusyError: another process is sending just now.
