@@ -44,6 +44,7 @@ CLEAN_ROOMS: tuple[str, ...] = (
     "platform/megamask/generation",
     "platform/megamask/models",
     "platform/megamask/objectives",
+    "platform/megamask/planning",
     "platform/megamask/provenance",
     "platform/megamask/resilience",
     "platform/megamask/runs",

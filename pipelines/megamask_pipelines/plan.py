@@ -55,7 +55,7 @@ def plan_run(loaded: Loaded[TrainConfig], request: Request) -> dict[str, Any]:
 
     Returns: the contract's object (docs/guides/planning.md), with exit_code 2 when the run does not fit.
     Raises:
-        UsageError: an argument that is no GPU, assumption or rank.
+        UsageError: an argument that is not a GPU, assumption or rank.
     """
     config, gpu = loaded.config, gpu_named(request.gpu_name)
     assumed = Assumptions.with_overrides(request.assume)

@@ -1,4 +1,4 @@
-"""Which number formats and layers a machine can run: one pure table, asked before a device is booked.
+"""Number formats and layers that a machine can run: one pure table, read before a device is booked.
 
 The caller states what was found (engine/probes.py) or what is planned; nothing here looks at a machine.
 """
@@ -18,7 +18,7 @@ Version = tuple[int, int]
 
 @dataclass(frozen=True, kw_only=True)
 class Capability:
-    """What a machine has.
+    """Architecture and libraries of a machine.
 
     Args:
         architecture: compute capability of its GPUs, as (9, 0) for Hopper; None without one.
@@ -34,13 +34,13 @@ class Capability:
 
     @property
     def can_run_te(self) -> bool:
-        """Whether Transformer Engine's layers can run."""
+        """True if Transformer Engine's layers can run."""
         return self.transformer_engine is not None and self.architecture is not None
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Needs:
-    """What the kernels of a recipe need: architectures from `first` up to, but not including, `beyond`."""
+    """Requirements of the kernels of a recipe: architectures from `first` up to, but not including, `beyond`."""
 
     first: Version
     beyond: Version | None = None
@@ -59,7 +59,7 @@ EMULATED = ("tensorwise", "delayed", "blockwise")
 
 
 def refusal(recipe: str, capability: Capability) -> str | None:
-    """Why the kernels of an FP8 recipe cannot run there, as the rest of a sentence; None if they can."""
+    """Return why the kernels of an FP8 recipe cannot run there, as the rest of a sentence; None if they can."""
     if capability.transformer_engine is None:
         return "Transformer Engine is not installed"
     if capability.architecture is None:

@@ -18,7 +18,7 @@ from megamask.planning.work import Work, work_per_token
 
 @dataclass(frozen=True, kw_only=True)
 class RankPlan:
-    """What one rank holds at the fullest moment of a step.
+    """Memory of one rank at the fullest moment of a step.
 
     Args:
         rank: global number.

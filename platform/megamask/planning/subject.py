@@ -105,10 +105,10 @@ class Subject:
         ]
 
     def is_first(self, pipeline_rank: int, chunk: int) -> bool:
-        """Whether a rank's chunk holds the embedding."""
+        """Return True if a rank's chunk holds the embedding."""
         return pipeline_rank == 0 and chunk == 0
 
     def is_last(self, pipeline_rank: int, chunk: int) -> bool:
-        """Whether a rank's chunk holds the final norm and the head."""
+        """Return True if a rank's chunk holds the final norm and the head."""
         axes = self.axes
         return pipeline_rank == axes.pipeline_parallel_size - 1 and chunk == axes.virtual_pipeline_parallel_size - 1

@@ -60,7 +60,7 @@ def command_problems(words: Sequence[str]) -> Iterator[Problem]:
 
 
 def environment_problems(environment: Mapping[str, str]) -> Iterator[Problem]:
-    """Names that are no variables, that the launcher sets itself, or that belong to a secret."""
+    """Names that are not variables, that the launcher sets itself, or that belong to a secret."""
     key = "launch.environment"
     for name in environment:
         if not VARIABLE.fullmatch(name):
@@ -113,7 +113,7 @@ def mount_parts(mount: str) -> tuple[str, str, bool]:
 
 
 def exclude_problems(nodes: Sequence[str]) -> Iterator[Problem]:
-    """Names that are no nodes of Slurm."""
+    """Names that are not nodes of Slurm."""
     yield from _unlike("launch.slurm.exclude", nodes, _NODE, "names of nodes, as node7 or node[1-3]")
 
 
@@ -142,7 +142,7 @@ def node_selector_problems(labels: Sequence[str]) -> Iterator[Problem]:
 
 
 def toleration_problems(taints: Sequence[str]) -> Iterator[Problem]:
-    """Names that are no taints."""
+    """Names that are not taints."""
     yield from _unlike("launch.kubernetes.tolerations", taints, _LABEL, "names of taints, as nvidia.com/gpu")
 
 
