@@ -37,6 +37,7 @@ CLEAN_ROOMS: tuple[str, ...] = (
     "platform/megamask/checkpoint",
     "platform/megamask/config",
     "platform/megamask/conversion",
+    "platform/megamask/data",
     "platform/megamask/diffusion",
     "platform/megamask/engine",
     "platform/megamask/errors.py",

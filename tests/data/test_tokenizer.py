@@ -258,6 +258,14 @@ def test_damaged_folder_is_a_data_error(name: str, tmp_path: Path) -> None:
         CorpusTokenizer.load(tmp_path)
 
 
+def test_folder_of_a_newer_version_is_a_usage_error(tmp_path: Path) -> None:
+    TOKENIZER.save(tmp_path)
+    path = tmp_path / "special_tokens.json"
+    path.write_bytes(path.read_bytes().replace(b'"version":1', b'"version":2'))
+    with pytest.raises(UsageError, match="has format version 2, this megamask reads megamask-special-tokens up to 1"):
+        CorpusTokenizer.load(tmp_path)
+
+
 def test_a_vocabulary_may_lack_bytes_that_text_rarely_has() -> None:
     data = json.loads(TOKENIZER.files()["tokenizer.json"])
     letters = letter_of_byte()

@@ -1,4 +1,4 @@
-"""How many rows each shard block has, worked out from the manifest where that is possible.
+"""Number of rows in each shard block, derived from the manifest where possible.
 
 A packer fills every block but the last one of a split, so the manifest's counts fix the rows of each block, and the
 order of a corpus is known before any index was read.
@@ -42,7 +42,7 @@ def _rows_per_block(manifest: Manifest) -> int:
 
 
 def _are_full(shards: Sequence[ShardEntry], full: int) -> bool:
-    """Whether every block has `full` rows, but for a last one of the split that may have fewer."""
+    """Return whether every block has `full` rows; only the last one of the split may have fewer."""
     if any(entry.rows != full * entry.blocks or not entry.blocks for entry in shards[:-1]):
         return False
     return all(full * (entry.blocks - 1) < entry.rows <= full * entry.blocks for entry in shards[-1:])

@@ -1,4 +1,4 @@
-"""Digests of what a batch holds: of its sample indices alone, and of the content that was read for them.
+"""Digests of a batch: of its sample indices alone, and of the content that was read for them.
 
 Two runs, or two layouts of one run, saw the same data exactly when these agree. The content digest is a sum, so each
 rank adds up its own share and the order of ranks does not matter.
@@ -31,7 +31,7 @@ def content_hash(sample_index: int, source_digest: str, row: int, tokens_crc: in
     Args:
         sample_index: global sample index.
         source_digest: lower-case hex digest of the source's split.
-        row: 0-based row through the whole split.
+        row: 0-based row of the split.
         tokens_crc: of `tokens_checksum`, computed from the bytes that were read.
         documents_crc: of `documents_checksum`, likewise.
     """

@@ -1,4 +1,4 @@
-"""Every damaged place of a corpus' shards: what `verify corpus` lists after it met the first one."""
+"""List of all damaged places in the shards of a corpus, made by `verify corpus` after the first one was found."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Fault:
         shard: name of the tar file in the manifest.
         block: number of the shard block in its split; the first of the shard where the damage is of no single one.
         offset: byte in the tar file, or in the index for kinds that name it.
-        kind: missing, size, index, tokens, documents, archive (a header, or what fills it up), tar_index, digest.
+        kind: missing, size, index, tokens, documents, archive (a header or padding), tar_index, digest.
         row: of the split, where one row is damaged; what data.quarantine takes.
     """
 
@@ -44,7 +44,7 @@ class Fault:
 
 
 def find_faults(folder: Path, manifest: Manifest) -> Iterator[Fault]:
-    """Read all shards and name what is damaged in them, in order; a shard without a usable index is one fault.
+    """Read all shards and yield their faults in order; a shard without a usable index is one fault.
 
     Raises:
         StorageError: the storage does not answer.
@@ -108,7 +108,7 @@ def _read(file: BinaryIO, offset: int, size: int) -> bytes:
 
 
 def _checksum(file: BinaryIO, offset: int, size: int) -> int:
-    """crc32c of a part of a file, read in pieces: a hostile index names sizes that no memory holds."""
+    """crc32c of a part of a file, read in pieces: a hostile index may state sizes that exceed memory."""
     file.seek(offset)
     found = 0
     for first in range(0, size, _PIECE):
@@ -117,7 +117,7 @@ def _checksum(file: BinaryIO, offset: int, size: int) -> int:
 
 
 def _padded(index: ShardIndex, block: int) -> int:
-    """Where the last member of a block ends, its filling included."""
+    """Return the end of a block's last member, padding included."""
     end = int(index.blocks["docs_offset"][block]) + int(index.blocks["docs_bytes"][block])
     return -(-end // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
 
@@ -125,7 +125,7 @@ def _padded(index: ShardIndex, block: int) -> int:
 def _damaged_blocks(
     file: BinaryIO, entry: ShardEntry, index: ShardIndex, row_bytes: int, first_row: int
 ) -> Iterator[Fault]:
-    """Rows and tables that are all there and fail their checksums; what lies behind the end of the file is left out."""
+    """Find complete rows and tables that fail their checksums; those beyond the end of the file are skipped."""
     size = file.seek(0, 2)
     row = 0
     for number, record in enumerate(index.blocks):
@@ -142,7 +142,7 @@ def _damaged_blocks(
 
 
 def _damaged_archive(file: BinaryIO, entry: ShardEntry, index: ShardIndex, manifest: Manifest) -> Iterator[Fault]:
-    """Headers of members, and what fills the archive up, that are not the bytes that belong there."""
+    """Find wrong bytes in the headers of members and in the padding of the archive."""
     for number, record in enumerate(index.blocks):
         block = index.first_block + number
         tokens = "tokens", (int(record["rows"]), manifest.sequence_length), manifest.dtype

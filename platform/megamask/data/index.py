@@ -89,7 +89,7 @@ def index_bytes(num_blocks: int, num_rows: int) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class ShardIndex:
-    """What a shard's .idx holds.
+    """Content of a shard's .idx file.
 
     Args:
         first_block: number in the split of the shard's first block.
@@ -109,12 +109,12 @@ class ShardIndex:
 
     @property
     def num_blocks(self) -> int:
-        """Blocks of this shard."""
+        """Number of blocks of this shard."""
         return len(self.blocks)
 
     @property
     def num_rows(self) -> int:
-        """Rows of this shard."""
+        """Number of rows of this shard."""
         return len(self.row_crc32c)
 
     def first_rows(self) -> npt.NDArray[np.int64]:
@@ -142,10 +142,10 @@ class ShardIndex:
 
     @classmethod
     def unpack(cls, data: bytes, *, name: str) -> ShardIndex:
-        """Reads an .idx file back and checks all of it.
+        """Parse an .idx file and check all of it.
 
         Args:
-            data: the whole file.
+            data: the complete file.
             name: the file's name for messages.
 
         Raises:

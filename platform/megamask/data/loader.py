@@ -51,10 +51,10 @@ class _Share:
 
 
 class Loader:
-    """Reads what a run trains on; usable with and without torch.distributed.
+    """Reader of a run's batches; usable with and without torch.distributed.
 
     Args:
-        corpora: name -> folder of a prepared corpus; several are mixed as `data.mixture` says.
+        corpora: name -> folder of a prepared corpus; several are mixed according to `data.mixture`.
         data: seed and window of the order, mixture, quarantine.
         sequence_length: tokens of a row (`training.sequence_length`); must be the corpora's own.
         split: which split to read.
@@ -113,7 +113,7 @@ class Loader:
 
     @property
     def num_rows(self) -> int:
-        """Rows of one epoch of every source together."""
+        """Number of rows of one epoch of all sources together."""
         return sum(source.order.num_rows for source in self._by_number)
 
     def rows(self, first_index: int, count: int) -> list[tuple[str, int]]:
@@ -147,7 +147,7 @@ class Loader:
             return self._read_rows(self.sources[source], np.array([row], dtype=np.int64)).row(0)
 
     def consumed(self, num_samples: int) -> dict[str, int]:
-        """Samples of each source among the first `num_samples` of the run."""
+        """Return the number of samples of each source among the first `num_samples` of the run."""
         return self._accounts.consumed(num_samples)
 
     def content_hash(self, index: int, source: str, row: int, content: Row) -> int:
@@ -176,11 +176,11 @@ class Loader:
         return is_eligible
 
     def batch(self, first_index: int, global_batch_size: int, members: Sequence[int]) -> Batch:
-        """This rank's share of the global batch that begins at a sample index.
+        """Return this rank's share of the global batch that begins at a sample index.
 
         Args:
             first_index: sample index of place 0.
-            global_batch_size: samples of the whole batch.
+            global_batch_size: samples of the global batch.
             members: places j in the global batch that this rank computes, in the order it computes them.
 
         Raises:
@@ -209,7 +209,7 @@ class Loader:
         self._pending.append((share, self._thread.submit(self._read_share, share, announce=True)))
 
     def close(self) -> None:
-        """Joins the thread and closes the shards; a second call does nothing."""
+        """Join the thread and close the shards; a second call does nothing."""
         if self._thread is not None:
             self._thread.shutdown(wait=True, cancel_futures=True)
             self._thread = None
@@ -263,7 +263,7 @@ class Loader:
         return rows if excluded is None else rows[~np.isin(rows, excluded)]
 
     def _read_rows(self, source: Source, rows: npt.NDArray[np.int64]) -> RowBatch:
-        """Rows of a source; a quarantined one is not read: it is all padding, without documents, checksums 0."""
+        """Read rows of a source; a quarantined one is not read: it is all padding, without documents, checksums 0."""
         excluded = self.quarantined.get(source.name)
         if excluded is None or not np.isin(rows, excluded).any():
             return source.reader.read_rows(rows)
@@ -277,7 +277,7 @@ def _answers(documents: npt.NDArray[np.int64], length: int) -> npt.NDArray[np.bo
 
 
 def _refuse_other_tokenizers(sources: Sequence[Source]) -> None:
-    """Ids mean the same in every source."""
+    """Raise unless all sources have the same tokenizer."""
     for source in sources[1:]:
         if source.manifest.tokenizer_digest != sources[0].manifest.tokenizer_digest:
             raise UsageError(

@@ -1,4 +1,4 @@
-"""A small cache that forgets what was used least recently."""
+"""A small cache that drops the least recently used value."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class LeastRecentlyUsed(Generic[K, V]):
 
     Args:
         limit: values kept, >= 1.
-        on_drop: called with each value that is forgotten (to close a file, for instance).
+        on_drop: called with each dropped value (to close a file, for instance).
     """
 
     def __init__(self, limit: int, *, on_drop: Callable[[V], object] | None = None) -> None:
@@ -30,7 +30,7 @@ class LeastRecentlyUsed(Generic[K, V]):
         return len(self._values)
 
     def get(self, key: K, make: Callable[[K], V]) -> V:
-        """The value of a key; made now when it is not there. An error while making it leaves the cache as it was."""
+        """Return the value of a key, made if it is missing. An error while making it leaves the cache unchanged."""
         values = self._values
         if key in values:
             values.move_to_end(key)
@@ -42,7 +42,7 @@ class LeastRecentlyUsed(Generic[K, V]):
         return value
 
     def clear(self) -> None:
-        """Forgets everything."""
+        """Drop all values."""
         while self._values:
             self._drop(self._values.popitem(last=False)[1])
 

@@ -1,4 +1,4 @@
-"""A corpus' manifest: what it holds, by digest, and nothing about where or when it was made.
+"""Manifest of a corpus: its content, by digest, and nothing about where or when it was made.
 
 `manifest.json` is canonical JSON; the sha256 of its bytes is the corpus id. Its keys:
 
@@ -189,7 +189,7 @@ class Manifest:
 
     @classmethod
     def load(cls, corpus_dir: str | Path) -> Manifest:
-        """Reads and checks `manifest.json` of a corpus folder.
+        """Read and check `manifest.json` of a corpus folder.
 
         Raises:
             UsageError: the folder is not a corpus, or was made by a newer version.
@@ -226,7 +226,7 @@ def open_corpus(folder: Path, key: str) -> Manifest:
         key: what names it in an error, as "data.corpora.main".
 
     Raises:
-        UsageError: there is no such folder, or it holds no manifest.json.
+        UsageError: no such folder exists, or it holds no manifest.json.
         DataIntegrityError: the manifest is damaged, or is not the one that provenance.json names.
     """
     if not folder.is_dir():
@@ -260,7 +260,7 @@ def provenance_problem(path: Path, corpus_id: str) -> str | None:
 
 
 def _refuse_other_than_prepared(path: Path, corpus_id: str) -> None:
-    """A flipped byte in a manifest may leave a manifest that makes sense; provenance.json names the one written."""
+    """Raise unless provenance.json names this manifest: a flipped byte may leave one that is consistent."""
     if problem := provenance_problem(path.with_name(PROVENANCE_NAME), corpus_id):
         raise DataIntegrityError(
             f"{path} is not the manifest that was prepared: {problem}. No sample of the corpus was used.",
@@ -288,7 +288,7 @@ def _are_counts(split: SplitEntry) -> bool:
 
 
 def _contradiction(manifest: Manifest) -> str | None:
-    """What in the manifest cannot be true, or None."""
+    """Return the first contradiction in the manifest, or None."""
     content = manifest.content
     ids = [manifest.eod_token_id, manifest.pad_token_id, manifest.mask_token_id]
     if content["dtype"] not in ("uint16", "uint32") or manifest.vocab_size > 1 << (8 * manifest.dtype.itemsize):

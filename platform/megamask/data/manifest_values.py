@@ -1,4 +1,4 @@
-"""What values a manifest may hold at all, asked before anything is computed with them or reserved for them."""
+"""Ranges of a manifest's values, checked before anything is computed with them or allocated for them."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 def is_count(value: Any) -> bool:
-    """Whether a value is a whole number that can count bytes, rows or documents."""
+    """Return whether a value is an integer that can count bytes, rows or documents."""
     return type(value) is int and 0 <= value < _MAX_INTEGER
 
 
 def odd_value(content: Mapping[str, Any]) -> str | None:
-    """What of all that reading a corpus needs is of the wrong type, out of range or leads out of it, or None.
+    """Return the first value for reading that has a wrong type, is out of range or leads out of the corpus, or None.
 
     Raises:
         KeyError, TypeError, AttributeError: a part is missing or of another kind.
@@ -46,7 +46,7 @@ def odd_value(content: Mapping[str, Any]) -> str | None:
 
 
 def odd_record(content: Mapping[str, Any]) -> str | None:
-    """The same of what verifying needs besides: the record of how the corpus was made; raises as `odd_value`."""
+    """Return the first such value of those that only verifying needs, or None; raises as `odd_value`."""
     if not _FRACTION.fullmatch(content["options"]["validation_fraction"]):
         return f"validation_fraction is {_shown(content['options']['validation_fraction'])}"
     for entry in content["inputs"]:

@@ -1,4 +1,4 @@
-"""Where a document is: its rows, and the samples of a run that read them."""
+"""Location of a document: its rows, and the samples of a run that read them."""
 
 from __future__ import annotations
 

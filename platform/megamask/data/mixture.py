@@ -1,4 +1,4 @@
-"""The mixture law: which source gives each sample, and how many it gave before, is arithmetic on the stages alone.
+"""The mixture law: the source of each sample, and the draws from it before, are arithmetic on the stages alone.
 
 A stage begins at a sample index and goes on to the next one's. Counted from its beginning, it is cut into time blocks
 of TIME_BLOCK samples. A full block has an exact integer number of samples of each source: its share by weight, rounded

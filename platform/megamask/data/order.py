@@ -1,4 +1,4 @@
-"""The order law: which row a source gives next is arithmetic on (corpus, data.seed, draw).
+"""The order law: the next row of a source is arithmetic on (corpus, data.seed, draw).
 
 Draw k of a source with n rows lies in epoch k div n at place k mod n. An epoch shuffles in two levels: the blocks of
 the split are sorted by Philox words, and inside each window of `data.shuffle_window_blocks` consecutive blocks of that
@@ -73,11 +73,11 @@ class SourceOrder:
 
     @property
     def num_rows(self) -> int:
-        """Rows of one epoch."""
+        """Number of rows of one epoch."""
         return int(self._block_first_row[-1])
 
     def row(self, draw: int) -> int:
-        """The row (0-based, through the whole split) that draw `draw` >= 0 gives."""
+        """The row (0-based, of the split) that draw `draw` >= 0 gives."""
         return int(self.rows(draw, 1)[0])
 
     def rows(self, start: int, count: int) -> Int64Array:

@@ -1,4 +1,4 @@
-"""Rows that a run must not read: an explicit list in the config, never a decision of the reader.
+"""Rows excluded from a run: an explicit list in the config, never a decision of the reader.
 
 A quarantined row keeps its place in the order, with no eligible token and no documents.
 """
@@ -27,7 +27,7 @@ def quarantined_rows(entries: Sequence[str], sources: Mapping[str, _Source]) -> 
         sources: by name.
 
     Raises:
-        UsageError: an entry is of another form, or there is no such source or row.
+        UsageError: an entry is of another form, or no such source or row exists.
     """
     rows: dict[str, set[int]] = {}
     for entry in entries:

@@ -1,4 +1,4 @@
-"""Rows of a corpus by number: read in batches through the index, and never a row that fails its checksum.
+"""Rows of a corpus by number: read in batches through the index, each checked against its checksum.
 
 The size of every shard and index is compared with the manifest on opening. A shard's index is read when a row of the
 shard is first wanted, and compared with the manifest's digest then. On every read the row's crc32c and the crc32c of
@@ -134,7 +134,7 @@ class SplitReader:
 
     @property
     def num_rows(self) -> int:
-        """Rows of the split."""
+        """Number of rows of the split."""
         return int(self._first_row[-1])
 
     def read(self, row: int) -> Row:
@@ -275,7 +275,7 @@ class SplitReader:
 
 @dataclass(frozen=True, kw_only=True)
 class _Places:
-    """Where n rows lie, sorted by row; each int64 [n].
+    """Addresses of n rows, sorted by row; each int64 [n].
 
     Args:
         order: place in the batch.

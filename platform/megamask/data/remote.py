@@ -35,7 +35,7 @@ class RemoteCorpus:
         cache_bytes: most bytes of blocks in it.
 
     Raises:
-        UsageError: there is no corpus at the URL.
+        UsageError: no corpus exists at the URL.
         StorageError: the store does not answer.
     """
 
@@ -88,7 +88,7 @@ class RemoteCorpus:
 
 
 class RemoteShards:
-    """Reads from the shards of one split of a remote corpus, block by block through the cache.
+    """Reader of the shards of one split of a remote corpus, block by block through the cache.
 
     Args:
         remote: the corpus.
@@ -113,7 +113,7 @@ class RemoteShards:
         self._threads: ThreadPoolExecutor | None = None
 
     def path(self, shard: int) -> str:
-        """Where a shard lies."""
+        """Return the URL of a shard."""
         return f"{self._remote.url}/{self._shards[shard].name}"
 
     def read(self, shard: int, offset: int, size: int) -> bytes:

@@ -20,7 +20,7 @@ _OPEN_SHARDS = 128  # file descriptors
 
 
 class ShardFiles:
-    """Reads from the shards of one split; for one thread at a time.
+    """Reader of the shard files of one split; for one thread at a time.
 
     Args:
         folder: the corpus folder.
@@ -37,7 +37,7 @@ class ShardFiles:
         self._check_sizes()
 
     def path(self, shard: int) -> Path:
-        """Where a shard lies."""
+        """Return the path of a shard."""
         return self._folder / self._shards[shard].name
 
     def read(self, shard: int, offset: int, size: int) -> bytes:
@@ -92,7 +92,7 @@ class ShardFiles:
         self._descriptors.clear()
 
     def _check_sizes(self) -> None:
-        """Look at each file once, without opening it; what is no plain file is told by its reader, when it is used."""
+        """Compare the size of each file without opening it; one that is not plain is refused when it is read."""
         with storage_errors(f"looking at the shards of {self._folder}"):
             for entry in self._shards:
                 sizes = {entry.name: entry.bytes, entry.index_name: index_bytes(entry.blocks, entry.rows)}

@@ -1,4 +1,4 @@
-"""What a corpus holds, in numbers: sources, lengths of documents, duplicates, frequencies of tokens, rows.
+"""Statistics of a corpus: sources, lengths of documents, duplicates, frequencies of tokens, rows.
 
 Documents are counted in full, from the table of documents. Token frequencies are of evenly spaced rows of each split,
 up to a limit; the answer has their number.
@@ -22,7 +22,7 @@ _SHOWN_TOKENS = 50
 
 
 def corpus_stats(folder: Path) -> dict[str, Any]:
-    """Count what a corpus holds.
+    """Return the statistics of a corpus.
 
     Returns:
         corpus_id, sequence_length, vocab_size; sources: by name, documents, text_bytes, tokens, bytes_per_token;

@@ -1,4 +1,4 @@
-"""`megamask verify corpus`: is every byte of a corpus what its manifest says, and does the manifest tell the truth?
+"""`megamask verify corpus`: compare every byte of a corpus with its manifest, and the manifest with the content.
 
 Checksums prove that nothing changed since the corpus was made; the counts, the documents table and the token ids are
 then worked out again from the rows, so that a corpus made wrongly does not pass either.
@@ -37,7 +37,7 @@ _LISTED_DIRS = (SHARDS_DIR, DOCUMENTS_DIR, TOKENIZER_DIR)
 
 
 def verify_corpus(folder: str | Path, progress: Progress | None = None) -> dict[str, Any]:
-    """Check every byte of a corpus; the damage that is met first raises.
+    """Check every byte of a corpus; the first damage found raises.
 
     The error's `details` have shards, blocks and bytes of the corpus and every damaged place of its shards (`faults`).
 
@@ -75,7 +75,7 @@ def _extent(manifest: Manifest) -> dict[str, int]:
 
 
 def _checked(folder: Path, manifest: Manifest, progress: Progress | None) -> dict[str, Any]:
-    """All checks, in the order in which later ones rely on earlier ones."""
+    """Run all checks, in the order in which later ones rely on earlier ones."""
     _check_record(folder, manifest)
     _check_names(folder, manifest)
     if problem := provenance_problem(folder / PROVENANCE_NAME, manifest.corpus_id):
@@ -112,7 +112,7 @@ def _checked(folder: Path, manifest: Manifest, progress: Progress | None) -> dic
 
 
 def _check_record(folder: Path, manifest: Manifest) -> None:
-    """What only verifying reads of the manifest must be of its kind before anything is worked out from it."""
+    """Check the types of those manifest values that only verifying reads, before they are used."""
     try:
         problem = odd_record(manifest.content)
     except (KeyError, TypeError, AttributeError) as error:
@@ -122,7 +122,7 @@ def _check_record(folder: Path, manifest: Manifest) -> None:
 
 
 def _check_names(folder: Path, manifest: Manifest) -> None:
-    """Every file is a plain one, and the folders that tools list with a glob hold nothing but what is named."""
+    """Check that every file is a plain one, and that the folders that tools list with a glob hold only named files."""
     named = {str(table["name"]) for table in manifest.content["documents"]["tables"]}
     named |= {f"{TOKENIZER_DIR}/{name}" for name in (TOKENIZER_NAME, SPECIAL_TOKENS_NAME)}
     for split in manifest.splits.values():
@@ -168,7 +168,7 @@ class _SplitDocuments:
 
 
 def _check_documents(folder: Path, manifest: Manifest) -> dict[str, _SplitDocuments]:
-    """The documents table against its digest, the split rule, the inputs and the counts of the manifest."""
+    """Compare the documents table with its digest, the split rule, the inputs and the counts of the manifest."""
     splits = {TRAIN: _SplitDocuments(), VALIDATION: _SplitDocuments()}
     inputs: Counter[tuple[str, str]] = Counter()
     hashes: list[int] = []
@@ -176,7 +176,7 @@ def _check_documents(folder: Path, manifest: Manifest) -> dict[str, _SplitDocume
     where = folder / DOCUMENTS_DIR
 
     def walk() -> Iterator[DocumentRecord]:
-        """Every file below a folder, by its name relative to the corpus."""
+        """Yield the documents table's rows, checked and counted."""
         for record in read_documents(folder, [(table["name"], table["documents"]) for table in content["tables"]]):
             is_odd = min(record.offset, record.bytes, record.text_bytes, record.tokens - 1) < 0
             if is_odd or record.number != len(hashes) or record.split not in splits:
@@ -217,7 +217,7 @@ def _check_documents(folder: Path, manifest: Manifest) -> dict[str, _SplitDocume
 
 
 class _SplitRows:
-    """Works out what each block of a split must hold from the lengths of its documents, and compares."""
+    """Expected content of each block of a split, derived from the lengths of its documents."""
 
     def __init__(
         self, manifest: Manifest, split: str, documents: _SplitDocuments, is_used: npt.NDArray[np.bool_]
@@ -233,7 +233,7 @@ class _SplitRows:
         self._position = 0  # tokens, padding included, of the blocks before
 
     def check(self, block: CheckedRowGroup) -> None:
-        """Compares the next block."""
+        """Compare the next block."""
         length = self._manifest.sequence_length
         flat = block.tokens.reshape(-1)
         begin, end = self._position, self._position + flat.size
@@ -267,7 +267,7 @@ class _SplitRows:
             )
 
     def finish(self, folder: Path) -> None:
-        """Compares the counts of the split after its last block."""
+        """Compare the counts of the split after its last block."""
         entry = self._manifest.split(self._split)
         rows = -(-self._total // self._manifest.sequence_length)
         if entry.num_rows != rows:

@@ -45,7 +45,7 @@ def damage(what: str) -> DataIntegrityError:
 def verify_shard(
     corpus_dir: Path, manifest: Manifest, entry: ShardEntry, first_block: int
 ) -> Iterator[CheckedRowGroup]:
-    """Yields the blocks of a shard, each after its own checks; exhausting it completes the checks of the file.
+    """Yield the blocks of a shard, each after its own checks; exhausting it completes the checks of the file.
 
     Args:
         corpus_dir: the corpus folder.
@@ -85,7 +85,7 @@ def plain_file_size(path: Path) -> int:
 
 
 def check_digest(path: Path, expected: str) -> None:
-    """Compares a file's sha256 with the manifest's.
+    """Compare a file's sha256 with the manifest's.
 
     Raises:
         DataIntegrityError: it is missing, a link or has other bytes.
@@ -130,7 +130,7 @@ def _read(file: BinaryIO, offset: int, size: int) -> bytes:
 
 
 def _check_members(path: Path, file: BinaryIO, index: ShardIndex, manifest: Manifest) -> list[int]:
-    """Compares every header of the archive, and what fills it up, with what must stand there.
+    """Compare every header of the archive, and its padding, with the expected bytes.
 
     No tar reader walks it: a hostile header can tell one to reserve any size, to follow a link or to skip a member.
 
@@ -155,7 +155,7 @@ def _check_members(path: Path, file: BinaryIO, index: ShardIndex, manifest: Mani
 
 @dataclass(frozen=True)
 class _Stored:
-    """Where a member's header stands, the array that it holds, and where the index says that its values begin."""
+    """A member's header offset, the array that it holds, and the offset of its values according to the index."""
 
     at: int
     shape: tuple[int, int]
@@ -164,7 +164,7 @@ class _Stored:
 
 
 def _check_member(path: Path, file: BinaryIO, name: str, stored: _Stored) -> int:
-    """Checks the headers of a member and the zeros behind it; returns where it ends."""
+    """Check the headers of a member and the zeros behind it; return its end."""
     num_bytes = stored.shape[0] * stored.shape[1] * stored.dtype.itemsize
     header, expected = _read(file, stored.at, tarfile.BLOCKSIZE), tar_header(name, num_bytes)
     if header != expected:

@@ -1,4 +1,4 @@
-"""Conversations into segments: what the model is given and what it must answer, through a chat template.
+"""Conversations as segments, prompts and answers, rendered by a chat template.
 
 The template is Jinja as Hugging Face tokenizers hold it. A segment of an answer is what the template adds to the
 conversation so far with its generation prompt: the assistant's text and what ends the turn. Markers of the template may
@@ -74,7 +74,7 @@ def conversation(value: Any, where: str) -> str:
     """A list of messages as the text of a document: JSON with their roles and contents.
 
     Raises:
-        DataIntegrityError: it is no list of {"role": ..., "content": ...} with an answer in it.
+        DataIntegrityError: not a list of {"role": ..., "content": ...} with an answer in it.
     """
     is_valid = (
         isinstance(value, list)
@@ -97,7 +97,7 @@ def conversation(value: Any, where: str) -> str:
 
 
 class ChatEncoder:
-    """Encodes conversations.
+    """Encoder of conversations.
 
     Args:
         template: Jinja.

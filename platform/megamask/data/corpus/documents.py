@@ -4,7 +4,7 @@
 
     number         int64, from 0, through the inputs in order
     input          string, the input's name in the manifest
-    input_sha256   string, hex, of the whole input file
+    input_sha256   string, hex, of the complete input file
     offset, bytes  int64, the document's raw bytes in the input (a .jsonl line without its newline)
     text_bytes     int64, UTF-8 bytes of the text
     text_sha256    string, hex, of the text's UTF-8 bytes
@@ -71,7 +71,7 @@ class DocumentRecord:
 
 
 class DocumentList:
-    """What is known of each document while a corpus is prepared: about 80 bytes of memory a document."""
+    """Facts about each document while a corpus is prepared: about 80 bytes of memory a document."""
 
     def __init__(self) -> None:
         self.input_index = array("q")
@@ -88,7 +88,7 @@ class DocumentList:
         return len(self.offset)
 
     def append(self, *, input_index: int, offset: int, num_bytes: int, text: bytes, dropped_by: int = -1) -> None:
-        """Notes the next document.
+        """Append the next document.
 
         Args:
             input_index: place of its file in the inputs.
@@ -176,7 +176,7 @@ def documents_digest(records: Iterable[DocumentRecord]) -> str:
 
 
 def write_documents(folder: Path, records: Iterable[DocumentRecord]) -> tuple[str, list[tuple[str, int]]]:
-    """Writes the table under `<folder>/documents/` and flushes it.
+    """Write the table under `<folder>/documents/` and flush it.
 
     Returns:
         the content's digest, and (relative name, documents) of each file.

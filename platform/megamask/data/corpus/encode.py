@@ -1,4 +1,4 @@
-"""Documents into tokens, and tokens into the shards of a corpus."""
+"""Encoding of documents into tokens, and writing of tokens into the shards of a corpus."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ _PARITY_FIRST = 8
 _PARITY_CHARACTERS = 20_000
 
 
-# (is answer, ids) of each segment of a document: one that is no answer, but for conversations.
+# (is answer, ids) of each segment of a document; plain text has one segment, which is not an answer.
 Segments = Sequence[tuple[bool, npt.NDArray[Any]]]
 
 
 class DocumentEncoder:
-    """Encode documents one by one; what comes out is proved to be the text.
+    """Encoder of documents, one by one; checks that the ids decode to the text.
 
     Args:
         config: chat template.
@@ -48,7 +48,7 @@ class DocumentEncoder:
 
     @property
     def vocab_size(self) -> int:
-        """Entries of the tokenizer."""
+        """Number of entries of the tokenizer."""
         return self._tokenizer.vocab_size
 
     def encode(self, text: str, file: InputFile, number: int) -> Segments:
@@ -96,7 +96,7 @@ def encoded_texts(
 
 
 class CorpusWriter:
-    """Packs encoded documents and writes them to the shards of their split.
+    """Packer of encoded documents and writer of the shards of their splits.
 
     Args:
         folder: the corpus folder being built.

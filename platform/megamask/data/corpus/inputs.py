@@ -111,7 +111,7 @@ class InputFile:
         return default if self.entry.text_key is None else self.entry.text_key
 
     def options(self) -> dict[str, str]:
-        """What the manifest records besides the name: only what was asked for explicitly."""
+        """Return the options that the manifest records besides the name: only those given explicitly."""
         asked = {"source": self.entry.name, "format": self.entry.format, "text_key": self.entry.text_key}
         return {key: value for key, value in asked.items() if value is not None}
 
@@ -121,7 +121,7 @@ def find_inputs(entries: Sequence[str | Mapping[str, str]], exclude: Sequence[st
 
     Args:
         entries: of `corpus.inputs`; relative paths start at the working folder, `**` crosses folders, and
-            {python_stdlib} stands for the folder of Python's own library.
+            {python_stdlib} is replaced by the folder of Python's own library.
         exclude: `corpus.exclude`: file names or globs, each of which must take away a file.
 
     Raises:

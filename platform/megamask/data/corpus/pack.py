@@ -1,4 +1,4 @@
-"""Documents into rows: concatenate, then cut.
+"""Packing of documents into rows: concatenate, then cut.
 
 The documents of a split, each with its end-of-document id, are laid one after another and cut into rows of
 sequence_length tokens. Nothing is dropped or reordered; only the last row of a split is filled up with the pad id.
@@ -39,7 +39,7 @@ class RowGroup:
 
 
 class RowPacker:
-    """Packs the documents of one split; holds at most one block.
+    """Packer of the documents of one split; holds at most one block.
 
     Args:
         sequence_length: tokens of a row.
@@ -58,7 +58,7 @@ class RowPacker:
         self.num_padding = 0
 
     def add(self, number: int, tokens: npt.NDArray[Any]) -> Iterator[RowGroup]:
-        """Appends a document and yields the blocks that it fills.
+        """Append a document and yield the blocks that it fills.
 
         Args:
             number: the document's number.
@@ -76,7 +76,7 @@ class RowPacker:
                 yield self._emit()
 
     def finish(self) -> Iterator[RowGroup]:
-        """Fills the last row with padding and yields the last block, if there is anything left."""
+        """Fill the last row with padding and yield the last block, if there is anything left."""
         if self._filled:
             padding = -self._filled % self._length
             self._buffer[self._filled : self._filled + padding] = self._pad
@@ -85,7 +85,7 @@ class RowPacker:
             yield self._emit()
 
     def _note(self, number: int, count: int) -> None:
-        """Lists the document in every row that the next `count` tokens touch."""
+        """List the document in every row that the next `count` tokens touch."""
         row, start = divmod(self._filled, self._length)
         last_row = (self._filled + count - 1) // self._length
         self._docs.append((row, start, number))

@@ -1,4 +1,4 @@
-"""Text into a corpus: read, split, train or load a tokenizer, encode, pack, and publish all of it at once.
+"""Preparation of a corpus from text: read, split, train or load a tokenizer, encode, pack, publish atomically.
 
 The inputs are read twice (three times when a tokenizer is trained) and never held in memory: one document, one block
 of each split, and about 80 bytes a document are. `options` in the manifest are
@@ -45,7 +45,7 @@ from megamask.storage.hashing import canonical_json, sha256_bytes
 
 @dataclass(frozen=True)
 class _Job:
-    """What is to be written, once the inputs are known."""
+    """Description of the corpus to write, once the inputs are known."""
 
     config: CorpusConfig
     plan: dict[str, Any]
@@ -56,7 +56,7 @@ class _Job:
 
 @dataclass(frozen=True, kw_only=True)
 class PrepareReport:
-    """What a preparation made, or found made: totals over the splits; bytes are UTF-8 bytes of the text."""
+    """Result of a preparation: totals over the splits; bytes are UTF-8 bytes of the text."""
 
     corpus_id: str
     documents: int
@@ -88,11 +88,11 @@ class PrepareReport:
 
 
 def build(config: CorpusConfig, progress: Progress = lambda *_: None) -> PrepareReport:
-    """Prepares a corpus, or finds the same one already there.
+    """Prepare a corpus, or return the same one if it already exists.
 
     Args:
         config: what to make of which inputs.
-        progress: told (phase, documents done, bytes done, bytes in all or None).
+        progress: called with (phase, documents done, bytes done, bytes in all or None).
 
     Raises:
         UsageError: the config cannot be done, or the output folder holds something else; nothing was touched.
@@ -121,7 +121,7 @@ def build(config: CorpusConfig, progress: Progress = lambda *_: None) -> Prepare
 
 
 def run_task(config: CorpusConfig, task: int, num_tasks: int, progress: Progress = lambda *_: None) -> TaskReport:
-    """Read and encode the units of one task of a preparation; those that are done already are left.
+    """Read and encode the units of one task of a preparation; skip those already done.
 
     Args:
         config: what to make of which inputs; the same for all tasks.
@@ -223,7 +223,7 @@ def _load_tokenizer(config: TokenizerConfig, special: SpecialTokens) -> CorpusTo
 
 
 def _options(config: CorpusConfig, loaded: CorpusTokenizer | None) -> dict[str, Any]:
-    """What was asked for, as the manifest records it."""
+    """Return the requested options, as the manifest records them."""
     asked = config.tokenizer
     tokenizer: dict[str, Any] = {
         "eod_token": asked.eod_token if loaded is None else loaded.special.eod,
@@ -272,7 +272,7 @@ def _chat_options(config: CorpusConfig, scanned: ScannedCorpus) -> dict[str, str
 
 
 def _refuse_foreign(target: Path) -> None:
-    """Refuses an output that is neither free nor a corpus, before the inputs are read."""
+    """Refuse an output path that is neither free nor a corpus, before the inputs are read."""
     try:
         is_taken = target.exists() and not (target.is_dir() and not any(target.iterdir()))
     except OSError as error:

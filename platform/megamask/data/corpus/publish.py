@@ -1,4 +1,4 @@
-"""A folder that appears whole or not at all: built under a hidden name, flushed, then renamed.
+"""Atomic publication of a folder: built under a hidden name, flushed, then renamed.
 
 One process at a time builds a target: a lock file beside it is held with flock, which ends with the process that holds
 it. What an interrupted build left behind is swept by the next one.
@@ -20,7 +20,7 @@ from megamask.storage.durable import fsync_directory
 
 @contextlib.contextmanager
 def exclusive(target: Path) -> Iterator[None]:
-    """Holds the right to build `target`; creates its parent folders, and removes them again after a failure.
+    """Hold the lock on building `target`; create its parent folders, and remove them again after a failure.
 
     Raises:
         UsageError: another live process builds the same target.
@@ -37,19 +37,19 @@ def exclusive(target: Path) -> Iterator[None]:
             os.close(descriptor)
     except BaseException:
         for folder in created:
-            with contextlib.suppress(OSError):  # somebody else uses it by now
+            with contextlib.suppress(OSError):  # another process uses it by now
                 folder.rmdir()
         raise
 
 
 @contextlib.contextmanager
 def folder_being_built(target: Path) -> Iterator[Path]:
-    """Gives an empty hidden folder beside `target`, which becomes `target` if the block ends without an error.
+    """Yield an empty hidden folder beside `target`, which becomes `target` if the block ends without an error.
 
     The caller holds `exclusive(target)` and flushes the files it writes; folders are flushed here.
 
     Raises:
-        UsageError: something else stands at `target` by now.
+        UsageError: `target` was taken in the meantime.
         OSError: the storage refused; `target` does not exist.
     """
     folder = target.with_name(f".{target.name}.building")
@@ -64,7 +64,7 @@ def folder_being_built(target: Path) -> Iterator[Path]:
 
 
 def _make_parents(parent: Path, missing: Sequence[Path]) -> None:
-    """Creates a folder and those of its parents that are missing, and flushes their names."""
+    """Create a folder and its missing parents, and flush their names."""
     try:
         parent.mkdir(parents=True, exist_ok=True)
         for folder in missing:

@@ -54,7 +54,7 @@ class RawDocument:
 
 
 class _HashingFile(RawIOBase):
-    """Reads a file and hashes every byte on the way; reports the number of bytes read."""
+    """File that hashes every byte read from it and reports their number."""
 
     def __init__(self, file: IO[bytes], on_bytes: Callable[[bytes], None]) -> None:
         super().__init__()
@@ -104,7 +104,7 @@ class InputReader:
         """The documents in file order; lines and rows are read one by one, a text at once.
 
         Raises:
-            DataIntegrityError: the file is not what its format says; names file and line, row or byte.
+            DataIntegrityError: the file does not have the stated format; names file and line, row or byte.
             UsageError: the file cannot be opened.
         """
         with reading(self._file.path):

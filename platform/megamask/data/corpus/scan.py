@@ -24,7 +24,7 @@ _GIANT = 1 << 24  # characters
 
 @dataclass
 class TextNotes:
-    """Counts of what is unusual in the documents of one input; nothing of it is changed or left out."""
+    """Counts of unusual documents of one input; none of them is changed or left out."""
 
     empty: int = 0
     with_nul: int = 0
@@ -48,7 +48,7 @@ class TextNotes:
         return [f"{file.path}: {count} document(s) {what}" for count, what in kinds if count]
 
     def counts(self) -> dict[str, int]:
-        """Counts by kind, those above zero."""
+        """Return the counts above zero, by kind."""
         return {name: count for name, count in vars(self).items() if count}
 
 
@@ -64,12 +64,12 @@ class ScannedInput:
 
 
 class Counter:
-    """Adds up the documents and bytes of a phase for a progress display.
+    """Sum of the documents and bytes of a phase, for a progress display.
 
     Args:
         progress: the display.
         phase: its name.
-        total: bytes of the whole phase.
+        total: bytes of the phase.
     """
 
     def __init__(self, progress: Progress, phase: str, total: int) -> None:
@@ -102,7 +102,7 @@ class ScannedCorpus:
         warnings: sentences about inputs and texts that are probably not as they were meant.
 
     Raises:
-        UsageError: there is no text at all, or a single document and a fraction above 0.
+        UsageError: the inputs hold no text, or a single document and a fraction above 0.
     """
 
     def __init__(
@@ -131,11 +131,11 @@ class ScannedCorpus:
         self.documents.is_validation = choose_validation(self.documents.split_hashes(), validation_fraction)
 
     def is_kept(self, place: int) -> bool:
-        """Whether the corpus takes the document at a place among all documents of the inputs."""
+        """Return whether the corpus takes the document at a place among all documents of the inputs."""
         return bool(self._is_kept[place])
 
     def documents_of_inputs(self) -> list[int]:
-        """Documents that the corpus takes of each input."""
+        """Return the number of documents that the corpus takes of each input."""
         counts = np.bincount(np.array(self.documents.input_index, dtype=np.int64), minlength=len(self.inputs))
         return [int(count) for count in counts]
 
@@ -208,10 +208,10 @@ def scan(files: list[InputFile], config: CorpusConfig, progress: Progress) -> Sc
     Args:
         files: in document order.
         config: how they are read, what is taken of them, and which share is held out.
-        progress: told the bytes read.
+        progress: called with the bytes read.
 
     Raises:
-        UsageError: there is no text at all, or a single document and a fraction above 0.
+        UsageError: the inputs hold no text, or a single document and a fraction above 0.
         DataIntegrityError: an input is not what its name says.
     """
     inputs, found = scan_inputs(files, config, Counter(progress, "reading the inputs", num_bytes(files)))

@@ -1,4 +1,4 @@
-"""Which documents of the inputs a corpus takes: filters, each of one text alone, then duplicates, over all documents.
+"""Selection of documents: filters, each applied to one text alone, then removal of duplicates over all documents.
 
 A step drops documents, never changes one, and is counted in the manifest. The order is fixed: the filters in the order
 of FILTERS, a document counts for the first that drops it; then duplicates, of which the first in document order stays.
@@ -61,11 +61,11 @@ class Selector:
 
     @property
     def needs_signatures(self) -> bool:
-        """Whether each document needs its MinHash."""
+        """True if each document needs its MinHash."""
         return self._duplicates == "near"
 
     def options(self) -> dict[str, Any]:
-        """What the manifest's options record: only what was asked for."""
+        """Return the options that the manifest records: only those requested."""
         options: dict[str, Any] = {}
         if self._filters:
             options["filters"] = {name: decimal_text(value) for name, value in self._filters}
@@ -111,7 +111,7 @@ class Selector:
 
 @dataclass(frozen=True, kw_only=True)
 class Selection:
-    """What stays, bool [documents], and what each step dropped: name, documents, text_bytes."""
+    """Return the mask of kept documents, bool [documents], and the counts of each step: name, documents, text_bytes."""
 
     is_kept: npt.NDArray[np.bool_]
     steps: Sequence[dict[str, Any]]

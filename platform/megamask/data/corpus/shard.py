@@ -58,7 +58,7 @@ def tar_header(name: str, num_bytes: int) -> bytes:
 
 
 def archive_bytes(end: int) -> int:
-    """Size of an archive whose last member ends there: two blocks of zeros, then zeros up to a whole record."""
+    """Size of an archive whose last member ends there: two blocks of zeros, then zeros up to a full record."""
     return -(-(end + 2 * tarfile.BLOCKSIZE) // tarfile.RECORDSIZE) * tarfile.RECORDSIZE
 
 
@@ -111,7 +111,7 @@ class _OpenShard:
 
     @property
     def _end(self) -> int:
-        """Where the next member begins; a part of it may be in the writer's buffer."""
+        """Offset of the next member; a part of the bytes before it may be in the writer's buffer."""
         return int(self._tar.tarstream.offset)
 
     def add(self, block: RowGroup) -> None:
@@ -144,7 +144,7 @@ class _OpenShard:
 
 
 class ShardWriter:
-    """Writes the blocks of one split into shards under `<folder>/shards/`.
+    """Writer of the blocks of one split into shards under `<folder>/shards/`.
 
     Args:
         folder: the corpus folder being built; `shards/` exists.
@@ -165,7 +165,7 @@ class ShardWriter:
         self.shards: list[ShardEntry] = []
 
     def add(self, block: RowGroup) -> None:
-        """Appends a block to the shard being written and ends the shard when it is full.
+        """Append a block to the shard being written and end the shard when it is full.
 
         Raises:
             OSError: the storage refused; the shard is not listed in `shards`.
@@ -179,12 +179,12 @@ class ShardWriter:
             self._close_shard()
 
     def finish(self) -> None:
-        """Ends the last shard; `shards` is complete afterwards."""
+        """End the last shard; `shards` is complete afterwards."""
         if self._open is not None:
             self._close_shard()
 
     def abort(self) -> None:
-        """Closes the file being written after a failure; what is on the disk is to be deleted."""
+        """Close the file being written after a failure; the caller deletes the folder."""
         if self._open is not None:
             self._open.abort()
             self._open = None
@@ -224,7 +224,7 @@ class ShardWriter:
 
 
 def write_flushed(path: Path, data: bytes) -> None:
-    """Writes a new file and flushes it; for folders that nobody sees yet, where a rename would be wasted."""
+    """Write a new file and flush it; for folders that are not visible yet, where a rename would be wasted."""
     with path.open("xb") as file:
         file.write(data)
         file.flush()

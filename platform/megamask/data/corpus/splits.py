@@ -1,4 +1,4 @@
-"""Which documents are held out for validation: decided by their text alone, before anything is packed.
+"""Choice of the validation documents, by their text alone, before anything is packed.
 
 A document is validation when the first 8 bytes of its text's sha256, read little-endian, are below
 validation_fraction * 2^64. The same text is therefore always on the same side, in any corpus and at any place of it.
@@ -31,7 +31,7 @@ def split_hash(text_sha256: bytes) -> int:
 
 
 def choose_validation(hashes: Sequence[int], validation_fraction: str) -> npt.NDArray[np.bool_]:
-    """Marks the validation documents.
+    """Return the mask of validation documents.
 
     If the fraction is above 0 and chooses none, the document with the smallest (hash, number) is taken; if it chooses
     all, the one with the largest stays in train.

@@ -1,6 +1,6 @@
 """A preparation in tasks: each reads and encodes its units, in any process, on any machine that shares the folder.
 
-Task k of n does the units k, k + n, k + 2n, ...; what was done is not done again, by whichever number of tasks. The
+Task k of n does the units k, k + n, k + 2n, ...; what was done is not done again, for any number of tasks. The
 first task that needs a tokenizer to be trained scans what is not scanned yet and trains it; the others wait for it.
 """
 
@@ -36,7 +36,7 @@ from megamask.errors import UsageError
 
 @dataclass(frozen=True, kw_only=True)
 class TaskReport:
-    """What a task did: its units, and those that were done before."""
+    """Report of a task: its units, and those that were done before."""
 
     task: int
     num_tasks: int
@@ -54,7 +54,7 @@ class Tasks:
         target: the corpus to be.
         tokenizer: as loaded, or None where one is trained.
         train: trains one on a scanned corpus.
-        progress: told the bytes.
+        progress: called with the bytes read.
 
     Raises:
         UsageError: the folder of the tasks belongs to another preparation.
@@ -84,7 +84,7 @@ class Tasks:
         """Do the units of one task that are not done yet.
 
         Raises:
-            UsageError: there is no such task, or the tokenizer cannot be used.
+            UsageError: no such task exists, or the tokenizer cannot be used.
             DataIntegrityError: an input is damaged or changed.
         """
         mine = self.units[task::num_tasks]

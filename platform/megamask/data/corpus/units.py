@@ -1,6 +1,6 @@
-"""Units of a preparation: consecutive inputs that one process reads and encodes, whatever the number of processes.
+"""Units of a preparation: consecutive inputs, read and encoded by one process; they do not depend on the processes.
 
-What was done is kept in `.<name>.tasks/` beside the corpus to be:
+Results are kept in `.<name>.tasks/` beside the future corpus:
 
     plan.json                 what is prepared of which inputs; the units follow from it
     scan-UUUUUU.npz           documents of a unit: places, sizes, digests; no text
@@ -85,7 +85,7 @@ def units_of(files: Sequence[InputFile], sizes: Sequence[int]) -> list[Unit]:
 
 
 class UnitStore:
-    """What the tasks of a preparation have done.
+    """Store of the results of a preparation's tasks.
 
     Args:
         target: the corpus to be.
@@ -123,7 +123,7 @@ class UnitStore:
             os.close(descriptor)
 
     def has(self, name: str) -> bool:
-        """Whether a file is complete."""
+        """Return whether a file is complete."""
         return (self.folder / f"{name}.json").exists()
 
     def put(self, name: str, arrays: Mapping[str, npt.NDArray[Any]], facts: Mapping[str, Any]) -> None:
@@ -136,7 +136,7 @@ class UnitStore:
         write_atomic(self.folder / f"{name}.json", encode_document(MARKER, marker))
 
     def get(self, name: str) -> tuple[dict[str, npt.NDArray[Any]], dict[str, Any]]:
-        """Arrays and facts that were stored.
+        """Return stored arrays and facts.
 
         Raises:
             DataIntegrityError: they are damaged.
@@ -163,7 +163,7 @@ class UnitStore:
 
 
 def folder_of(target: Path) -> Path:
-    """Where the tasks of a corpus keep what they did."""
+    """Return the folder in which the tasks of a corpus keep their results."""
     return target.with_name(f".{target.name}.tasks")
 
 

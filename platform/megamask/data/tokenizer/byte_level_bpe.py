@@ -1,6 +1,6 @@
-"""Reads a Hugging Face tokenizer.json and builds the same byte-level BPE in tiktoken, which encodes it faster.
+"""Byte-level BPE of a Hugging Face tokenizer.json, built in tiktoken, which encodes faster.
 
-Supported: model BPE over the 256 letters that stand for bytes, no normalizer or NFC, and a pre-tokenizer that ends with
+Supported: model BPE over the 256 letters that represent bytes, no normalizer or NFC, and a pre-tokenizer that ends with
 ByteLevel. tiktoken runs it if the pre-tokenizer is ByteLevel with its own pattern, ByteLevel without one, or Split by a
 regular expression followed by ByteLevel without one; Hugging Face tokenizers runs the others.
 """
@@ -29,9 +29,9 @@ _WHOLE_TEXT_PATTERN = r"(?s:.)+"
 
 
 def letter_of_byte() -> dict[int, str]:
-    """The printable letter that stands for each byte in a byte-level vocabulary.
+    """Return the printable letter that represents each byte in a byte-level vocabulary.
 
-    A byte that is a visible Latin-1 character stands for itself; the others, in ascending order, are U+0100 and up.
+    A byte that is a visible Latin-1 character represents itself; the others, in ascending order, are U+0100 and up.
     """
     visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     letters = {byte: chr(byte) for byte in visible}
@@ -43,7 +43,7 @@ _BYTE_OF_LETTER = {letter: byte for byte, letter in letter_of_byte().items()}
 
 
 def bytes_of_entry(entry: str) -> bytes | None:
-    """The bytes that a vocabulary entry stands for, or None if a letter of it stands for no byte."""
+    """Return the bytes of a vocabulary entry, or None if a letter of it represents no byte."""
     if not all(letter in _BYTE_OF_LETTER for letter in entry):
         return None
     return bytes(_BYTE_OF_LETTER[letter] for letter in entry)
@@ -56,7 +56,7 @@ class ByteLevelBpe:
     Args:
         encoding: yields ranks, not ids; None where tiktoken has no form of the pre-tokenizer.
         id_of_rank: int64, token id of each rank; NO_BYTE for a byte that the vocabulary lacks.
-        bytes_of_id: what each id of plain text stands for.
+        bytes_of_id: what each id of plain text represents.
     """
 
     encoding: tiktoken.Encoding | None
@@ -89,7 +89,7 @@ class ByteLevelBpe:
 
 
 def build(data: Mapping[str, Any], name: str) -> ByteLevelBpe:
-    """Builds tiktoken's form of a parsed tokenizer.json.
+    """Build tiktoken's form of a parsed tokenizer.json.
 
     tiktoken merges the pair whose bytes have the lowest rank, so ranks follow the order of merges, whatever the ids
     are: the 256 bytes first, then one rank a merge.

@@ -28,18 +28,17 @@ from megamask.data.tokenizer.byte_level_bpe import ByteLevelBpe, build, is_nfc
 from megamask.data.tokenizer.pieces import SPACE_MARK, bytes_of_pieces, is_of_pieces, vocabulary
 from megamask.data.tokenizer.refusal import refuse
 from megamask.data.tokenizer.sources import Source, load_source, parse
-from megamask.data.tokenizer.special_tokens import NUM_SPECIAL, SpecialTokens
+from megamask.data.tokenizer.special_tokens import NUM_SPECIAL, SPECIAL_TOKENS, SpecialTokens
 from megamask.data.tokenizer.train_bpe import train_byte_level_bpe
 from megamask.errors import DataIntegrityError, UsageError
+from megamask.storage.documents import decode_document, encode_document
 from megamask.storage.durable import storage_errors, write_atomic
-from megamask.storage.hashing import canonical_json, hash_of, sha256_bytes
+from megamask.storage.hashing import hash_of, sha256_bytes
 from megamask.storage.plain_files import NotPlainError, read_plain
 
 TOKENIZER_DIR = "tokenizer"
 TOKENIZER_NAME = "tokenizer.json"
 SPECIAL_TOKENS_NAME = "special_tokens.json"
-FORMAT = "megamask-special-tokens"
-VERSION = 1
 
 NO_TOKEN = -1  # id of a special token that a tokenizer lacks; NO_ID of models/vocabulary.py
 _BYTES = 256
@@ -63,7 +62,7 @@ NASTY_TEXTS = (
 
 
 class CorpusTokenizer:
-    """Encodes text into ids and back.
+    """Encoder of text into ids, and decoder.
 
     Args:
         json_bytes: content of tokenizer.json, with the three special tokens among its added tokens.
@@ -105,7 +104,7 @@ class CorpusTokenizer:
 
     @cached_property
     def token_bytes(self) -> list[int]:
-        """UTF-8 bytes that each id stands for; 0 for special tokens and for ids without an entry."""
+        """Number of UTF-8 bytes of each id; 0 for special tokens and for ids without an entry."""
         return [len(self._bytes_of_id.get(token, b"")) for token in range(self.vocab_size)]
 
     @property
@@ -154,11 +153,11 @@ class CorpusTokenizer:
         return tokenizers.Tokenizer.from_str(self._json_bytes.decode())
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of ids; special tokens show as their strings, bytes that are no UTF-8 as U+FFFD."""
+        """The text of ids; special tokens show as their strings, bytes that are not UTF-8 as U+FFFD."""
         return b"".join(self._bytes_of(token) for token in ids).decode(errors="replace")
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        """The exact bytes of ids, which need not be whole characters; special tokens show as their strings."""
+        """The exact bytes of ids, which may end inside a character; special tokens show as their strings."""
         return b"".join(self._bytes_of(token) for token in ids)
 
     def _bytes_of(self, token: int) -> bytes:
@@ -167,16 +166,16 @@ class CorpusTokenizer:
 
     def files(self) -> dict[str, bytes]:
         """Name and content of the files in a tokenizer folder."""
-        table: dict[str, Any] = {"format": FORMAT, "version": VERSION, "vocab_size": self.vocab_size}
+        table: dict[str, Any] = {"vocab_size": self.vocab_size}
         ids = (self.eod_token_id, self.pad_token_id, self.mask_token_id)
         for kind, token, number in zip(
             ("eod", "pad", "mask"), (self.special.eod, self.special.pad, self.special.mask), ids, strict=True
         ):
             table[kind] = None if token is None else {"token": token, "id": number}
-        return {TOKENIZER_NAME: self._json_bytes, SPECIAL_TOKENS_NAME: canonical_json(table)}
+        return {TOKENIZER_NAME: self._json_bytes, SPECIAL_TOKENS_NAME: encode_document(SPECIAL_TOKENS, table)}
 
     def save(self, folder: str | Path) -> None:
-        """Writes the two files into a folder, which is created if need be.
+        """Write the two files into a folder, which is created if it is missing.
 
         Raises:
             StorageError: the storage refused.
@@ -186,7 +185,7 @@ class CorpusTokenizer:
             write_atomic(Path(folder) / name, data)
 
     def check_parity(self, texts: Iterable[str]) -> int:
-        """Compares `encode` with Hugging Face tokenizers, and decodes back, on these texts and a list of nasty ones.
+        """Compare `encode` with Hugging Face tokenizers, and decode back, on these texts and a list of difficult ones.
 
         Returns:
             the number of texts compared.
@@ -237,10 +236,10 @@ class CorpusTokenizer:
 
     @classmethod
     def load(cls, folder: str | Path) -> CorpusTokenizer:
-        """Reads a tokenizer folder of a corpus or a checkpoint.
+        """Read a tokenizer folder of a corpus or a checkpoint.
 
         Raises:
-            UsageError: the folder is not there.
+            UsageError: the folder is not there, or a newer version wrote it.
             DataIntegrityError: its files are damaged or contradict each other.
         """
         folder = Path(folder)
@@ -255,8 +254,8 @@ class CorpusTokenizer:
             ) from error
         except NotPlainError as error:
             raise _damaged(folder, str(error)) from error
+        table = decode_document(SPECIAL_TOKENS, table_bytes, folder / SPECIAL_TOKENS_NAME)
         try:
-            table = json.loads(table_bytes)
             texts = [None if (named := table[key]) is None else str(named["token"]) for key in ("eod", "pad", "mask")]
             special = SpecialTokens(eod=texts[0], pad=texts[1], mask=texts[2])
             tokenizer = cls(json_bytes, special, name=str(folder / TOKENIZER_NAME))
@@ -304,7 +303,7 @@ class CorpusTokenizer:
         special: SpecialTokens,
         on_wait: Callable[[], None] = lambda: None,
     ) -> CorpusTokenizer:
-        """Trains a byte-level BPE; the same texts in the same order give the same bytes.
+        """Train a byte-level BPE; the same texts in the same order give the same bytes.
 
         Args:
             texts: what to learn merges from.
@@ -327,7 +326,7 @@ class CorpusTokenizer:
 
 
 def verify_files(folder: Path, digest: str) -> None:
-    """Compares the two files of a corpus' tokenizer folder with the digest in its manifest, without loading them.
+    """Compare the two files of a corpus' tokenizer folder with the digest in its manifest, without loading them.
 
     Raises:
         DataIntegrityError: one is missing, or their digest is another.

@@ -1,4 +1,4 @@
-"""Tokenizers in the manner of sentencepiece, in the form of tokenizer.json: pieces of text with marks for spaces.
+"""Tokenizers in the manner of sentencepiece as tokenizer.json: pieces of text with marks for spaces.
 
 Supported are BPE and Unigram models with a piece for each byte and without normalization, so that text reads back:
 Hugging Face tokenizers runs them.
@@ -21,12 +21,12 @@ def is_of_pieces(data: Mapping[str, Any]) -> bool:
 
 
 def byte_piece(byte: int) -> str:
-    """Return the piece that stands for one byte."""
+    """Return the piece that represents one byte."""
     return f"<0x{byte:02X}>"
 
 
 def bytes_of_pieces(data: Mapping[str, Any], name: str) -> dict[int, bytes]:
-    """Return what each id of plain text stands for.
+    """Return the text of each id of plain text.
 
     Args:
         data: a parsed tokenizer.json.

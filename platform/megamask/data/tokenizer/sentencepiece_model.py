@@ -14,7 +14,7 @@ from megamask.storage.hashing import sha256_bytes
 
 _UNIGRAM, _BPE = 1, 2  # TrainerSpec.model_type
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED = 1, 2, 3, 4, 5  # ModelProto.SentencePiece.type
-_NEVER = -1e9  # the score of a piece that is no text
+_NEVER = -1e9  # the score of a piece that is not text
 _TRAIN_HINT = (
     "train it with --byte_fallback=true --normalization_rule_name=identity --remove_extra_whitespaces=false, or train "
     "a byte-level BPE here with corpus.tokenizer.vocab_size"

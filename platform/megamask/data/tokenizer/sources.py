@@ -148,7 +148,7 @@ def _gpt2(file: Path) -> Source:
     lines = contents[merges_name].decode(errors="replace").splitlines()
     merges = [line.split(" ") for line in lines if line and not line.startswith("#version")]
     made = {"".join(merge) for merge in merges}
-    # an entry that is no byte and no merge can only be a special token
+    # an entry that is neither a byte nor a merge can only be a special token
     special = [entry for entry in vocab if len(entry) > 1 and entry not in made]
     files = {name: sha256_bytes(content) for name, content in contents.items()}
     pre_tokenizer = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}

@@ -1,12 +1,20 @@
-"""The special tokens of a corpus."""
+"""The special tokens of a corpus, and the document that names them."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megamask.errors import UsageError
+from megamask.errors import DataIntegrityError, UsageError
+from megamask.storage.documents import DocumentKind
 
 NUM_SPECIAL = 3
+SPECIAL_TOKENS = DocumentKind(
+    format="megamask-special-tokens",
+    version=1,
+    damage=DataIntegrityError,
+    damage_hint="restore the folder or prepare the corpus again",
+    outcome="Nothing was decoded.",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,10 +29,10 @@ class SpecialTokens:
     mask: str | None
 
     def check(self) -> None:
-        """Refuses strings that are empty or not three.
+        """Check the strings.
 
         Raises:
-            UsageError: naming the keys.
+            UsageError: they are not three different ones, or one is empty.
         """
         tokens = [self.eod, self.pad, self.mask]
         if len(set(tokens)) != NUM_SPECIAL or not all(tokens):

@@ -81,7 +81,7 @@ def read_tiktoken(file: Path, content: bytes, pattern: str | None) -> Source:
 
 
 def _parts(token: bytes, ranks: dict[bytes, int], limit: int) -> list[bytes]:
-    """What the merges below a rank leave of a token: two parts are the merge that makes it."""
+    """Return the parts that the merges below a rank leave of a token: two parts are the merge that makes it."""
     parts = [token[place : place + 1] for place in range(len(token))]
     while len(parts) > 1:
         best, place = min((ranks.get(parts[i] + parts[i + 1], limit), i) for i in range(len(parts) - 1))

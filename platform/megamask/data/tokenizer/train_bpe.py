@@ -1,4 +1,4 @@
-"""Trains a byte-level BPE with Hugging Face tokenizers, in time about proportional to the text, and interruptibly."""
+"""Training of a byte-level BPE with Hugging Face tokenizers: interruptible, in time about proportional to the text."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def train_byte_level_bpe(texts: Iterable[str], num_entries: int, *, on_wait: Cal
     Returns:
         tokenizer.json without special tokens.
     Raises:
-        Exception: whatever reading the texts raises.
+        Exception: any error of reading the texts.
     """
     model: Any = tokenizers.Tokenizer(tokenizers.models.BPE())
     model.pre_tokenizer = words_to_learn_from()
