@@ -14,30 +14,32 @@ from megamask.data.verify import verify_corpus
 from megamask.errors import DataIntegrityError, UsageError
 from megamask.runs.layout import record_path
 from megamask.runs.record import RunRecord
+from megamask.storage.ranges import is_remote
 from megamask.tracking.journal.lines import steps
 from megamask.tracking.journal.seek import newest_start
 
 
-def corpus_folders(run_dir: Path, config: TrainConfig | None, given: Mapping[str, str]) -> dict[str, Path]:
-    """Return the folder of each corpus: as given, else as the newest attempt journalled it, else of its config.
+def corpus_folders(run_dir: Path, config: TrainConfig | None, given: Mapping[str, str]) -> dict[str, str]:
+    """Return the folder or URL of each corpus: as given, else as the newest attempt journalled it, else of its config.
 
     The journal has absolute folders; a relative one of a config depends on the working folder and is not used.
     """
     started = newest_start(run_dir, before=1 << 62)
     datasets = (started.datasets if started is not None else None) or []
-    folders = {str(each.get("name")): Path(str(each.get("source"))) for each in datasets}
-    configured = {} if config is None else {name: Path(folder) for name, folder in config.data.corpora.items()}
-    absolute = {name: folder for name, folder in configured.items() if folder.is_absolute()}
-    return {**absolute, **folders, **{name: Path(folder) for name, folder in given.items()}}
+    folders = {str(each.get("name")): str(each.get("source")) for each in datasets}
+    configured = {} if config is None else config.data.corpora
+    absolute = {name: place for name, place in configured.items() if is_remote(place) or Path(place).is_absolute()}
+    return {**absolute, **folders, **{name: str(Path(folder).absolute()) for name, folder in given.items()}}
 
 
-def check_corpora(record: RunRecord, folders: Mapping[str, Path], report: Report) -> dict[str, Path]:
+def check_corpora(record: RunRecord, folders: Mapping[str, str], report: Report) -> dict[str, Path]:
     """Compare the id of each corpus that is reachable; return the folders of those that agree."""
     agreeing = {}
     for name, expected in record.content["corpora"].items():
-        folder = folders.get(name)
-        if folder is None or not (folder / MANIFEST_NAME).exists():
-            where = "its folder is not recorded" if folder is None else f"it is not at {folder}"
+        place = folders.get(name)
+        folder = Path(place or "")
+        if place is None or not (folder / MANIFEST_NAME).exists():
+            where = "its folder is not recorded" if place is None else f"it is not at {place}"
             report.notes.append(f"corpus {name} is not reachable: {where}")
             report.not_covered.append(f"corpus {name} (not reachable; --corpus {name}=FOLDER)")
             continue

@@ -103,6 +103,7 @@ class AttemptStarted(JournalRecord):
         run_sha256: of the bytes of run.json.
         user: login name of the process.
         num_parameters: weights of the network, padding of the vocabulary not counted.
+        num_threads: of torch on rank 0; sums on a CPU depend on it.
         layers: modules that the layers were made of: local, te or emulated.
         fp8: recipe of their matrix products and what computed it, e.g. "delayed, emulated"; "none" without FP8.
     """
@@ -127,6 +128,7 @@ class AttemptStarted(JournalRecord):
     run_sha256: str | None = None
     user: str | None = None
     num_parameters: int | None = None
+    num_threads: int | None = None
     layers: str | None = None
     fp8: str | None = None
 

@@ -187,6 +187,7 @@ class Attempt(FollowerAttempt):
         *,
         world_size: int,
         machine: Mapping[str, str],
+        num_threads: int | None = None,
         startup_s: Mapping[str, float],
     ) -> None:
         """Journal who trains, where, on what and from what; the readers of the journal begin."""
@@ -207,6 +208,7 @@ class Attempt(FollowerAttempt):
                 layout=layout,
                 num_micro_batches=self._num_micro_batches(),
                 num_parameters=parameter_count(data.spec),
+                num_threads=num_threads,
                 datasets=described_datasets({"train": data.train, "validation": data.validation}),
                 code_version=code_version(),
                 libraries=dict(library_versions()),

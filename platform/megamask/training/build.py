@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -58,7 +59,11 @@ def build_run(
     """
     # megatron-core takes seconds to import: a refusal before this line need not wait for it
     backend = _join(config, signals, startup, heartbeat)
-    engine = _engine(config, data, startup)
+    with startup.phase("imports"):
+        importlib.import_module("megamask.engine.engine")
+
+    with startup.phase("engine"):
+        engine = build_engine(config, data, draws_weights=data.start is None)
     attempt = scope.share(engine)
     heartbeat.enter("restore")
     model = ModelDocument(
@@ -75,7 +80,14 @@ def build_run(
         refuse_moved_past(config, scope.run_dir, attempt.number, scope.progress, data.train)
     if scope.leader is not None:
         machine = {"device": backend.name, **engine.arithmetic}
-        scope.leader.started(data, loaded, world_size=engine.world_size, machine=machine, startup_s=startup.seconds())
+        scope.leader.started(
+            data,
+            loaded,
+            world_size=engine.world_size,
+            machine=machine,
+            num_threads=_num_threads(),
+            startup_s=startup.seconds(),
+        )
         scope.leader.running(scope.progress.step)
     stop = StopFlag(
         engine,
@@ -99,6 +111,13 @@ def build_run(
     )
 
 
+def _num_threads() -> int:
+    """Return the threads that torch computes with on this rank's CPU."""
+    import torch
+
+    return torch.get_num_threads()
+
+
 def _join(config: TrainConfig, signals: StopRequest, startup: StartupClock, heartbeat: Heartbeat) -> Backend:
     """Join the job's process group. A signal ends the wait for the other ranks."""
 
@@ -118,22 +137,25 @@ def _join(config: TrainConfig, signals: StopRequest, startup: StartupClock, hear
     return backend
 
 
-def _engine(config: TrainConfig, data: RunData, startup: StartupClock) -> Engine:
-    with startup.phase("imports"):
-        from megamask.engine.engine import Engine
+def build_engine(config: TrainConfig, data: RunData, *, draws_weights: bool) -> Engine:
+    """Build the engine of a run in a process group that all ranks have joined; collective.
 
-    with startup.phase("engine"):
-        return Engine(
-            spec=data.spec,
-            objective=data.objective,
-            optimizer=config.optimizer,
-            layout=config.layout,
-            training=config.training,
-            seed=config.run.seed,
-            precision=config.precision,
-            device=config.device,
-            draws_weights=data.start is None,
-        )
+    Args:
+        draws_weights: set the first weights from the seed; otherwise they are zero until they are loaded.
+    """
+    from megamask.engine.engine import Engine
+
+    return Engine(
+        spec=data.spec,
+        objective=data.objective,
+        optimizer=config.optimizer,
+        layout=config.layout,
+        training=config.training,
+        seed=config.run.seed,
+        precision=config.precision,
+        device=config.device,
+        draws_weights=draws_weights,
+    )
 
 
 def _load_source(engine: Engine, weights: AdaptedWeights) -> None:
