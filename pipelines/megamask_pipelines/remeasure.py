@@ -40,7 +40,7 @@ _ROUNDING_OF_HALF = 1e-2
 
 @dataclass(frozen=True, kw_only=True)
 class Remeasurement:
-    """What the ranks measure.
+    """Request to the ranks.
 
     Args:
         run_dir: of the run, absolute.

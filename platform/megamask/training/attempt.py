@@ -186,8 +186,7 @@ class Attempt(FollowerAttempt):
         loaded: Loaded,
         *,
         world_size: int,
-        machine: Mapping[str, str],
-        num_threads: int | None = None,
+        machine: Mapping[str, Any],
         startup_s: Mapping[str, float],
     ) -> None:
         """Journal who trains, where, on what and from what; the readers of the journal begin."""
@@ -208,7 +207,7 @@ class Attempt(FollowerAttempt):
                 layout=layout,
                 num_micro_batches=self._num_micro_batches(),
                 num_parameters=parameter_count(data.spec),
-                num_threads=num_threads,
+                num_threads=machine.get("num_threads"),
                 datasets=described_datasets({"train": data.train, "validation": data.validation}),
                 code_version=code_version(),
                 libraries=dict(library_versions()),

@@ -59,11 +59,7 @@ def build_run(
     """
     # megatron-core takes seconds to import: a refusal before this line need not wait for it
     backend = _join(config, signals, startup, heartbeat)
-    with startup.phase("imports"):
-        importlib.import_module("megamask.engine.engine")
-
-    with startup.phase("engine"):
-        engine = build_engine(config, data, draws_weights=data.start is None)
+    engine = _engine(config, data, startup)
     attempt = scope.share(engine)
     heartbeat.enter("restore")
     model = ModelDocument(
@@ -79,15 +75,8 @@ def build_run(
         _restore(scope.progress, loaded, data.objective, config.training.sequence_length)
         refuse_moved_past(config, scope.run_dir, attempt.number, scope.progress, data.train)
     if scope.leader is not None:
-        machine = {"device": backend.name, **engine.arithmetic}
-        scope.leader.started(
-            data,
-            loaded,
-            world_size=engine.world_size,
-            machine=machine,
-            num_threads=_num_threads(),
-            startup_s=startup.seconds(),
-        )
+        machine = {"device": backend.name, "num_threads": _num_threads(), **engine.arithmetic}
+        scope.leader.started(data, loaded, world_size=engine.world_size, machine=machine, startup_s=startup.seconds())
         scope.leader.running(scope.progress.step)
     stop = StopFlag(
         engine,
@@ -112,7 +101,6 @@ def build_run(
 
 
 def _num_threads() -> int:
-    """Return the threads that torch computes with on this rank's CPU."""
     import torch
 
     return torch.get_num_threads()
@@ -135,6 +123,14 @@ def _join(config: TrainConfig, signals: StopRequest, startup: StartupClock, hear
         heartbeat.enter("rendezvous")
         init_process_group(backend, timeout_s=config.launch.collective_timeout_s, check=check)
     return backend
+
+
+def _engine(config: TrainConfig, data: RunData, startup: StartupClock) -> Engine:
+    with startup.phase("imports"):
+        importlib.import_module("megamask.engine.engine")
+
+    with startup.phase("engine"):
+        return build_engine(config, data, draws_weights=data.start is None)
 
 
 def build_engine(config: TrainConfig, data: RunData, *, draws_weights: bool) -> Engine:
