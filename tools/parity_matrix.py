@@ -16,11 +16,13 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import hashlib
 import json
 import multiprocessing
 import os
 import sys
 import tempfile
+import time
 import traceback
 from pathlib import Path
 from typing import Any
@@ -31,13 +33,30 @@ os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 import torch  # noqa: E402
+import torch._dynamo  # noqa: E402, F401 - the first optimizer of a process imports it, which takes a second
 
 from megamask.engine import engine as _engine  # noqa: E402, F401 - every rank is forked with the imports made
+from megamask.engine.specs import experts as _experts  # noqa: E402, F401
 from support import parity_cases as parity  # noqa: E402
 
 PAGE = ROOT / "docs" / "parity.md"
-RESTARTS = ("one", "tp2-sp", "pp2", "pp2-vpp3", "dp2", "cp2", "tp2-dp2-sp", "pp2-cp2", "dp2-ep2", "tp2-pp2-dp2-sp")
+RESTARTS = ("one", "tp2-sp", "pp2", "pp2-vpp2", "dp2", "cp2", "tp2-dp2-sp", "pp2-cp2", "dp2-ep2", "tp2-pp2-dp2-sp")
 LIMIT_S = 600.0
+
+
+class Results:
+    """Results by `kind/layout`, written after each, so that a run that is cut short loses one case at most."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self.found: dict[str, dict[str, Any]] = json.loads(path.read_text()) if path.exists() else {}
+
+    def keep(self, key: str, result: dict[str, Any]) -> None:
+        """Add a result and write all of them."""
+        self.found[key] = result
+        new = self._path.with_suffix(".new")
+        new.write_text(json.dumps(self.found, indent=1, sort_keys=True) + "\n")
+        new.replace(self._path)
 
 
 class Pool:
@@ -96,31 +115,42 @@ def _rank(rank: int, world_size: int, store: str, queue: Any, function: str, arg
     os._exit(0)
 
 
-def measure(pool: Pool, kinds: list[str], layouts: list[str], results: dict[str, Any], path: Path) -> None:
-    """Run the cases that have no result yet."""
-    for kind in kinds:
-        expected: list[dict[str, Any]] | None = None
-        for layout in parity.LAYOUTS:
-            key = f"{kind}/{parity.name_of(layout)}"
-            if parity.name_of(layout) not in layouts or key in results:
-                continue
-            if reason := parity.refusal(kind, layout):
-                results[key] = {"refused": reason}
-            else:
-                expected = expected or pool.run(1, "run_case", kind, {})[0]
-                ranks = pool.run(parity.num_processes(layout), "run_case", kind, layout)
-                results[key] = parity.differences(ranks[0], expected)
-                results[key]["ranks_agree"] = all(reports == ranks[0] for reports in ranks)
-            path.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")
-            print(key, results[key], flush=True)
+def measure(pool: Pool, kinds: list[str], layouts: list[str], results: Results) -> None:
+    """Run the cases that have no result yet, those of few processes first."""
+    cases = [
+        (kind, layout)
+        for layout in sorted(parity.LAYOUTS, key=parity.num_processes)
+        for kind in kinds
+        if parity.name_of(layout) in layouts
+    ]
+    of_one_process: dict[str, list[dict[str, Any]]] = {}
+    for kind, layout in cases:
+        key = f"{kind}/{parity.name_of(layout)}"
+        if reason := parity.refusal(kind, layout):
+            results.keep(key, {"refused": reason})
+        elif "loss" not in results.found.get(key, {}):
+            base = parity.BASE.get(kind, kind)
+            if base not in of_one_process:
+                of_one_process[base] = pool.run(1, "run_case", base, {})[0]
+            began = time.monotonic()
+            ranks = pool.run(parity.num_processes(layout), "run_case", kind, layout)
+            result = parity.differences(ranks[0], of_one_process[base])
+            result |= {"ranks_agree": all(reports == ranks[0] for reports in ranks), "bits": _bits(ranks[0])}
+            results.keep(key, result | {"is_within": parity.is_within(kind, result)})
+            print(key, results.found[key], f"{time.monotonic() - began:.1f} s", flush=True)
 
 
-def restart(pool: Pool, root: Path, results: dict[str, Any], path: Path) -> None:
+def _bits(reports: list[dict[str, Any]]) -> str:
+    """A digest of every bit of the reports."""
+    return hashlib.sha256(json.dumps(reports, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def restart(pool: Pool, root: Path, results: Results) -> None:
     """Stop and continue on ten layouts; carry each state to one process and on to the next layout."""
     by_name = {parity.name_of(layout): layout for layout in parity.LAYOUTS} | {"one": {}}
     for place, name in enumerate(RESTARTS):
         key, kind = f"restart/{name}", "moe"
-        if key in results:
+        if key in results.found:
             continue
         layout, other = by_name[name], by_name[RESTARTS[(place + 1) % len(RESTARTS)]]
         ranks = pool.run(parity.num_processes(layout), "run_restart", str(root), kind, layout)
@@ -128,15 +158,15 @@ def restart(pool: Pool, root: Path, results: dict[str, Any], path: Path) -> None
         [one] = pool.run(1, "reshard", str(root), kind, source, "single", {})
         far = pool.run(parity.num_processes(other), "reshard", str(root), kind, "single", "far", other)
         pool.run(1, "reshard", str(root), kind, "far", "back", {})
-        results[key] = {
+        found = {
             "is_equal": all(rank["is_equal"] for rank in ranks),
             "other": parity.name_of(other),
             "is_same_state": _digest(root / "single") == _digest(root / "back"),
             "loss": abs(far[0]["report"]["loss"] - one["report"]["loss"]) / one["report"]["loss"],
             "largest_share": max(rank["stored"] for rank in far) / sum(rank["stored"] for rank in far),
         }
-        path.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")
-        print(key, results[key], flush=True)
+        results.keep(key, found)
+        print(key, found, flush=True)
 
 
 def _digest(folder: Path) -> list[bytes]:
@@ -212,14 +242,15 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=Path("parity.json"))
     parser.add_argument("--page", action="store_true", help="write the page from the results and run nothing")
     arguments = parser.parse_args()
-    results = json.loads(arguments.results.read_text()) if arguments.results.exists() else {}
-    if not arguments.page:
-        with tempfile.TemporaryDirectory() as folder:
-            pool = Pool(Path(folder))
-            measure(pool, arguments.kinds.split(","), arguments.layouts.split(","), results, arguments.results)
-            if arguments.restarts:
-                restart(pool, Path(folder) / "states", results, arguments.results)
-    PAGE.write_text(page(results))
+    results = Results(arguments.results)
+    if arguments.page:
+        PAGE.write_text(page(results.found))
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        pool = Pool(Path(folder))
+        if arguments.restarts:
+            restart(pool, Path(folder) / "states", results)
+        measure(pool, arguments.kinds.split(","), arguments.layouts.split(","), results)
 
 
 if __name__ == "__main__":

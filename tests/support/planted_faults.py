@@ -15,6 +15,7 @@ from support import parity_cases as parity
 NUM_STEPS = 2
 DATA, CONTEXT = {"data_parallel_size": 2}, {"context_parallel_size": 2}
 SEQUENCE = {"tensor_parallel_size": 2, "sequence_parallel": True}
+UNEVEN = {"pipeline_parallel_size": 3, "pipeline_split": "balanced"}
 
 
 @contextlib.contextmanager
@@ -114,11 +115,11 @@ FAULTS: dict[str, tuple[Callable[[], Any], str, dict[str, Any]]] = {
     "missing sum of sequence-parallel gradients": (no_sequence_parallel_sum, "dense", SEQUENCE),
     "context slice misaligned with rotary positions": (first_positions_for_every_part, "dense", CONTEXT),
     "optimizer of the experts skipped": (experts_not_updated, "moe", DATA | {"expert_parallel_size": 2}),
-    "positions of a middle stage dropped": (middle_stage_without_positions, "packed", {"pipeline_parallel_size": 3}),
+    "positions of a middle stage dropped": (middle_stage_without_positions, "packed", UNEVEN),
     "first chunk for every virtual stage": (
         first_chunk_for_every_stage,
         "dense",
-        {"pipeline_parallel_size": 2, "virtual_pipeline_parallel_size": 3},
+        {"pipeline_parallel_size": 2, "virtual_pipeline_parallel_size": 2},
     ),
 }
 
