@@ -10,7 +10,7 @@ from typing import Any
 
 from megamask.config.identity import value_of
 from megamask.config.load import DEFAULT_ORIGIN, Loaded
-from megamask.config.schema.layout import shared_numbers
+from megamask.config.schema.layout import nearest_replicas, shared_numbers
 from megamask.config.schema.roots import TrainConfig
 from megamask.config.validate import all_problems
 from megamask.config.variants import variant_problems
@@ -168,13 +168,7 @@ def _infeasible(
 
 
 def _count_reason(config: TrainConfig, subject: Subject, num_gpus: int) -> str:
-    others = subject.world_size // subject.axes.data_parallel_size
-    sizes = [
-        size
-        for size in range(1, max(1, num_gpus // others) + 1)
-        if config.training.global_batch_size % (size * config.training.micro_batch_size) == 0
-    ]
-    nearest = f"layout.data_parallel_size={sizes[-1]} uses {sizes[-1] * others}" if sizes else "a smaller layout"
+    nearest = nearest_replicas(config, num_gpus) or "a smaller layout"
     return (
         f"the layout needs {subject.world_size} processes, but --gpus is {num_gpus}; {nearest}; --search finds others"
     )

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from megamask.config.schema.layout import nearest_replicas
 from megamask.config.schema.roots import TrainConfig
 from megamask.errors import MegamaskError
 from megamask.launch.placement import rank_place
@@ -40,7 +41,7 @@ def run_training(config: TrainConfig, arguments: Sequence[str], signals: StopReq
     run_dir = run_path(config.run.output_dir, config.run.name)
     try:
         if (place := rank_place()) is not None:
-            place.check_world_size(config.layout.num_processes)
+            place.check_world_size(config.layout.num_processes, nearest=nearest_replicas(config, place.world_size))
             return _train_here(run_dir, config, signals)
         if is_complete(run_dir, config):
             finished = StopReason.FINISHED.description

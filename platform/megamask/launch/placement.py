@@ -36,8 +36,12 @@ class RankPlace:
     address: str
     port: int
 
-    def check_world_size(self, needed: int) -> None:
+    def check_world_size(self, needed: int, *, nearest: str | None = None) -> None:
         """Refuse a job of another size than the layout's.
+
+        Args:
+            needed: processes of the layout.
+            nearest: a layout for about as many processes as there are, as a phrase.
 
         Raises:
             UsageError: names both numbers of processes.
@@ -46,7 +50,7 @@ class RankPlace:
             raise UsageError(
                 f"the launcher started {self.world_size} processes (WORLD_SIZE), but layout.tensor_parallel_size x "
                 "pipeline_parallel_size x context_parallel_size x data_parallel_size is "
-                f"{needed}. Nothing was started.",
+                f"{needed}{'' if nearest is None else f'; nearest: {nearest}'}. Nothing was started.",
                 hint=f"start {needed} processes, or change layout.data_parallel_size",
             )
 

@@ -111,3 +111,18 @@ def shared_numbers(config: TrainConfig) -> Shared:
         vocab_padding_multiple=model.vocab_padding_multiple,
         sequence_length=config.training.sequence_length,
     )
+
+
+def nearest_replicas(config: TrainConfig, num_processes: int) -> str | None:
+    """The largest data-parallel size that the batch allows on that many processes, as a phrase; None if not even one.
+
+    The other axes stay as they are.
+    """
+    layout, training = config.layout, config.training
+    others = layout.num_processes // layout.data_parallel_size
+    sizes = [
+        size
+        for size in range(1, num_processes // others + 1)
+        if training.global_batch_size % (size * training.micro_batch_size) == 0
+    ]
+    return f"layout.data_parallel_size={sizes[-1]} uses {sizes[-1] * others}" if sizes else None
