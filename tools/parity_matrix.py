@@ -33,7 +33,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 import torch  # noqa: E402
-import torch._dynamo  # noqa: E402, F401 - the first optimizer of a process imports it, which takes a second
+import torch._dynamo  # noqa: E402 - the first optimizer of a process imports it, which takes a second
 
 from megamask.engine import engine as _engine  # noqa: E402, F401 - every rank is forked with the imports made
 from megamask.engine.specs import experts as _experts  # noqa: E402, F401
