@@ -196,19 +196,23 @@ class Report:
         """Puts measured numbers into the raw record."""
         self._content[name] = value
 
-    def finish(self) -> int:
-        """Prints the tables, writes the files that were asked for and returns the exit code, 0."""
+    def save(self) -> str:
+        """Write the files that were asked for with what is known so far; return the text."""
         self._content |= {"load_at_end": _load(), "environment": environment()}
         self._content["tables"] = [
             {"title": table.title, "columns": list(table.columns), "rows": table.rows, "note": table.note}
             for table in self._tables
         ]
         text = self.markdown()
-        print(text)
         if self._markdown is not None:
-            self._markdown.write_text(text, encoding="utf-8")
+            _write(self._markdown, text)
         if self._json is not None:
-            self._json.write_text(json.dumps(self._content, indent=1, default=_plain) + "\n", encoding="utf-8")
+            _write(self._json, json.dumps(self._content, indent=1, default=_plain) + "\n")
+        return text
+
+    def finish(self) -> int:
+        """Print the tables, write the files that were asked for and return the exit code, 0."""
+        print(self.save())
         return 0
 
     def markdown(self) -> str:
@@ -227,6 +231,13 @@ class Report:
             "",
         ]
         return "\n".join([*head, *(table.markdown() for table in self._tables)])
+
+
+def _write(path: Path, text: str) -> None:
+    """Replace a file at once: a program that is killed leaves the one before."""
+    part = path.with_name(f"{path.name}.part")
+    part.write_text(text, encoding="utf-8")
+    part.replace(path)
 
 
 def _shown_arguments(arguments: Sequence[str]) -> list[str]:

@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("transformer_engine_torch") is None,
+    importlib.util.find_spec("transformer_engine") is None,
     reason="Transformer Engine is not installed: its real Python was NOT tested; see tools/te_on_cpu/setup.sh",
 )
 

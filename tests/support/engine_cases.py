@@ -111,6 +111,7 @@ def make_engine(
     goal: Any = None,
     compute: str = "fp32",
     layers: str = "auto",
+    attention: str = "auto",
     fp8: dict[str, Any] | None = None,
     recompute: str = "none",
     overlap: bool = False,
@@ -134,7 +135,7 @@ def make_engine(
         ),
         SEED,
         precision=PrecisionConfig(compute=compute, **(fp8 or {})),
-        device=DeviceConfig(layers=layers, overlap_gradient_reduce=overlap),
+        device=DeviceConfig(layers=layers, attention=attention, overlap_gradient_reduce=overlap),
     )
 
 

@@ -68,6 +68,11 @@ def install() -> None:
     _keep_engine_on_cpu()
 
 
+def is_installed() -> bool:
+    """Whether `install` was called in this process."""
+    return "kernels" in sys.modules and bool(sys.modules["kernels"].ORIGINAL)
+
+
 def _substitute_kernels(library: Any) -> None:
     import kernels
 

@@ -8,7 +8,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -17,7 +17,6 @@ from megamask.config.schema.layout import LayoutConfig
 from megamask.config.schema.optimizer import OptimizerConfig
 from megamask.config.schema.precision import PrecisionConfig
 from megamask.config.schema.training import TrainingConfig
-from megamask.data.loader import Batch
 from megamask.diffusion.sampling import Draw, Prediction
 from megamask.engine import scoring
 from megamask.engine.backend import Backend, select_backend
@@ -42,6 +41,9 @@ from megamask.models.spec import ModelSpec
 from megamask.objectives.base import Objective, Reading, Rows
 from megamask.planning.capability import chosen_layers
 from megamask.storage.hashing import hash_of
+
+if TYPE_CHECKING:
+    from megamask.data.loader import Batch
 
 
 class Engine:

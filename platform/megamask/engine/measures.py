@@ -8,13 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
-from megamask.data.loader import Batch
 from megamask.diffusion.corruption import NUM_NOISE_LEVELS
 from megamask.objectives.base import Objective, Rows
 from megamask.objectives.terms import Counts, Scores
+
+if TYPE_CHECKING:
+    from megamask.data.loader import Batch
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,10 +7,10 @@ context parallelism), m positions that the head scores.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 
-from megamask.data.loader import Batch
 from megamask.diffusion.philox import run_key
 from megamask.engine import passes
 from megamask.engine.layers.router import Routing
@@ -21,6 +21,9 @@ from megamask.engine.selection import ScoredRows, scored_counts
 from megamask.objectives.base import Rows, Samples
 from megamask.objectives.shapes import ObjectiveShape
 from megamask.objectives.terms import Scores
+
+if TYPE_CHECKING:
+    from megamask.data.loader import Batch
 
 
 @dataclass(frozen=True, kw_only=True)
