@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from megamask.audit.corpora import corpus_to_score
+from megamask.checkpoint.standalone import LoadedCheckpoint, load_checkpoint
 from megamask.diffusion.philox import run_key
 from megamask.errors import UsageError
 from megamask.evaluation.likelihood import evaluate_rows
@@ -17,7 +18,6 @@ from megamask.evaluation.reference_network import ReferenceScore
 from megamask.evaluation.request import EvaluationRequest
 from megamask.evaluation.rows import split_rows, text_rows, token_id_rows
 from megamask.objectives.base import GivenFirst, never_written
-from megamask_pipelines.checkpoint_loading import LoadedCheckpoint, load_checkpoint
 
 _BATCH_TOKENS = 8192
 _NOTHING = "Nothing was scored."
@@ -36,13 +36,12 @@ def evaluate(path: Path, request: EvaluationRequest) -> dict[str, Any]:
     if request.rows is not None and request.rows < 1:
         raise UsageError(f"--rows is {request.rows}; allowed: >= 1. {_NOTHING}")
     checkpoint = load_checkpoint(path)
-    if request.objective != "autoregressive":
-        checkpoint.require_mask()
     seed = checkpoint.state.seed if request.seed is None else request.seed
     if not 0 <= seed < 1 << 64:
         raise UsageError(f"--seed is {seed}; allowed: 0 to 2^64 - 1. {_NOTHING}")
     tokens, is_eligible = _rows(checkpoint, request)
     objective = scored_objective(checkpoint.objective, request.objective, checkpoint.model.vocabulary)
+    checkpoint.require_mask(objective)
     bound = GivenFirst(bound=objective.bound) if request.given_first else objective.bound
     scored = tokens[bound.scored(tokens, is_eligible)]
     network, device = checkpoint.network()

@@ -50,7 +50,9 @@ def from_hub(
 
 def model_section(model: PublishedModel) -> dict[str, Any]:
     """The keys of a run's section `model` that describe this network."""
-    return {name: value for name, value in model.names.spec.to_json().items() if name not in _OF_A_RUN}
+    spec = model.names.spec
+    section = {name: value for name, value in spec.to_json().items() if name not in _NOT_OF_THE_SECTION}
+    return section | (spec.experts.to_section() if spec.experts is not None else {})
 
 
-_OF_A_RUN = ("vocab_size", "padded_vocab_size", "max_sequence_length")
+_NOT_OF_THE_SECTION = ("vocab_size", "padded_vocab_size", "max_sequence_length", "experts")

@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
+from megamask.checkpoint.standalone import LoadedCheckpoint, load_checkpoint
 from megamask.errors import UsageError
 from megamask.generation.confidence import DecodingOptions, decode
 from megamask.generation.predictor import ReferencePredictor
 from megamask.generation.prompt import MaskedSequence, continuation, infill, until_end
-from megamask_pipelines.checkpoint_loading import LoadedCheckpoint, load_checkpoint
 
 
 @dataclass(frozen=True, kw_only=True)

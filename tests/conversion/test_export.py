@@ -10,6 +10,7 @@ from megamask.conversion.name_map import NameMap
 from megamask.conversion.shard_writer import DTYPE_NAMES, PlannedTensor, plan_shards, write_shard
 from megamask.errors import UsageError
 from megamask.models.families.registry import FAMILIES, family_of
+from megamask.models.shapes import canonical_shapes
 from support.hub_models import save_hub_folder
 
 
@@ -17,9 +18,8 @@ def _source(folder):
     """Canonical float32 tensors, the plan of an export that repeats the folder, and the stored tensors."""
     hub = HubFolder(folder)
     family = family_of(hub.config)
-    names = NameMap(family=family, spec=family.spec(hub.config))
+    names = NameMap.of_folder(hub, family)
     stored = dict(hub.tensors(names.hub_shapes()))
-    canonical = names.canonical_names()
     plan = ExportPlan(
         names=names,
         dtypes={name: value.dtype for name, value in stored.items()},
@@ -27,7 +27,7 @@ def _source(folder):
         source_digest="0" * 64,
         max_shard_bytes=40_000,
     )
-    return {canonical[name]: value.float() for name, value in stored.items()}, plan, stored
+    return {name: names.tensor(hub, name).float() for name in canonical_shapes(names.spec)}, plan, stored
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -59,20 +59,21 @@ def _tensors(folder: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.promise("An import holds one tensor in memory at a time")
-def test_memory_is_bounded_by_the_largest_tensor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    save_hub_folder(tmp_path / "in", "llama", num_hidden_layers=6)
+@pytest.mark.parametrize("family", ["llama", "llada2_moe"])
+def test_memory_is_bounded_by_the_largest_tensor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str) -> None:
+    save_hub_folder(tmp_path / "in", family, num_hidden_layers=6)
     alive: dict[int, int] = {}
     peaks = []
-    original = HubFolder.tensor
+    original = HubFolder.rectangle
 
-    def counted(self: HubFolder, name: str, shape: tuple[int, ...]) -> torch.Tensor:
-        value = original(self, name, shape)
+    def counted(self: HubFolder, name: str, shape: tuple[int, ...], index: tuple[slice, ...]) -> torch.Tensor:
+        value = original(self, name, shape, index)
         alive[id(value)] = value.numel()
         weakref.finalize(value, alive.pop, id(value), None)
         peaks.append(sum(alive.values()))
         return value
 
-    monkeypatch.setattr(HubFolder, "tensor", counted)
+    monkeypatch.setattr(HubFolder, "rectangle", counted)
     model = read_published(tmp_path / "in")
     import_model(tmp_path / "out", model)
     shapes = canonical_shapes(model.names.spec)
@@ -85,17 +86,17 @@ def test_memory_is_bounded_by_the_largest_tensor(tmp_path: Path, monkeypatch: py
 def test_an_interrupted_import_continues(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_hub_folder(tmp_path / "in", "llama")
     import_model(tmp_path / "complete", read_published(tmp_path / "in"), max_file_bytes=60_000)
-    original, calls = HubFolder.tensor, []
+    original, calls = HubFolder.rectangle, []
 
-    def dies(self: HubFolder, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+    def dies(self: HubFolder, name: str, shape: tuple[int, ...], index: tuple[slice, ...]) -> torch.Tensor:
         calls.append(name)
         if len(calls) == 12:
             raise KeyboardInterrupt
-        return original(self, name, shape)
+        return original(self, name, shape, index)
 
     model = read_published(tmp_path / "in")
     with monkeypatch.context() as patch:
-        patch.setattr(HubFolder, "tensor", dies)
+        patch.setattr(HubFolder, "rectangle", dies)
         with pytest.raises(KeyboardInterrupt):
             import_model(tmp_path / "out", model, max_file_bytes=60_000)
     assert not (tmp_path / "out").exists()

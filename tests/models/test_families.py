@@ -7,21 +7,23 @@ import torch
 from megamask.conversion.hub_folder import HubFolder
 from megamask.conversion.name_map import NameMap
 from megamask.errors import UsageError
-from megamask.models.families.base import TokenIds, rope_theta
+from megamask.models.experts import ExpertSpec
+from megamask.models.families.base import TokenIds
+from megamask.models.families.numbers import rope_theta
 from megamask.models.families.registry import FAMILIES, REFUSED, family_named, family_of, plain_family
 from megamask.models.reference import ReferenceModel
-from support.hub_models import VOCABULARY, full_logits, save_hub_folder, twin_model
+from megamask.models.shapes import canonical_shapes
+from support.hub_models import LLADA2, VOCABULARY, full_logits, save_hub_folder, twin_model
+from support.llada2_reference import SIZES
 from support.specs import small_spec
 
 
 def _network(folder):
     hub = HubFolder(folder)
     family = family_of(hub.config)
-    names = NameMap(family=family, spec=family.spec(hub.config))
-    names.check(hub)
-    canonical = names.canonical_names()
+    names = NameMap.of_folder(hub, family)
     network = ReferenceModel(names.spec)
-    network.load_state_dict({canonical[name]: value.float() for name, value in hub.tensors(names.hub_shapes())})
+    network.load_state_dict({name: names.tensor(hub, name).float() for name in canonical_shapes(names.spec)})
     return family, network.eval()
 
 
@@ -40,15 +42,28 @@ def test_logits_equal_those_of_transformers(tmp_path, name):
     assert (logits - expected).abs().max() < 1e-5 * expected.abs().max()
 
 
+def _spec(name):
+    """A network of the family."""
+    if name == LLADA2:
+        return FAMILIES[name].spec(SIZES)
+    return FAMILIES[FAMILIES[name].plain_twin or name].spec(twin_model(name).config.to_dict())
+
+
 @pytest.mark.parametrize("name", sorted(FAMILIES))
 def test_config_reads_back_what_it_wrote(name):
-    family = FAMILIES[name]
-    twin = FAMILIES[family.plain_twin or name]
-    spec = twin.spec(twin_model(name).config.to_dict())
+    family, spec = FAMILIES[name], _spec(name)
     document = json.loads(json.dumps(family.config(spec, family.ids, block_size=8)))
     assert family_of(document) is family
     assert family.spec(document) == spec
     assert family.block_size(document) == (8 if family.keys.block_size else None)
+
+
+@pytest.mark.parametrize("name", sorted(FAMILIES))
+def test_plain_twin_holds_the_networks_of_its_family(name):
+    twin = FAMILIES[name].plain_twin
+    if twin is not None:
+        assert plain_family(_spec(name)).name == twin
+        assert FAMILIES[twin].attention == "causal"
 
 
 @pytest.mark.parametrize(
@@ -101,7 +116,7 @@ def test_token_ids_come_from_the_config_then_from_the_published_models():
 
 
 def test_plain_family_is_chosen_by_norms_and_biases():
-    for name in ("llama", "qwen2", "qwen3"):
+    for name in ("llama", "qwen2", "qwen3_moe", "qwen3"):
         spec = FAMILIES[name].spec(twin_model(name).config.to_dict())
         assert plain_family(spec).name == name
     with pytest.raises(UsageError, match=r"model\.qk_norm"):
@@ -111,10 +126,15 @@ def test_plain_family_is_chosen_by_norms_and_biases():
 
 
 def test_network_that_no_family_can_hold_is_refused_by_export():
-    from megamask.models.experts import ExpertSpec
-
     experts = ExpertSpec(num_experts=4, topk=2, ffn_hidden_size=16)
-    for changes, reason in (({"experts": experts}, "has experts"), ({"rotary_fraction": 0.5}, "model.rotary_fraction")):
-        spec = dataclasses.replace(small_spec(), **changes)
+    plain = FAMILIES["llama"]
+    for changes, reason in (
+        ({"experts": experts}, "has experts"),
+        ({"rotary_fraction": 0.5}, r"model\.rotary_fraction"),
+    ):
         with pytest.raises(UsageError, match=reason):
-            plain_family(spec).config(spec, TokenIds(mask=1, pad=3))
+            plain.config(dataclasses.replace(small_spec(), **changes), TokenIds(mask=1, pad=3))
+    with pytest.raises(UsageError, match="no experts, family qwen3_moe needs them"):
+        FAMILIES["qwen3_moe"].config(dataclasses.replace(small_spec(), qk_norm=True), TokenIds())
+    with pytest.raises(UsageError, match=r"model\.qk_norm False, model\.qkv_bias False and experts"):
+        plain_family(dataclasses.replace(small_spec(), experts=experts, qk_norm=False))

@@ -1,4 +1,4 @@
-"""A published model's weights in the engine, on every layout, against the network of transformers."""
+"""A published model's weights in the engine, on every layout, against transformers' network or a plain reference."""
 
 from __future__ import annotations
 
@@ -8,15 +8,25 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from megamask.models.families.registry import FAMILIES as REGISTRY
 from support import source_worker as worker
 from support.gloo import run_gloo
-from support.hub_models import full_logits, save_hub_folder
+from support.hub_models import VOCABULARY, causal_logits, full_logits, save_hub_folder
 
 pytestmark = [pytest.mark.multiprocess, pytest.mark.timeout(600)]
 
-FAMILIES = ("llama", "dream", "sdar", "illada", "llada")
-LAYOUTS = {"tensor": {"tensor_parallel_size": 2}, "pipeline": {"pipeline_parallel_size": 2}}
-RUNS = [(family, layout) for family in FAMILIES for layout in LAYOUTS]
+FAMILIES = ("llama", "dream", "sdar", "illada", "llada", "qwen3_moe", "rnd1", "llada_moe", "llada2_moe")
+LAYOUTS = {
+    "tensor": {"tensor_parallel_size": 2},
+    "pipeline": {"pipeline_parallel_size": 2},
+    "expert": {"expert_parallel_size": 2, "data_parallel_size": 2},
+}
+RUNS = [
+    (family, layout)
+    for family in FAMILIES
+    for layout in LAYOUTS
+    if layout != "expert" or REGISTRY[family].experts is not None
+]
 
 
 @pytest.fixture(scope="module")
@@ -26,9 +36,9 @@ def expected(tmp_path_factory: pytest.TempPathFactory) -> dict:
     for family in FAMILIES:
         folder = tmp_path_factory.mktemp(family)
         model = save_hub_folder(folder, family, num_hidden_layers=4)
-        tokens = worker.tokens_of(model.config.vocab_size)
+        tokens = worker.tokens_of(VOCABULARY)
         with torch.no_grad():
-            logits = {"bidirectional": full_logits(model, tokens), "causal": model(input_ids=tokens).logits}
+            logits = {"bidirectional": full_logits(model, tokens), "causal": causal_logits(model, tokens)}
         found[family] = (folder, {name: _cross_entropy(value, tokens) for name, value in logits.items()})
     return found
 
@@ -38,14 +48,20 @@ def _cross_entropy(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     return values.view_as(tokens)[:, ::5].T
 
 
+def _layout(family: str, layout: str) -> dict:
+    """Experts with tensor parallelism need sequence parallelism."""
+    is_divided = layout == "tensor" and REGISTRY[family].experts is not None
+    return LAYOUTS[layout] | ({"sequence_parallel": True} if is_divided else {})
+
+
 @pytest.fixture(scope="module")
 def found(expected: dict) -> dict:
-    runs = [[str(expected[family][0]), LAYOUTS[layout]] for family, layout in RUNS]
+    runs = [[str(expected[family][0]), _layout(family, layout)] for family, layout in RUNS]
     ranks = run_gloo(2, worker.__file__, "scores", runs=runs)
     return {run: [answers[number] for answers in ranks] for number, run in enumerate(RUNS)}
 
 
-@pytest.mark.promise("A published model's weights give transformers' scores at tensor and pipeline size 2")
+@pytest.mark.promise("A published model's weights give transformers' scores at tensor, pipeline and expert size 2")
 @pytest.mark.parametrize("run", RUNS, ids="-".join)
 def test_scores_on_a_layout_are_those_of_transformers(run: tuple[str, str], expected: dict, found: dict) -> None:
     for answer in found[run]:

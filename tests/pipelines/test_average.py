@@ -12,12 +12,12 @@ import torch
 from megamask.checkpoint.commit import load_commit
 from megamask.checkpoint.origin import read_origin
 from megamask.checkpoint.reader import candidates, verify_checkpoint
+from megamask.checkpoint.standalone import load_checkpoint
 from megamask.checkpoint.state_files import check_state
 from megamask.conversion.averaging import average, best_commits
 from megamask.engine.state.restore import canonical_reader
 from megamask.errors import UsageError
 from megamask_pipelines.average import average_best
-from megamask_pipelines.checkpoint_loading import load_checkpoint
 from megamask_pipelines.cli import average as cli
 from megamask_pipelines.evaluate import EvaluationRequest, evaluate
 from support.tiny_run import write_corpus, write_run

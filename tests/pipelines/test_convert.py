@@ -9,8 +9,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from megamask.checkpoint.standalone import load_checkpoint
 from megamask.errors import UsageError
-from megamask_pipelines.checkpoint_loading import load_checkpoint
 from megamask_pipelines.cli import convert as cli
 from support.tiny_run import write_corpus, write_run
 

@@ -12,12 +12,12 @@ import torch
 from torch.nn import functional
 
 from megamask.checkpoint.commit import Commit
+from megamask.checkpoint.standalone import load_checkpoint
 from megamask.data.manifest import Manifest
 from megamask.data.reader import SplitReader
 from megamask.errors import CheckpointIntegrityError, DataIntegrityError, UsageError
 from megamask.evaluation.request import EvaluationRequest
 from megamask.evaluation.rows import text_rows
-from megamask_pipelines.checkpoint_loading import load_checkpoint
 from megamask_pipelines.cli import evaluate as cli
 from megamask_pipelines.evaluate import evaluate
 from support.likelihood_oracle import counts, masked_positions

@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 import torch
 
+from megamask.checkpoint.standalone import load_checkpoint
 from megamask.config.load import load_train_config
 from megamask.config.validate import validate_train
 from megamask.conversion.importing import import_model, read_published
 from megamask.engine.state.restore import canonical_reader
 from megamask.errors import UsageError
 from megamask.training.run_data import RunData
-from megamask_pipelines.checkpoint_loading import load_checkpoint
 from megamask_pipelines.convert import to_hub
 from support.command import checkpoints, journal, megamask, step_lines, tiny
 from support.hub_models import save_hub_folder

@@ -18,7 +18,7 @@ INTERFACE = {"base", "shapes", "registry", "terms", "schedule", "phased", "shift
 OF_ONE_OBJECTIVE = {
     "platform/megamask/evaluation/clip_search.py",
     "platform/megamask/conversion/source.py",
-    "pipelines/megamask_pipelines/checkpoint_loading.py",
+    "pipelines/megamask.checkpoint.standalone.py",
     "pipelines/megamask_pipelines/evaluate.py",
 }
 PRODUCT = [

@@ -19,11 +19,11 @@ import pytest
 import torch
 
 from megamask.checkpoint.contents import check_size
+from megamask.checkpoint.standalone import load_checkpoint
 from megamask.engine.state.safetensors import StateReader
 from megamask.engine.state.slices import StoredSlice
 from megamask.models.counts import parameter_count
 from megamask.storage.hashing import canonical_json, hash_of, sha256_file
-from megamask_pipelines.checkpoint_loading import load_checkpoint
 from megamask_pipelines.cli import main as cli
 from support.tiny_run import write_corpus, write_run
 

@@ -36,6 +36,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="to-hf: layout to write (that of an imported model, else the plain class that holds the network)",
     )
     parser.add_argument(
+        "--experts",
+        metavar="FORM",
+        help="to-hf: experts of a layer as separate or merged tensors (as imported, else separate)",
+    )
+    parser.add_argument(
         "--dtype",
         metavar="FORMAT",
         help="to-hf: number format of the weights: f32, bf16, f16 (that of an imported model, else f32)",
@@ -49,7 +54,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """
     source, target = Path(arguments.source), Path(arguments.target)
     if arguments.direction == "from-hf":
-        for name in ("family", "dtype"):
+        for name in ("family", "dtype", "experts"):
             if getattr(arguments, name) is not None:
                 raise UsageError(f"--{name} was given with from-hf; allowed: with to-hf. Nothing was converted.")
         from megamask_pipelines.import_model import from_hub
@@ -59,7 +64,14 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         raise UsageError("--ids was given with to-hf; allowed: with from-hf. Nothing was converted.")
     from megamask_pipelines.convert import to_hub
 
-    return to_hub(source, target, family_name=arguments.family, number_format=arguments.dtype, on_progress=_Progress())
+    return to_hub(
+        source,
+        target,
+        family_name=arguments.family,
+        number_format=arguments.dtype,
+        experts=arguments.experts,
+        on_progress=_Progress(),
+    )
 
 
 def render(result: Mapping[str, Any]) -> str:

@@ -39,6 +39,7 @@ class Origin:
         dtype: number format of most published tensors, as safetensors names it.
         other_dtypes: published name -> number format of the tensors stored otherwise.
         tokenizer_problem: why the published tokenizer is not this checkpoint's; None if it is, or there is none.
+        has_merged_experts: the published experts of a layer are one tensor a projection.
         checkpoints: of an average: digest and step of each checkpoint, in their order.
     """
 
@@ -52,11 +53,15 @@ class Origin:
     dtype: str | None = None
     other_dtypes: Mapping[str, str] = field(default_factory=dict)
     tokenizer_problem: str | None = None
+    has_merged_experts: bool = False
     checkpoints: tuple[Mapping[str, Any], ...] = ()
 
     def to_bytes(self) -> bytes:
         """Return the content of origin.json."""
-        return encode_document(ORIGIN, asdict(self))
+        content = asdict(self)
+        if not self.has_merged_experts:  # a field that versions before it do not know
+            del content["has_merged_experts"]
+        return encode_document(ORIGIN, content)
 
 
 def read_origin(commit: Commit) -> Origin | None:

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from megamask.conversion.hub_folder import CONFIG_NAME, GENERATION_NAME
-from megamask.models.families.base import AttentionKind, Family, TokenIds
-from megamask.models.spec import ModelSpec
+from megamask.conversion.name_map import NameMap
+from megamask.models.families.base import AttentionKind, TokenIds
 
 RECORD_NAME = "megamask.json"
 RECORD_FORMAT = "megamask-export"
@@ -54,8 +54,7 @@ class ExportRecord:
 
 
 def documents(
-    family: Family,
-    spec: ModelSpec,
+    names: NameMap,
     ids: TokenIds,
     record: ExportRecord,
     *,
@@ -70,7 +69,8 @@ def documents(
         tokenizer_json: the tokenizer's artefact, or None for a model without one.
         special_tokens: eos, pad and mask -> the token's text, where there is a tokenizer.
     """
-    config = family.config(spec, ids, block_size=record.block_size)
+    spec = names.spec
+    config = names.family.config(spec, ids, block_size=record.block_size, has_merged_experts=names.has_merged_experts)
     # both spellings: transformers 5 reads dtype, older versions torch_dtype
     config |= {"dtype": _CLASS_NAMES[dtype], "torch_dtype": _CLASS_NAMES[dtype]}
     generation = {name: value for name, value in ids.to_config().items() if name in ("eos_token_id", "pad_token_id")}
@@ -80,8 +80,7 @@ def documents(
         RECORD_NAME: record.to_json(ids, is_tied=spec.tie_embeddings),
     }
     if tokenizer_json is not None:
-        names = {"eos": "eos_token", "pad": "pad_token", "mask": "mask_token"}
-        tokens = {names[kind]: text for kind, text in special_tokens.items()}
+        tokens = {f"{kind}_token": text for kind, text in special_tokens.items()}
         files["special_tokens_map.json"] = tokens
         files["tokenizer_config.json"] = {
             "tokenizer_class": "PreTrainedTokenizerFast",

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from megamask.conversion.hub_folder import INDEX_NAME, WEIGHTS_NAME, HubFolder
+from megamask.conversion.joining import join
 from megamask.conversion.name_map import NameMap
 from megamask.conversion.partial_folder import Progress, partial_folder, refuse_existing, show
 from megamask.conversion.shard_writer import PlannedTensor, index_document, plan_shards, write_shard
@@ -96,12 +97,11 @@ def export(
     """
     refuse_existing(target)
     shards, partial = plan.shards(), partial_folder(target, plan.digest())
-    canonical = plan.names.canonical_names()
     progress = Progress(2 * sum(tensor.num_bytes for tensors in shards.values() for tensor in tensors), on_progress)
 
     def value_of(tensor: PlannedTensor) -> torch.Tensor:
         progress.add(tensor.num_bytes)
-        return read(canonical[tensor.name]).to(tensor.dtype)
+        return join(plan.names.published[tensor.name], read, tensor.dtype)
 
     resumed = 0
     for file, tensors in shards.items():
@@ -120,7 +120,7 @@ def export(
     show(partial, target)
     return ExportReport(
         family=plan.names.family.name,
-        tensors=len(canonical),
+        tensors=len(plan.names.published),
         num_bytes=num_bytes,
         files=tuple(shards),
         resumed_files=resumed,

@@ -61,8 +61,7 @@ class PublishedModel:
 
     def canonical(self, name: str) -> torch.Tensor:
         """A canonical tensor's value in float32."""
-        hub_name = self.family.hub_name(name)
-        return self.folder.tensor(hub_name, tuple(canonical_shapes(self.names.spec)[name])).float()
+        return self.names.tensor(self.folder, name).float()
 
     def fingerprint(self) -> str:
         """H of what identifies the folder: its config, and names, sizes and headers of its weight files."""
@@ -84,6 +83,7 @@ class PublishedModel:
             dtype=most,
             other_dtypes={name: dtype for name, dtype in self.dtypes.items() if dtype != most},
             tokenizer_problem=self.tokenizer_problem,
+            has_merged_experts=self.names.has_merged_experts,
         )
 
 
@@ -112,8 +112,7 @@ def read_published(path: Path, *, prefer_ids: IdSource | None = None) -> Publish
     """
     folder = HubFolder(path)
     family = family_of(folder.config)
-    names = NameMap(family=family, spec=family.spec(folder.config))
-    names.check(folder)
+    names = NameMap.of_folder(folder, family)
     ids = special_ids(folder, family, prefer=prefer_ids)
     vocabulary, block_size = vocabulary_of(names.spec, ids), family.block_size(folder.config)
     tokenizer, problem = published_tokenizer(folder, vocabulary)

@@ -1,48 +1,30 @@
-"""Cutting published tensors into canonical ones and joining them again: rows and stacks, no arithmetic."""
+"""Published tensors from canonical ones: rows above one another and stacks, no arithmetic."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 
 import torch
 
-from megamask.conversion.hub_folder import HubFolder
-from megamask.models.families.experts import ExpertFamily, ExpertSizes, Joined
+from megamask.models.families.published import PublishedTensor
 
 
-def layout_of(folder: HubFolder, family: ExpertFamily, sizes: ExpertSizes) -> list[Joined]:
-    """The published tensors of a folder, whose experts may be merged or not.
+def join(tensor: PublishedTensor, read: Callable[[str], torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
+    """A published tensor in its number format.
 
-    Raises:
-        DataIntegrityError: the folder's tensors are neither; names them.
+    Memory: the tensor, and one of its parts.
+
+    Args:
+        read: returns a canonical tensor by name.
     """
-    merged = family.tensors(sizes, merged_experts=True)
-    has_merged = any(tensor.name in folder.tensor_names for tensor in merged if tensor.how == "stack")
-    tensors = merged if has_merged else family.tensors(sizes)
-    folder.check_names(tensor.name for tensor in tensors)
-    return tensors
-
-
-def cut(tensor: Joined, value: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The canonical tensors in a published one, as views."""
-    if tensor.how == "stack":
-        pieces = list(value.unbind(0))
-    else:
-        pieces = list(torch.split(value, [shape[0] for _, shape in tensor.parts]))
-    return {name: piece for (name, _), piece in zip(tensor.parts, pieces, strict=True)}
-
-
-def join(tensor: Joined, read: Callable[[str], torch.Tensor]) -> torch.Tensor:
-    """A published tensor from its canonical ones."""
-    pieces = [read(name) for name, _ in tensor.parts]
     if tensor.how == "same":
-        return pieces[0]
-    return torch.stack(pieces) if tensor.how == "stack" else torch.cat(pieces)
-
-
-def canonical_tensors(folder: HubFolder, tensors: Sequence[Joined]) -> Mapping[str, torch.Tensor]:
-    """Every canonical tensor of a folder; for small models and tests, all of them are in memory."""
-    found: dict[str, torch.Tensor] = {}
-    for tensor in tensors:
-        found |= cut(tensor, folder.tensor(tensor.name, tensor.shape))
-    return found
+        return read(tensor.parts[0][0]).to(dtype)
+    value = torch.empty(tensor.shape, dtype=dtype)
+    first = 0
+    for number, (name, shape) in enumerate(tensor.parts):
+        if tensor.how == "stack":
+            value[number] = read(name)
+        else:
+            value[first : first + shape[0]] = read(name)
+            first += shape[0]
+    return value

@@ -16,6 +16,7 @@ from megamask.checkpoint.integrity import verify_folder
 from megamask.checkpoint.names import TOKENIZER_NAME
 from megamask.checkpoint.reader import candidates, find, has_commit
 from megamask.conversion.importing import PublishedModel, read_published
+from megamask.conversion.reading import reading_of
 from megamask.data.tokenizer import CorpusTokenizer
 from megamask.engine.state.safetensors import StateReader
 from megamask.engine.state.slices import StoredSlice
@@ -24,7 +25,7 @@ from megamask.models.shapes import EMBEDDING_NAME, HEAD_NAME, canonical_shapes
 from megamask.models.spec import ModelSpec
 from megamask.models.vocabulary import Vocabulary
 from megamask.objectives.base import Objective
-from megamask.objectives.shifted import SHIFT_KEY, at_step
+from megamask.objectives.shifted import at_step
 
 HUB_PREFIX = "hf:"
 _NOTHING = "Nothing was started."
@@ -66,7 +67,7 @@ class Source:
     @property
     def has_shift(self) -> bool:
         """True if the logits at a position predict the token after it."""
-        return self.objective.name == "autoregressive" or SHIFT_KEY in self.objective.record()
+        return reading_of(self.objective).has_shift
 
     def verify(self) -> None:
         """Read every byte of a checkpoint; a published model has no digests to compare with.
@@ -83,14 +84,12 @@ class _HubReader:
 
     def __init__(self, model: PublishedModel) -> None:
         self._model = model
-        self._shapes = canonical_shapes(model.names.spec)
 
     def read(self, slices: Sequence[StoredSlice]) -> None:
         """Fill the slices' tensors."""
         for each in slices:
             index = tuple(slice(begin, begin + size) for begin, size in zip(each.offsets, each.data.shape, strict=True))
-            name = self._model.family.hub_name(each.name)
-            each.data.copy_(self._model.folder.rectangle(name, tuple(self._shapes[each.name]), index))
+            each.data.copy_(self._model.names.rectangle(self._model.folder, each.name, index))
 
 
 def open_source(name: str) -> Source:
@@ -153,6 +152,13 @@ def check_network(source: Source, spec: ModelSpec) -> None:
         for name in ("rope_theta", "norm_eps", "rotary_fraction")
         if getattr(source.spec, name) != getattr(spec, name)
     ]
+    if source.spec.experts is not None and spec.experts is not None:
+        ours_of, theirs_of = spec.experts.to_section(), source.spec.experts.to_section()
+        problems += [
+            f"model.{name} is {theirs_of[name]!r} in the source and {ours_of[name]!r} here"
+            for name in theirs_of
+            if theirs_of[name] != ours_of[name]
+        ]
     if problems:
         more = f"; and {len(problems) - _MAX_NAMED} more" if len(problems) > _MAX_NAMED else ""
         named = "; ".join(problems[:_MAX_NAMED])

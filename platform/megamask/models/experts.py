@@ -78,6 +78,13 @@ class ExpertSpec:
         """The fields as a JSON object."""
         return asdict(self)
 
+    def to_section(self) -> dict[str, Any]:
+        """The keys of the config's section `model` that decide how these weights compute.
+
+        Those of training alone, `router_bias_rate` and `router_balance_weight`, are left out.
+        """
+        return {name: getattr(self, field) for name, field in _OF_SECTION.items()}
+
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> ExpertSpec:
         """Reads what `to_json` wrote.
@@ -96,12 +103,20 @@ class ExpertSpec:
         return cls(**value)
 
 
-_FIELDS = {
-    "model.num_experts": "num_experts",
-    "model.router_topk": "topk",
-    "model.router_groups": "num_groups",
-    "model.router_topk_groups": "topk_groups",
-    "model.router_choice": "choice",
-    "model.router_expert_bias": "has_bias",
-    "model.router_balance_weight": "balance_weight",
+_OF_SECTION = {
+    "num_experts": "num_experts",
+    "router_topk": "topk",
+    "expert_ffn_hidden_size": "ffn_hidden_size",
+    "num_shared_experts": "num_shared",
+    "num_dense_layers": "num_dense_layers",
+    "router_score": "score",
+    "router_choice": "choice",
+    "router_normalize": "normalizes",
+    "router_scale": "scale",
+    "router_groups": "num_groups",
+    "router_topk_groups": "topk_groups",
+    "router_expert_bias": "has_bias",
+}
+_FIELDS = {f"model.{name}": field for name, field in _OF_SECTION.items()} | {
+    "model.router_balance_weight": "balance_weight"
 }

@@ -62,6 +62,11 @@ class AutoregressiveObjective(OnePhase):
         return cross_entropy_and_z_loss("nll", PerScoredToken(), self.z_loss_weight)
 
     @property
+    def needs_mask_token(self) -> bool:
+        """No token is masked; the decoder reads none that is not written yet."""
+        return False
+
+    @property
     def excluded_ids(self) -> frozenset[int]:
         """The mask token, unless its logit is included."""
         return softmax_without(self.vocabulary, self.mask_logit)

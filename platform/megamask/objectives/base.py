@@ -224,6 +224,10 @@ class Objective(Protocol):
         """Parts of the loss that `Rows.part` numbers."""
 
     @property
+    def needs_mask_token(self) -> bool:
+        """True if its rows or its decoder contain the mask token."""
+
+    @property
     def excluded_ids(self) -> frozenset[int]:
         """Ids that never enter the softmax, beside the columns that pad the vocabulary."""
 
@@ -258,9 +262,14 @@ class Objective(Protocol):
 
 
 class OnePhase:
-    """Base of an objective that is the same at all steps and takes samples as they are."""
+    """Base of a diffusion objective that is the same at all steps and takes samples as they are."""
 
     __slots__ = ()
+
+    @property
+    def needs_mask_token(self) -> bool:
+        """Masks are noise, or stand for what is not decoded yet."""
+        return True
 
     def at(self, step: int) -> Self:
         """The objective itself, at every step."""

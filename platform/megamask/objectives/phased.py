@@ -58,6 +58,11 @@ class PhasedObjective:
         return self.last.num_parts
 
     @property
+    def needs_mask_token(self) -> bool:
+        """True if a phase's rows contain the mask token."""
+        return any(objective.needs_mask_token for _, objective in self.phases)
+
+    @property
     def excluded_ids(self) -> frozenset[int]:
         """The same in all phases."""
         return self.last.excluded_ids

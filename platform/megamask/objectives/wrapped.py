@@ -40,6 +40,11 @@ class Wrapped:
         return self.inner.num_parts
 
     @property
+    def needs_mask_token(self) -> bool:
+        """True if rows or decoder contain the mask token."""
+        return self.inner.needs_mask_token
+
+    @property
     def excluded_ids(self) -> frozenset[int]:
         """Ids that never enter the softmax."""
         return self.inner.excluded_ids

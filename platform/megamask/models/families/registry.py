@@ -11,14 +11,19 @@ from megamask.models.families.dream import DREAM
 from megamask.models.families.fast_dllm import FAST_DLLM
 from megamask.models.families.illada import ILLADA
 from megamask.models.families.llada import LLADA
+from megamask.models.families.llada2 import LLADA2
+from megamask.models.families.llada_moe import LLADA_MOE
 from megamask.models.families.llama import LLAMA
 from megamask.models.families.qwen2 import QWEN2
 from megamask.models.families.qwen3 import QWEN3
+from megamask.models.families.qwen3_moe import QWEN3_MOE
+from megamask.models.families.rnd1 import RND1
 from megamask.models.families.sdar import SDAR
 from megamask.models.spec import ModelSpec
 
 FAMILIES: Mapping[str, Family] = {
-    family.name: family for family in (LLAMA, QWEN2, QWEN3, LLADA, ILLADA, DREAM, SDAR, FAST_DLLM)
+    family.name: family
+    for family in (LLAMA, QWEN2, QWEN3, LLADA, ILLADA, DREAM, SDAR, FAST_DLLM, QWEN3_MOE, RND1, LLADA_MOE, LLADA2)
 }
 
 REFUSED: Mapping[str, str] = {
@@ -26,10 +31,6 @@ REFUSED: Mapping[str, str] = {
     "MDLM": "a diffusion transformer with adaptive LayerNorm driven by the noise level",
     "BD3LM": "a diffusion transformer with adaptive LayerNorm driven by the noise level",
     "BertForMaskedLM": "learned positions, LayerNorm and an ungated feed-forward layer",
-    "Qwen3MoeForCausalLM": "mixture-of-experts layers",
-    "LLaDAMoEModelLM": "mixture-of-experts layers",
-    "LLaDA2MoeModelLM": "mixture-of-experts layers and rotary positions on half of each head",
-    "RND1LM": "mixture-of-experts layers",
     "NemotronLabsDiffusionModel": "scaled rotary positions (YaRN) and scaled queries",
     "GiddForDiffusionLM": "soft-capped logits and scaled residuals",
 }
@@ -74,11 +75,15 @@ def plain_family(spec: ModelSpec) -> Family:
     """The family without remote code that can hold a network.
 
     Raises:
-        UsageError: none has q/k norms together with biases.
+        UsageError: there is none, as for q/k norms together with biases.
     """
-    for family in (LLAMA, QWEN2, QWEN3):
-        if (family.qk_norm, family.qkv_bias) == (spec.qk_norm, spec.qkv_bias):
+    for family in (LLAMA, QWEN2, QWEN3, QWEN3_MOE):
+        facts = (family.qk_norm, family.qkv_bias, family.experts is not None)
+        if facts == (spec.qk_norm, spec.qkv_bias, spec.experts is not None):
             return family
+    experts = "experts" if spec.experts is not None else "no experts"
     raise UsageError(
-        "the network has model.qk_norm and model.qkv_bias; no supported family has both. Nothing was converted."
+        f"the network has model.qk_norm {spec.qk_norm}, model.qkv_bias {spec.qkv_bias} and {experts}; no class without "
+        "remote code has these together. Nothing was converted.",
+        hint="name a layout that holds the network: --family",
     )

@@ -1,4 +1,4 @@
-"""A checkpoint as a reference network on one device: what evaluate and sample start from."""
+"""A checkpoint by itself, without its run: what evaluate, sample and convert start from."""
 
 from __future__ import annotations
 
@@ -57,13 +57,17 @@ class LoadedCheckpoint:
             )
         return self.own_tokenizer
 
-    def require_mask(self) -> None:
+    def require_mask(self, objective: Objective | None = None) -> None:
         """Refuse to read a diffusion model without its mask token.
+
+        Args:
+            objective: that the network is read for; by default its own.
 
         Raises:
             UsageError: the published files name no mask token.
         """
-        if self.objective.name != "autoregressive" and self.model.vocabulary.mask_token_id == NO_ID:
+        needs_mask = (objective or self.objective).needs_mask_token
+        if needs_mask and self.model.vocabulary.mask_token_id == NO_ID:
             raise UsageError(
                 f"{self.commit.folder} is a diffusion model whose files name no mask token. Nothing was done.",
                 hint="set mask_token_id in the published config.json and convert it again",
