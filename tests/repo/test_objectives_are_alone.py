@@ -12,20 +12,25 @@ from megamask.config.schema.objective import NAMES
 ROOT = Path(__file__).parents[2]
 HOME = ("platform/megamask/objectives/", "platform/megamask/config/schema/")
 # Modules of objectives/ that are the interface or serve several objectives; every other one is a single objective.
-INTERFACE = {"base", "shapes", "registry", "terms", "schedule", "phased", "shifted", "warm_start", "divergence"}
-# Places that serve one objective by design: the window search of clipped block noise, and scoring a checkpoint of any
-# kind as an autoregressive one.
-OF_ONE_OBJECTIVE = {
-    "platform/megamask/evaluation/clip_search.py",
-    "platform/megamask/conversion/source.py",
-    "pipelines/megamask.checkpoint.standalone.py",
-    "pipelines/megamask_pipelines/evaluate.py",
+_NAMES = "base shapes registry terms schedule phased shifted warm_start divergence probing wrapped"
+INTERFACE = set(_NAMES.split())
+    "base",
+    "shapes",
+    "registry",
+    "terms",
+    "schedule",
+    "phased",
+    "shifted",
+    "warm_start",
+    "divergence",
+    "probing",
+    "wrapped",
 }
 PRODUCT = [
     path
     for root in ("platform", "pipelines")
     for path in sorted((ROOT / root).rglob("*.py"))
-    if not str(path.relative_to(ROOT)).startswith(HOME) and str(path.relative_to(ROOT)) not in OF_ONE_OBJECTIVE
+    if not str(path.relative_to(ROOT)).startswith(HOME)
 ]
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from megamask.evaluation.on_engine import EvaluationEngine
 from megamask.objectives.base import Key, Samples
-from megamask.objectives.block import BlockObjective
+from megamask.objectives.probing import Probed
 
 _WIDTHS = (50, 60, 70, 80, 90)  # hundredths
 _STEP = 5
@@ -54,7 +54,7 @@ class ClipSearch:
 
 def clip_search_on_engine(
     engine: EvaluationEngine,
-    objective: BlockObjective,
+    objective: Probed,
     tokens: Tensor,
     is_eligible: Tensor,
     *,

@@ -28,6 +28,7 @@ from megamask.models.vocabulary import Vocabulary
 from megamask.objectives.autoregressive import with_a_past
 from megamask.objectives.base import UNGROUPED, BoundRows, Key, OnePhase, Reading, Rows, Samples, softmax_without
 from megamask.objectives.documents import document_numbers, isolated, places_in_documents
+from megamask.objectives.probing import Probe
 from megamask.objectives.shapes import ObjectiveShape, shape_of
 from megamask.objectives.terms import (
     CrossEntropyTerm,
@@ -38,20 +39,6 @@ from megamask.objectives.terms import (
 )
 
 _DIFFUSION, _AUTOREGRESSIVE = 0, 1
-
-
-@dataclass(frozen=True, kw_only=True)
-class BlockProbe:
-    """One scored block of each sample.
-
-    Args:
-        probability: float64 [b], mask probability of the block.
-        num_eligible: int64 [b], of the block.
-    """
-
-    rows: Rows
-    probability: Tensor
-    num_eligible: Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,7 +177,7 @@ class BlockObjective(OnePhase):
         """One view over the full range of noise, of the diffusion loss alone."""
         return replace(self, clip_low=0.0, clip_high=1.0, forced_mask=False, complementary=False, diffusion_weight=None)
 
-    def probe(self, samples: Samples, step: int, key: Key, *, block: Tensor) -> BlockProbe:
+    def probe(self, samples: Samples, step: int, key: Key, *, block: Tensor) -> Probe:
         """Rows of one view in which one block of each sample is scored.
 
         Args:
@@ -208,7 +195,7 @@ class BlockObjective(OnePhase):
             key=key,
         )
         levels = [self._schedule.mask_probability(row[number]) for row, number in zip(times, chosen, strict=True)]
-        return BlockProbe(
+        return Probe(
             rows=replace(rows, is_scored=is_scored),
             probability=torch.tensor(levels, dtype=torch.float64),
             num_eligible=(is_chosen & samples.is_eligible).sum(dim=1),

@@ -13,7 +13,7 @@ from typing import Any
 from megamask.models.context import Context
 from megamask.models.vocabulary import Vocabulary
 from megamask.objectives.base import Bound, Decoder, Key, Objective, Rows, Samples
-from megamask.objectives.block import BlockObjective
+from megamask.objectives.probing import Probed
 from megamask.objectives.shapes import ObjectiveShape
 from megamask.objectives.terms import Term
 
@@ -103,7 +103,7 @@ class PhasedObjective:
         return self.last.record()
 
 
-def last_blocks(objective: Objective) -> BlockObjective | None:
-    """The last phase of block diffusion; None for an objective without one."""
+def last_probed(objective: Objective) -> Probed | None:
+    """The last phase that can be probed part by part; None for an objective without one."""
     phases = objective.phases if isinstance(objective, PhasedObjective) else ((1, objective),)
-    return next((phase for _, phase in reversed(phases) if isinstance(phase, BlockObjective)), None)
+    return next((phase for _, phase in reversed(phases) if isinstance(phase, Probed)), None)

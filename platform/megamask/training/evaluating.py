@@ -20,7 +20,7 @@ from megamask.evaluation.clip_search import clip_search_on_engine
 from megamask.evaluation.on_engine import EvaluationEngine, evaluate_on_engine
 from megamask.evaluation.pair_variance import pair_variance_on_engine
 from megamask.objectives.base import Objective, Rows
-from megamask.objectives.phased import last_blocks
+from megamask.objectives.phased import last_probed
 from megamask.objectives.shifted import at_step
 from megamask.storage.hashing import hash_of, key_of
 from megamask.training.stopping import CutShort
@@ -150,7 +150,7 @@ def _asked_for(
         key = key_of(hash_of(seed, "pair variance"))
         variance = pair_variance_on_engine(engine, paired, draws=evaluation.pair_variance_draws, key=key, **rows)
         found["pair_variance"] = variance.to_json()
-    if evaluation.clip_search_draws is not None and (block := last_blocks(objective)) is not None:
+    if evaluation.clip_search_draws is not None and (block := last_probed(objective)) is not None:
         key = key_of(hash_of(seed, "clip search"))
         search = clip_search_on_engine(engine, block, draws=evaluation.clip_search_draws, key=key, **rows)
         found["clip_search"] = search.to_json()
