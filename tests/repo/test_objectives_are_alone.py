@@ -12,8 +12,7 @@ from megamask.config.schema.objective import NAMES
 ROOT = Path(__file__).parents[2]
 HOME = ("platform/megamask/objectives/", "platform/megamask/config/schema/")
 # Modules of objectives/ that are the interface or serve several objectives; every other one is a single objective.
-_NAMES = "base shapes registry terms schedule phased shifted warm_start divergence probing wrapped"
-INTERFACE = set(_NAMES.split())
+INTERFACE = {
     "base",
     "shapes",
     "registry",
