@@ -25,7 +25,7 @@ EXPERTS = ("separate", "merged")
 def export_plan(
     checkpoint: LoadedCheckpoint, *, family_name: str | None, number_format: str | None, experts: str | None
 ) -> ExportPlan:
-    """What an export of a checkpoint writes.
+    """Plan the files of an export of a checkpoint.
 
     Args:
         family_name: layout to write; None for that of an imported model, else for the plain class that holds the

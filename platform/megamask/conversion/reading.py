@@ -1,4 +1,4 @@
-"""How an objective reads a row, as published configurations name it."""
+"""Facts of how an objective reads a row, under the names of published configurations."""
 
 from __future__ import annotations
 

@@ -268,7 +268,7 @@ class OnePhase:
 
     @property
     def needs_mask_token(self) -> bool:
-        """Masks are noise, or stand for what is not decoded yet."""
+        """Masks are noise, or fill the places of tokens that are not decoded yet."""
         return True
 
     def at(self, step: int) -> Self:
