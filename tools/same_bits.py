@@ -26,7 +26,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 # What may differ between two runs of one config (docs/formats.md, "Journal").
-VOLATILE = frozenset({"time", "prev", "seq", "seconds", "tokens_per_second", "mfu"})
+VOLATILE = frozenset({"time", "prev", "seq", "seconds", "tokens_per_second", "mfu", "peak_memory_bytes"})
 SINGLE = ("objective.complementary=false",)
 PAIR = ("objective.complementary=true",)
 # The settings of each case. Alternatives are spellings of one meaning: the first that a commit accepts is used.

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from megamask.config.schema.tracking import MLflowConfig
-from megamask.config.secrets import check_no_secret, check_reference, resolve_secret
+from megamask.config.secrets import check_no_secret, check_reference
 from megamask.errors import UsageError
 from megamask.provenance.redaction import register_references
 from megamask.runs.claims import claimed_attempts, has_died
@@ -15,7 +15,7 @@ from megamask.runs.configs import newest_config
 from megamask.runs.record import read_run
 from megamask.runs.status import read_status
 from megamask.tracking.mlflow.points import RunStatus, status_after_exit
-from megamask.tracking.mlflow.store import URI_KEY, check_uri, page_of, shown_uri, store_of
+from megamask.tracking.mlflow.store import URI_KEY, check_target, page_of, shown_uri, store_of
 from megamask.tracking.mlflow.sync import compare, complete
 
 _NOTHING_SENT = "Nothing was sent."
@@ -70,16 +70,16 @@ def _target(run_dir: Path, uri: str | None) -> MLflowConfig:
         check_no_secret("--uri", uri, "given on the command line")
         check_reference("--uri", uri, "given on the command line")
         register_references(MLflowConfig(uri=uri))
-        check_uri("--uri", resolve_secret("--uri", uri), after=_NOTHING_SENT)
-        return replace(config or MLflowConfig(), uri=uri)
+        given = replace(config or MLflowConfig(), uri=uri)
+        check_target("--uri", run_dir, given, after=_NOTHING_SENT)
+        return given
     if config is None or (config.uri is None and not config.enabled):
         why = "no attempt left a config" if config is None else "its newest attempt had tracking.mlflow.enabled=false"
         raise UsageError(
             f"{run_dir} has no MLflow to send to: {why} and no {URI_KEY}. {_NOTHING_SENT}",
             hint="name one: `megamask sync RUN --uri http://HOST:PORT`, or --uri sqlite:////FOLDER/mlflow.db",
         )
-    if config.uri is not None:
-        check_uri(URI_KEY, resolve_secret(URI_KEY, config.uri), after=_NOTHING_SENT)
+    check_target(URI_KEY, run_dir, config, after=_NOTHING_SENT)
     return config
 
 

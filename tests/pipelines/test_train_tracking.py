@@ -39,7 +39,7 @@ def test_both_attempts_are_one_finished_mlflow_run_with_the_whole_loss_curve(
     [run] = client.search_runs([experiment.experiment_id])
     assert run.info.status == "FINISHED"
     assert run.info.start_time <= run.info.end_time
-    losses = {point.step: point.value for point in client.get_metric_history(run.info.run_id, "loss")}
+    losses = {point.step: point.value for point in client.get_metric_history(run.info.run_id, "loss_nats_per_token")}
     steps = {record["step"]: record["loss"] for record in journal(tracked) if record["kind"] == "step"}
     assert losses == pytest.approx(steps)
     record = json.loads((tracked / "run.json").read_text())

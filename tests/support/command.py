@@ -13,7 +13,7 @@ from typing import Any
 ROOT = Path(__file__).parents[2]
 TINY = ROOT / "configs" / "run" / "tiny.yaml"
 # What may differ between two runs of one config (docs/formats.md, "Journal").
-VOLATILE = {"time", "prev", "seq", "seconds", "tokens_per_second", "mfu"}
+VOLATILE = {"time", "prev", "seq", "seconds", "tokens_per_second", "mfu", "peak_memory_bytes"}
 
 
 @dataclass(frozen=True)

@@ -198,13 +198,14 @@ def assert_whole(uri: str, run_dir: Path, status: str, experiment: str = "megama
             first.setdefault(record["step"], record)
     assert first
     store = client(uri)
-    for key in ("loss", "learning_rate"):
+    for key, name in (("loss_nats_per_token", "loss"), ("optimizer/learning_rate", "learning_rate")):
         points = sorted((p.step, p.value) for p in store.get_metric_history(run.info.run_id, key))
-        assert points == [(step, record[key]) for step, record in sorted(first.items())], key
+        assert points == [(step, record[name]) for step, record in sorted(first.items())], key
     committed = {r["checkpoint"]: r["digest"] for r in records if r["kind"] == "checkpoint_committed"}
     models = stored_models(uri, run)
     assert {name: model.params["digest"] for name, model in models.items()} == committed
     for model in models.values():  # a checkpoint that is gone does not look ready
         assert str(model.status) == ("UNSPECIFIED" if model.tags["state"] == "pruned" else "READY"), model.tags
     assert {output.model_id for output in run.outputs.model_outputs} == {m.model_id for m in models.values()}
+    assert registered_checkpoints(uri, run) == [r["checkpoint"] for r in records if r["kind"] == "checkpoint_committed"]
     assert run.info.status == status

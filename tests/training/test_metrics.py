@@ -49,7 +49,7 @@ def test_record_has_the_fields_of_the_format() -> None:
         *("step", "loss", "loss_terms", "nelbo_nats_per_token", "grad_norm", "learning_rate"),
         *("global_batch_size", "consumed_samples", "consumed_tokens", "processed_tokens", "masked_tokens"),
         *("loss_by_noise_level", "masked_tokens_by_noise_level"),
-        *("batch_digest", "content_digest", "seconds", "tokens_per_second", "mfu"),
+        *("batch_digest", "content_digest", "seconds", "tokens_per_second", "mfu", "peak_memory_bytes"),
     }
     assert (fields["step"], fields["consumed_samples"]) == (3, 24)
     assert (fields["consumed_tokens"], fields["processed_tokens"]) == (3000, 6000)

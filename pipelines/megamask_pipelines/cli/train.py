@@ -43,21 +43,20 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def _train(arguments: argparse.Namespace, signals: StopRequest) -> dict[str, Any]:
     from megamask.config.load import load_train_config
-    from megamask.config.secrets import resolve_secret
     from megamask.config.validate import validate_train
     from megamask.launch.ranks import leave_report
     from megamask.provenance.redaction import redacted, register_references
-    from megamask.tracking.mlflow.store import URI_KEY, check_uri
+    from megamask.runs.layout import run_path
+    from megamask.tracking.mlflow.store import URI_KEY, check_target
     from megamask_pipelines.pretrain import run_training
 
     try:
         loaded = load_train_config(arguments.config, arguments.overrides)
         register_references(loaded.config)
         validate_train(loaded.config, loaded.origins)
-        mlflow = loaded.config.tracking.mlflow
-        if mlflow.enabled and mlflow.uri is not None:
-            # a variable that is not set, or no address at all, would only show as an outage at the end
-            check_uri(URI_KEY, resolve_secret(URI_KEY, mlflow.uri), after="Nothing was started.")
+        mlflow, run = loaded.config.tracking.mlflow, loaded.config.run
+        if mlflow.enabled:  # what never takes anything would only show as an outage at the end
+            check_target(URI_KEY, run_path(run.output_dir, run.name), mlflow, after="Nothing was started.")
         if arguments.check:
             from megamask_pipelines.check_run import check_run
 

@@ -171,6 +171,7 @@ class Step(JournalRecord):
     seconds: dict[str, Any] | None = None
     tokens_per_second: float | None = None
     mfu: float | None = None
+    peak_memory_bytes: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

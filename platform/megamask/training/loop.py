@@ -12,7 +12,7 @@ from megamask.objectives.shapes import ObjectiveShape
 from megamask.resilience.heartbeat import Heartbeat
 from megamask.resilience.numerics import numerics_error
 from megamask.training.batch_size import batch_size_at
-from megamask.training.metrics import PhaseClock, StepRecord, step_record
+from megamask.training.metrics import PhaseClock, StepRecord, peak_memory_bytes, step_record
 from megamask.training.progress import Progress
 from megamask.training.schedules import learning_rate
 from megamask.training.stopping import StopFlag, StopReason
@@ -108,6 +108,7 @@ def train(run: TrainingRun) -> StopReason:
             clock=clock,
             shape=shape,
             peak_seconds_per_token=run.peak_seconds_per_token(shape),
+            peak_memory_bytes=run.engine.max_over_ranks(peak_memory_bytes()),
         )
         if len(run.loader.sources) > 1:
             record.fields["consumed_by_source"] = run.loader.consumed(progress.consumed_samples)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -43,6 +44,15 @@ class PhaseClock:
         return {phase: round(seconds, 6) for phase, seconds in taken.items()}
 
 
+def peak_memory_bytes() -> int:
+    """Return the most memory that this process has held: of its GPU by torch's allocator, on a CPU resident."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
 @dataclass(frozen=True, kw_only=True)
 class StepRecord:
     """One completed step: the journal's fields and the raw report."""
@@ -60,6 +70,7 @@ def step_record(
     clock: PhaseClock,
     shape: ObjectiveShape,
     peak_seconds_per_token: float | None = None,
+    peak_memory_bytes: int | None = None,
 ) -> StepRecord:
     """The record of the step that progress has just counted.
 
@@ -68,6 +79,7 @@ def step_record(
         shape: of the objective.
         peak_seconds_per_token: what one processed position would take if all ranks' devices ran at their named peak,
             bidirectional attention counted in full; None where the peak is not known, and mfu is null.
+        peak_memory_bytes: of the rank that needed most so far.
     """
     seconds = clock.take()
     total = sum(seconds.values())
@@ -94,6 +106,7 @@ def step_record(
         "seconds": seconds,
         "tokens_per_second": report.num_eligible / total if total > 0 else None,
         "mfu": mfu,
+        "peak_memory_bytes": peak_memory_bytes,
     }
     if shape.corrupts == "none":  # elsewhere masked_tokens_by_noise_level counts what is scored
         fields["scored_tokens"] = report.scored_tokens

@@ -49,8 +49,8 @@ def test_commit_is_entered_with_digest_step_attempt_location_and_bound() -> None
         "committed": TIME,
     }
     assert entry.points == [
-        Point("checkpoint/nelbo_nats_per_token", 5.0, TIME_MS, 200),
-        Point("checkpoint/standard_error", 0.25, TIME_MS, 200),
+        Point("checkpoint/bound_nats_per_token", 5.0, TIME_MS, 200),
+        Point("checkpoint/standard_error_nats_per_token", 0.25, TIME_MS, 200),
         Point("checkpoint/stall_s", 0.5, TIME_MS, 200),
         Point("checkpoint/save_s", 2.0, TIME_MS, 200),
     ]
@@ -123,7 +123,7 @@ def test_noise_levels_are_metrics_of_one_section() -> None:
     levels = [None, *(float(k) for k in range(1, 10))]
     update = update_of([record("step", step=1, loss_by_noise_level=levels)], Memory())
     assert {point.key: point.value for point in update.points} == {
-        f"loss_by_noise_level/0.{k}-{'1.0' if k == 9 else f'0.{k + 1}'}": float(k) for k in range(1, 10)
+        f"loss_nats_per_token_by_noise_level/0.{k}-{'1.0' if k == 9 else f'0.{k + 1}'}": float(k) for k in range(1, 10)
     }
 
 
@@ -141,4 +141,4 @@ def test_start_of_an_attempt_gives_its_phases_at_the_step_that_it_resumed_from()
 def test_step_that_stands_there_with_another_time_is_not_sent_again() -> None:
     lines = [record("step", step=1, loss=4.0), record("step", step=2, loss=2.0)]
     update = update_of(lines, Memory(), {1: TIME_MS - 1, 2: TIME_MS})
-    assert [(point.key, point.step) for point in update.points] == [("loss", 2)]
+    assert [(point.key, point.step) for point in update.points] == [("loss_nats_per_token", 2)]

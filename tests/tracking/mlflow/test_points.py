@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from megamask.tracking.mlflow.points import _STEP_METRICS, Memory, Point, milliseconds, update_of
+from megamask.tracking.mlflow.points import _STEP_METRICS, BOUND, LOSS, Memory, Point, milliseconds, update_of
 
 TIME = "2026-03-01T12:00:00.250999Z"
 TIME_MS = 1772366400250
@@ -39,9 +39,9 @@ def test_step_gives_a_point_for_every_number() -> None:
         Memory(),
     )
     points = {point.key: point for point in update.points}
-    assert points.keys() == {"loss", "grad_norm", "progress/consumed_tokens", "step_time_s/data"}
-    assert points["loss"] == Point("loss", 2.0, TIME_MS, 3)
-    assert math.isnan(points["grad_norm"].value)
+    assert points.keys() == {LOSS, "optimizer/grad_norm", "progress/consumed_tokens", "step_time_s/data"}
+    assert points[LOSS] == Point(LOSS, 2.0, TIME_MS, 3)
+    assert math.isnan(points["optimizer/grad_norm"].value)
     assert points["progress/consumed_tokens"].value == 12.0
 
 
@@ -49,8 +49,8 @@ def test_evaluation_gives_its_numbers_only() -> None:
     fields = {"nelbo_nats_per_token": 5.0, "standard_error": "inf", "split": "validation", "is_final": True}
     update = update_of([record("evaluation", step=2, **fields)], Memory())
     assert {point.key: point.value for point in update.points} == {
-        "evaluation/nelbo_nats_per_token": 5.0,
-        "evaluation/standard_error": math.inf,
+        BOUND: 5.0,
+        "evaluation/standard_error_nats_per_token": math.inf,
     }
 
 
@@ -59,7 +59,7 @@ def test_repeated_step_is_told_once_over_processes() -> None:
     update_of([record("step", step=step, loss=1.0) for step in (1, 2, 3)], memory)
     later = Memory(sent_through=dict(memory.sent_through))
     update = update_of([record("step", step=step, loss=9.0) for step in (2, 3, 4)], later)
-    assert [(point.key, point.step) for point in update.points] == [("loss", 4)]
+    assert [(point.key, point.step) for point in update.points] == [(LOSS, 4)]
 
 
 def test_repeated_commit_is_a_checkpoint_of_its_own() -> None:
@@ -127,7 +127,7 @@ def test_series_that_equal_another_one_are_not_sent() -> None:
         for step in (1, 2)
     ]
     keys = {point.key for point in update_of([started(), *lines], Memory()).points}
-    assert keys == {"loss", "bits_per_byte", "progress/consumed_samples", "progress/consumed_tokens", "progress/epoch"}
+    assert keys == {LOSS, "bits_per_byte", "progress/consumed_samples", "progress/consumed_tokens", "progress/epoch"}
 
 
 def test_terms_and_a_growing_batch_are_sent_where_they_say_something() -> None:
@@ -141,7 +141,7 @@ def test_terms_and_a_growing_batch_are_sent_where_they_say_something() -> None:
         consumed_samples=12,
     )
     points = {point.key: point.value for point in update_of([line], Memory()).points}
-    assert points["loss_terms/z_loss"] == 0.5
+    assert points["loss_terms_nats_per_token/z_loss"] == 0.5
     assert points["progress/global_batch_size"] == 8
 
 
@@ -162,7 +162,7 @@ def test_bounds_are_linked_to_the_validation_dataset() -> None:
     ]
     update = update_of(lines, Memory())
     dataset = ("main/validation", ("ab" * 32)[:36])
-    assert {point.dataset for point in update.points if point.key.startswith("evaluation/")} == {dataset}
+    assert {point.dataset for point in update.points if point.key == BOUND or "evaluation/" in point.key} == {dataset}
     assert {point.dataset for point in update.checkpoints[0].points} == {dataset}
 
 
@@ -183,7 +183,30 @@ def test_best_and_latest_follow_the_commits() -> None:
         "step-00000004-a0001": {"best"},
         "step-00000006-a0001": {"latest"},
     }
-    assert update.tags["best_checkpoint"] == "step-00000004-a0001"
+    assert update.tags["best_checkpoint"] == update.best == "step-00000004-a0001"
+
+
+@pytest.mark.promise("MLflow's first section has loss, bits per byte and bound, and names have units")
+def test_first_section_is_what_people_read_first() -> None:
+    line = record(
+        "step",
+        step=1,
+        loss=2.0,
+        nelbo_nats_per_token=2.0,
+        grad_norm=1.0,
+        learning_rate=1e-3,
+        consumed_samples=8,
+        global_batch_size=8,
+        tokens_per_second=9.0,
+        mfu=0.5,
+        peak_memory_bytes=1 << 30,
+    )
+    lines = [started(), line, record("evaluation", step=1, nelbo_nats_per_token=2.0, bits_per_byte=1.0)]
+    points = {point.key: point.value for point in update_of(lines, Memory()).points}
+    assert {key for key in points if "/" not in key} == {LOSS, "bits_per_byte", BOUND}
+    assert points["memory/peak_bytes"] == 1 << 30
+    assert (points["speed/mfu"], points["progress/epoch"]) == (0.5, 0.5)
+    assert LOSS.endswith("_nats_per_token") and BOUND.endswith("_nats_per_token")
 
 
 @pytest.mark.promise("an extension and a change of layout are shown by console, status and MLflow")

@@ -106,7 +106,7 @@ class Life:
         runs = client(uri).search_runs(
             [found.experiment_id], filter_string=f"tags.`megamask.run_id` = '{self.run_dir.parent.name}/run'"
         )
-        return len(client(uri).get_metric_history(runs[0].info.run_id, "loss")) if runs else 0
+        return len(client(uri).get_metric_history(runs[0].info.run_id, "loss_nats_per_token")) if runs else 0
 
 
 @pytest.mark.promise("a server down from the start receives the full history by a sync")

@@ -109,9 +109,9 @@ def test_run_shows_params_metrics_tags_and_config(output_dir: Path) -> None:
     assert run.info.status == "FINISHED"
     assert run.info.run_name == "whole"
     assert run.data.params == {"model.num_layers": "2", "run.seed": "7", "objective.noise_schedule": "linear"}
-    assert history(output_dir, "whole", "loss") == [(1, 4.0), (2, 2.0), (3, 4.0 / 3), (4, 1.0)]
+    assert history(output_dir, "whole", "loss_nats_per_token") == [(1, 4.0), (2, 2.0), (3, 4.0 / 3), (4, 1.0)]
     assert history(output_dir, "whole", "step_time_s/data")[-1] == (4, 0.25)
-    assert history(output_dir, "whole", "evaluation/nelbo_nats_per_token") == [(4, 5.0)]
+    assert history(output_dir, "whole", "validation_bound_nats_per_token") == [(4, 5.0)]
     tags = {key: value for key, value in run.data.tags.items() if not key.startswith("mlflow.")}
     assert tags.pop("journal_head").split(":")[0].isdecimal()
     assert run.data.tags["mlflow.source.name"] == "megamask train"
@@ -162,13 +162,13 @@ def test_commits_datasets_and_previews_are_entered_and_a_pruned_commit_stays(out
     assert [models[name].tags["state"] for name in names] == ["pruned", "committed"]
     for step, name in enumerate(names, 1):
         measured = {metric.key: metric.value for metric in models[name].metrics}
-        assert measured == {"checkpoint/nelbo_nats_per_token": 5.0 - step, "checkpoint/standard_error": 0.5}
+        assert measured == {"checkpoint/bound_nats_per_token": 5.0 - step, "checkpoint/standard_error_nats_per_token": 0.5}
         [kept] = store.list_logged_model_artifacts(models[name].model_id)
         assert kept.path == "COMMIT.json"
     artifacts = output_dir / "mlartifacts" / run.info.run_id / "artifacts" / "previews"
     assert sorted(path.name for path in artifacts.iterdir()) == ["step-00000001.txt", "step-00000002.txt"]
     assert "text 2" in (artifacts / "step-00000002.txt").read_text()
-    assert history(output_dir, "entries", "checkpoint/nelbo_nats_per_token") == [(1, 4.0), (2, 3.0)]
+    assert history(output_dir, "entries", "checkpoint/bound_nats_per_token") == [(1, 4.0), (2, 3.0)]
 
 
 @pytest.mark.parametrize(
@@ -199,7 +199,7 @@ def test_resumed_attempt_continues_the_same_run_without_duplicates(output_dir: P
     run = stored_run(output_dir, "resumed")
     assert run.info.status == "RUNNING"
     assert run.data.tags["attempts"] == "2"
-    assert history(output_dir, "resumed", "loss") == [(step, 4.0 / step) for step in range(1, 8)]
+    assert history(output_dir, "resumed", "loss_nats_per_token") == [(step, 4.0 / step) for step in range(1, 8)]
     artifacts = output_dir / "mlartifacts" / run.info.run_id / "artifacts" / "config"
     assert sorted(path.name for path in artifacts.iterdir()) == ["attempt-0001.yaml", "attempt-0002.yaml"]
 
@@ -216,8 +216,8 @@ def test_lost_state_finds_the_run_again_and_doubles_nothing(output_dir: Path) ->
     run = stored_run(output_dir, "lost")
     assert run.info.run_id == before
     assert run.info.status == "FINISHED"
-    assert [step for step, _ in history(output_dir, "lost", "loss")] == [1, 2, 3, 4]
-    assert len(history(output_dir, "lost", "grad_norm")) == 4
+    assert [step for step, _ in history(output_dir, "lost", "loss_nats_per_token")] == [1, 2, 3, 4]
+    assert len(history(output_dir, "lost", "optimizer/grad_norm")) == 4
 
 
 def test_deleted_run_is_made_anew_with_its_whole_history(output_dir: Path) -> None:
@@ -227,7 +227,7 @@ def test_deleted_run_is_made_anew_with_its_whole_history(output_dir: Path) -> No
     client(output_dir).delete_run(stored_run(output_dir, "deleted").info.run_id)
     write_attempt(run_dir, 2, range(3, 4), None)
     assert send(run_dir)
-    assert [step for step, _ in history(output_dir, "deleted", "loss")] == [1, 2, 3]
+    assert [step for step, _ in history(output_dir, "deleted", "loss_nats_per_token")] == [1, 2, 3]
 
 
 def test_parameter_that_is_written_otherwise_later_keeps_its_first_value(output_dir: Path) -> None:
@@ -246,7 +246,7 @@ def test_backlog_longer_than_a_batch_arrives_whole(output_dir: Path) -> None:
     run_dir = make_run(output_dir, "long")
     write_attempt(run_dir, 1, range(1, 801), 75)  # 3 points a step
     assert send(run_dir)
-    assert [step for step, _ in history(output_dir, "long", "loss")] == list(range(1, 801))
+    assert [step for step, _ in history(output_dir, "long", "loss_nats_per_token")] == list(range(1, 801))
 
 
 def test_value_too_long_for_a_parameter_is_named_and_not_cut(output_dir: Path) -> None:
@@ -321,7 +321,7 @@ def test_outage_ends_in_a_complete_history(output_dir: Path, monkeypatch: pytest
     write_attempt(run_dir, 1, range(1, 4), 0, is_done=True)
     assert sink.drain(DRAIN_S)
     assert len(incidents) == 1
-    assert [step for step, _ in history(output_dir, "outage", "loss")] == [1, 2, 3]
+    assert [step for step, _ in history(output_dir, "outage", "loss_nats_per_token")] == [1, 2, 3]
 
 
 def test_incident_callback_that_raises_does_not_stop_the_sink(tmp_path: Path) -> None:

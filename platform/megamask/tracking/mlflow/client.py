@@ -24,6 +24,7 @@ from megamask.tracking.mlflow.entries import (
     Point,
 )
 from megamask.tracking.mlflow.points import RunStatus
+from megamask.tracking.mlflow.registry import Registry, registered_name
 from megamask.tracking.mlflow.store import create_database, silence, store_of
 
 _METRICS_PER_BATCH = 1000
@@ -41,8 +42,9 @@ _FOREIGN = frozenset({"mlflow", "requests", "urllib3", "sqlalchemy", "sqlite3"})
 class MLflowRun:
     """One run in MLflow; a method sends at once and raises what MLflow, its database or the network raise."""
 
-    def __init__(self, client: Any, run: Any) -> None:
+    def __init__(self, client: Any, run: Any, registry: Registry) -> None:
         self._client = client
+        self._registry = registry
         self.params: Mapping[str, str] = dict(run.data.params)
         self._known_params = set(self.params)
         self._models: dict[str, Any] | None = None
@@ -120,6 +122,7 @@ class MLflowRun:
         """
         model = self._known_models().get(entry.checkpoint)
         if model is not None and (str(model.status) == _READY or model.tags.get(STATE_TAG) in _CLOSED):
+            self._registry.register(entry.checkpoint, model, entry.tags)
             return
         if model is None:
             model = self._client.create_logged_model(
@@ -136,6 +139,11 @@ class MLflowRun:
         self.log_points(entry.points, model.model_id)
         self._link(model.model_id, entry.step)
         self._known_models()[entry.checkpoint] = self._client.finalize_logged_model(model.model_id, _READY)
+        self._registry.register(entry.checkpoint, model, entry.tags)
+
+    def set_best(self, checkpoint: str) -> None:
+        """Point the registered model's alias `best` at a commit."""
+        self._registry.set_best(checkpoint)
 
     def mark_checkpoint(self, checkpoint: str, tags: Mapping[str, str]) -> None:
         """Set tags of a commit's entry; one that was never entered stays so."""
@@ -146,6 +154,7 @@ class MLflowRun:
         if (status := _CLOSED.get(tags.get(STATE_TAG, ""))) is not None:
             # a checkpoint that is gone or damaged is not "Ready" in the list of models
             self._known_models()[checkpoint] = self._client.finalize_logged_model(model.model_id, status)
+            self._registry.mark(checkpoint, {key: text_of(value) for key, value in tags.items()})
 
     def describe(self, text: str, known: Collection[str]) -> None:
         """Set the description, unless a person has replaced those that this program wrote (`known`, as sha256)."""
@@ -269,12 +278,12 @@ def open_run(
     runs = _runs_of(client, experiment_id, run_id)
     run = next((found for found in runs if (experiment_id, found.info.run_id) == known), None)
     if run is not None:
-        return MLflowRun(client, run), True
+        return _with_registry(client, run, run_dir, run_id), True
     if runs:
-        return MLflowRun(client, runs[0]), False
+        return _with_registry(client, runs[0], run_dir, run_id), False
     tags = {"megamask.run_id": run_id}
     run = client.create_run(experiment_id, start_time=start_ms, run_name=run_dir.name, tags=tags)
-    return MLflowRun(client, run), False
+    return _with_registry(client, run, run_dir, run_id), False
 
 
 def find_run(run_dir: Path, config: MLflowConfig, *, run_id: str) -> MLflowRun | None:
@@ -294,7 +303,12 @@ def find_run(run_dir: Path, config: MLflowConfig, *, run_id: str) -> MLflowRun |
     if experiment is None:
         return None
     runs = _find_runs(client, str(experiment.experiment_id), run_id)
-    return MLflowRun(client, runs[0]) if runs else None
+    return _with_registry(client, runs[0], run_dir, run_id) if runs else None
+
+
+def _with_registry(client: Any, run: Any, run_dir: Path, run_id: str) -> MLflowRun:
+    name, is_served = registered_name(run_dir.name, run_id), str(client.tracking_uri).startswith("http")
+    return MLflowRun(client, run, Registry(client, name, str(run.info.run_id), is_served=is_served))
 
 
 def is_refusal(error: BaseException) -> bool:

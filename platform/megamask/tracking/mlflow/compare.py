@@ -21,18 +21,23 @@ _LARGEST = 1.7976931348623157e308  # MLflow's databases store infinity as the la
 
 
 def contradictions(run: MLflowRun, run_dir: Path, identity: Mapping[str, Any]) -> Iterator[str]:
-    """Yield a sentence for each parameter and point in MLflow that is not what the journal and run.json have."""
+    """Yield a sentence for each parameter, point and commit in MLflow that run.json and the journal contradict."""
     for key, value in identity.items():
         stored = run.params.get(key)
         if stored is not None and stored != text_of(value):
             yield f"parameter {key} is {stored!r}; run.json has {text_of(value)!r}"
-    journalled = _journalled(read_journal(run_dir))
+    records = list(read_journal(run_dir))
+    journalled = _journalled(records)
     for key, values in journalled.items():
         for point in run.history(key):
             known = values.get(point.step)
             if known is not None and not any(_are_equal(point.value, value) for value in known):
                 journal = ", ".join(map(str, sorted(known)))
                 yield f"{key} at step {point.step} is {point.value}; the journal has {journal}"
+    entered = run.checkpoints()
+    for name, entry in _entries(records).items():
+        if name in entered:
+            yield from _commit_problems(run, entry, entered[name])
 
 
 def missing_and_foreign(run: MLflowRun, run_dir: Path) -> Iterator[str]:
@@ -45,17 +50,19 @@ def missing_and_foreign(run: MLflowRun, run_dir: Path) -> Iterator[str]:
         if foreign := stored - values.keys():
             yield f"{key} has {len(foreign)} steps that the journal lacks, the first of them step {min(foreign)}"
     entered = run.checkpoints()
-    entries = {entry.checkpoint: entry for record in records for entry in update_of([record], Memory()).checkpoints}
+    entries = _entries(records)
     for name in sorted(entered.keys() - entries.keys()):
         yield f"checkpoint {name} is not in the journal"
-    for name, entry in entries.items():
-        yield from _commit_problems(run, entry, entered.get(name))
+    for name in sorted(entries.keys() - entered.keys()):
+        yield f"checkpoint {name} is missing"
 
 
-def _commit_problems(run: MLflowRun, entry: CheckpointEntry, params: Mapping[str, str] | None) -> Iterator[str]:
-    if params is None:
-        yield f"checkpoint {entry.checkpoint} is missing"
-        return
+def _entries(records: Iterable[Record]) -> dict[str, CheckpointEntry]:
+    """The entries of a journal's commits by folder name."""
+    return {entry.checkpoint: entry for record in records for entry in update_of([record], Memory()).checkpoints}
+
+
+def _commit_problems(run: MLflowRun, entry: CheckpointEntry, params: Mapping[str, str]) -> Iterator[str]:
     for key in ("digest", "parent", "step", "bytes"):
         if params.get(key) != entry.params[key]:
             yield f"checkpoint {entry.checkpoint}: {key} is {params.get(key)!r}; the journal has {entry.params[key]!r}"

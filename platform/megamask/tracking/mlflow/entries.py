@@ -118,7 +118,10 @@ def checkpoint_of(record: CheckpointCommitted, dataset: tuple[str, str] | None =
         "committed": record.time,
     }
     evaluation = record.evaluation or {}
-    measured = {name: evaluation.get(name) for name in ("nelbo_nats_per_token", "standard_error")}
+    measured = {
+        "bound_nats_per_token": evaluation.get("nelbo_nats_per_token"),
+        "standard_error_nats_per_token": evaluation.get("standard_error"),
+    }
     taken = {"stall_s": record.stall_s, "save_s": record.save_s}
     time = milliseconds(record.time)
     return CheckpointEntry(

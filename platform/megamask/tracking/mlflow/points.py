@@ -45,15 +45,19 @@ __all__ = ["Memory", "Point", "RunStatus", "Update", "milliseconds", "status_aft
 RunStatus = Literal["RUNNING", "FINISHED", "KILLED", "FAILED"]
 
 # By its section, the part before the last "/": MLflow draws those without one first.
+# The first section has what people read first: loss, bits per byte and the bound.
+LOSS = "loss_nats_per_token"
+BOUND = "validation_bound_nats_per_token"
 _STEP_METRICS = {
-    "loss": "loss",
-    "grad_norm": "grad_norm",
-    "learning_rate": "learning_rate",
+    LOSS: "loss",
+    "optimizer/grad_norm": "grad_norm",
+    "optimizer/learning_rate": "learning_rate",
     "progress/consumed_samples": "consumed_samples",
     "progress/consumed_tokens": "consumed_tokens",
     "progress/masked_tokens": "masked_tokens",
     "speed/tokens_per_second": "tokens_per_second",
     "speed/mfu": "mfu",
+    "memory/peak_bytes": "peak_memory_bytes",
 }
 _ASKED_TO_STOP = frozenset({75, 93, 130})
 
@@ -96,6 +100,7 @@ class Update:
         marks: tags to set on commits that are entered already, by folder name.
         texts: artifacts, by path.
         params: of an attempt.
+        best: folder name of the commit that became the best one, if any did.
         is_described_anew: the description is out of date.
         status: the last one that the records imply, if any, with its time.
     """
@@ -107,6 +112,7 @@ class Update:
     marks: dict[str, dict[str, str]] = field(default_factory=dict)
     texts: dict[str, str] = field(default_factory=dict)
     params: dict[str, Any] = field(default_factory=dict)
+    best: str | None = None
     is_described_anew: bool = False
     status: RunStatus | None = None
     status_time_ms: int = 0
@@ -187,6 +193,7 @@ def _add_commit(update: Update, record: CheckpointCommitted, head: str, memory: 
         _alias(update, None if memory.best is None else memory.best["checkpoint"], entry.checkpoint, "best")
         memory.best = {"checkpoint": entry.checkpoint, "step": record.step, "bound": bound}
         update.tags |= {"best_checkpoint": entry.checkpoint, "best_bound_nats_per_token": f"{bound:.6g}"}
+        update.best = entry.checkpoint
         update.is_described_anew = True
 
 
@@ -254,7 +261,7 @@ def _step_points(record: Step, memory: Memory) -> list[Point]:
     values: dict[str, Any] = {key: getattr(record, name) for key, name in _STEP_METRICS.items()}
     if record.nelbo_nats_per_token != record.loss:  # equal where the bound is all of the loss
         values["nelbo_nats_per_token"] = record.nelbo_nats_per_token
-        values |= {f"loss_terms/{term}": value for term, value in (record.loss_terms or {}).items()}
+        values |= {f"loss_terms_nats_per_token/{term}": value for term, value in (record.loss_terms or {}).items()}
     values |= {f"sources/{name}": value for name, value in (record.consumed_by_source or {}).items()}
     if record.nelbo_nats_per_token is not None and memory.bytes_per_token:
         values["bits_per_byte"] = record.nelbo_nats_per_token / math.log(2) / memory.bytes_per_token
@@ -266,15 +273,19 @@ def _step_points(record: Step, memory: Memory) -> list[Point]:
     if record.processed_tokens != record.consumed_tokens:
         values["progress/processed_tokens"] = record.processed_tokens
     values |= {f"step_time_s/{phase}": value for phase, value in (record.seconds or {}).items()}
-    for name, levels in (("loss", record.loss_by_noise_level), ("masked_tokens", record.masked_tokens_by_noise_level)):
+    by_level = {LOSS: record.loss_by_noise_level, "masked_tokens": record.masked_tokens_by_noise_level}
+    for name, levels in by_level.items():
         section = f"{name}_by_noise_level"
         values |= {f"{section}/{k / 10:.1f}-{(k + 1) / 10:.1f}": value for k, value in enumerate(levels or [])}
     return _numbers(values, record, record.step)
 
 
 def _evaluation_points(record: Evaluation, memory: Memory) -> list[Point]:
-    measured = ("nelbo_nats_per_token", "standard_error", "bits_per_byte")
-    values: dict[str, Any] = {f"evaluation/{name}": getattr(record, name) for name in measured}
+    values: dict[str, Any] = {
+        BOUND: record.nelbo_nats_per_token,
+        "evaluation/standard_error_nats_per_token": record.standard_error,
+        "evaluation/bits_per_byte": record.bits_per_byte,
+    }
     values |= {f"evaluation/pair_variance_{name}": value for name, value in (record.pair_variance or {}).items()}
     values |= {f"evaluation/clip_search_{name}": value for name, value in (record.clip_search or {}).items()}
     values |= {f"evaluation/{phase}_s": value for phase, value in (record.seconds or {}).items()}

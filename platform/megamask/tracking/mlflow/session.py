@@ -21,7 +21,7 @@ from megamask.tracking.journal.lines import read_journal
 from megamask.tracking.journal.tail import Position, read_new
 from megamask.tracking.mlflow.client import MLflowRun, open_run
 from megamask.tracking.mlflow.description import description_of
-from megamask.tracking.mlflow.points import Memory, RunStatus, Update, milliseconds, update_of
+from megamask.tracking.mlflow.points import LOSS, Memory, RunStatus, Update, milliseconds, update_of
 from megamask.tracking.mlflow.state import SinkState, load_state, save_state, sending
 from megamask.tracking.mlflow.store import shown_uri, store_of
 
@@ -78,7 +78,7 @@ class Session:
                 state = stored
             else:  # the file or the run was lost: what the run's tag finds is sent to anew
                 state = SinkState(uri=uri, experiment_id=run.experiment_id, run_id=run.run_id)
-                kept_times = {point.step: point.timestamp_ms for point in run.history("loss")}
+                kept_times = {point.step: point.timestamp_ms for point in run.history(LOSS)}
             session = cls(run, run_dir, state, keeps_state=keeps_state, kept_times=kept_times)
             session._describe(record.content)
             session._save()
@@ -109,7 +109,7 @@ class Session:
         """Begin with the journal's first line again: MLflow lost something that it had taken."""
         with sending(self._run_dir):
             self._state.position, self._state.memory, self._state.artifacts = Position(), Memory(), []
-            self._kept_times = {point.step: point.timestamp_ms for point in self.run.history("loss")}
+            self._kept_times = {point.step: point.timestamp_ms for point in self.run.history(LOSS)}
             self._save()
 
     def end(self, status: RunStatus, time_ms: int) -> None:
@@ -158,6 +158,8 @@ class Session:
         run.set_tags(update.tags)
         for entry in update.checkpoints:
             run.log_checkpoint(entry, self._run_dir / entry.location / "COMMIT.json")
+        if update.best is not None:
+            run.set_best(update.best)
         for checkpoint, tags in update.marks.items():
             run.mark_checkpoint(checkpoint, tags)
         for path, text in update.texts.items():

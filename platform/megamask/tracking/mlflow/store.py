@@ -15,6 +15,7 @@ from urllib.parse import parse_qsl, unquote, urlsplit
 from megamask.config.schema.tracking import MLflowConfig
 from megamask.config.secrets import resolve_secret, shown
 from megamask.errors import UsageError
+from megamask.tracking.mlflow.schema import check_schema
 
 URI_KEY = "tracking.mlflow.uri"
 _SQLITE = "sqlite:///"
@@ -56,6 +57,23 @@ def store_of(run_dir: Path, config: MLflowConfig) -> Store:
         return Store(uri=uri)
     database = Path(uri.removeprefix(_SQLITE).partition("?")[0]).absolute()
     return Store(uri=uri, artifacts=(database.parent / "mlartifacts").as_uri(), database=database)
+
+
+def check_target(key: str, run_dir: Path, config: MLflowConfig, *, after: str) -> None:
+    """Refuse a store that can never take a run, before anything starts: no address, or a database of another MLflow.
+
+    Args:
+        key: that names the store.
+        after: what has not happened.
+
+    Raises:
+        UsageError: names what to do.
+    """
+    if config.uri is not None:
+        check_uri(key, resolve_secret(key, config.uri), after=after)
+    store = store_of(run_dir, config)
+    if store.database is not None:
+        check_schema(store.database, after=after)
 
 
 def check_uri(key: str, uri: str, *, after: str) -> None:

@@ -15,7 +15,7 @@ from megamask.runs.record import read_run
 from megamask.tracking.journal.lines import read_journal
 from megamask.tracking.mlflow.client import find_run, is_refusal
 from megamask.tracking.mlflow.compare import contradictions, missing_and_foreign
-from megamask.tracking.mlflow.points import RunStatus, milliseconds
+from megamask.tracking.mlflow.points import LOSS, RunStatus, milliseconds
 from megamask.tracking.mlflow.session import Session
 from megamask.tracking.mlflow.sink import outage_text
 from megamask.tracking.mlflow.state import BusyError
@@ -163,7 +163,7 @@ def _read(run_dir: Path) -> _Journalled:
 
 
 def _stored_steps(session: Session) -> Counter[int]:
-    return Counter(point.step for point in set(session.run.history("loss")))
+    return Counter(point.step for point in set(session.run.history(LOSS)))
 
 
 def _in_turn(action: Callable[[], _Answer], run_dir: Path) -> _Answer:
