@@ -61,6 +61,11 @@ def compare_with_mlflow(run_dir: Path, *, uri: str | None = None) -> list[str]:
     return compare(folder, _target(folder, uri))
 
 
+def mlflow_of(run_dir: Path) -> MLflowConfig:
+    """Return the MLflow of a run's newest attempt; raises as `sync_run`."""
+    return _target(run_dir, None)
+
+
 def _target(run_dir: Path, uri: str | None) -> MLflowConfig:
     stored = newest_config(run_dir)
     config = None if stored is None else stored.tracking.mlflow

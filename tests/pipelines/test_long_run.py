@@ -132,7 +132,9 @@ def check_mlflow(runs: Path, steps: int) -> None:
     [experiment] = [found for found in client.search_experiments() if found.name == "megamask"]
     [run] = client.search_runs([experiment.experiment_id])
     assert run.info.status == "FINISHED"
-    assert [point.step for point in client.get_metric_history(run.info.run_id, "loss_nats_per_token")] == list(range(1, steps + 1))
+    assert [point.step for point in client.get_metric_history(run.info.run_id, "loss_nats_per_token")] == list(
+        range(1, steps + 1)
+    )
 
 
 def show(samples: list[Sample], records: list[dict[str, object]], steps: int) -> None:

@@ -115,6 +115,24 @@ def test_training_refuses_a_uri_that_is_no_tracking_store(tmp_path: Path, capsys
     assert "tracking.mlflow.uri is no tracking store" in capsys.readouterr().err
 
 
+@pytest.mark.promise("a sync writes nothing that contradicts MLflow, and ends with 65 where something does")
+def test_commit_that_mlflow_has_with_another_digest_ends_with_65_and_nothing_is_sent(
+    run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    assert main(["sync", str(run_dir), "--uri", uri]) == 0
+    before = (tmp_path / "mlflow.db").read_bytes()
+    digest = next(r["digest"] for r in journal(run_dir) if r["kind"] == "checkpoint_committed")
+    for path in (run_dir / "journal").iterdir():
+        path.write_text(path.read_text().replace(digest, "0" * 64))
+    capsys.readouterr()
+    assert main(["sync", str(run_dir), "--uri", uri]) == 65
+    error = capsys.readouterr().err
+    assert f"digest is '{digest}'; the journal has '{'0' * 64}'" in error
+    assert "Nothing was sent" in error
+    assert (tmp_path / "mlflow.db").read_bytes() == before
+
+
 @pytest.mark.promise("a sync ends with 74 if the server does not accept it, 2 without a run or a target")
 def test_dead_server_ends_with_74_and_says_what_to_do(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     configured(run_dir, f"uri: http://127.0.0.1:{free_port()}")

@@ -188,6 +188,20 @@ def stored_models(uri: str, run: Any) -> dict[str, Any]:
     return {model.tags["checkpoint"]: model for model in models}
 
 
+def registered_checkpoints(uri: str, run: Any) -> list[str]:
+    """Commits of the run's registered model, in the order of its versions."""
+    store = client(uri)
+    [model] = [
+        found
+        for found in store.search_registered_models(max_results=1000)
+        if found.tags.get("mlflow_run_id") == run.info.run_id
+    ] or [None]
+    if model is None:
+        return []
+    versions = store.search_model_versions(f"name = '{model.name}'", max_results=10000)
+    return [version.tags["checkpoint"] for version in sorted(versions, key=lambda version: int(version.version))]
+
+
 def assert_whole(uri: str, run_dir: Path, status: str, experiment: str = "megamask") -> None:
     """MLflow holds what the journal holds: every step once, as the first attempt took it, every commit, the status."""
     run = stored_run(uri, run_dir, experiment)

@@ -34,13 +34,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="do not score the first token of each row: the same tokens as an autoregressive model",
     )
     parser.add_argument("--seed", type=int, help="seed of the masks; by default run.seed")
+    parser.add_argument("--track", action="store_true", help="put the result on the run's page in MLflow")
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Score a checkpoint.
 
     Returns: nelbo_nats_per_token, exact, objective, standard_error, bits_per_byte, num_tokens, num_bytes, num_samples,
-        checkpoint, digest, step, draws, replicates, seed.
+        checkpoint, digest, step, draws, replicates, seed; with --track also mlflow_page.
     """
     from megamask.errors import UsageError
     from megamask.evaluation.request import EvaluationRequest
@@ -61,11 +62,20 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         objective=arguments.objective,
         given_first=arguments.given_first,
     )
-    return evaluate(Path(arguments.checkpoint), request)
+    path = Path(arguments.checkpoint)
+    if not arguments.track:
+        return evaluate(path, request)
+    from megamask_pipelines.track import evaluation_result, tracked
+
+    return tracked(
+        path,
+        lambda: evaluate(path, request),
+        lambda run_dir, answer: evaluation_result(run_dir, request, answer),
+    )
 
 
 def render(result: Mapping[str, Any]) -> str:
-    """Two lines for a person."""
+    """A few lines for a person."""
     bits = "unknown" if result["bits_per_byte"] is None else f"{result['bits_per_byte']:.4f}"
     nats = f"{result['nelbo_nats_per_token']:.4f} nats per token"
     cost = f"exactly {nats}" if result["exact"] else f"at most {nats} (standard error {result['standard_error']:.4f})"
@@ -73,4 +83,5 @@ def render(result: Mapping[str, Any]) -> str:
     return (
         f"{result['checkpoint']}: {cost}, {bits} bits per byte\n"
         f"{result['num_tokens']} tokens, {result['num_bytes']} bytes in {result['num_samples']} rows{how}"
+        + (f"\nin MLflow: {result['mlflow_page']}" if "mlflow_page" in result else "")
     )

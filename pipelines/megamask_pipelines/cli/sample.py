@@ -19,12 +19,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--block-length", type=int, metavar="N", help="masked tokens finished at a time (all)")
     parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 takes the likeliest token (0)")
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="seed of the sampling noise (0)")
+    parser.add_argument("--track", action="store_true", help="put the text on the run's page in MLflow")
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Decode one sequence.
 
-    Returns: text, infilled, tokens, num_denoising_steps, nfe, checkpoint, step.
+    Returns: text, infilled, tokens, num_denoising_steps, nfe, checkpoint, step; with --track also mlflow_page.
     """
     from megamask.generation.confidence import DecodingOptions
     from megamask_pipelines.sample import SampleRequest, sample
@@ -40,7 +41,12 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     request = SampleRequest(
         prompt=arguments.prompt, text_with_spans=arguments.infill, length=arguments.length, options=options
     )
-    return sample(Path(arguments.checkpoint), request)
+    path = Path(arguments.checkpoint)
+    if not arguments.track:
+        return sample(path, request)
+    from megamask_pipelines.track import sample_result, tracked
+
+    return tracked(path, lambda: sample(path, request), lambda run_dir, answer: sample_result(run_dir, request, answer))
 
 
 def _refuse_undecodable(argument: str, text: str | None) -> None:

@@ -11,9 +11,9 @@ from typing import Any
 from megamask.audit.history import moment, read_history
 from megamask.checkpoint.commit import load_commit
 from megamask.checkpoint.reader import candidates
-from megamask.errors import MegamaskError, UsageError
+from megamask.errors import MegamaskError
 from megamask.runs.claims import claimed_attempts, is_live
-from megamask.runs.configs import newest_config
+from megamask.runs.configs import newest_steps
 from megamask.runs.layout import record_path
 from megamask.runs.record import read_run
 from megamask.runs.status import read_status
@@ -116,8 +116,5 @@ def _incident(record: Mapping[str, Any]) -> dict[str, Any]:
 
 def _steps(run_dir: Path, recorded: int) -> int:
     """training.steps of the newest attempt; of the beginning where no config of an attempt can be read."""
-    try:
-        config = newest_config(run_dir)
-    except UsageError:
-        return recorded
-    return recorded if config is None else config.training.steps
+    steps = newest_steps(run_dir)
+    return recorded if steps is None else steps

@@ -8,16 +8,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from megamask.config.identity import compare_identity, extendable_fields, identity_fields
-from megamask.config.schema.roots import TrainConfig
 from megamask.errors import CheckpointIntegrityError, StorageError, UsageError
 from megamask.runs.laws import LAWS
 from megamask.runs.layout import FOLDERS_OF_A_RUN, RUN_RECORD, record_path
 from megamask.storage.documents import DocumentKind, OwnDigest, decode_document, encode_document
 from megamask.storage.durable import create_exclusive, make_folders, storage_errors
 from megamask.storage.hashing import sha256_bytes
+
+if TYPE_CHECKING:  # `megamask status` reads records and needs no schema
+    from megamask.config.schema.roots import TrainConfig
 
 _KIND = DocumentKind(
     format="megamask-run",
@@ -83,6 +84,8 @@ def _create(
     code_version: str,
     parent_checkpoint: Mapping[str, Any] | None,
 ) -> None:
+    from megamask.config.identity import extendable_fields, identity_fields
+
     run_dir = path.parent
     created = _make_folder(run_dir)
     content = {
@@ -188,6 +191,8 @@ def check_same_run(
     Raises:
         UsageError: names each field that differs, with the stored and the given value.
     """
+    from megamask.config.identity import compare_identity
+
     content = record.content
     compare_identity(dict(content["identity"]), config, where=str(record.path))
     if content["laws"] != LAWS:

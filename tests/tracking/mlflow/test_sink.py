@@ -132,6 +132,7 @@ def test_run_shows_params_metrics_tags_and_config(output_dir: Path) -> None:
 
 
 @pytest.mark.promise("commits and datasets are browsable in MLflow, and a pruned commit remains")
+@pytest.mark.promise("MLflow's registered model of a run has a version for each commit and the alias `best`")
 def test_commits_datasets_and_previews_are_entered_and_a_pruned_commit_stays(output_dir: Path) -> None:
     run_dir = make_run(output_dir, "entries")
     dataset = {"name": "main", "split": "train", "corpus_id": "ab" * 32, "source": "/data", "rows": 3, "tokens": 40}
@@ -162,9 +163,20 @@ def test_commits_datasets_and_previews_are_entered_and_a_pruned_commit_stays(out
     assert [models[name].tags["state"] for name in names] == ["pruned", "committed"]
     for step, name in enumerate(names, 1):
         measured = {metric.key: metric.value for metric in models[name].metrics}
-        assert measured == {"checkpoint/bound_nats_per_token": 5.0 - step, "checkpoint/standard_error_nats_per_token": 0.5}
+        assert measured == {
+            "checkpoint/bound_nats_per_token": 5.0 - step,
+            "checkpoint/standard_error_nats_per_token": 0.5,
+        }
         [kept] = store.list_logged_model_artifacts(models[name].model_id)
         assert kept.path == "COMMIT.json"
+    versions = store.search_model_versions(f"name = 'entries-{run.data.tags['megamask.run_id'][:8]}'")
+    assert {int(version.version): version.tags["checkpoint"] for version in versions} == dict(enumerate(names, 1))
+    assert int(store.get_model_version_by_alias(versions[0].name, "best").version) == 2
+    assert [version.tags["state"] for version in sorted(versions, key=lambda v: int(v.version))] == [
+        "pruned",
+        "committed",
+    ]
+    assert store.get_model_version_download_uri(versions[0].name, "2").startswith("file:")
     artifacts = output_dir / "mlartifacts" / run.info.run_id / "artifacts" / "previews"
     assert sorted(path.name for path in artifacts.iterdir()) == ["step-00000001.txt", "step-00000002.txt"]
     assert "text 2" in (artifacts / "step-00000002.txt").read_text()

@@ -37,11 +37,11 @@ def contradictions(run: MLflowRun, run_dir: Path, identity: Mapping[str, Any]) -
     entered = run.checkpoints()
     for name, entry in _entries(records).items():
         if name in entered:
-            yield from _commit_problems(run, entry, entered[name])
+            yield from _commit_problems(entry, entered[name])
 
 
 def missing_and_foreign(run: MLflowRun, run_dir: Path) -> Iterator[str]:
-    """Yield a sentence for each journalled point and commit that MLflow lacks, and each that the journal lacks."""
+    """Yield a sentence for each point and commit that only one side has, and each COMMIT.json artifact that differs."""
     records = list(read_journal(run_dir))
     for key, values in _journalled(records).items():
         stored = {point.step for point in run.history(key)}
@@ -55,6 +55,10 @@ def missing_and_foreign(run: MLflowRun, run_dir: Path) -> Iterator[str]:
         yield f"checkpoint {name} is not in the journal"
     for name in sorted(entries.keys() - entered.keys()):
         yield f"checkpoint {name} is missing"
+    for name in sorted(entries.keys() & entered.keys()):
+        data = run.commit_artifact(name)
+        if data is not None and hashlib.sha256(data).hexdigest() != entries[name].params["digest"]:
+            yield f"checkpoint {name}: the artifact COMMIT.json does not have the digest of the journal"
 
 
 def _entries(records: Iterable[Record]) -> dict[str, CheckpointEntry]:
@@ -62,13 +66,10 @@ def _entries(records: Iterable[Record]) -> dict[str, CheckpointEntry]:
     return {entry.checkpoint: entry for record in records for entry in update_of([record], Memory()).checkpoints}
 
 
-def _commit_problems(run: MLflowRun, entry: CheckpointEntry, params: Mapping[str, str]) -> Iterator[str]:
+def _commit_problems(entry: CheckpointEntry, params: Mapping[str, str]) -> Iterator[str]:
     for key in ("digest", "parent", "step", "bytes"):
         if params.get(key) != entry.params[key]:
             yield f"checkpoint {entry.checkpoint}: {key} is {params.get(key)!r}; the journal has {entry.params[key]!r}"
-    data = run.commit_artifact(entry.checkpoint)
-    if data is not None and hashlib.sha256(data).hexdigest() != entry.params["digest"]:
-        yield f"checkpoint {entry.checkpoint}: the artifact COMMIT.json does not have the digest of the journal"
 
 
 def _journalled(records: Iterable[Record]) -> dict[str, dict[int, set[float]]]:

@@ -6,7 +6,6 @@ import contextlib
 import errno
 import fcntl
 import os
-import shlex
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -17,7 +16,7 @@ from megamask.storage.documents import DocumentKind, encode_document, read_docum
 from megamask.storage.durable import storage_errors, write_atomic
 from megamask.tracking.journal.tail import Position
 from megamask.tracking.mlflow.points import Memory
-from megamask.tracking.mlflow.store import page_of
+from megamask.tracking.mlflow.store import shown_page
 
 STATE = DocumentKind(format="megamask-mlflow", version=1, is_canonical=False, damage=DataIntegrityError)
 _NO_LOCKS = frozenset({errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL})
@@ -73,11 +72,7 @@ def page_of_run(run_dir: Path) -> str | None:
     state = load_state(run_dir)
     if state is None:
         return None
-    page = page_of(state.uri, state.experiment_id, state.run_id)
-    if page is not None:
-        return page
-    local = page_of("http://127.0.0.1:5000", state.experiment_id, state.run_id)
-    return f"{local} after `mlflow ui --backend-store-uri {shlex.quote(state.uri)}`"
+    return shown_page(state.uri, state.experiment_id, state.run_id)
 
 
 def save_state(run_dir: Path, state: SinkState) -> None:

@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 import secrets
+import shlex
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -49,8 +50,9 @@ def store_of(run_dir: Path, config: MLflowConfig) -> Store:
         UsageError: the uri is env:NAME and that variable is not set.
     """
     if config.uri is None:
-        database = run_dir.parent / "mlflow.db"
-        artifacts = (run_dir.parent / "mlartifacts").as_uri()
+        folder = run_dir.absolute().parent
+        database = folder / "mlflow.db"
+        artifacts = (folder / "mlartifacts").as_uri()
         return Store(uri=f"{_SQLITE}{database}", artifacts=artifacts, database=database)
     uri = resolve_secret(URI_KEY, config.uri)
     if not uri.startswith(_SQLITE):
@@ -134,6 +136,7 @@ def environment(*, timeout_s: int, retries: int) -> dict[str, str]:
         "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
         "MLFLOW_TRUNCATE_LONG_VALUES": "false",  # a value cut in silence is a wrong value
         "MLFLOW_DISABLE_TELEMETRY": "true",
+        "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
         "MLFLOW_LOGGING_LEVEL": "ERROR",
         **_NO_ADDRESS_ON_STDOUT,
     }
@@ -161,6 +164,14 @@ def page_of(uri: str, experiment_id: str, run_id: str) -> str | None:
     if not uri.startswith("http"):
         return None
     return f"{shown_uri(uri).rstrip('/')}/#/experiments/{experiment_id}/runs/{run_id}?workflowType=machine_learning"
+
+
+def shown_page(uri: str, experiment_id: str, run_id: str) -> str:
+    """Return where a person looks at a run: its page, or that of a server which is yet to be started on the store."""
+    if (page := page_of(uri, experiment_id, run_id)) is not None:
+        return page
+    local = page_of("http://127.0.0.1:5000", experiment_id, run_id)
+    return f"{local} after `mlflow ui --backend-store-uri {shlex.quote(uri)}`"
 
 
 def without_credentials(text: str, uri: str) -> str:

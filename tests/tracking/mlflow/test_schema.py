@@ -1,0 +1,65 @@
+"""A database of another MLflow: found before training, without importing MLflow."""
+
+from __future__ import annotations
+
+import sqlite3
+from pathlib import Path
+
+import pytest
+
+from megamask.errors import UsageError
+from megamask.tracking.mlflow.schema import check_schema, known_revisions, stored_revision
+from megamask_pipelines.cli.main import main
+from support.command import tiny
+
+PROMISE = pytest.mark.promise(
+    "an MLflow database with the schema of another version is refused before training, with the fix"
+)
+
+
+def database(path: Path, revision: str) -> Path:
+    with sqlite3.connect(path) as connection:
+        connection.execute("CREATE TABLE alembic_version (version_num VARCHAR(32))")
+        connection.execute("INSERT INTO alembic_version VALUES (?)", (revision,))
+    return path
+
+
+@PROMISE
+def test_newest_known_revision_is_the_one_that_mlflow_wants() -> None:
+    from mlflow.store.db.utils import _get_latest_schema_revision
+
+    assert known_revisions()[-1] == _get_latest_schema_revision()
+
+
+@PROMISE
+def test_schema_of_this_mlflow_passes_and_so_does_a_file_that_is_not_there(tmp_path: Path) -> None:
+    check_schema(database(tmp_path / "mlflow.db", known_revisions()[-1]), after="Nothing was started.")
+    check_schema(tmp_path / "none.db", after="Nothing was started.")
+    assert not (tmp_path / "none.db").exists()
+
+
+def test_file_that_is_no_database_is_left_to_mlflow(tmp_path: Path) -> None:
+    (tmp_path / "mlflow.db").write_text("no database")
+    assert stored_revision(tmp_path / "mlflow.db") is None
+
+
+@PROMISE
+def test_older_and_newer_schemas_are_refused_with_what_to_do(tmp_path: Path) -> None:
+    old, new = database(tmp_path / "old.db", known_revisions()[-2]), database(tmp_path / "new.db", "f" * 12)
+    with pytest.raises(UsageError, match="made by an older MLflow") as found:
+        check_schema(old, after="Nothing was started.")
+    assert f"mlflow db upgrade sqlite:///{old}" in str(found.value.hint)
+    with pytest.raises(UsageError, match="made by a newer MLflow") as found:
+        check_schema(new, after="Nothing was started.")
+    assert "install the MLflow that made it" in str(found.value.hint)
+
+
+@PROMISE
+def test_training_refuses_an_old_database_before_it_claims_the_run(
+    small_corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = database(tmp_path / "mlflow.db", known_revisions()[0]).read_bytes()
+    assert main(["train", *tiny(small_corpus, tmp_path, "old", "tracking.mlflow.enabled=true")]) == 2
+    assert "mlflow db upgrade" in capsys.readouterr().err
+    assert not (tmp_path / "old").exists()
+    assert (tmp_path / "mlflow.db").read_bytes() == before
