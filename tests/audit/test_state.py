@@ -47,6 +47,30 @@ def test_folder_of_runs_is_listed_and_a_damaged_run_does_not_hide_the_others(
     assert "6/6" in lines[0] and "bound 5.3592 at step 6" in lines[0]
 
 
+@pytest.mark.promise("an extension and a change of layout are shown by console, status and MLflow")
+def test_extension_and_change_of_layout_are_shown_by_status(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = unpack(tmp_path)
+    path = run / "journal" / "attempt-0002-000.jsonl"
+    first, *others = path.read_text().splitlines(keepends=True)
+    line = json.loads(first) | {
+        "extended": {"training.steps": [4, 6]},
+        "changed": {"layout.tensor_parallel_size": [1, 2], "world_size": [1, 2]},
+    }
+    assert line["kind"] == "attempt_started"
+    path.write_text(json.dumps(line) + "\n" + "".join(others))
+    assert main(["status", str(run)]) == 0
+    shown = capsys.readouterr().out
+    assert "training.steps 4 -> 6; layout.tensor_parallel_size 1 -> 2; world_size 1 -> 2" in shown
+
+
+@pytest.mark.promise("`megamask status` names the best bound and its checkpoint")
+def test_best_bound_is_named(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    best = run_state(run_dir)["best"]
+    assert best is not None and best["checkpoint"].startswith(f"step-{best['step']:08d}")
+    assert main(["status", str(run_dir)]) == 0
+    assert f"{best['nelbo_nats_per_token']:.4f}" in capsys.readouterr().out
+
+
 def test_folder_without_a_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["status", str(tmp_path)]) == 2
     assert "not a run directory" in capsys.readouterr().err

@@ -85,7 +85,7 @@ def test_tokens_are_those_of_the_reference_network_on_every_rank(run: Any, expec
     assert greedy["tokens"] != noisy["tokens"]
 
 
-@pytest.mark.promise("replicas share the prompts; none waits for another to decode")
+@pytest.mark.promise("replicas share the prompts; each decodes only its own")
 @every_layout
 def test_row_is_the_same_alone_and_when_other_replicas_make_no_preview(run: Any, expected: Any, layouts: Any) -> None:
     alone = [rank["alone"] for rank in layouts(run) if "alone" in rank]

@@ -119,10 +119,12 @@ def test_training_refuses_a_uri_that_is_no_tracking_store(tmp_path: Path, capsys
 def test_commit_that_mlflow_has_with_another_digest_ends_with_65_and_nothing_is_sent(
     run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    uri, digest = f"sqlite:///{tmp_path}/mlflow.db", "ab" * 32
+    with Journal.open(run_dir, 2) as lines:
+        lines.append("attempt_started", attempt=2)
+        lines.append("checkpoint_committed", step=3, checkpoint="step-00000003-a0002", digest=digest)
     assert main(["sync", str(run_dir), "--uri", uri]) == 0
     before = (tmp_path / "mlflow.db").read_bytes()
-    digest = next(r["digest"] for r in journal(run_dir) if r["kind"] == "checkpoint_committed")
     for path in (run_dir / "journal").iterdir():
         path.write_text(path.read_text().replace(digest, "0" * 64))
     capsys.readouterr()

@@ -224,6 +224,7 @@ def test_line_without_its_fields_is_skipped() -> None:
     assert [line.split(" · ")[0] for line in stream.getvalue().splitlines()] == ["step 2/100"]
 
 
+@pytest.mark.promise("an extension and a change of layout are shown by console, status and MLflow")
 def test_attempt_names_what_differs_from_the_attempt_before() -> None:
     line = {
         "kind": "attempt_started",
@@ -237,12 +238,14 @@ def test_attempt_names_what_differs_from_the_attempt_before() -> None:
     )
 
 
+@pytest.mark.promise("a resumed attempt names the checkpoint that it has, in its first step line too")
 def test_resumed_attempt_names_the_checkpoint_that_it_has() -> None:
     stream = io.StringIO()
     shown = console(stream, every=1)
     shown.on_record({"kind": "attempt_started", "attempt": 2, "resumed_from": {"step": 7}})
     shown.on_record(step_record(8))
     assert stream.getvalue().rstrip().endswith("checkpoint 7")
+    assert "no checkpoint yet" not in stream.getvalue()
 
 
 def test_bits_per_byte_needs_both_numbers() -> None:

@@ -120,7 +120,7 @@ def previews(config: TrainConfig, rows: PreviewRows, *, data: int, ranks: int) -
     return results, engines
 
 
-@pytest.mark.promise("replicas share the prompts; none waits for another to decode")
+@pytest.mark.promise("replicas share the prompts; each decodes only its own")
 @pytest.mark.parametrize(("data", "ranks"), [(2, 2), (3, 3), (2, 4), (6, 6)])
 def test_every_layout_writes_what_one_process_writes(corpus: Loader, data: int, ranks: int) -> None:
     """Six coordinates have more than the four prompts: two of them have nothing to decode."""

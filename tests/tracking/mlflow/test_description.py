@@ -16,7 +16,8 @@ RUN = {
         "training.sequence_length": 1024,
         "objective.name": "masked",
         "objective.noise_schedule": "linear",
-        "objective.views": "complementary",
+        "objective.complementary": True,
+        "objective.recipe": None,
     }
 }
 DATASET = {
@@ -80,7 +81,7 @@ def test_description_has_model_corpora_masks_tokens_attempts_best_and_checks() -
     text = description_of(RUN, two_attempts())
     paragraph, corpora, attempts, *checks = text.split("\n\n")
     assert "123,456,789 parameters (12 layers, 768 channels, 1024 tokens a row)" in paragraph
-    assert "name masked, noise_schedule linear, views complementary" in paragraph
+    assert "Objective: masked with noise_schedule linear, complementary yes." in paragraph
     assert "32,000 tokens" in paragraph
     assert "Best checkpoint: `step-00000004-a0002`, at most 2.5000 nats per token" in paragraph
     assert corpora.splitlines() == [
@@ -90,6 +91,6 @@ def test_description_has_model_corpora_masks_tokens_attempts_best_and_checks() -
     ]
     assert attempts.splitlines()[0] == "| attempt | host | user | device | layout | steps | ended |"
     first, second = attempts.splitlines()[2:]
-    assert first == "| 1 | node-1 | ada | cuda | tensor_parallel 1, data_parallel 1 | 1-2 | preempted |"
-    assert second == "| 2 | node-2 | ada | cuda | tensor_parallel 1, data_parallel 2 | 3-4 | all steps are done |"
+    assert first == "| 1 | node-1 | ada | cuda | 1 process | 1-2 | preempted |"
+    assert second == "| 2 | node-2 | ada | cuda | 2 processes, data 2 | 3-4 | all steps are done |"
     assert "megamask verify run RUN --against-mlflow" in "\n".join(checks)

@@ -49,10 +49,7 @@ def _paragraph(identity: Mapping[str, Any], memory: Memory) -> str:
     )
     parameters = memory.facts.get("parameters")
     size = "" if parameters is None else f" of {parameters:,} parameters"
-    objective = ", ".join(
-        f"{key.removeprefix('objective.')} {value}" for key, value in identity.items() if key.startswith("objective.")
-    )
-    text = f"A masked-diffusion language model{size} ({shape}), pretrained with megamask. Objective: {objective}."
+    text = f"A masked-diffusion language model{size} ({shape}), pretrained with megamask. {_objective(identity)}"
     if (tokens := memory.facts.get("tokens")) is not None:
         text += f" It has seen {tokens:,} tokens."
     if memory.best is not None:
@@ -63,8 +60,33 @@ def _paragraph(identity: Mapping[str, Any], memory: Memory) -> str:
     return text
 
 
+def _objective(identity: Mapping[str, Any]) -> str:
+    """Describe how text is masked: every setting of the objective that has a value."""
+    settings = {
+        key.removeprefix("objective."): value for key, value in identity.items() if key.startswith("objective.")
+    }
+    name = settings.pop("name", "not recorded")
+    facts = [f"{key} {_word(value)}" for key, value in settings.items() if value is not None]
+    return f"Objective: {name}{' with ' if facts else ''}{', '.join(facts)}."
+
+
+def _word(value: Any) -> Any:
+    return {True: "yes", False: "no"}[value] if isinstance(value, bool) else value
+
+
+def _layout(attempt: Mapping[str, Any]) -> str:
+    """Processes of an attempt and the axes that share its work; an axis of size 1 shares nothing."""
+    axes = [
+        f"{key.removesuffix('_parallel_size')} {_word(value)}"
+        for key, value in (attempt.get("layout") or {}).items()
+        if key.endswith("_size") and value != 1
+    ]
+    count = attempt.get("world_size")
+    processes = "processes not recorded" if count is None else f"{count} process{'' if count == 1 else 'es'}"
+    return ", ".join([processes, *axes])
+
+
 def _attempt(attempt: Mapping[str, Any]) -> list[Any]:
-    layout = ", ".join(f"{key.removesuffix('_size')} {value}" for key, value in (attempt.get("layout") or {}).items())
     first, last = attempt.get("first_step"), attempt.get("last_step")
     steps = "none" if first is None else f"{first}-{last}"
     return [
@@ -72,7 +94,7 @@ def _attempt(attempt: Mapping[str, Any]) -> list[Any]:
         attempt["host"],
         attempt["user"],
         attempt["device"],
-        layout,
+        _layout(attempt),
         steps,
         attempt.get("reason"),
     ]

@@ -234,7 +234,14 @@ def _add_start(update: Update, record: AttemptStarted, memory: Memory) -> None:
     memory.datasets = record.datasets or memory.datasets
     memory.facts |= {"parameters": record.num_parameters}
     memory.attempts.append(
-        {"number": number, "host": record.host, "user": record.user, "device": record.device, "layout": layout}
+        {
+            "number": number,
+            "host": record.host,
+            "user": record.user,
+            "device": record.device,
+            "world_size": record.world_size,
+            "layout": layout,
+        }
     )
     update.is_described_anew = True
 

@@ -65,7 +65,7 @@ class RunPage:
 
     @property
     def address(self) -> str:
-        """Where a person looks at the run."""
+        """Address where a person looks at the run."""
         return shown_page(self._uri, self._run.experiment_id, self._run.run_id)
 
     def add(self, result: Result) -> None:
