@@ -68,7 +68,7 @@ def _entries(records: Iterable[Record]) -> dict[str, CheckpointEntry]:
 
 def _commit_problems(entry: CheckpointEntry, params: Mapping[str, str]) -> Iterator[str]:
     for key in ("digest", "parent", "step", "bytes"):
-        if params.get(key) != entry.params[key]:
+        if params.get(key, entry.params[key]) != entry.params[key]:
             yield f"checkpoint {entry.checkpoint}: {key} is {params.get(key)!r}; the journal has {entry.params[key]!r}"
 
 
