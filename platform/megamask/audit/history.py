@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from itertools import groupby, pairwise
 from pathlib import Path
 from statistics import median_low
-from typing import Any
+from typing import Any, TypeVar
 
 from megamask.checkpoint.names import parse_folder_name
 from megamask.checkpoint.reader import candidates
@@ -22,12 +22,22 @@ from megamask.runs.claims import claimed_attempts, is_live, read_claim
 from megamask.runs.rank_files import read_rank_failures
 from megamask.runs.status import Status
 from megamask.tracking.journal.lines import JournalFile, Record, Span, journal_files
-from megamask.tracking.records import AttemptStarted, read_record
+from megamask.tracking.records import (
+    AttemptEnded,
+    AttemptStarted,
+    CheckpointCommitted,
+    Evaluation,
+    Incident,
+    JournalRecord,
+    Step,
+    read_record,
+)
 
 _HEAD_BYTES = 1 << 15
 _FIRST_TAIL_BYTES = 1 << 16
 _LAST_TAIL_BYTES = 1 << 22
 _PACE_STEPS = 32
+_Kind = TypeVar("_Kind", bound=JournalRecord)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,11 +91,11 @@ class History:
     """
 
     attempts: list[AttemptHistory] = field(default_factory=list)
-    last_step: Record | None = None
-    last_evaluation: Record | None = None
-    last_line: Record | None = None
+    last_step: Step | None = None
+    last_evaluation: Evaluation | None = None
+    last_line: JournalRecord | None = None
     seconds_per_step: float | None = None
-    incidents: list[Record] = field(default_factory=list)
+    incidents: list[Incident] = field(default_factory=list)
     are_all_incidents: bool = True
 
 
@@ -100,10 +110,10 @@ def read_history(run_dir: Path, status: Status | None) -> History:
         evidence = AttemptEvidence(run_dir, number, read.records, status, newer=newer)
         history.attempts.append(evidence.history(commits.get(number)))
         history.are_all_incidents &= read.is_whole
-        history.incidents += [record for record in read.records if record["kind"] == "incident"]
-        steps = [record for record in read.records if _step_of(record, "step") is not None]
+        history.incidents += [record for record in read.records if isinstance(record, Incident)]
+        steps = [record for record in read.records if isinstance(record, Step)]
         history.last_step = steps[-1] if steps else history.last_step
-        evaluations = [record for record in read.records if record["kind"] == "evaluation"]
+        evaluations = [record for record in read.records if isinstance(record, Evaluation)]
         history.last_evaluation = evaluations[-1] if evaluations else history.last_evaluation
         history.last_line = read.records[-1] if read.records else history.last_line
         history.seconds_per_step = _pace(steps[-_PACE_STEPS:]) if len(steps) > 1 else history.seconds_per_step
@@ -123,7 +133,7 @@ def moment(time: str) -> datetime:
 class _Read:
     """The records at both ends of an attempt's files; is_whole if nothing between was left out."""
 
-    records: list[Record]
+    records: list[JournalRecord]
     is_whole: bool
 
 
@@ -135,19 +145,24 @@ def _read(files: Sequence[JournalFile]) -> _Read:
         if total <= budget + _HEAD_BYTES:
             return _Read(records=_records(span, 0, total), is_whole=True)
         end = _records(span, total - budget, total)
-        if any(_step_of(record, "step") is not None for record in end) or budget >= _LAST_TAIL_BYTES:
+        if any(isinstance(record, Step) for record in end) or budget >= _LAST_TAIL_BYTES:
             break
         budget *= 8
     return _Read(records=[*_records(span, 0, _HEAD_BYTES), *end], is_whole=False)
 
 
-def _records(span: Span, begin: int, end: int) -> list[Record]:
-    return [record for _, line in span.lines(begin, end) if (record := line.record()) is not None]
+def _records(span: Span, begin: int, end: int) -> list[JournalRecord]:
+    return [_typed(record) for _, line in span.lines(begin, end) if (record := line.record()) is not None]
 
 
-def _pace(steps: Sequence[Record]) -> float | None:
+def _typed(line: Record) -> JournalRecord:
+    """The record of a line; one of a kind that this program does not know still has its number and time."""
+    return read_record(line) or JournalRecord(seq=line["seq"], time=line["time"])
+
+
+def _pace(steps: Sequence[Step]) -> float | None:
     """Seconds of a step, the middle one of the last; a clock that jumped does not move it."""
-    times = [moment(step["time"]).timestamp() for step in steps]
+    times = [moment(step.time).timestamp() for step in steps]
     gaps = [later - earlier for earlier, later in pairwise(times) if later > earlier]
     return median_low(gaps) if gaps else None
 
@@ -166,7 +181,7 @@ class AttemptEvidence:
     """Records of one attempt: claim, journal, status.json and failure records."""
 
     def __init__(
-        self, run_dir: Path, number: int, records: Sequence[Record], status: Status | None, *, newer: int | None
+        self, run_dir: Path, number: int, records: Sequence[JournalRecord], status: Status | None, *, newer: int | None
     ) -> None:
         self._run_dir = run_dir
         self._number = number
@@ -177,9 +192,9 @@ class AttemptEvidence:
     def history(self, visible_step: int | None) -> AttemptHistory:
         """Return the attempt's history; `visible_step` is that of its newest visible checkpoint."""
         claim = read_claim(self._run_dir, self._number) or {}
-        started, ended = self._last("attempt_started"), self._last("attempt_ended")
-        resumed = started.get("resumed_from") if started else None
-        steps = [step for record in self._records if (step := _step_of(record, "step")) is not None]
+        started, ended = self._last(AttemptStarted), self._last(AttemptEnded)
+        resumed = started.resumed_from if started else None
+        steps = [record.step for record in self._records if isinstance(record, Step)]
         ranks = read_rank_failures(self._run_dir, self._number)
         outcome, code, reason = self._outcome(ended)
         if ranks and code is None:
@@ -188,10 +203,10 @@ class AttemptEvidence:
         is_running = outcome == "running"
         return AttemptHistory(
             number=self._number,
-            host=_text(claim.get("host") or (started or {}).get("host")),
-            started=_text(claim.get("time") or (self._records[0]["time"] if self._records else None)),
-            ended=None if is_running or not self._records else self._records[-1]["time"],
-            resumed_from=resumed.get("step") if isinstance(resumed, dict) else None,
+            host=_text(claim.get("host") or (started.host if started else None)),
+            started=_text(claim.get("time") or (self._records[0].time if self._records else None)),
+            ended=None if is_running or not self._records else self._records[-1].time,
+            resumed_from=resumed.get("step") if resumed else None,
             first_step=min(steps, default=None),
             last_step=max(steps, default=None),
             committed_step=self._committed(visible_step),
@@ -203,18 +218,17 @@ class AttemptEvidence:
             changes=_changes(started),
         )
 
-    def _last(self, kind: str) -> Record | None:
-        return next((record for record in reversed(self._records) if record["kind"] == kind), None)
+    def _last(self, kind: type[_Kind]) -> _Kind | None:
+        return next((record for record in reversed(self._records) if isinstance(record, kind)), None)
 
     def _committed(self, visible_step: int | None) -> int | None:
-        kind = "checkpoint_committed"
-        told = [step for record in self._records if (step := _step_of(record, kind)) is not None]
+        told = [record.step for record in self._records if isinstance(record, CheckpointCommitted)]
         return max([*told, *([] if visible_step is None else [visible_step])], default=None)
 
-    def _outcome(self, ended: Record | None) -> tuple[str, int | None, str | None]:
+    def _outcome(self, ended: AttemptEnded | None) -> tuple[str, int | None, str | None]:
         """(outcome, exit code, reason) by the journal, else by status.json, else by whether its process lives."""
         if ended is not None:
-            return _text(ended.get("phase")) or "failed", ended.get("exit_code"), _text(ended.get("reason"))
+            return ended.phase or "failed", ended.exit_code, ended.reason
         status = self._status
         if status is not None and status.exit_code is not None:
             return status.phase, status.exit_code, status.reason
@@ -223,18 +237,12 @@ class AttemptEvidence:
         return "running" if is_live(self._run_dir, self._number) else "unknown", None, None
 
 
-def _changes(line: Record | None) -> list[str]:
+def _changes(started: AttemptStarted | None) -> list[str]:
     """Extended settings of an attempt, and layout and device where they differ from the attempt before."""
-    started = None if line is None else read_record(line)
-    if not isinstance(started, AttemptStarted):
+    if started is None:
         return []
     changed = {**(started.extended or {}), **(started.changed or {})}
     return [f"{name} {old} -> {new}" for name, (old, new) in changed.items()]
-
-
-def _step_of(record: Record, kind: str) -> int | None:
-    step = record.get("step") if record["kind"] == kind else None
-    return step if type(step) is int else None
 
 
 def _text(value: Any) -> str | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,6 +16,7 @@ from megamask.runs.configs import newest_steps
 from megamask.runs.layout import record_path
 from megamask.runs.record import read_run
 from megamask.runs.status import read_status
+from megamask.tracking.records import Evaluation, Incident
 
 
 def run_state(run_dir: Path) -> dict[str, Any]:
@@ -38,7 +38,7 @@ def run_state(run_dir: Path) -> dict[str, Any]:
     attempts, checkpoints = claimed_attempts(run_dir), candidates(run_dir)
     alive = bool(attempts) and is_live(run_dir, attempts[-1])
     step, steps = history.last_step, _steps(run_dir, record.recorded_steps)
-    done = step["step"] if step else status.step if status else None
+    done = step.step if step else status.step if status else None
     last = history.last_line
     pace = history.seconds_per_step if alive else None
     return {
@@ -50,8 +50,8 @@ def run_state(run_dir: Path) -> dict[str, Any]:
         "num_attempts": len(attempts),
         "step": done,
         "steps": steps,
-        "loss": step.get("loss") if step else None,
-        "nelbo_nats_per_token": step.get("nelbo_nats_per_token") if step else None,
+        "loss": step.loss if step else None,
+        "nelbo_nats_per_token": step.nelbo_nats_per_token if step else None,
         "evaluation": _evaluation(history.last_evaluation),
         "best": _best(checkpoints),
         "eta_s": None if pace is None or done is None else round(pace * max(0, steps - done), 3),
@@ -59,8 +59,8 @@ def run_state(run_dir: Path) -> dict[str, Any]:
         "reason": status.reason if status else None,
         "node": status.node if status else None,
         "time": status.time if status else None,
-        "last_line_time": last["time"] if last else None,
-        "last_line_age_s": (datetime.now(UTC) - moment(last["time"])).total_seconds() if last else None,
+        "last_line_time": last.time if last else None,
+        "last_line_age_s": (datetime.now(UTC) - moment(last.time)).total_seconds() if last else None,
         "last_checkpoint": checkpoints[0].name if checkpoints else None,
         "num_checkpoints": len(checkpoints),
         "checkpoints": [folder.name for folder in checkpoints],
@@ -105,13 +105,19 @@ def _best(checkpoints: list[Path]) -> dict[str, Any] | None:
     return {"checkpoint": name, "step": -step, "nelbo_nats_per_token": bound}
 
 
-def _evaluation(record: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    names = ("step", "nelbo_nats_per_token", "standard_error", "bits_per_byte")
-    return None if record is None else {name: record.get(name) for name in names}
+def _evaluation(record: Evaluation | None) -> dict[str, Any] | None:
+    if record is None:
+        return None
+    return {
+        "step": record.step,
+        "nelbo_nats_per_token": record.nelbo_nats_per_token,
+        "standard_error": record.standard_error,
+        "bits_per_byte": record.bits_per_byte,
+    }
 
 
-def _incident(record: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: record.get(name) for name in ("time", "incident", "problem")}
+def _incident(record: Incident) -> dict[str, Any]:
+    return {"time": record.time, "incident": record.incident, "problem": record.problem}
 
 
 def _steps(run_dir: Path, recorded: int) -> int:

@@ -10,16 +10,18 @@ from megamask.runs.layout import record_path
 from megamask.runs.record import read_run
 from megamask.runs.status import read_status
 from megamask.tracking.journal.seek import find_step, last_step
+from megamask.tracking.records import Step, read_record
 
 
 def outcome(run_dir: Path, *, step: int | None, exit_code: int, reason: str | None) -> dict[str, Any]:
     """Return run_id, run_dir, step, loss, exit_code and reason; run_id and the loss come from the run directory."""
     line = last_step(run_dir) if step is None else find_step(run_dir, step)
+    record = None if line is None else read_record(line)
     return {
         "run_id": read_run(run_dir).run_id,
         "run_dir": str(run_dir),
         "step": step,
-        "loss": line["loss"] if line else None,
+        "loss": record.loss if isinstance(record, Step) else None,
         "exit_code": exit_code,
         "reason": reason,
     }

@@ -20,6 +20,7 @@ from megamask.tracking.mlflow.session import Session
 from megamask.tracking.mlflow.sink import outage_text
 from megamask.tracking.mlflow.state import BusyError
 from megamask.tracking.mlflow.store import prepare_environment, shown_uri, store_of
+from megamask.tracking.records import AttemptEnded, AttemptStarted, Step, read_record
 
 # Only the person who asked waits: a slow server gets more time than during training.
 _REQUEST_TIMEOUT_S = 30
@@ -151,12 +152,13 @@ def _refuse_contradictions(run_dir: Path, config: MLflowConfig) -> None:
 def _read(run_dir: Path) -> _Journalled:
     steps: set[int] = set()
     is_open, last = False, None
-    for record in read_journal(run_dir):
-        kind, last = record["kind"], record["time"]
-        if kind == "step" and isinstance(record.get("step"), int):
-            steps.add(record["step"])
-        elif kind in ("attempt_started", "attempt_ended"):
-            is_open = kind == "attempt_started"
+    for line in read_journal(run_dir):
+        last = line["time"]
+        match record := read_record(line):
+            case Step():
+                steps.add(record.step)
+            case AttemptStarted() | AttemptEnded():
+                is_open = isinstance(record, AttemptStarted)
     return _Journalled(
         steps=frozenset(steps), open_since_ms=milliseconds(last) if is_open and last is not None else None
     )
