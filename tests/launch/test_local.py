@@ -55,6 +55,22 @@ def test_failure_names_the_rank_that_failed_first_not_the_one_that_lost_it() -> 
     assert failure.message.startswith("rank 1 was killed by SIGKILL")
 
 
+@pytest.mark.multiprocess
+@pytest.mark.promise("the launcher kills a rank that does not end in time after a signal, and ends with 71")
+def test_rank_that_does_not_end_after_a_signal_is_killed_and_the_run_ends_with_71() -> None:
+    script = (
+        "import signal, time\n"
+        "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+        "os.kill(os.getppid(), signal.SIGTERM)\n"
+        "time.sleep(600)\n"
+    )
+    exits = run_local_ranks([script], 1, module="support.rank_script", stop_grace_s=0.5, save_budget_s=0.0)
+    assert [(each.was_overdue, each.returncode) for each in exits] == [(True, -signal.SIGKILL)]
+    failure = failure_of(exits)
+    assert failure is not None and failure.exit_code == ExitCode.HANG
+    assert "did not end within the grace period and was killed" in failure.message
+
+
 def test_failure_of_a_killed_rank_is_told_before_the_report_of_one_that_lost_it() -> None:
     lost = error_with_code(1, "lost the connection to another rank")
     failure = failure_of([ended(1, lost, place=1), ended(-signal.SIGKILL, rank=1, place=0)])

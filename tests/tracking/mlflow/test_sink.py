@@ -242,6 +242,20 @@ def test_deleted_run_is_made_anew_with_its_whole_history(output_dir: Path) -> No
     assert [step for step, _ in history(output_dir, "deleted", "loss_nats_per_token")] == [1, 2, 3]
 
 
+@pytest.mark.promise("a deleted experiment is restored for the next run")
+def test_deleted_experiment_is_restored_and_takes_the_next_run(output_dir: Path) -> None:
+    first = make_run(output_dir, "before")
+    write_attempt(first, 1, range(1, 3), 0, is_done=True)
+    assert send(first, config={"experiment": "once-deleted"})
+    store = client(output_dir)
+    store.delete_experiment(store.get_experiment_by_name("once-deleted").experiment_id)
+    second = make_run(output_dir, "after")
+    write_attempt(second, 1, range(1, 3), 0, is_done=True)
+    assert send(second, config={"experiment": "once-deleted"})
+    assert store.get_experiment_by_name("once-deleted").lifecycle_stage == "active"
+    assert stored_run(output_dir, "after").info.status == "FINISHED"
+
+
 def test_parameter_that_is_written_otherwise_later_keeps_its_first_value(output_dir: Path) -> None:
     """MLflow refuses to change a parameter; a later version that writes the same setting otherwise still sends."""
     run_dir = make_run(output_dir, "params", identity={"optimizer.eps": "1e-8"})

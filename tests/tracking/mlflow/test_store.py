@@ -6,7 +6,14 @@ import pytest
 
 from megamask.config.schema.tracking import MLflowConfig
 from megamask.errors import UsageError
-from megamask.tracking.mlflow.store import check_uri, shown_uri, store_of, without_credentials
+from megamask.tracking.mlflow.store import (
+    check_uri,
+    page_of,
+    shown_page,
+    shown_uri,
+    store_of,
+    without_credentials,
+)
 
 
 @pytest.mark.parametrize(
@@ -45,6 +52,17 @@ def test_default_store_is_a_file_beside_the_run_directories(tmp_path: Path) -> N
     assert store.uri == f"sqlite:///{tmp_path}/runs/mlflow.db"
     assert store.artifacts == f"file://{tmp_path}/runs/mlartifacts"
     assert store_of(tmp_path, MLflowConfig(uri="http://h:5000")).artifacts is None
+
+
+@pytest.mark.promise("printed addresses open the run's page among the runs that train models")
+def test_page_of_a_run_opens_the_pages_of_training_and_shows_no_credential() -> None:
+    address = "https://h/mlflow/#/experiments/3/runs/ab?workflowType=machine_learning"
+    assert page_of("https://u:p@h/mlflow/?token=t", "3", "ab") == address
+    assert page_of("sqlite:///x.db", "3", "ab") is None
+    started = "http://127.0.0.1:5000/#/experiments/3/runs/ab?workflowType=machine_learning"
+    assert shown_page("sqlite:///a b.db", "3", "ab") == (
+        f"{started} after `mlflow ui --backend-store-uri 'sqlite:///a b.db'`"
+    )
 
 
 @pytest.mark.parametrize("uri", ["http://h:5000", "https://h", "sqlite:///x.db", "postgresql://h/db", "databricks"])
