@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import gc
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -138,7 +139,9 @@ def trainer_of(shape: Shape, spec: ModelSpec, arm: Arm, world_size: int) -> Iter
     """The trainer of an arm with what is around it; its memory is free again afterwards."""
     _free_memory()  # of an engine that failed, too
     if torch.cuda.is_available():
-        torch.use_deterministic_algorithms(False)  # the engine before this one may have asked; this one asks itself
+        # the engine before this one may have asked for these; this one asks itself
+        torch.use_deterministic_algorithms(False)
+        os.environ.pop("NVTE_ALLOW_NONDETERMINISTIC_ALGO", None)
     with arm.around():
         made = Trainer(shape, spec, arm, world_size)
         try:

@@ -10,7 +10,7 @@ from typing import Any
 from megamask.engine import probes
 from megamask.engine.device_checks import device_checks
 from megamask.errors import ExitCode
-from megamask.planning.capability import RECIPES, refusal
+from megamask.planning import capability
 from megamask.resilience.preflight.finding import answers
 from megamask.resilience.preflight.host import host_checks
 from megamask.resilience.process_facts import node_name
@@ -73,20 +73,6 @@ def versions() -> dict[str, str | None]:
 
 
 def features() -> list[dict[str, Any]]:
-    """Features that a run with default settings has here: name, is_on, and the reason where it is off."""
-    found = probes.capability()
-    te_reason = None if found.can_run_te else refusal("tensorwise", found)
-    rows: list[tuple[str, str | None]] = [
-        ("GPU", None if found.architecture is not None else "no GPU is visible to torch"),
-        ("Transformer Engine layers (device.layers=auto)", te_reason),
-        *((f"FP8 {recipe} (precision.fp8={recipe})", refusal(recipe, found)) for recipe in RECIPES),
-        ("apex", _APEX[found.apex]),
-    ]
-    return [{"name": name, "is_on": reason is None, "reason": reason} for name, reason in rows]
-
-
-_APEX: dict[str, str | None] = {
-    "present": None,
-    "absent": "not installed; nothing needs it",
-    "unrelated": "another package of that name is installed; it is not used: pip uninstall apex",
-}
+    """Features of a run here (planning/capability.py): name, is_on, and the reason where it is off."""
+    found = capability.features(probes.capability())
+    return [{"name": each.name, "is_on": each.reason is None, "reason": each.reason} for each in found]

@@ -62,7 +62,9 @@ def plan_run(loaded: Loaded[TrainConfig], request: Request) -> dict[str, Any]:
     problems = itertools.chain(
         variant_problems(config, loaded.origins, default_origin=DEFAULT_ORIGIN),
         all_problems(config),
-        capability_problems(config.precision, config.device, _assumed_capability(gpu)),
+        capability_problems(
+            config.precision, config.device, _assumed_capability(gpu), num_experts=config.model.num_experts
+        ),
     )
     reasons = [problem.description(value_of(config, problem.key)) for problem in problems]
     vocab_size, vocab_origin = _vocabulary(config, request.vocab_size)

@@ -187,7 +187,10 @@ def test_deterministic_kernels_are_asked_for_on_a_gpu_without_filling_memory(mon
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
     monkeypatch.setattr(backend, "_choose_kernels", lambda *, has_cuda: "adam")
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    monkeypatch.setenv("NVTE_ALLOW_NONDETERMINISTIC_ALGO", "1")
     assert backend.select_backend({}, deterministic=deterministic).name == "cuda"
+    # megatron-core refuses to build Transformer Engine's attention otherwise
+    assert os.environ["NVTE_ALLOW_NONDETERMINISTIC_ALGO"] == ("0" if deterministic else "1")
     assert asked == ([True] if deterministic else [])
     assert torch.utils.deterministic.fill_uninitialized_memory is not deterministic
     monkeypatch.undo()

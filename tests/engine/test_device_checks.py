@@ -33,6 +33,13 @@ def test_rates_are_positive(number_format: torch.dtype, monkeypatch: pytest.Monk
     assert device_checks.copy_rate(CPU).values["bytes_per_s"] > 0
 
 
+def test_fp8_products_are_measured_where_there_are_units_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert device_checks.fp8_product_rate(CPU).outcome == "skip"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    found = device_checks.fp8_product_rate(torch.device("cuda"))
+    assert found.outcome == "skip" and "8.0 has no FP8 units" in found.message
+
+
 def test_links_need_two_gpus() -> None:
     assert device_checks.peer_rates([CPU]).outcome == "skip"
 

@@ -6,6 +6,7 @@ weights, so later steps agree less closely than the first.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -91,3 +92,14 @@ def test_each_linear_layer_runs_in_its_recipe(recipes: dict[str, Any]) -> None:
 
 def test_delayed_state_inside_the_library_is_saved_and_restored(recipes: dict[str, Any]) -> None:
     assert recipes["state"]
+
+
+@pytest.mark.promise("device.attention=te computes what torch's attention does, on every objective that it takes")
+@pytest.mark.parametrize("size", [1, 2])
+def test_attention_of_the_library_is_torchs(size: int, tmp_path: Path) -> None:
+    for rank in run_gloo(size, worker.__file__, "run_attention", root=str(tmp_path)):
+        for objective, mask in (("masked", "no_mask"), ("autoregressive", "causal")):
+            theirs, ours = rank[f"{objective} te"], rank[f"{objective} sdpa"]
+            assert theirs["masks"] == [mask] and ours["masks"] == []
+            assert theirs["loss"] == pytest.approx(ours["loss"], rel=1e-6)
+            assert theirs["grad_norm"] == pytest.approx(ours["grad_norm"], rel=1e-5)

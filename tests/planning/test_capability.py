@@ -12,7 +12,7 @@ import pytest
 
 from megamask.config.schema.device import DeviceConfig
 from megamask.config.schema.precision import PrecisionConfig
-from megamask.planning.capability import RECIPES, Capability, allowed_recipes, chosen_layers, problems
+from megamask.planning.capability import RECIPES, Capability, allowed_recipes, chosen_layers, features, problems
 
 NEW_CUDA = (13, 0)
 
@@ -31,9 +31,9 @@ def machine(architecture=(9, 0), cuda=NEW_CUDA, te="2.20.2"):
     return Capability(architecture=architecture, cuda=cuda, transformer_engine=te)
 
 
-def messages(capability, device=DeviceConfig(), **precision):  # noqa: B008 - frozen
+def messages(capability, device=DeviceConfig(), num_experts=0, **precision):  # noqa: B008 - frozen
     settings = PrecisionConfig(**precision)
-    found = problems(settings, device, capability)
+    found = problems(settings, device, capability, num_experts=num_experts)
     return [problem.description(getattr(settings, problem.key.split(".")[1], device)) for problem in found]
 
 
@@ -84,6 +84,30 @@ def test_layers_are_chosen_by_what_can_run(layers, capability, chosen):
     assert chosen_layers(PrecisionConfig(), DeviceConfig(layers=layers), capability) == chosen
     emulated = PrecisionConfig(fp8="delayed", fp8_kernels="emulate")
     assert chosen_layers(emulated, DeviceConfig(layers="auto"), capability) == "emulated"
+
+
+@pytest.mark.promise("device.layers=auto takes the local layers for a mixture of experts")
+def test_layers_of_a_mixture_of_experts_are_local():
+    assert chosen_layers(PrecisionConfig(), DeviceConfig(), machine(), num_experts=8) == "local"
+    assert messages(machine(), num_experts=8) == []
+    [message] = messages(machine(), DeviceConfig(attention="te"), num_experts=8)
+    assert "model.num_experts is 8" in message and message.endswith("allowed: auto, sdpa")
+
+
+@pytest.mark.parametrize(
+    ("capability", "off"),
+    [
+        (Capability(), ["GPU", "Transformer Engine", "fused Adam", *RECIPES, "apex"]),
+        (machine(te=None), ["Transformer Engine", "fused Adam", *RECIPES, "apex"]),
+        (machine(), ["mxfp8", "apex"]),
+    ],
+)
+def test_features_of_a_machine_are_those_that_its_runs_may_use(capability, off):
+    for feature in features(capability):
+        assert (feature.reason is not None) == any(word in feature.name for word in off), feature
+    assert {f"FP8 {recipe} (precision.fp8={recipe})" for recipe in RECIPES} < {
+        each.name for each in features(capability)
+    }
 
 
 @pytest.mark.parametrize("capability", [Capability(), machine(None)])

@@ -14,6 +14,7 @@ import torch
 
 from megamask.engine.specs import families
 from megamask.engine.state.restore import read_canonical_weights
+from megamask.objectives.autoregressive import AutoregressiveObjective
 from support import engine_cases as cases
 
 SPECS = {"plain": cases.PLAIN, "options": cases.OPTIONS}
@@ -49,6 +50,38 @@ def run_layout(root: Path, number: int, name: str, layout: dict[str, Any]) -> di
         "is_state_equal": all(torch.equal(first[key], second[key]) for key in first),
         "has_fused_norms": any(key.endswith("layer_norm_weight") for key in names),
     }
+
+
+def run_attention(root: str) -> dict[str, Any]:
+    """First loss and gradient norm with both kinds of attention, by layout; the masks that the library's was given."""
+    import transformer_engine
+
+    families.check_transformer_engine = lambda backend: None
+    answers: dict[str, Any] = {}
+    for name, goal in {"masked": cases.objective(), "autoregressive": autoregressive()}.items():
+        for attention in ("sdpa", "te"):
+            transformer_engine.MASKS_USED.clear()
+            size = torch.distributed.get_world_size()
+            engine = cases.make_engine(
+                cases.OPTIONS,
+                {"tensor_parallel_size": size},
+                layers="te",
+                attention=attention,
+                goal=goal,
+                micro_batch_size=2,
+            )
+            report = cases.take_step(engine, 1)
+            answers[f"{name} {attention}"] = {
+                "loss": report.loss,
+                "grad_norm": report.grad_norm,
+                "masks": sorted(set(transformer_engine.MASKS_USED)),
+            }
+            engine.close()
+    return answers
+
+
+def autoregressive() -> AutoregressiveObjective:
+    return AutoregressiveObjective(vocabulary=cases.vocabulary(cases.OPTIONS), mask_logit="excluded")
 
 
 DEEP = dataclasses.replace(cases.OPTIONS, num_layers=3)

@@ -16,6 +16,7 @@ from megamask.resilience.preflight.finding import Check, Finding
 
 _SIZE, _SMALL_SIZE = 8192, 512  # of the matrices on a GPU, on a CPU
 _REPEATS = 5
+_FIRST_FP8 = (8, 9)  # compute capability
 _COPY_BYTES, _SMALL_COPY_BYTES = 1 << 30, 1 << 26
 _PEER_LIMIT_S, _COLLECTIVE_LIMIT_S = 30.0, 60.0
 
@@ -36,6 +37,7 @@ def device_checks(*, with_collectives: bool = True) -> list[Check]:
                 limit_s=30.0,
             )
         )
+    checks.append(Check(name="fp8 products", run=_bound(fp8_product_rate, devices[0]), limit_s=30.0))
     checks.append(Check(name="memory bandwidth", run=_bound(copy_rate, devices[0]), limit_s=30.0))
     checks.append(Check(name="links between GPUs", run=lambda: peer_rates(devices), limit_s=_PEER_LIMIT_S))
     if with_collectives:
@@ -72,6 +74,24 @@ def product_rate(device: torch.device, number_format: torch.dtype) -> Finding:
     rate = 2 * size**3 / seconds
     values = {"flops_per_s": rate, "size": size}
     return Finding(outcome="pass", message=f"{rate / 1e12:,.3g} TFLOP/s at {size} x {size}", values=values)
+
+
+def fp8_product_rate(device: torch.device) -> Finding:
+    """Median rate of a square product of E4M3 numbers, quantised beforehand."""
+    if device.type != "cuda":
+        return Finding(outcome="skip", message="a CPU has no FP8 units; precision.fp8_kernels=emulate needs none")
+    if (found := torch.cuda.get_device_capability(device)) < _FIRST_FP8:
+        return Finding(outcome="skip", message=f"compute capability {found[0]}.{found[1]} has no FP8 units")
+    generator = torch.Generator().manual_seed(1)
+    left, right = (torch.randn(_SIZE, _SIZE, generator=generator).to(device).to(torch.float8_e4m3fn) for _ in range(2))
+    one, turned = torch.ones((), device=device), right.t()  # the kernel reads its second operand by columns
+
+    def multiply() -> torch.Tensor:
+        return torch._scaled_mm(left, turned, scale_a=one, scale_b=one, out_dtype=torch.bfloat16)
+
+    rate = 2 * _SIZE**3 / _median_seconds(multiply, device)
+    values = {"flops_per_s": rate, "size": _SIZE}
+    return Finding(outcome="pass", message=f"{rate / 1e12:,.3g} TFLOP/s at {_SIZE} x {_SIZE}", values=values)
 
 
 def copy_rate(device: torch.device) -> Finding:

@@ -83,7 +83,8 @@ class Engine:
         backend = select_backend(deterministic=device.deterministic)
         self._collectives = Collectives(backend.device)
         mesh = Mesh.from_layout(layout, rank=self._collectives.rank, world_size=self._collectives.world_size)
-        layers = chosen_layers(precision, device, capability())
+        num_experts = 0 if spec.experts is None else spec.experts.num_experts
+        layers = chosen_layers(precision, device, capability(), num_experts=num_experts)
         family = layer_family(layers, backend)
         groups = ProcessGroups(mesh)
         self._spec, self._host_copy = spec, HostCopy(backend)

@@ -118,7 +118,7 @@ class Fp8:
             from megamask.engine.layers.fp8_te import calibrating
 
             configs = [network.config for network in self._networks]
-            with calibrating(configs, [module for _, module in self._products()], self._group):
+            with calibrating(configs, [module for _, module in self._products()]):
                 yield
         for place in self._places:
             history, scale = place.scales.read()

@@ -65,7 +65,7 @@ def check_machine(config: TrainConfig) -> None:
     Raises:
         UsageError: key and value, reason, allowed values.
     """
-    for problem in problems(config.precision, config.device, capability()):
+    for problem in problems(config.precision, config.device, capability(), num_experts=config.model.num_experts):
         raise UsageError(
             f"{problem.description(reduce(getattr, problem.key.split('.'), config))}. Nothing was started.",
             hint=f"change {problem.key}",

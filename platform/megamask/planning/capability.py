@@ -80,17 +80,61 @@ def allowed_recipes(capability: Capability) -> list[str]:
     return [recipe for recipe in RECIPES if refusal(recipe, capability) is None]
 
 
-def chosen_layers(precision: PrecisionConfig, device: DeviceConfig, capability: Capability) -> str:
-    """The layer family that a config means on a machine: "te", "local" or "emulated"."""
+def chosen_layers(
+    precision: PrecisionConfig, device: DeviceConfig, capability: Capability, *, num_experts: int = 0
+) -> str:
+    """The layer family that a config means on a machine: "te", "local" or "emulated".
+
+    Args:
+        num_experts: model.num_experts; Transformer Engine's layers have none, so `auto` is local where there are any.
+    """
     if precision.fp8 != "none" and precision.fp8_kernels == "emulate":
         return "emulated"
     if device.layers != "auto":
         return device.layers
-    return "te" if capability.can_run_te else "local"
+    return "te" if capability.can_run_te and num_experts == 0 else "local"
 
 
-def problems(precision: PrecisionConfig, device: DeviceConfig, capability: Capability) -> Iterator[Problem]:
-    """Settings that a machine cannot carry out."""
+@dataclass(frozen=True, kw_only=True)
+class Feature:
+    """Something that a run may use.
+
+    Args:
+        reason: why it is off; None where it is on.
+    """
+
+    name: str
+    reason: str | None
+
+
+def features(capability: Capability) -> list[Feature]:
+    """What runs on a machine: layers and optimizer with default settings, and number formats that one may ask for."""
+    te_reason = None
+    if not capability.can_run_te:
+        te_reason = refusal("tensorwise", capability)
+    rows = {
+        "GPU": None if capability.architecture is not None else "no GPU is visible to torch",
+        "Transformer Engine layers (device.layers=auto)": te_reason,
+        "Transformer Engine attention (device.attention=te)": te_reason,
+        "fused Adam": te_reason,
+        **{f"FP8 {recipe} (precision.fp8={recipe})": refusal(recipe, capability) for recipe in RECIPES},
+        "FP8 emulated (precision.fp8_kernels=emulate)": None,
+        "apex": _APEX[capability.apex],
+    }
+    return [Feature(name=name, reason=reason) for name, reason in rows.items()]
+
+
+_APEX: Mapping[str, str | None] = {
+    "present": None,
+    "absent": "not installed; nothing needs it",
+    "unrelated": "another package of that name is installed; it is not used: pip uninstall apex",
+}
+
+
+def problems(
+    precision: PrecisionConfig, device: DeviceConfig, capability: Capability, *, num_experts: int = 0
+) -> Iterator[Problem]:
+    """Settings that a machine cannot carry out; `num_experts` as for `chosen_layers`."""
     if precision.fp8 != "none" and precision.fp8_kernels == "te":
         reason = refusal(precision.fp8, capability)
         if reason is not None:
@@ -109,11 +153,13 @@ def problems(precision: PrecisionConfig, device: DeviceConfig, capability: Capab
             because=f"but {missing}",
             allowed="auto, local; checkpoints of both kinds of layers load into each other",
         )
-    if device.attention == "te" and chosen_layers(precision, device, capability) != "te":
+    if device.attention == "te" and chosen_layers(precision, device, capability, num_experts=num_experts) != "te":
+        has_experts = num_experts > 0 and capability.can_run_te
         yield Problem(
             key="device.attention",
-            because="but the layers are not Transformer Engine's",
-            allowed="auto, sdpa; or te with device.layers=te on a machine that has it",
+            because="but the layers are not Transformer Engine's"
+            + (f": model.num_experts is {num_experts}, and those have no experts" if has_experts else ""),
+            allowed="auto, sdpa" + ("" if has_experts else "; or te with device.layers=te on a machine that has it"),
         )
 
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
+import torch.nn.functional as F
 import transformer_engine.pytorch as te
 from megatron.core.fp8_utils import get_fp8_recipe
 
@@ -53,26 +53,19 @@ def te_scales(config: Any, modules: list[Any]) -> list[TeScales]:
 
 
 @contextlib.contextmanager
-def calibrating(configs: Sequence[Any], modules: list[Any], group: dist.ProcessGroup) -> Iterator[None]:
+def calibrating(configs: Sequence[Any], modules: list[Any]) -> Iterator[None]:
     """Inside, passes record magnitudes and quantise nothing.
 
-    The library records inputs and weights, those of the latest pass; the largest of all passes are kept here, and
-    gradients are recorded as they reach the modules.
+    The library's own calibration records nothing: outside an FP8 context version 2.20.2 hands its modules no quantizers
+    (`_get_quantizers` of module/linear.py). Operands are looked at as they reach the modules; the largest of all passes
+    is kept.
     """
-    recipe, fp8 = get_fp8_recipe(configs[0]), configs[0].fp8
-    seen = {module: torch.zeros_like(module.fp8_meta["scaling_fwd"].amax_history[0]) for module in modules}
-
-    def record_forward(module: Any, *unused: Any) -> None:
-        torch.maximum(seen[module], module.fp8_meta["scaling_fwd"].amax_history[0], out=seen[module])
-
+    fp8 = configs[0].fp8
     hooks = [module.register_full_backward_pre_hook(_record_gradient) for module in modules]
-    hooks += [module.register_forward_hook(record_forward) for module in modules]
+    hooks += [module.register_forward_pre_hook(_record_operands) for module in modules]
     _set_fp8(configs, None)  # megatron-core then enters no context of its own
     try:
-        with te.fp8_autocast(enabled=False, calibrating=True, fp8_recipe=recipe, fp8_group=group):
-            yield
-        for module, amax in seen.items():
-            module.fp8_meta["scaling_fwd"].amax_history[0].copy_(amax)
+        yield
     finally:
         _set_fp8(configs, fp8)
         for hook in hooks:
@@ -82,6 +75,16 @@ def calibrating(configs: Sequence[Any], modules: list[Any], group: dist.ProcessG
 def _set_fp8(configs: Sequence[Any], fp8: str | None) -> None:
     for config in configs:
         config.fp8 = fp8
+
+
+@torch.no_grad()
+def _record_operands(module: Any, inputs: tuple[torch.Tensor, ...]) -> None:
+    x = inputs[0]
+    if (norm := getattr(module, "layer_norm_weight", None)) is not None:  # fused: the product's input is its output
+        x = F.rms_norm(x, norm.shape, norm, module.eps)
+    amax = torch.stack((amax_of(x), amax_of(module.weight)))
+    now = module.fp8_meta["scaling_fwd"].amax_history[0, :2]
+    now.copy_(torch.maximum(now, amax))
 
 
 def _record_gradient(module: Any, gradients: tuple[torch.Tensor | None, ...]) -> None:

@@ -20,6 +20,9 @@ __version__ = "2.20.2"
 RECIPES_USED: list[tuple[str, str | None]] = []
 """(class of the module, recipe of the context) of every linear forward pass."""
 
+MASKS_USED: list[str] = []
+"""Mask of every pass through attention."""
+
 _state: dict[str, Any] = {"recipe": None}
 
 
@@ -148,11 +151,44 @@ class RMSNorm(torch.nn.Module):
 
 
 class DotProductAttention(torch.nn.Module):
-    """Never built: the engine's own attention is the core attention."""
+    """Attention of complete rows, without a mask or causal."""
 
-    def __init__(self, *args: Any, **options: Any) -> None:
+    def __init__(
+        self,
+        num_attention_heads: int,
+        kv_channels: int,
+        num_gqa_groups: int | None = None,
+        attention_dropout: float = 0.0,
+        attn_mask_type: str = "causal",
+        sequence_parallel: bool = False,
+        tp_size: int = 1,
+        get_rng_state_tracker: Any = None,
+        tp_group: Any = None,
+        layer_number: int | None = None,
+        attention_type: str = "self",
+        softmax_scale: float | None = None,
+    ) -> None:
         super().__init__()
-        raise NotImplementedError("the substitute has no attention")
+        self.heads, self.channels = num_attention_heads // tp_size, kv_channels
+        self.scale, self.attn_mask_type = softmax_scale, attn_mask_type
+
+    def forward(
+        self,
+        query_layer: torch.Tensor,
+        key_layer: torch.Tensor,
+        value_layer: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        attn_mask_type: str | None = None,
+        **options: Any,
+    ) -> torch.Tensor:
+        """[s, b, h, d], [s, b, g, d] twice -> [s, b, h*d]; contiguous, as the library's kernels take them."""
+        assert attention_mask is None and all(x.is_contiguous() for x in (query_layer, key_layer, value_layer))
+        assert query_layer.shape[2:] == (self.heads, self.channels)
+        MASKS_USED.append(attn_mask_type or self.attn_mask_type)
+        q, k, v = (x.permute(1, 2, 0, 3) for x in (query_layer, key_layer, value_layer))
+        k, v = (x.repeat_interleave(q.size(1) // x.size(1), dim=1) for x in (k, v))
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=MASKS_USED[-1] == "causal", scale=self.scale)
+        return y.permute(2, 0, 1, 3).reshape(*query_layer.shape[:2], -1)
 
 
 @contextlib.contextmanager
