@@ -108,7 +108,7 @@ class Feature:
 
 
 def features(capability: Capability) -> list[Feature]:
-    """What runs on a machine: layers and optimizer with default settings, and number formats that one may ask for."""
+    """Layers and optimizer of a run with default settings, and the number formats that one may ask for."""
     te_reason = None
     if not capability.can_run_te:
         te_reason = refusal("tensorwise", capability)
