@@ -8,14 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from megamask.config.schema.roots import TrainConfig
-from megamask.errors import ExitCode, MegamaskError
+from megamask.errors import MegamaskError
+from megamask.launch.failures import failure_of
 from megamask.launch.local import run_local_ranks
-from megamask.launch.ranks import failure_of, killed_by
+from megamask.launch.run_observer import RunObserver
+from megamask.launch.watch import StopGrace
 from megamask.provenance.redaction import reason_of
 from megamask.resilience.exit_codes import combine
 from megamask.resilience.signals import StopRequest
 from megamask.runs.claims import claimed_attempts, read_claim
-from megamask.runs.rank_files import write_rank_failure
 from megamask.runs.status import Status, read_status, write_status
 from megamask.training.outcome import outcome
 from megamask.training.stopping import StopReason
@@ -34,9 +35,9 @@ def train_in_local_ranks(
         arguments,
         num_processes,
         signals=signals,
-        stop_grace_s=config.launch.stop_grace_s,
-        save_budget_s=config.launch.effective_save_budget_s,
-        on_killed=lambda pid, rank, number: _record_killed(run_dir, before, pid=pid, rank=rank, signal=number),
+        grace=StopGrace(grace_s=config.launch.stop_grace_s, save_budget_s=config.launch.effective_save_budget_s),
+        watchdog=config.launch.watchdog,
+        observer=_LocalObserver(run_dir, before),
     )
     if (failure := failure_of(exits)) is not None:
         with contextlib.suppress(MegamaskError, OSError):  # the failure must be reported in any case
@@ -49,18 +50,11 @@ def train_in_local_ranks(
     return outcome(run_dir, step=status.step, exit_code=exit_code, reason=status.reason)
 
 
-def _record_killed(run_dir: Path, before: int, *, pid: int, rank: int, signal: int) -> None:
-    """Write the failure record of a rank that was killed, while the other ranks look for it.
+class _LocalObserver(RunObserver):
+    """Observer of ranks whose first process claims the run."""
 
-    Args:
-        before: the newest attempt when the ranks were started; theirs is later.
-        pid: of rank 0, which claimed the run.
-    """
-    with contextlib.suppress(MegamaskError, OSError):  # the launcher reports it at the end as well
-        for attempt in claimed_attempts(run_dir, after=before):
-            claim = read_claim(run_dir, attempt)
-            if claim is not None and claim.get("pid") == pid:
-                write_rank_failure(run_dir, attempt, rank=rank, exit_code=int(ExitCode.BUG), reason=killed_by(signal))
+    def owns(self, claim: dict[str, object]) -> bool:
+        return claim.get("pid") == self.first_pid
 
 
 def _close_status(run_dir: Path, failure: MegamaskError, pids: set[int]) -> None:

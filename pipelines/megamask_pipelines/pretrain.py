@@ -13,7 +13,7 @@ from megamask.config.schema.layout import nearest_replicas
 from megamask.config.schema.roots import TrainConfig
 from megamask.errors import MegamaskError
 from megamask.launch.placement import rank_place
-from megamask.launch.ranks import leave_report
+from megamask.launch.rank_folder import leave_report
 from megamask.resilience.heartbeat import Heartbeat
 from megamask.resilience.parent_death import die_with_parent
 from megamask.resilience.signals import StopRequest

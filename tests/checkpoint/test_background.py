@@ -12,7 +12,7 @@ import pytest
 
 from megamask.checkpoint import background
 from megamask.checkpoint.background import Work, WorkState, all_done
-from megamask.launch.ranks import FAILURE_GRACE_S
+from megamask.launch.watch import FAILURE_GRACE_S
 from megamask.resilience import daemon_threads
 from support.command import environment
 from support.thread_world import ThreadEngine, ThreadWorld

@@ -12,10 +12,12 @@ from pathlib import Path
 import pytest
 
 from megamask.errors import ExitCode, MegamaskError, NumericsError, UsageError, error_with_code
-from megamask.launch import ranks as launch_ranks
+from megamask.launch import watch as launch_watch
+from megamask.launch.failures import RankExit, failure_of
 from megamask.launch.local import run_local_ranks
 from megamask.launch.placement import rank_place
-from megamask.launch.ranks import RankExit, failure_of, leave_report
+from megamask.launch.rank_folder import leave_report
+from megamask.launch.watch import Observer
 from megamask.resilience.signals import StopRequest
 
 TESTS = Path(__file__).parents[1]
@@ -81,14 +83,16 @@ def test_failure_of_a_killed_rank_is_told_before_the_report_of_one_that_lost_it(
 @pytest.mark.promise("the launcher reports at once which rank was killed, not which it stops")
 @pytest.mark.multiprocess
 def test_launcher_tells_at_once_which_rank_was_killed_but_not_whom_it_stops(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch_ranks, "FAILURE_GRACE_S", 0.5)
+    monkeypatch.setattr(launch_watch, "FAILURE_GRACE_S", 0.5)
     script = "import time, signal\nos.kill(os.getpid(), signal.SIGKILL) if rank == 1 else time.sleep(60)"
     told: list[tuple[int, int]] = []
+    observer = Observer()
+    monkeypatch.setattr(observer, "killed", lambda rank, number: told.append((rank, number)))
     exits = run_local_ranks(
         [script],
         2,
         module="support.rank_script",
-        on_killed=lambda pid, rank, number: told.append((rank, number)),
+        observer=observer,
     )
     assert told == [(1, signal.SIGKILL)]
     assert [(e.returncode, e.was_stopped) for e in exits] == [(-signal.SIGKILL, True), (-signal.SIGKILL, False)]
@@ -157,7 +161,7 @@ def test_a_report_travels_from_the_rank_to_the_launcher() -> None:
     script = (
         "from megamask.errors import DataIntegrityError\n"
         "from megamask.launch.placement import rank_place\n"
-        "from megamask.launch.ranks import leave_report\n"
+        "from megamask.launch.rank_folder import leave_report\n"
         "assert rank_place().rank == rank\n"
         "if rank == 1:\n"
         "    assert leave_report(DataIntegrityError('row 7 is damaged', hint='restore it'))\n"
@@ -176,13 +180,13 @@ def test_no_report_is_left_outside_a_local_launch(monkeypatch: pytest.MonkeyPatc
 
 
 def test_other_ranks_are_stopped_when_rank_0_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch_ranks, "REFUSAL_GRACE_S", 0.2)
+    monkeypatch.setattr(launch_watch, "REFUSAL_GRACE_S", 0.2)
     exits = ranks("import time\nif rank == 0: raise SystemExit(2)\ntime.sleep(300)")
     assert [e.returncode for e in exits] == [2, -signal.SIGKILL]
 
 
 def test_rank_0_is_stopped_when_another_rank_has_failed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch_ranks, "FAILURE_GRACE_S", 0.2)
+    monkeypatch.setattr(launch_watch, "FAILURE_GRACE_S", 0.2)
     exits = ranks("import time\nif rank == 1: raise SystemExit(1)\ntime.sleep(300)")
     assert [(e.returncode, e.was_stopped) for e in exits] == [(-signal.SIGKILL, True), (1, False)]
     failure = failure_of(exits)

@@ -18,7 +18,7 @@ import pytest
 
 from megamask.config.load import load_train_config
 from megamask.errors import UsageError
-from megamask.launch.ranks import leave_report
+from megamask.launch.rank_folder import leave_report
 from megamask.provenance import redaction
 from megamask.provenance.redaction import (
     forget_secrets,

@@ -96,9 +96,7 @@ def _run_node(arguments: argparse.Namespace, signals: StopRequest) -> dict[str, 
             run_dir,
             ranks_per_node=_ranks_per_node(loaded.config, place),
             signals=signals,
-            stop_grace_s=loaded.config.launch.stop_grace_s,
-            save_budget_s=loaded.config.launch.effective_save_budget_s,
-            no_progress_attempts=loaded.config.launch.no_progress_attempts,
+            launch=loaded.config.launch,
         )
     except MegamaskError as error:
         if place.node == 0:  # the other nodes wait for a verdict

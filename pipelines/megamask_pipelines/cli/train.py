@@ -32,8 +32,10 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     Returns: run_id, run_dir, step, loss, exit_code, reason; with --check the answer of `check_run`.
     """
     from megamask.resilience.signals import StopRequest
+    from megamask.resilience.stacks import offer_stacks
     from megamask.resilience.surroundings import raise_descriptor_limit
 
+    offer_stacks()
     # no reverse DNS, or a peer that is not there yet: torch's C++ code prints a trace for each try
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     raise_descriptor_limit()
@@ -44,7 +46,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 def _train(arguments: argparse.Namespace, signals: StopRequest) -> dict[str, Any]:
     from megamask.config.load import load_train_config
     from megamask.config.validate import validate_train
-    from megamask.launch.ranks import leave_report
+    from megamask.launch.rank_folder import leave_report
     from megamask.provenance.redaction import redacted, register_references
     from megamask.runs.layout import run_path
     from megamask.tracking.mlflow.store import URI_KEY, check_target

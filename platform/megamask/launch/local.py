@@ -1,14 +1,17 @@
-"""All ranks of a layout on this machine: what `megamask train` does when no launcher placed it."""
+"""Ranks of a layout on this machine: `megamask train` where no launcher placed it."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
 import socket
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
+from megamask.config.schema.watchdog import WatchdogConfig
 from megamask.errors import UsageError
-from megamask.launch.ranks import SAVE_BUDGET_S, STOP_GRACE_S, Gang, RankExit, run_ranks
+from megamask.launch.failures import RankExit
+from megamask.launch.ranks import Gang, run_ranks
+from megamask.launch.watch import Observer, StopGrace
 from megamask.resilience.signals import StopRequest
 
 _LOOPBACK = "127.0.0.1"
@@ -20,11 +23,11 @@ def run_local_ranks(
     *,
     module: str = "megamask_pipelines.cli.main",
     signals: StopRequest | None = None,
-    stop_grace_s: float = STOP_GRACE_S,
-    save_budget_s: float = SAVE_BUDGET_S,
-    on_killed: Callable[[int, int, int], None] | None = None,
+    grace: StopGrace | None = None,
+    watchdog: WatchdogConfig | None = None,
+    observer: Observer | None = None,
 ) -> list[RankExit]:
-    """Runs `megamask ARGUMENTS` once per rank on this machine; arguments and result as of `run_ranks`."""
+    """Run `megamask ARGUMENTS` once per rank on this machine; arguments and result as of `run_ranks`."""
     with _listening_socket() as listener:
         gang = Gang(
             num_ranks=world_size,
@@ -39,9 +42,9 @@ def run_local_ranks(
             gang,
             module=module,
             signals=signals,
-            stop_grace_s=stop_grace_s,
-            save_budget_s=save_budget_s,
-            on_killed=on_killed,
+            grace=grace,
+            watchdog=watchdog,
+            observer=observer,
         )
 
 

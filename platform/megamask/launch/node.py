@@ -12,10 +12,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from megamask.config.schema.launch import LaunchConfig
 from megamask.errors import ExitCode, MegamaskError, error_with_code
+from megamask.launch.failures import failure_of
+from megamask.launch.job_observer import JobObserver
 from megamask.launch.meeting import listening, meeting, wait_for_name
 from megamask.launch.placement import NodePlace
-from megamask.launch.ranks import Gang, RankExit, failure_of, killed_by, run_ranks
+from megamask.launch.ranks import Gang, run_ranks
 from megamask.launch.verdict import (
     Verdict,
     append_history,
@@ -29,11 +32,12 @@ from megamask.launch.verdict import (
     write_meeting,
     write_verdict,
 )
+from megamask.launch.watch import StopGrace
 from megamask.resilience.exit_codes import combine
 from megamask.resilience.process_facts import node_name
 from megamask.resilience.signals import StopRequest
-from megamask.runs.claims import claimed_attempts, read_claim
-from megamask.runs.rank_files import read_rank_failures, write_rank_failure
+from megamask.runs.claims import claimed_attempts
+from megamask.runs.rank_files import read_rank_failures
 from megamask.runs.status import Status, read_status, write_status
 
 _CODES_S = 5.0
@@ -48,9 +52,7 @@ def run_node(
     *,
     ranks_per_node: int,
     signals: StopRequest,
-    stop_grace_s: float,
-    save_budget_s: float,
-    no_progress_attempts: int = 3,
+    launch: LaunchConfig,
     module: str = "megamask_pipelines.cli.main",
 ) -> tuple[Verdict, MegamaskError | None]:
     """Run this node's ranks of `megamask ARGUMENTS` to their end.
@@ -58,7 +60,7 @@ def run_node(
     Args:
         arguments: the command line of the ranks, as ["train", CONFIG, ...].
         run_dir: run directory, on storage that all nodes share.
-        no_progress_attempts: starts of the job that may fail at the same step; the last one ends with 93.
+        launch: grace periods, limits of the watchdog, and how many starts of the job may fail at the same step.
 
     Returns: the job's verdict, the same on every node that is alive, and the failure to show, if this node has one.
     Raises:
@@ -66,7 +68,7 @@ def run_node(
         StorageError: the launch folder refuses.
     """
     folder = launch_folder(run_dir, place.token)
-    before = max(claimed_attempts(run_dir), default=0)
+    observer = JobObserver(folder, place, run_dir, max(claimed_attempts(run_dir), default=0))
     with contextlib.ExitStack() as stack:
         listener = stack.enter_context(listening(place)) if place.node == 0 else None
         if listener is not None:
@@ -79,17 +81,16 @@ def run_node(
             _gang(place, ranks_per_node, address, port, listener),
             module=module,
             signals=signals,
-            stop_grace_s=stop_grace_s,
-            save_budget_s=save_budget_s,
-            on_killed=lambda _pid, rank, number: _record_killed(run_dir, before, rank, number),
-            has_ended_elsewhere=lambda: read_verdict(folder) is not None,
+            grace=StopGrace(grace_s=launch.stop_grace_s, save_budget_s=launch.effective_save_budget_s),
+            watchdog=launch.watchdog,
+            observer=observer,
         )
     failure = failure_of(exits)
     own = combine([rank_exit.returncode for rank_exit in exits]) if failure is None else int(failure.exit_code)
     write_codes(folder, place.node, [own])
     if place.node == 0:
-        verdict = _judge(folder, place, run_dir, before, own, exits)
-        verdict, failure = _after_history(folder, verdict, failure, no_progress_attempts)
+        verdict = _judge(folder, place, run_dir, observer.attempt, own)
+        verdict, failure = _after_history(folder, verdict, failure, launch.no_progress_attempts)
         _close_status(run_dir, verdict, failure)
         write_verdict(folder, verdict)
         return verdict, failure
@@ -110,11 +111,10 @@ def _gang(place: NodePlace, ranks_per_node: int, address: str, port: int, listen
     )
 
 
-def _judge(folder: Path, place: NodePlace, run_dir: Path, before: int, own: int, exits: Sequence[RankExit]) -> Verdict:
+def _judge(folder: Path, place: NodePlace, run_dir: Path, attempt: int | None, own: int) -> Verdict:
     """The verdict of node 0, from all nodes' codes and the failure records of the attempt that its rank 0 claimed."""
     others = range(1, place.num_nodes)
     wait_until(lambda: all(read_codes(folder, node) is not None for node in others), _CODES_S)
-    attempt = _own_attempt(run_dir, before, place.token)
     failures = {} if attempt is None else read_rank_failures(run_dir, attempt)
     answers = [read_codes(folder, node) for node in others]
     code = job_code(own, answers, [failure.exit_code for failure in failures.values()])
@@ -123,14 +123,6 @@ def _judge(folder: Path, place: NodePlace, run_dir: Path, before: int, own: int,
     suspects = [failure.node for failure in failures.values() if failure.exit_code == code]
     node = suspects[0] if suspects and code in _SUSPECT_CODES else node_name()
     return Verdict(code=code, step=step, attempt=attempt or 0, node=node)
-
-
-def _own_attempt(run_dir: Path, before: int, token: str) -> int | None:
-    """The attempt that this start of the job claimed: a newer one may belong to another job."""
-    for attempt in reversed(claimed_attempts(run_dir, after=before)):
-        if (read_claim(run_dir, attempt) or {}).get("token") == token:
-            return attempt
-    return None
 
 
 def _after_history(
@@ -151,14 +143,6 @@ def _after_history(
     )
     append_history(folder, replace(verdict, code=int(ExitCode.DO_NOT_REQUEUE)))  # the next start counts anew
     return replace(verdict, code=int(ExitCode.DO_NOT_REQUEUE)), error
-
-
-def _record_killed(run_dir: Path, before: int, rank: int, number: int) -> None:
-    """Write the failure record of a killed rank, so that the other ranks name it."""
-    with contextlib.suppress(MegamaskError, OSError):
-        if attempts := claimed_attempts(run_dir, after=before):
-            reason = killed_by(number)
-            write_rank_failure(run_dir, attempts[-1], rank=rank, exit_code=int(ExitCode.BUG), reason=reason)
 
 
 def _close_status(run_dir: Path, verdict: Verdict, failure: MegamaskError | None) -> None:

@@ -1,7 +1,8 @@
 """The progress mark of a rank: which step, in which section, since when; readable while the rank is stuck.
 
 A launcher gives each rank a small file, which the rank maps into its memory. The mark is written by storing a few
-bytes, so another process can read it even when this one hangs inside a C++ library or is stopped.
+bytes, so another process can read it even when this one hangs inside a C++ library or is stopped. It changes when the
+rank enters a section; a rank that makes no progress leaves the mark as it is, so no thread has to keep it alive.
 """
 
 from __future__ import annotations
@@ -15,11 +16,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 VARIABLE = "MEGAMASK_HEARTBEAT"
-# In the order in which an attempt passes through them; steps, evaluations, previews and saves alternate.
-SECTIONS = ("import", "rendezvous", "restore", "step", "evaluation", "preview", "save", "close")
+# In the order in which an attempt passes through them. From "step" to "agreement", where all ranks agree on whether to
+# go on, they alternate.
+SECTIONS = ("import", "rendezvous", "restore", "step", "evaluation", "preview", "save", "agreement", "close")
 # Nothing can be lost here: no step has been taken since the newest checkpoint.
 BEFORE_TRAINING = frozenset({"import", "rendezvous", "restore"})
-_MARK = struct.Struct("<8sQqqdQ")  # magic, sequence, step, section, seconds of the monotonic clock, sequence again
+# The first steps of an attempt compile kernels and allocate memory; their duration says nothing about the later ones.
+FIRST_STEPS = 2
+# magic, sequence, step, section, seconds of the monotonic clock, steps begun, longest stay in s, sequence again
+_MARK = struct.Struct("<8sQqqdqdQ")
 _MAGIC = b"MEGABEAT"
 _SIZE = 64
 
@@ -32,11 +37,17 @@ class Mark:
         step: the step it is taking, or has completed last.
         section: one of SECTIONS.
         since: seconds of this machine's monotonic clock when it entered.
+        num_steps: steps begun by this process.
+        longest_s: longest completed stay in this section so far; the first steps are left out.
+        sequence: number of marks written before; 0 for a mark that was not read from a file.
     """
 
     step: int
     section: str
     since: float
+    num_steps: int = 0
+    longest_s: float = 0.0
+    sequence: int = 0
 
     @property
     def place(self) -> tuple[int, int]:
@@ -53,12 +64,12 @@ class Heartbeat:
 
     def __init__(self, path: Path | None = None) -> None:
         self._mapped: mmap.mmap | None = None
-        self._sequence = 0
+        self._longest = dict.fromkeys(SECTIONS, 0.0)
         if path is not None:
             # a launcher that has gone away takes its file along: the mark is a help only
             with contextlib.suppress(OSError, ValueError), path.open("r+b") as file:
                 self._mapped = mmap.mmap(file.fileno(), _SIZE)
-        self.mark = Mark(step=0, section="import", since=time.monotonic())
+        self.mark = Mark(step=0, section="import", since=time.monotonic(), sequence=1)
         self._write()
 
     @classmethod
@@ -68,17 +79,26 @@ class Heartbeat:
         return cls(Path(name) if name else None)
 
     def enter(self, section: str, step: int | None = None) -> None:
-        """Mark the beginning of a section; `step` None keeps the step."""
-        step = self.mark.step if step is None else step
-        self.mark = Mark(step=step, section=section, since=time.monotonic())
+        """Mark the beginning of a section; `step`, the number of a step that begins, None keeps it."""
+        now, left = time.monotonic(), self.mark
+        if left.section != "step" or left.num_steps > FIRST_STEPS:
+            self._longest[left.section] = max(self._longest[left.section], now - left.since)
+        self.mark = Mark(
+            step=left.step if step is None else step,
+            section=section,
+            since=now,
+            num_steps=left.num_steps + (step is not None and section == "step"),
+            longest_s=self._longest[section],
+            sequence=left.sequence + 1,
+        )
         self._write()
 
     def _write(self) -> None:
         if self._mapped is None:
             return
-        self._sequence += 1
-        mark = self.mark
-        packed = _MARK.pack(_MAGIC, self._sequence, mark.step, SECTIONS.index(mark.section), mark.since, self._sequence)
+        mark, section = self.mark, SECTIONS.index(self.mark.section)
+        facts = (mark.step, section, mark.since, mark.num_steps, mark.longest_s)
+        packed = _MARK.pack(_MAGIC, mark.sequence, *facts, mark.sequence)
         self._mapped[: len(packed)] = packed
 
 
@@ -96,9 +116,16 @@ def read_mark(path: Path) -> Mark | None:
             return None
         if len(content) < _MARK.size:
             return None
-        magic, before, step, section, since, after = _MARK.unpack_from(content)
+        magic, sequence, step, section, since, num_steps, longest_s, after = _MARK.unpack_from(content)
         if magic != _MAGIC:
             return None
-        if before == after and 0 <= section < len(SECTIONS):
-            return Mark(step=step, section=SECTIONS[section], since=since)
+        if sequence == after and 0 <= section < len(SECTIONS):
+            return Mark(
+                step=step,
+                section=SECTIONS[section],
+                since=since,
+                num_steps=num_steps,
+                longest_s=longest_s,
+                sequence=sequence,
+            )
     return None

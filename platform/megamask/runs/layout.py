@@ -4,6 +4,7 @@
     config/attempt-NNNN.yaml          resolved settings of each attempt
     attempts/NNNN/claim.json          owner of the attempt
     attempts/NNNN/rank-RRRRR.json     failure record of a rank
+    attempts/NNNN/stacks-RRRRR.txt    Python stacks of a rank of a job that hung
     status.json                       last known state
     journal/attempt-NNNN-RRR.jsonl    record of the run
     checkpoints/                      commits
@@ -65,6 +66,11 @@ def claim_path(run_dir: Path, attempt: int) -> Path:
 def rank_path(run_dir: Path, attempt: int, rank: int) -> Path:
     """Return the path of a rank's failure record."""
     return attempt_folder(run_dir, attempt) / f"rank-{rank:05d}.json"
+
+
+def stacks_path(run_dir: Path, attempt: int, rank: int) -> Path:
+    """Return the path of a rank's stacks."""
+    return attempt_folder(run_dir, attempt) / f"stacks-{rank:05d}.txt"
 
 
 def journal_folder(run_dir: Path) -> Path:

@@ -115,7 +115,7 @@ def train(run: TrainingRun) -> StopReason:
         for hook in run.hooks:
             run.heartbeat.enter(hook.section)
             hook.after_step(progress, record)
-        run.heartbeat.enter("step")
+        run.heartbeat.enter("agreement")
     for hook in run.hooks:
         run.heartbeat.enter(hook.section)
         hook.on_stop(progress, reason)

@@ -10,6 +10,7 @@ from megamask.config.rules import launch as rules
 from megamask.config.rules.problem import Problem
 from megamask.config.schema.field import operational, section
 from megamask.config.schema.section import Section
+from megamask.config.schema.watchdog import WatchdogConfig
 
 if TYPE_CHECKING:
     from megamask.config.schema.roots import TrainConfig
@@ -236,6 +237,7 @@ class LaunchConfig(Section):
         pattern=r"/[A-Za-z0-9_.@+=,/-]*",
         pattern_words="an absolute path of letters, digits and _ . @ + = , / -",
     )
+    watchdog: WatchdogConfig = section()
     slurm: SlurmConfig = section()
     kubernetes: KubernetesConfig = section()
 
