@@ -326,3 +326,16 @@ def test_goodput_accounts_for_each_attempt(told, capsys):
 def test_goodput_takes_one_run(told, capsys):
     assert main(["status", str(told.parent), "--goodput"]) == 2
     assert "--goodput takes one run" in capsys.readouterr().err
+
+
+def test_slow_rank_is_shown_once_with_what_was_measured_last(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    journal = Journal.open(run_dir, claim(run_dir))
+    for step, seconds in ((300, 1.25), (600, 1.5)):
+        fields = {"rank": 3, "node": "gpu-7", "section": "passes", "median_s": 1.0}
+        journal.append("straggler", step=step, seconds_per_step=seconds, **fields)
+    journal.close()
+    found = status(run_dir, capsys)["stragglers"]
+    assert [(line["rank"], line["step"]) for line in found] == [(3, 300), (3, 600)]
+    assert main(["status", str(run_dir)]) == 0
+    told = capsys.readouterr().out
+    assert told.count("rank 3 on gpu-7 (passes, 1.5 s a step, median 1 s, at step 600)") == told.count("gpu-7") == 1

@@ -76,6 +76,7 @@ def render(result: dict[str, Any]) -> str:
         "best": _best(result["best"]),
         "commits": _commits(result["checkpoints"]),
         "incidents": _incidents(result),
+        "slow": _stragglers(result["stragglers"]),
     }
     lines = [f"{name:10} {fact}" for name, fact in facts.items() if fact is not None]
     lines += _attempt_lines(result["attempts"])
@@ -165,6 +166,17 @@ def _incidents(result: dict[str, Any]) -> str | None:
         return None
     count = result["num_incidents"] if result["are_all_incidents"] else f"at least {result['num_incidents']}"
     return f"{count}, the newest {_clock(last['time'])} {last['incident']}: {_short(last['problem'])}"
+
+
+def _stragglers(named: Sequence[Mapping[str, Any]]) -> str | None:
+    """The ranks that were named as slow, each once, with what was measured last."""
+    newest = {(straggler["rank"], straggler["section"]): straggler for straggler in named}
+    told = [
+        f"rank {rank} on {straggler['node']} ({section}, {straggler['seconds_per_step']:.3g} s a step, median "
+        f"{straggler['median_s']:.3g} s, at step {straggler['step']})"
+        for (rank, section), straggler in newest.items()
+    ]
+    return ", ".join(told) or None
 
 
 def _attempt_lines(attempts: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -30,6 +30,7 @@ from megamask.tracking.records import (
     Incident,
     JournalRecord,
     Step,
+    Straggler,
     read_record,
 )
 
@@ -87,6 +88,7 @@ class History:
     Args:
         last_step, last_evaluation, last_line: the newest records, or None.
         seconds_per_step: pace of the last steps by their times; None with fewer than two.
+        stragglers: slow ranks that were named in what was read, oldest first.
         incidents: those in what was read, oldest first; are_all_incidents is true if that is all of the journal.
     """
 
@@ -95,6 +97,7 @@ class History:
     last_evaluation: Evaluation | None = None
     last_line: JournalRecord | None = None
     seconds_per_step: float | None = None
+    stragglers: list[Straggler] = field(default_factory=list)
     incidents: list[Incident] = field(default_factory=list)
     are_all_incidents: bool = True
 
@@ -111,6 +114,7 @@ def read_history(run_dir: Path, status: Status | None) -> History:
         history.attempts.append(evidence.history(commits.get(number)))
         history.are_all_incidents &= read.is_whole
         history.incidents += [record for record in read.records if isinstance(record, Incident)]
+        history.stragglers += [record for record in read.records if isinstance(record, Straggler)]
         steps = [record for record in read.records if isinstance(record, Step)]
         history.last_step = steps[-1] if steps else history.last_step
         evaluations = [record for record in read.records if isinstance(record, Evaluation)]

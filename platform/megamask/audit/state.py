@@ -16,7 +16,9 @@ from megamask.runs.configs import newest_steps
 from megamask.runs.layout import record_path
 from megamask.runs.record import read_run
 from megamask.runs.status import read_status
-from megamask.tracking.records import Evaluation, Incident
+from megamask.tracking.records import Evaluation, Incident, Straggler
+
+_STRAGGLERS = 5
 
 
 def run_state(run_dir: Path) -> dict[str, Any]:
@@ -25,9 +27,9 @@ def run_state(run_dir: Path) -> dict[str, Any]:
     Returns:
         run_id, run_dir, phase, is_live, attempt, num_attempts, step, steps, loss, nelbo_nats_per_token, evaluation,
         best, eta_s, attempt_exit_code, reason, node, time, last_line_time, last_line_age_s, last_checkpoint,
-        num_checkpoints, checkpoints (newest first), num_incidents, are_all_incidents, last_incident, attempts. Unknown
-        values are null. step is the last one journalled. Only the ends of a long journal are read:
-        are_all_incidents is true if num_incidents counts all of it.
+        num_checkpoints, checkpoints (newest first), stragglers (the newest five), num_incidents, are_all_incidents,
+        last_incident, attempts. Unknown values are null. step is the last one journalled. Only the ends of a long
+        journal are read: are_all_incidents is true if num_incidents counts all of it.
 
     Raises:
         UsageError: not a run directory.
@@ -64,6 +66,7 @@ def run_state(run_dir: Path) -> dict[str, Any]:
         "last_checkpoint": checkpoints[0].name if checkpoints else None,
         "num_checkpoints": len(checkpoints),
         "checkpoints": [folder.name for folder in checkpoints],
+        "stragglers": [_straggler(record) for record in history.stragglers[-_STRAGGLERS:]],
         "num_incidents": len(history.incidents),
         "are_all_incidents": history.are_all_incidents,
         "last_incident": _incident(history.incidents[-1]) if history.incidents else None,
@@ -118,6 +121,11 @@ def _evaluation(record: Evaluation | None) -> dict[str, Any] | None:
 
 def _incident(record: Incident) -> dict[str, Any]:
     return {"time": record.time, "incident": record.incident, "problem": record.problem}
+
+
+def _straggler(record: Straggler) -> dict[str, Any]:
+    names = ("time", "step", "rank", "node", "section", "seconds_per_step", "median_s")
+    return {name: getattr(record, name) for name in names}
 
 
 def _steps(run_dir: Path, recorded: int) -> int:

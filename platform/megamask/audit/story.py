@@ -29,6 +29,7 @@ from megamask.tracking.records import (
     RunCompleted,
     RunStarted,
     Step,
+    Straggler,
     read_record,
 )
 
@@ -160,7 +161,7 @@ class JournalAudit:
             case Evaluation():
                 self._is_reached(story, record.kind, record.step)
                 story.evaluations[record.step] = bound_of(record)
-            case CheckpointStarted():
+            case CheckpointStarted() | Straggler():
                 self._is_reached(story, record.kind, record.step)
             case CheckpointCommitted():
                 self._checkpoint_committed(story, record)

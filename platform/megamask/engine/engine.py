@@ -28,6 +28,7 @@ from megamask.engine.layers.router import Routing
 from megamask.engine.mesh import Mesh, ProcessGroups
 from megamask.engine.network import build_network, wrap_data_parallel
 from megamask.engine.optimizer import ShardedAdamW
+from megamask.engine.own_time import PassClock
 from megamask.engine.parameters import mark_parameters, named_buffers, named_parameters, parameter_table
 from megamask.engine.passes import RankModel
 from megamask.engine.probes import capability
@@ -124,6 +125,7 @@ class Engine:
         self._settings = StepSettings(
             micro_batch_size=training.micro_batch_size, head_chunk_rows=training.head_chunk_rows, seed=seed
         )
+        self._pass_clock = PassClock(chunks[0].config, backend.device)
         self.arithmetic = _arithmetic(precision, layers)
         # forward-only passes have the shape of training's, so that a layout that can train can score
         self._rows_per_pass = training.micro_batch_size * objective.shape(training.sequence_length).num_views
@@ -176,6 +178,7 @@ class Engine:
         optimizer.zero_gradients()
         if (routing := rank_model.routing) is not None:
             routing.begin_step(num_rows=share.num_rows)
+        self._pass_clock.begin()
         losses = share.forward_backward(counts)
         rank_model.backend.synchronize()
         middle = time.perf_counter()
@@ -202,6 +205,7 @@ class Engine:
             expert_counts=losses.expert_counts,
             forward_backward_s=middle - began,
             optimizer_s=time.perf_counter() - middle,
+            passes_s=self._pass_clock.seconds(),
         )
 
     def score(self, rows: Rows) -> torch.Tensor:

@@ -44,6 +44,7 @@ class StepReport:
         content_sum: sum mod 2^64 of the content hashes, global batch.
         expert_counts: tokens of the step by layer and expert, all views; None for a dense network.
         forward_backward_s, optimizer_s: seconds on this rank.
+        passes_s: seconds of this rank's own passes, before it exchanges gradients with the others.
     """
 
     loss: float
@@ -59,6 +60,7 @@ class StepReport:
     content_sum: int
     forward_backward_s: float
     optimizer_s: float
+    passes_s: float = 0.0
     expert_counts: list[list[int]] | None = None
 
 

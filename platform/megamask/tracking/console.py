@@ -26,6 +26,7 @@ from megamask.tracking.records import (
     RunCompleted,
     SamplePreview,
     Step,
+    Straggler,
     read_record,
 )
 
@@ -279,6 +280,11 @@ def _event_text(record: JournalRecord) -> str | None:
             return f"checkpoint of step {record.step} committed{digest}{waited}"
         case Incident():
             return f"incident: {record.incident}: {record.problem}"
+        case Straggler():
+            return (
+                f"rank {record.rank} on {record.node} is slow: {_number(record.seconds_per_step)} s a step in "
+                f"{record.section}, where the median is {_number(record.median_s)} s"
+            )
         case AttemptEnded():
             reason = f": {record.reason}" if record.reason else ""
             return f"attempt ended at step {record.step} with exit code {record.exit_code}{reason}"

@@ -247,6 +247,25 @@ class Incident(JournalRecord):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Straggler(JournalRecord):
+    """A rank that was slower than the others in three windows in a row (training/stragglers.py).
+
+    Args:
+        node: of the rank, as its scheduler calls it.
+        section: `data` for reading, `passes` for its forward and backward passes.
+        seconds_per_step, median_s: mean of the last window, of this rank and the median of all.
+    """
+
+    kind = "straggler"
+    step: int
+    rank: int
+    node: str
+    section: str
+    seconds_per_step: float | None = None
+    median_s: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class SamplePreview(JournalRecord):
     """Texts that the network wrote during training.
 
@@ -296,6 +315,7 @@ RECORDS: Mapping[str, type[JournalRecord]] = {
         CheckpointCommitted,
         CheckpointPruned,
         Incident,
+        Straggler,
         SamplePreview,
         AttemptEnded,
         RunCompleted,

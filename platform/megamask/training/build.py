@@ -17,6 +17,7 @@ from megamask.models.counts import flops_per_token
 from megamask.objectives.base import Objective
 from megamask.objectives.shapes import ObjectiveShape
 from megamask.resilience.heartbeat import Heartbeat
+from megamask.resilience.process_facts import node_name
 from megamask.resilience.signals import StopRequest
 from megamask.resilience.stop_deadline import StoppedBeforeTraining
 from megamask.tracking.journal.seek import has_record
@@ -32,6 +33,7 @@ from megamask.training.run_data import RunData
 from megamask.training.starting import verify_source
 from megamask.training.startup import StartupClock
 from megamask.training.stopping import StopFlag
+from megamask.training.stragglers import StragglerWatch
 
 if TYPE_CHECKING:
     import torch
@@ -208,6 +210,7 @@ def _hooks(
     evaluation = PeriodicEvaluation(attempt, config.evaluation, measure, has_line("evaluation"))
     hooks: list[Hook] = [
         StepJournal(attempt),
+        *([StragglerWatch(engine, attempt, node=node_name())] if engine.world_size > 1 else []),
         evaluation,
         PeriodicPreview(attempt, config.preview.every_steps, preview, has_line("sample_preview")),
         PeriodicCheckpoint(
