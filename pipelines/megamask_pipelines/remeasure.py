@@ -23,8 +23,8 @@ from megamask.config.load import load_stored_config
 from megamask.config.schema.roots import TrainConfig
 from megamask.data.manifest import MANIFEST_NAME
 from megamask.errors import CheckpointIntegrityError
+from megamask.launch.failures import failure_of
 from megamask.launch.local import run_local_ranks
-from megamask.launch.ranks import failure_of
 from megamask.provenance.record import code_version, library_versions
 from megamask.resilience.process_facts import node_name
 from megamask.runs.layout import config_path

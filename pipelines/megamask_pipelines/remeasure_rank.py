@@ -13,7 +13,7 @@ from typing import Any
 from megamask.config.load import load_stored_config
 from megamask.config.schema.roots import TrainConfig
 from megamask.errors import MegamaskError
-from megamask.launch.ranks import leave_report
+from megamask.launch.rank_folder import leave_report
 from megamask.resilience.parent_death import die_with_parent
 from megamask.runs.layout import checkpoints_folder
 from megamask_pipelines.remeasure import Remeasurement

@@ -66,13 +66,13 @@ def run_ranks(
 
     The first rank keeps this process's stdin and stderr. No rank keeps stdout: the caller prints the result. Signals of
     STOP_SIGNALS go to every rank once; ranks that do not end in time (`grace`) are killed, and so are all of them when
-    one exceeds the watchdog's limits. The ranks die with this process.
+    one exceeds the watchdog's limits; without a watchdog none is watched. The ranks die with this process.
 
     Returns: one RankExit per rank, in rank order.
     """
     observer = observer or Observer()
     with rank_folder() as folder:
-        watch = Watch(gang.ranks, folder, grace or StopGrace(), watchdog or WatchdogConfig(), observer)
+        watch = Watch(gang.ranks, folder, grace or StopGrace(), watchdog or WatchdogConfig(enabled=False), observer)
         try:
             with watch.forwarding():
                 for rank in gang.ranks:
