@@ -43,6 +43,7 @@ CLEAN_ROOMS: tuple[str, ...] = (
     "platform/megamask/errors.py",
     "platform/megamask/evaluation",
     "platform/megamask/generation",
+    "platform/megamask/launch",
     "platform/megamask/models",
     "platform/megamask/objectives",
     "platform/megamask/planning",

@@ -1,4 +1,4 @@
-"""How the ranks of a node ended, and the one error to show for all of them."""
+"""End of a node's ranks, and the one error to show for all of them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ AGREED = (0, ExitCode.PREEMPTED, ExitCode.DO_NOT_REQUEUE)
 
 @dataclass(frozen=True, kw_only=True)
 class RankExit:
-    """How one rank ended.
+    """End of one rank.
 
     Args:
         pid: of its process, as its claim names it.
@@ -23,7 +23,7 @@ class RankExit:
         place_of_end: 0 for the rank that ended first.
         was_stopped: the launcher killed it after another rank had failed.
         was_overdue: the launcher killed it because it had not ended within the grace period after a signal.
-        was_hung: the launcher killed it because the job made no progress; `report` says so.
+        was_hung: the launcher killed it because the job made no progress; `report` is the hang.
         report: the error that the rank left for the launcher, or None.
         stderr_tail: the end of its stderr, where that was kept aside.
     """

@@ -1,7 +1,7 @@
 """A hang of a job's ranks: where each of them is, which one the others wait for, and in words.
 
 A rank that is stopped, or that is in no call that waits for others, holds up the rest. Where all of them wait, the one
-with the smallest (step, section) is behind. Ranks that cannot be told apart are all named.
+with the smallest (step, section) is behind. Ranks that cannot be distinguished are all named.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _NAMED = 8
 
 @dataclass(frozen=True, kw_only=True)
 class Standing:
-    """Where a rank is while its job hangs.
+    """Place of a rank while its job hangs.
 
     Args:
         still_s, limit_s: how long it has been in its section, and may be.
@@ -105,7 +105,7 @@ def examine(
 
 
 def behind(standings: Sequence[Standing]) -> list[Standing]:
-    """Return the ranks that hold up the others; several where they cannot be told apart."""
+    """Return the ranks that hold up the others; several where they cannot be distinguished."""
     first = min(standing.order for standing in standings)
     return [standing for standing in standings if standing.order == first]
 

@@ -47,7 +47,7 @@ class SecretKey:
 
 @dataclass(frozen=True, kw_only=True)
 class SlurmOptions:
-    """What only Slurm knows.
+    """Options of Slurm alone.
 
     Args:
         gpu_type: type of GPU, as h100; None where the cluster names none.
@@ -69,7 +69,7 @@ class SlurmOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class KubernetesOptions:
-    """What only Kubernetes knows.
+    """Options of Kubernetes alone.
 
     Args:
         queue: Kueue's local queue; the job is then created suspended and Kueue starts it.

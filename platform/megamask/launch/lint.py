@@ -1,7 +1,7 @@
 """Checks of rendered Kubernetes objects that no schema makes.
 
 The controllers accept each of these and fail later, or not at all: a Job with exit codes out of order, a message
-pattern that is no regular expression (it then never matches), a pod whose name grows past 63 characters, a mount
+pattern that is not a regular expression (it then never matches), a pod whose name grows past 63 characters, a mount
 without a volume, a grace period shorter than the save that it is for.
 """
 

@@ -1,4 +1,4 @@
-"""How the ranks of all nodes meet: node 0 holds a port, announces it, and the others wait for it and for its name."""
+"""Rendezvous of all nodes: node 0 holds a port and announces it; the others wait for it and for the name of node 0."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def listening(place: NodePlace) -> Iterator[socket.socket]:
 
 
 def meeting(folder: Path, signals: StopRequest) -> tuple[str, int]:
-    """Where rank 0 is met, as soon as node 0 has announced it."""
+    """Return address and port of rank 0, as soon as node 0 has announced them."""
 
     def is_over() -> bool:
         return bool(signals.requested) or read_meeting(folder) is not None or read_verdict(folder) is not None

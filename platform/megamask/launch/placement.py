@@ -1,4 +1,4 @@
-"""The place of a process in its job, read from the environment of whichever launcher started it.
+"""The place of a process in its job, read from the environment of the launcher that started it.
 
 A rank is placed by RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT, as torchrun sets them. A node is placed by its
 scheduler: a step of Slurm, an Indexed Job of Kubernetes, or SkyPilot. Contradictions are refused.
@@ -94,12 +94,12 @@ def rank_place(environment: Mapping[str, str] = os.environ) -> RankPlace | None:
 
 
 def uses_agent_store(environment: Mapping[str, str] = os.environ) -> bool:
-    """Whether a launcher's own process, and not rank 0, serves the store at MASTER_ADDR."""
+    """Return whether a launcher's own process, and not rank 0, serves the store at MASTER_ADDR."""
     return environment.get(_AGENT_STORE) == "True"
 
 
 def _refuse_bare_step(environment: Mapping[str, str]) -> None:
-    """Refuses a task of `srun -N2 megamask train`: every task would start all ranks of the layout on the same run."""
+    """Refuse a task of `srun -N2 megamask train`: every task would start all ranks of the layout on the same run."""
     tasks = environment.get("SLURM_STEP_NUM_TASKS", "1")
     if "SLURM_PROCID" in environment and tasks.isdecimal() and int(tasks) > 1:
         raise UsageError(
@@ -175,7 +175,7 @@ def node_place(environment: Mapping[str, str] = os.environ) -> NodePlace:
             f"MEGAMASK_LAUNCH_TOKEN is {token!r}; allowed: letters, digits and . _ -. {_NOTHING}",
             hint="one word for this start of the job",
         )
-    if num_nodes == 1:  # its ranks meet on the loopback interface, whatever the node is called
+    if num_nodes == 1:  # its ranks meet on the loopback interface, regardless of the node's name
         address = "127.0.0.1"
     return NodePlace(node=node, num_nodes=num_nodes, address=address, token=token)
 

@@ -77,7 +77,7 @@ class RunObserver(Observer):
         return error
 
     def keep_stacks(self, stacks: dict[int, str]) -> None:
-        """Write stacks beside the failure records of the attempt; before the claim there is no place for them."""
+        """Write stacks beside the failure records of the attempt; before the claim they are not kept."""
         with contextlib.suppress(MegamaskError, OSError):
             if (attempt := self.attempt) is None:
                 return

@@ -31,7 +31,7 @@ _NO_FAILURES = (0, *STOP_CODES, *FREE_CODES)
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """How one start of a job ended.
+    """End of one start of a job.
 
     Args:
         code: exit code of the job; every node leaves with it.
@@ -121,7 +121,7 @@ def append_history(folder: Path, verdict: Verdict) -> None:
 def is_without_progress(folder: Path, verdict: Verdict, attempts: int) -> bool:
     """Return whether this verdict and the ones before it make `attempts` failures in a row that ended at one step.
 
-    Failures are all codes after which a job is started again but 75: a preemption says nothing of the run.
+    Failures are all codes after which a job is started again but 75: a preemption is no fault of the run.
     """
     try:
         lines = (folder.parent / _HISTORY).read_text(encoding="utf-8").splitlines()
@@ -139,7 +139,7 @@ def job_code(own: int, others: list[list[int] | None], recorded: list[int]) -> i
         own: code of node 0.
         others: exit codes of the other nodes' ranks; None for a node that left none in time.
         recorded: exit codes in the failure records of the attempt. A rank that loses its peers, or that its node
-            killed, says less than these.
+            killed, is less specific than these.
     """
     codes = [own, *recorded, *(combine(codes) for codes in others if codes is not None)]
     if any(codes is None for codes in others) and combine(codes) in (0, 75):

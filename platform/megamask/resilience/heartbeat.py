@@ -21,7 +21,7 @@ VARIABLE = "MEGAMASK_HEARTBEAT"
 SECTIONS = ("import", "rendezvous", "restore", "step", "evaluation", "preview", "save", "agreement", "close")
 # Nothing can be lost here: no step has been taken since the newest checkpoint.
 BEFORE_TRAINING = frozenset({"import", "rendezvous", "restore"})
-# The first steps of an attempt compile kernels and allocate memory; their duration says nothing about the later ones.
+# The first steps of an attempt compile kernels and allocate memory; the later ones are much shorter.
 FIRST_STEPS = 2
 # magic, sequence, step, section, seconds of the monotonic clock, steps begun, longest stay in s, sequence again
 _MARK = struct.Struct("<8sQqqdqdQ")

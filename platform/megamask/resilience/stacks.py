@@ -96,7 +96,7 @@ def wait_for_stacks(path: Path, seconds: float) -> str:
 
 
 def _is_settled(path: Path) -> bool:
-    """Whether stacks were written and nothing was added for a while: their end carries no mark."""
+    """Return whether stacks were written and nothing was added for a while: their end carries no mark."""
     with contextlib.suppress(OSError):
         facts = path.stat()
         return facts.st_size > 0 and time.time() - facts.st_mtime > _SETTLED_S and path.read_bytes()[-1:] == b"\n"
@@ -116,7 +116,7 @@ def kernel_wait(pid: int) -> str:
 
 
 def _takes_signal(pid: int) -> bool:
-    """Whether the process has a handler: without one the signal would end it."""
+    """Return whether the process has a handler: without one the signal would end it."""
     return bool(int(_status(pid).get("SigCgt", "0"), 16) >> (SIGNAL - 1) & 1)
 
 

@@ -37,7 +37,7 @@ def limit_s(mark: Mark, config: WatchdogConfig) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class Stillness:
-    """How long a rank has been at one mark, in seconds in which the launcher ran, and how long it may be."""
+    """Time that a rank has been at one mark, in seconds in which the launcher ran, and its limit."""
 
     mark: Mark
     still_s: float

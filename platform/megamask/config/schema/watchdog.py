@@ -10,7 +10,7 @@ from megamask.config.schema.section import Section
 
 @dataclass(frozen=True, kw_only=True)
 class WatchdogConfig(Section):
-    """How the launcher finds a hang: a rank that stays in one section for longer than its limit ends the job (71)."""
+    """Rules by which the launcher finds a hang: a rank that exceeds the limit of its section ends the job (71)."""
 
     enabled: bool = operational(
         "end a job whose ranks make no progress (71), with the stacks of every rank; where each rank is started by "
