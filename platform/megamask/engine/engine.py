@@ -125,8 +125,7 @@ class Engine:
         self._settings = StepSettings(
             micro_batch_size=training.micro_batch_size, head_chunk_rows=training.head_chunk_rows, seed=seed
         )
-        self._pass_clock = PassClock(chunks[0].config, backend.device)
-        self.arithmetic = _arithmetic(precision, layers)
+        self._pass_clock, self.arithmetic = PassClock(chunks[0].config, backend.device), _arithmetic(precision, layers)
         # forward-only passes have the shape of training's, so that a layout that can train can score
         self._rows_per_pass = training.micro_batch_size * objective.shape(training.sequence_length).num_views
 
@@ -178,8 +177,7 @@ class Engine:
         optimizer.zero_gradients()
         if (routing := rank_model.routing) is not None:
             routing.begin_step(num_rows=share.num_rows)
-        self._pass_clock.begin()
-        losses = share.forward_backward(counts)
+        losses = self._pass_clock.timed(lambda: share.forward_backward(counts))
         rank_model.backend.synchronize()
         middle = time.perf_counter()
         grad_norm = optimizer.gradient_norm()

@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from megamask.engine.measures import Losses
+
 
 class PassClock:
     """Measures the passes of each step; nothing waits for the device because of it.
@@ -32,9 +34,10 @@ class PassClock:
 
         config.finalize_model_grads_func = noted
 
-    def begin(self) -> None:
-        """Note the beginning of a step's passes."""
+    def timed(self, run_passes: Callable[[], Losses]) -> Losses:
+        """Run a step's passes; their beginning is noted here, their end by megatron-core's call."""
         self._began, self._ended = self._now(), None
+        return run_passes()
 
     def seconds(self) -> float:
         """Return the seconds of the passes, once the device has completed them; 0 where no gradients were made."""
