@@ -165,8 +165,7 @@ class Engine:
             step: 1-based number of the step, which the noise law asks for.
             learning_rate: of this step.
         """
-        rank_model, optimizer = self._rank_model, self._optimizer
-        began = time.perf_counter()
+        rank_model, optimizer, began = self._rank_model, self._optimizer, time.perf_counter()
         share = StepShare(rank_model, self._settings, batch, step=step)
         counts = share.agree_on_counts()
         self._fp8.begin_step()
