@@ -14,19 +14,21 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import importlib.metadata
 import json
+import statistics
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE), *(str(HERE.parents[1] / name) for name in ("platform", "tests"))]
+sys.path[:0] = [str(HERE), str(HERE.parent), *(str(HERE.parents[1] / name) for name in ("platform", "tests"))]
 
 import substitute  # noqa: E402
 import torch  # noqa: E402
+from bench_support import Report  # noqa: E402
 
 from support import engine_cases as cases  # noqa: E402
 
@@ -52,9 +54,9 @@ def steps(engine: Any, first: int, last: int) -> list[dict[str, Any]]:
     return [cases.report_fields(cases.take_step(engine, step, 3e-3)) for step in range(first, last + 1)]
 
 
-def gradient_error(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> float:
-    """Largest relative error of a tensor; the key's bias has no gradient but rounding."""
-    return max(
+def gradient_errors(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> list[float]:
+    """Relative error of each tensor, ascending; the key's bias has no gradient but rounding."""
+    return sorted(
         float((ours[name] - theirs[name]).norm() / theirs[name].norm().clamp(min=1e-9))
         for name in theirs
         if "k_proj.bias" not in name
@@ -84,24 +86,31 @@ def first_step(**settings: Any) -> tuple[dict[str, Any], dict[str, torch.Tensor]
 def check_layers() -> dict[str, Any]:
     """Float32 layers of Transformer Engine against the local ones."""
     (fused, of_fused), (local, of_local) = first_step(compute="fp32"), first_step(compute="fp32", layers="local")
-    found = {"loss": abs(fused["loss"] / local["loss"] - 1), "gradients": gradient_error(of_fused, of_local)}
+    found = {"loss": abs(fused["loss"] / local["loss"] - 1), "gradients": gradient_errors(of_fused, of_local)[-1]}
     return found | {"passed": found["loss"] < 1e-6 and found["gradients"] < 1e-5}
 
 
 def check_emulation(recipe: str) -> dict[str, Any]:
-    """Gradients of step 1 in float32: Transformer Engine's FP8 Python against the emulation, and against no FP8."""
+    """Gradients of step 1 in float32: Transformer Engine's FP8 Python against the emulation, and against no FP8.
+
+    A norm's last bit may turn a number that lies between two of FP8 the other way. So nearly all tensors are equal to
+    rounding, and none differs by more than a few such numbers.
+    """
     fused, of_fused = first_step(recipe=recipe, compute="fp32")
     emulated, of_emulated = first_step(recipe=recipe, emulate=True, compute="fp32")
     _, exact = first_step(compute="fp32", layers="local")
+    errors = gradient_errors(of_fused, of_emulated)
     found = {
         "loss": abs(fused["loss"] / emulated["loss"] - 1),
-        "gradients": gradient_error(of_fused, of_emulated),
-        "gradients without FP8": gradient_error(of_fused, exact),
+        "gradients, median": statistics.median(errors),
+        "gradients, largest": errors[-1],
+        "gradients without FP8, largest": gradient_errors(of_fused, exact)[-1],
     }
-    limit = 1e-4 if recipe == "blockwise" else 1e-5
-    if not substitute.is_installed():
-        limit = 0.5 * found["gradients without FP8"]  # products of Hopper's FP8 units are summed in fewer bits
-    return found | {"passed": found["gradients"] < limit < found["gradients without FP8"]}
+    without = found["gradients without FP8, largest"]
+    if substitute.is_installed():
+        return found | {"passed": found["gradients, median"] < 1e-6 and found["gradients, largest"] < 1e-3 < without}
+    # products of Hopper's FP8 units are summed in fewer bits
+    return found | {"passed": found["gradients, largest"] < 0.5 * without}
 
 
 def check_calibration() -> dict[str, Any]:
@@ -224,6 +233,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=sorted(CASES), default=list(CASES), help="these cases only")
     parser.add_argument("--json", type=Path, help="write the answers to this file")
+    parser.add_argument("--markdown", type=Path, help="write a table of them to this file")
     parser.add_argument("--kernels", choices=("emulated", "library"), default="emulated", help="default: emulated")
     options = parser.parse_args()
     if options.kernels == "emulated":
@@ -232,22 +242,32 @@ def main() -> int:
     from megamask.engine.backend import select_backend
     from megamask.engine.process_group import destroy_process_group, init_process_group
 
+    report = Report("te_on_cpu/check", "Transformer Engine's Python under the engine", options)
+    table = report.table(f"Cases, {options.kernels} kernels", ["case", "passed", "seconds", "measured"])
+    answers: dict[str, dict[str, Any]] = {}
+    report.keep("cases", answers)
     init_process_group(select_backend())
-    libraries = ("torch", "transformer-engine", "megatron-core")
-    versions = {name: importlib.metadata.version(name) for name in libraries}
-    print(f"versions: python {sys.version.split()[0]}, {', '.join(f'{k} {v}' for k, v in versions.items())}")
-    answers = {}
     for name in options.only:
+        began = time.perf_counter()
         try:
             answers[name] = CASES[name]()
         except Exception as error:  # noqa: BLE001 - the next case is independent
             answers[name] = {"passed": False, "error": f"{type(error).__name__}: {error}"}
-        print(f"{'passed' if answers[name]['passed'] else 'FAILED'}  {name}  {json.dumps(answers[name])}", flush=True)
+        answer = answers[name]
+        print(f"{'passed' if answer['passed'] else 'FAILED'}  {name}  {json.dumps(answer)}", flush=True)
+        measured = ", ".join(
+            f"{key}: {shown(value)}" for key, value in answer.items() if key not in ("passed", "answers")
+        )
+        table.add(name, "yes" if answer["passed"] else "NO", time.perf_counter() - began, measured)
+        report.save()
     destroy_process_group()
-    if options.json:
-        record = {"kernels": options.kernels, "versions": versions, "cases": answers}
-        options.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    report.finish()
     return 0 if all(answer["passed"] for answer in answers.values()) else 1
+
+
+def shown(value: Any) -> str:
+    """A figure with two digits; anything else as it is."""
+    return f"{value:.1e}" if isinstance(value, float) else str(value)
 
 
 if __name__ == "__main__":
