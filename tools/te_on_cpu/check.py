@@ -227,6 +227,10 @@ CASES: dict[str, Callable[[], dict[str, Any]]] = {
     "capability": check_capability,
 }
 
+NOTE = """Errors are relative, of single tensors of step 1 in float32: layers beside megamask's own, emulation beside
+the library's FP8. `resume` and `evaluation` compare bits of steps and of all weights. `none` and the recipes are values
+of precision.fp8. Emulated kernels are those of tools/te_on_cpu/kernels.py; everything else is the library's."""
+
 
 def main() -> int:
     """Return 0 if every chosen case passed."""
@@ -243,7 +247,8 @@ def main() -> int:
     from megamask.engine.process_group import destroy_process_group, init_process_group
 
     report = Report("te_on_cpu/check", "Transformer Engine's Python under the engine", options)
-    table = report.table(f"Cases, {options.kernels} kernels", ["case", "passed", "seconds", "measured"])
+    columns = ["case", "passed", "seconds", "measured"]
+    table = report.table(f"Cases, {options.kernels} kernels", columns, NOTE)
     answers: dict[str, dict[str, Any]] = {}
     report.keep("cases", answers)
     init_process_group(select_backend())

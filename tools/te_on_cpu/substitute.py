@@ -34,7 +34,7 @@ def pretend_device(capability: tuple[int, int]) -> None:
         minor=capability[1],
         multi_processor_count=132,
         total_memory=80 << 30,
-        name="pretended",
+        name="pretended GPU",
         uuid="GPU-0",
         L2_cache_size=50 << 20,
     )
