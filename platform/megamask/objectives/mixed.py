@@ -19,17 +19,13 @@ from typing import Any
 import torch
 
 from megamask.diffusion.corruption import corrupt
-from megamask.diffusion.interpolation import Interpolation, Mixture
+from megamask.diffusion.interpolation import Mixture
 from megamask.diffusion.philox import Purpose, uniform_words
-from megamask.diffusion.schedule import noise_schedule, stratified_times, threshold
+from megamask.diffusion.schedule import threshold
 from megamask.errors import UsageError
-from megamask.models.context import Context
-from megamask.models.vocabulary import Vocabulary
-from megamask.objectives.base import UNGROUPED, Bound, Key, OnePhase, Rows, Samples, softmax_without
-from megamask.objectives.documents import isolated
-from megamask.objectives.interpolating import InterpolatingBound, noise_rows, token_ids, training_rows
-from megamask.objectives.masked import MaskedBound, MaskedDecoder, bidirectional
-from megamask.objectives.shapes import ObjectiveShape, shape_of
+from megamask.objectives.base import UNGROUPED, Bound, Key, Rows, Samples
+from megamask.objectives.interpolating import TokenNoise, token_ids
+from megamask.objectives.masked import MaskedBound, MaskedDecoder
 from megamask.objectives.terms import CrossEntropyTerm, PerEligibleToken, Term, cross_entropy_and_z_loss
 
 CORRUPTIONS = ("log_snr", "edit")
@@ -37,37 +33,24 @@ _MASKED, _EDITED = 0, 1
 
 
 @dataclass(frozen=True, kw_only=True)
-class MixedObjective(OnePhase):
-    """Masks and random tokens.
+class MixedObjective(TokenNoise):
+    """Masks and random tokens; further settings and errors as of `TokenNoise`.
 
     Args:
         corruption: "log_snr" or "edit".
         uniform_slope, uniform_shift: a and b of the share of random tokens, of log_snr.
         edit_fraction, edit_weight: chance that a visible token is replaced, and the weight of its cross entropy, of
             edit.
-        noise_schedule, noise_exponent: how p depends on t, as for masked diffusion.
-        isolate_documents: no position sees another document of its row.
-        z_loss_weight: of the z-loss; it shapes training alone, so it is not part of the record.
-
-    Raises:
-        UsageError: for a schedule or a choice that does not exist.
     """
 
-    vocabulary: Vocabulary
     corruption: str
-    noise_schedule: str
-    mask_logit: str
-    noise_exponent: float = 1.0
     uniform_slope: float = 1.0
     uniform_shift: float = 0.0
     edit_fraction: float = 0.1
     edit_weight: float = 1.0
-    isolate_documents: bool = False
-    z_loss_weight: float = 0.0
 
     def __post_init__(self) -> None:
-        noise_schedule(self.noise_schedule)
-        softmax_without(self.vocabulary, self.mask_logit)
+        super().__post_init__()
         if self.corruption not in CORRUPTIONS:
             raise UsageError(
                 f"objective.corruption is {self.corruption!r}; allowed: {', '.join(CORRUPTIONS)}. Nothing was started."
@@ -96,11 +79,6 @@ class MixedObjective(OnePhase):
         return (masked, edited, *cross_entropy_and_z_loss("nelbo", per_token, self.z_loss_weight)[1:])
 
     @property
-    def excluded_ids(self) -> frozenset[int]:
-        """The mask token, unless its logit is included."""
-        return softmax_without(self.vocabulary, self.mask_logit)
-
-    @property
     def bound(self) -> Bound:
         """The divergence over the full range of p; for edit that of masked diffusion."""
         if self._is_edit:
@@ -108,35 +86,18 @@ class MixedObjective(OnePhase):
                 mask_token_id=self.vocabulary.mask_token_id,
                 isolated_by=self.vocabulary if self.isolate_documents else None,
             )
-        return InterpolatingBound(
-            vocabulary=self.vocabulary, mixture=self._mixture, isolate_documents=self.isolate_documents
-        )
+        return self.divergence_bound
 
     @property
     def decoder(self) -> MaskedDecoder:
         """The decoder of masked diffusion: what is not decoded yet is masked, as it is at much noise."""
         return MaskedDecoder()
 
-    def shape(self, sequence_length: int) -> ObjectiveShape:
-        """One row of the sample's length."""
-        return shape_of(self.record(), sequence_length)
-
-    def seen(self, samples: Samples, key: Key) -> Samples:
-        """With documents where they are isolated."""
-        return isolated(samples, self.vocabulary) if self.isolate_documents else samples
-
-    def context(self, samples: Samples, step: int, key: Key) -> Context:
-        """Bidirectional attention, inside a document where the samples name documents."""
-        return bidirectional(samples.documents)
-
     def rows(self, samples: Samples, step: int, key: Key) -> Rows:
         """Noised rows: all eligible positions scored by a divergence, or masked and edited ones by cross entropy."""
         if self._is_edit:
             return self._edit_rows(samples, step, key)
-        schedule, times = noise_schedule(self.noise_schedule, self.noise_exponent), self._times(samples, step, key)
-        return training_rows(
-            self._noise(samples, step, key), samples, times, schedule, self.context(samples, step, key)
-        )
+        return self.divergence_rows(samples, step, key)
 
     def details(self, samples: Samples, step: int, key: Key) -> list[dict[str, Any]]:
         """Of each sample: t, the positions that noise wrote with a noise level, and those with a random token."""
@@ -149,7 +110,7 @@ class MixedObjective(OnePhase):
                 "masked": leveled.nonzero().flatten().tolist(),
                 "random": random.nonzero().flatten().tolist(),
             }
-            for t, leveled, random in zip(self._times(samples, step, key), is_leveled, is_random, strict=True)
+            for t, leveled, random in zip(self.times(samples, step, key), is_leveled, is_random, strict=True)
         ]
 
     def record(self) -> dict[str, Any]:
@@ -172,17 +133,9 @@ class MixedObjective(OnePhase):
         return self.corruption == "edit"
 
     @property
-    def _mixture(self) -> Mixture:
+    def mixture(self) -> Mixture:
+        """Masks, and random tokens at a share that follows the log-SNR."""
         return Mixture(slope=self.uniform_slope, shift=self.uniform_shift)
-
-    def _times(self, samples: Samples, step: int, key: Key) -> list[float]:
-        times = stratified_times(step, samples.global_batch_size, key)
-        return [times[position] for position in samples.batch_position]
-
-    def _noise(self, samples: Samples, step: int, key: Key) -> Interpolation:
-        schedule = noise_schedule(self.noise_schedule, self.noise_exponent)
-        probabilities = [schedule.mask_probability(t) for t in self._times(samples, step, key)]
-        return noise_rows(samples, probabilities, self.vocabulary, self._mixture, key)
 
     def _edit_rows(self, samples: Samples, step: int, key: Key) -> Rows:
         """Masks by purpose 1 with weight p'/p^; a visible token is replaced where word 2 pos of purpose 3 is below
@@ -193,8 +146,8 @@ class MixedObjective(OnePhase):
             tokens,
             samples.is_eligible,
             samples.sample_index,
-            self._times(samples, step, key),
-            schedule=noise_schedule(self.noise_schedule, self.noise_exponent),
+            self.times(samples, step, key),
+            schedule=self.schedule,
             complementary=False,
             mask_token_id=self.vocabulary.mask_token_id,
             key=key,

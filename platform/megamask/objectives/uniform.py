@@ -18,42 +18,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megamask.diffusion.interpolation import UNIFORM, Interpolation, Mixture
+from megamask.diffusion.interpolation import UNIFORM, Mixture
 from megamask.diffusion.philox import Purpose, uniform_words
-from megamask.diffusion.schedule import noise_schedule, stratified_times
 from megamask.models.context import Context
 from megamask.models.vocabulary import Vocabulary
-from megamask.objectives.base import Key, OnePhase, Reading, Rows, Samples, softmax_without
-from megamask.objectives.documents import isolated
-from megamask.objectives.interpolating import InterpolatingBound, noise_rows, token_ids, training_rows
-from megamask.objectives.masked import bidirectional
-from megamask.objectives.shapes import ObjectiveShape, shape_of
+from megamask.objectives.base import Key, Reading, Rows, Samples
+from megamask.objectives.interpolating import InterpolatingBound, TokenNoise, token_ids
 from megamask.objectives.terms import PerEligibleToken, Term, cross_entropy_and_z_loss
 
 
 @dataclass(frozen=True, kw_only=True)
-class UniformObjective(OnePhase):
-    """The NELBO of uniform-state diffusion.
-
-    Args:
-        noise_schedule, noise_exponent: how p depends on t, as for masked diffusion.
-        isolate_documents: no position sees another document of its row.
-        z_loss_weight: of the z-loss; it shapes training alone, so it is not part of the record.
-
-    Raises:
-        UsageError: for a schedule or a choice that does not exist.
-    """
-
-    vocabulary: Vocabulary
-    noise_schedule: str
-    mask_logit: str
-    noise_exponent: float = 1.0
-    isolate_documents: bool = False
-    z_loss_weight: float = 0.0
-
-    def __post_init__(self) -> None:
-        noise_schedule(self.noise_schedule)
-        softmax_without(self.vocabulary, self.mask_logit)
+class UniformObjective(TokenNoise):
+    """The NELBO of uniform-state diffusion; settings and errors as of `TokenNoise`."""
 
     @property
     def name(self) -> str:
@@ -71,66 +47,36 @@ class UniformObjective(OnePhase):
         return cross_entropy_and_z_loss("nelbo", PerEligibleToken(num_views=1), self.z_loss_weight)
 
     @property
-    def excluded_ids(self) -> frozenset[int]:
-        """The mask token, unless its logit is included."""
-        return softmax_without(self.vocabulary, self.mask_logit)
+    def mixture(self) -> Mixture:
+        """Random tokens alone."""
+        return UNIFORM
 
     @property
     def bound(self) -> InterpolatingBound:
         """The same divergence over the full range of p."""
-        return InterpolatingBound(
-            vocabulary=self.vocabulary, mixture=self._mixture, isolate_documents=self.isolate_documents
-        )
+        return self.divergence_bound
 
     @property
     def decoder(self) -> UniformDecoder:
         """Positions in any place; what is not decoded yet holds random tokens."""
         return UniformDecoder(vocabulary=self.vocabulary)
 
-    def shape(self, sequence_length: int) -> ObjectiveShape:
-        """One row of the sample's length, scored everywhere."""
-        return shape_of(self.record(), sequence_length)
-
-    def seen(self, samples: Samples, key: Key) -> Samples:
-        """With documents where they are isolated."""
-        return isolated(samples, self.vocabulary) if self.isolate_documents else samples
-
-    def context(self, samples: Samples, step: int, key: Key) -> Context:
-        """Bidirectional attention, inside a document where the samples name documents."""
-        return bidirectional(samples.documents)
-
     def rows(self, samples: Samples, step: int, key: Key) -> Rows:
-        """Noised rows, scored at every eligible position; only corrupted ones have a noise level."""
-        schedule, times = noise_schedule(self.noise_schedule, self.noise_exponent), self._times(samples, step, key)
-        return training_rows(
-            self._noise(samples, step, key), samples, times, schedule, self.context(samples, step, key)
-        )
+        """Noised rows, scored at every eligible position."""
+        return self.divergence_rows(samples, step, key)
 
     def details(self, samples: Samples, step: int, key: Key) -> list[dict[str, Any]]:
         """Of each sample: t, and the positions that noise wrote."""
-        corrupted = self._noise(samples, step, key).is_corrupted
+        corrupted = self.noise(samples, step, key).is_corrupted
         return [
             {"t": t, "masked": row.nonzero().flatten().tolist()}
-            for t, row in zip(self._times(samples, step, key), corrupted, strict=True)
+            for t, row in zip(self.times(samples, step, key), corrupted, strict=True)
         ]
 
     def record(self) -> dict[str, Any]:
         """Name, schedule and the mask token's logit; isolated documents where they are."""
         isolation = {"isolate_documents": True} if self.isolate_documents else {}
         return {"name": self.name, "noise_schedule": self.noise_schedule, "mask_logit": self.mask_logit} | isolation
-
-    @property
-    def _mixture(self) -> Mixture:
-        return UNIFORM
-
-    def _times(self, samples: Samples, step: int, key: Key) -> list[float]:
-        times = stratified_times(step, samples.global_batch_size, key)
-        return [times[position] for position in samples.batch_position]
-
-    def _noise(self, samples: Samples, step: int, key: Key) -> Interpolation:
-        schedule = noise_schedule(self.noise_schedule, self.noise_exponent)
-        probabilities = [schedule.mask_probability(t) for t in self._times(samples, step, key)]
-        return noise_rows(samples, probabilities, self.vocabulary, self._mixture, key)
 
 
 @dataclass(frozen=True, kw_only=True)
