@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megamask.audit.corpora import corpus_to_score
+from megamask.audit.corpora import corpus_to_score, score_of
 from megamask.checkpoint.standalone import LoadedCheckpoint, load_checkpoint
 from megamask.diffusion.philox import run_key
 from megamask.errors import UsageError
@@ -91,7 +91,13 @@ def _rows(checkpoint: LoadedCheckpoint, request: EvaluationRequest) -> tuple[Ten
     else:
         folder, manifest = corpus_to_score(checkpoint.commit, request.corpus)
         digest = checkpoint.model.tokenizer_digest
-        tokens = split_rows(
-            folder, manifest, request.split, tokenizer_digest=digest, sequence_length=length, rows=request.rows
+        return split_rows(
+            folder,
+            manifest,
+            request.split,
+            tokenizer_digest=digest,
+            sequence_length=length,
+            rows=request.rows,
+            score=score_of(checkpoint.commit) if request.score is None else request.score,
         )
     return tokens, tokens != vocabulary.pad_token_id

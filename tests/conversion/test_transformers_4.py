@@ -13,13 +13,14 @@ import pytest
 import torch
 
 from megamask.conversion.importing import import_model, read_published
+from megamask.models.families.registry import FAMILIES as REGISTRY
 from megamask_pipelines.convert import to_hub
 from support.hub_models import full_logits, save_hub_folder, twin_of
 
 pytestmark = pytest.mark.slow
 
 PACKAGES = ("transformers==4.57.3", "huggingface-hub==0.36.0", "tokenizers==0.22.1")
-FAMILIES = ("llama", "qwen2", "qwen3", "llada", "dream", "sdar")
+FAMILIES = [name for name, family in REGISTRY.items() if family.plain_twin or family.attention == "causal"]
 PROGRAM = """
 import json, sys, torch, transformers
 tokens = torch.tensor(json.loads(sys.argv[2]))

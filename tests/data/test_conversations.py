@@ -13,9 +13,12 @@ from megamask.config.schema.corpus import CorpusConfig, TokenizerConfig
 from megamask.config.schema.data import DataConfig
 from megamask.data.corpus.prepare import build
 from megamask.data.loader import Loader
+from megamask.data.manifest import Manifest
 from megamask.data.roles import answered, without_roles
+from megamask.data.tokenizer import TOKENIZER_DIR, CorpusTokenizer
 from megamask.data.verify import verify_corpus
 from megamask.errors import DataIntegrityError, UsageError
+from megamask.evaluation.rows import split_rows
 from megamask.models.vocabulary import Vocabulary
 from megamask.objectives.autoregressive import AutoregressiveObjective
 from megamask.objectives.base import Samples
@@ -63,6 +66,30 @@ def config(folder: Path, **changes) -> CorpusConfig:
 
 def loader(corpus: Path, score: str = "answers") -> Loader:
     return Loader({"chat": str(corpus)}, DataConfig(corpora={"chat": str(corpus)}, score=score), 64)
+
+
+@pytest.mark.promise("a tokenizer trained on conversations learns from the text that they are rendered to")
+def test_tokenizer_is_trained_on_the_rendered_text(corpus: Path) -> None:
+    tokenizer = CorpusTokenizer.load(corpus / TOKENIZER_DIR)
+    learned = [tokenizer.decode_bytes([token]) for token in range(tokenizer.vocab_size)]
+    learned = [token for token in learned if len(token) > 1 and not token.startswith(b"<|")]
+    assert not [token for token in learned if b'"' in token or b"{" in token], "no syntax of JSON"
+    assert [token for token in learned if b"im_st" in token], "the template's marks"
+
+
+@pytest.mark.promise("a split of conversations is evaluated on what training scores")
+def test_split_is_scored_on_answers_where_training_was(corpus: Path) -> None:
+    manifest = Manifest.load(corpus)
+    given = {"tokenizer_digest": manifest.tokenizer_digest, "sequence_length": 64, "rows": None}
+    tokens, is_eligible = split_rows(corpus, manifest, "validation", score="answers", **given)
+    same, every = split_rows(corpus, manifest, "validation", **given)
+    assert torch.equal(tokens, same)
+    assert torch.equal(every, tokens != manifest.pad_token_id)
+    tokenizer = CorpusTokenizer.load(corpus / TOKENIZER_DIR)
+    scored, rest = (tokenizer.decode_bytes(tokens[chosen].tolist()) for chosen in (is_eligible, every & ~is_eligible))
+    assert b"it is" in scored and b"still" in scored
+    assert b"what is" in rest and b"what is" not in scored
+    assert b"it is" not in rest and not (is_eligible & ~every).any()
 
 
 @pytest.mark.promise("fine-tuning noises and scores answers only; padding is never scored")

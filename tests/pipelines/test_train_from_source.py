@@ -121,6 +121,29 @@ def test_inspect_recomputes_the_masks_of_the_warm_up(trained: Path) -> None:
         assert all(0 not in sample["masked"] for sample in done.json["samples"]) is (step != "6")
 
 
+@pytest.mark.promise("Block sizes grow from 1 on a published model, resume bit for bit, and inspect shows their masks")
+def test_block_size_warm_up_from_a_published_model(tmp_path: Path, small_corpus: Path, published: Path) -> None:
+    schedule = (
+        "objective.name=block",
+        "objective.block_schedule=[0:1,2:4,4:L]",
+        "initialise.mask_row=mean",
+        "initialise.embedding_noise_steps=3",
+        "training.steps=6",
+        "checkpoint.every_steps=3",
+        f"initialise.source=hf:{published}",
+    )
+    for name, stop in (("whole", ()), ("parts", ("training.stop_after_step=3",)), ("parts", ())):
+        done = megamask("train", *tiny(small_corpus, tmp_path, name), *MODEL, *schedule, *stop, "--json")
+        assert done.code == 0, done.stderr
+    whole, parts = step_lines(tmp_path / "whole"), step_lines(tmp_path / "parts")
+    assert [whole[step] for step in range(1, 7)] == [parts[step] for step in range(1, 7)]
+    for step in ("2", "3", "6"):
+        shown = megamask("inspect", tmp_path / "whole", "--step", step, "--json")
+        assert shown.json["matches_journal"] is True
+        # the shift of the source is kept: the first token of a row is given
+        assert all(sample["masked"] and 0 not in sample["masked"] for sample in shown.json["samples"])
+
+
 def _open(small_corpus: Path, tmp_path: Path, *overrides: str) -> RunData:
     loaded = load_train_config(
         tiny(small_corpus, tmp_path, "refused")[0], [*tiny(small_corpus, tmp_path, "refused")[1:], *overrides]

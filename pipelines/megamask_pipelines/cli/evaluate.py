@@ -20,6 +20,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     what.add_argument("--token-ids", metavar="FILE.npy", help="rows of token ids to score, int64 [n, L]")
     parser.add_argument("--corpus", metavar="FOLDER", help="corpus of --split; by default the run's own")
+    parser.add_argument(
+        "--score", choices=("all", "answers"), help="tokens of --split to score; by default as the run was trained"
+    )
     parser.add_argument("--rows", type=int, help="rows to score; by default all of --text, the first 64 of a split")
     parser.add_argument("--draws", type=int, default=4, help="masks per row in one replicate (4)")
     parser.add_argument("--replicates", type=int, default=4, help="independent replicates, for the standard error (4)")
@@ -47,13 +50,15 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     from megamask.evaluation.request import EvaluationRequest
     from megamask_pipelines.evaluate import evaluate
 
-    if (arguments.text or arguments.token_ids) and arguments.corpus is not None:
-        other = "--text" if arguments.text else "--token-ids"
-        raise UsageError(f"--corpus was given with {other}; allowed: one of them. Nothing was scored.")
+    for option in ("corpus", "score"):
+        if (arguments.text or arguments.token_ids) and getattr(arguments, option) is not None:
+            other = "--text" if arguments.text else "--token-ids"
+            raise UsageError(f"--{option} was given with {other}; allowed: one of them. Nothing was scored.")
     request = EvaluationRequest(
         texts=[Path(name) for name in arguments.text],
         split=arguments.split,
         corpus=None if arguments.corpus is None else Path(arguments.corpus),
+        score=arguments.score,
         rows=arguments.rows,
         draws=arguments.draws,
         replicates=arguments.replicates,

@@ -13,7 +13,7 @@ from megamask.data.manifest import MANIFEST_NAME, Manifest, open_corpus
 from megamask.data.verify import verify_corpus
 from megamask.errors import DataIntegrityError, UsageError
 from megamask.runs.layout import record_path
-from megamask.runs.record import RunRecord
+from megamask.runs.record import RunRecord, read_run
 from megamask.storage.ranges import is_remote
 from megamask.tracking.journal.lines import steps
 from megamask.tracking.journal.seek import newest_start
@@ -80,6 +80,14 @@ def check_data(run_dir: Path, folders: Mapping[str, Path], report: Report) -> in
                 problem = f"the journal has {line.get('content_digest')}; the corpus gives {recomputed}"
                 report.find("journal", f"content_digest of step {step}: {problem}")
     return num_steps
+
+
+def score_of(commit: Commit) -> str:
+    """Return `data.score` of the run that wrote a checkpoint; "all" for one outside a run directory."""
+    run_dir = commit.folder.resolve().parents[1]
+    if not record_path(run_dir).is_file():
+        return "all"
+    return str(read_run(run_dir).content["identity"].get("data.score", "all"))
 
 
 def corpus_to_score(commit: Commit, given: Path | None) -> tuple[Path, Manifest]:

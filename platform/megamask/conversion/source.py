@@ -14,6 +14,7 @@ from megamask.checkpoint.commit import load_commit
 from megamask.checkpoint.contents import read_model, read_state
 from megamask.checkpoint.integrity import verify_folder
 from megamask.checkpoint.names import TOKENIZER_NAME
+from megamask.checkpoint.origin import read_origin
 from megamask.checkpoint.reader import candidates, find, has_commit
 from megamask.conversion.importing import PublishedModel, read_published
 from megamask.conversion.reading import reading_of
@@ -52,6 +53,8 @@ class Source:
         objective: how the weights read a row.
         reader: of the weights.
         folder: of a checkpoint, whose bytes can be verified; None for a published model.
+        has_corpus_tokenizer: the tokenizer is that of the corpus that the weights were trained on here; a published one
+            has special tokens of its own, so that a corpus made with it has another digest.
     """
 
     name: str
@@ -63,6 +66,7 @@ class Source:
     tokenizer: CorpusTokenizer | None
     reader: WeightReader
     folder: Path | None
+    has_corpus_tokenizer: bool = False
 
     @property
     def has_shift(self) -> bool:
@@ -118,6 +122,7 @@ def open_source(name: str) -> Source:
         find(path)  # raises, with the reason
         raise UsageError(f"initialise.source is {name}, which has no checkpoint. {_NOTHING}")
     commit, document = load_commit(folder), read_model(folder)
+    origin = read_origin(commit)
     return Source(
         name=name,
         digest=commit.digest,
@@ -126,6 +131,7 @@ def open_source(name: str) -> Source:
         vocabulary=document.vocabulary,
         objective=at_step(document.objective, read_state(folder).step),
         tokenizer=None if document.tokenizer_digest is None else CorpusTokenizer.load(folder / TOKENIZER_NAME),
+        has_corpus_tokenizer=origin is None or origin.kind == "average",
         reader=StateReader(folder),
         folder=folder,
     )
@@ -168,11 +174,14 @@ def check_network(source: Source, spec: ModelSpec) -> None:
         )
 
 
-def check_tokenizer(source: Source, tokenizer: CorpusTokenizer) -> None:
-    """Refuse a corpus whose ids do not mean what the source's mean.
+def check_tokenizer(source: Source, tokenizer: CorpusTokenizer, *, allows_other: bool) -> None:
+    """Refuse a corpus whose ids do not mean what the source's mean, or whose text becomes other ids.
+
+    Args:
+        allows_other: `initialise.allow_other_tokenizer`: a tokenizer that differs only in how text becomes ids passes.
 
     Raises:
-        UsageError: names the first id that differs, or the sizes where the source has no tokenizer.
+        UsageError: names the first id that differs, the digests, or the sizes where the source has no tokenizer.
     """
     hint = "prepare the corpus with corpus.tokenizer.path set to the source's tokenizer.json"
     if source.tokenizer is None:
@@ -191,6 +200,12 @@ def check_tokenizer(source: Source, tokenizer: CorpusTokenizer) -> None:
                 f"{_NOTHING}",
                 hint=hint,
             )
+    if source.has_corpus_tokenizer and source.tokenizer.digest != tokenizer.digest and not allows_other:
+        raise UsageError(
+            f"tokenizer mismatch: initialise.source was trained with tokenizer {source.tokenizer.digest}, the corpus "
+            f"has {tokenizer.digest}; ids that both have mean the same, but text may become others. {_NOTHING}",
+            hint=f"{hint}; or set initialise.allow_other_tokenizer=true",
+        )
 
 
 _NUM_SPECIAL = 3

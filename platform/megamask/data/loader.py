@@ -171,7 +171,7 @@ class Loader:
         tokens = np.stack([row.tokens for row in rows]) if rows else np.empty((0, self.sequence_length))
         is_eligible = torch.from_numpy(tokens.astype(np.int64)) != self.manifest.pad_token_id
         if self._scores_answers and rows:
-            answers = np.stack([_answers(row.documents, self.sequence_length) for row in rows])
+            answers = np.stack([answered(row.documents, self.sequence_length) for row in rows])
             is_eligible &= torch.from_numpy(answers)
         return is_eligible
 
@@ -237,7 +237,7 @@ class Loader:
                 read = self._read_rows(source, rows[mine])
                 tokens[mine] = read.tokens
                 if self._scores_answers:
-                    is_eligible[mine] = [_answers(pairs, self.sequence_length) for pairs in read.documents]
+                    is_eligible[mine] = [answered(pairs, self.sequence_length) for pairs in read.documents]
                 hashes += map(
                     content_hash,
                     (share.first_index + places[mine]).tolist(),
@@ -269,11 +269,6 @@ class Loader:
             return source.reader.read_rows(rows)
         read = source.reader.read_rows(self._readable(source, rows))
         return read.spread(~np.isin(rows, excluded), fill=self.manifest.pad_token_id)
-
-
-def _answers(documents: npt.NDArray[np.int64], length: int) -> npt.NDArray[np.bool_]:
-    """The tokens of a row that are part of an answer; a quarantined row has no documents and none."""
-    return answered(documents, length) if len(documents) else np.zeros(length, dtype=np.bool_)
 
 
 def _refuse_other_tokenizers(sources: Sequence[Source]) -> None:

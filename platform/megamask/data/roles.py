@@ -30,6 +30,8 @@ def answered(documents: Int64Array, length: int) -> npt.NDArray[np.bool_]:
         documents: int64 [n, 2], (start, number) of each segment in the row, ascending.
     """
     is_answer = np.zeros(length, dtype=np.bool_)
+    if len(documents) == 0:  # a quarantined row
+        return is_answer
     stops = [*documents[1:, 0].tolist(), length]
     for (start, number), stop in zip(documents.tolist(), stops, strict=True):
         is_answer[start:stop] = number < 0

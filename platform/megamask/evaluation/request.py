@@ -14,6 +14,7 @@ class EvaluationRequest:
     Args:
         texts: files, each one document; empty means a split.
         split: which split of the corpus. corpus: its folder; None means the run's own.
+        score: of a split, "all" tokens or "answers" alone; None means as the run was trained (`data.score`).
         rows: rows to score, from the first on; None means all of a text and the first 64 of a split.
         draws: masks per row in one replicate. replicates: independent replicates.
         seed: of the masks; None means run.seed.
@@ -25,6 +26,7 @@ class EvaluationRequest:
     texts: Sequence[Path] = ()
     split: str = "validation"
     corpus: Path | None = None
+    score: str | None = None
     rows: int | None = None
     draws: int = 4
     replicates: int = 4

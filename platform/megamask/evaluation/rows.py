@@ -13,6 +13,7 @@ from torch import Tensor
 from megamask.data.corpus.pack import RowPacker, token_dtype
 from megamask.data.manifest import Manifest
 from megamask.data.reader import SplitReader
+from megamask.data.roles import answered
 from megamask.data.tokenizer import NO_TOKEN, CorpusTokenizer
 from megamask.errors import DataIntegrityError, UsageError
 
@@ -75,15 +76,18 @@ def split_rows(
     tokenizer_digest: str | None,
     sequence_length: int,
     rows: int | None,
-) -> Tensor:
-    """Read the first rows of a split, int64 [n, s], in the corpus' own order.
+    score: str = "all",
+) -> tuple[Tensor, Tensor]:
+    """Read the first rows of a split in the corpus' own order: (tokens int64 [n, s], is_eligible bool [n, s]).
 
     Args:
         tokenizer_digest, sequence_length: of the model.
         rows: at most so many; None for the first 64.
+        score: as `data.score`: all tokens but padding, or answers alone.
 
     Raises:
-        UsageError: the corpus has another tokenizer or length of rows, or the split is missing or empty.
+        UsageError: the corpus has another tokenizer or length of rows, the split is missing or empty, or its rows have
+            no answers to score.
         DataIntegrityError: a row is damaged.
     """
     if manifest.tokenizer_digest != tokenizer_digest:
@@ -102,7 +106,17 @@ def split_rows(
         count = min(SPLIT_ROWS if rows is None else rows, reader.num_rows)
         if count == 0:
             raise UsageError(f"the split {split} of {folder} has no rows. {_NOTHING}")
-        return torch.from_numpy(np.stack([reader.read(row).tokens for row in range(count)]).astype(np.int64))
+        read = [reader.read(row) for row in range(count)]
+        tokens = torch.from_numpy(np.stack([row.tokens for row in read]).astype(np.int64))
+        is_eligible = tokens != manifest.pad_token_id
+        if score == "answers":
+            is_eligible &= torch.from_numpy(np.stack([answered(row.documents, sequence_length) for row in read]))
+            if not is_eligible.any():
+                raise UsageError(
+                    f"--score is answers, but the first {count} rows of {folder} hold none. {_NOTHING}",
+                    hint="give --score all, or a corpus prepared from inputs of the format messages",
+                )
+        return tokens, is_eligible
     finally:
         reader.close()
 

@@ -73,7 +73,7 @@ def open_start(
         return Start(record=recorded, weights=None)
     source = open_source(source_name)
     check_network(source, spec)
-    check_tokenizer(source, tokenizer)
+    check_tokenizer(source, tokenizer, allows_other=initialise.allow_other_tokenizer)
     if initialise.shift_until_step is not None and not source.has_shift:
         raise UsageError(
             f"initialise.shift is {initialise.shift}, but the logits of {source.name} do not predict the next token; "

@@ -41,6 +41,11 @@ class InitialiseConfig(Section):
         pattern=r"unused|mean|0|[1-9]\d{0,8}",
         pattern_words="unused, mean, an id",
     )
+    allow_other_tokenizer: bool = identity(
+        "a checkpoint of a run may be the source although the corpus has a tokenizer of another digest than that run; "
+        "ids that both have must mean the same in any case",
+        default=False,
+    )
     attention_annealing_steps: int = identity(
         "steps over which causal attention opens: at step s each later position is seen with probability s / steps",
         default=0,

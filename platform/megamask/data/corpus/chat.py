@@ -96,47 +96,24 @@ def conversation(value: Any, where: str) -> str:
     return json.dumps(plain, ensure_ascii=False)
 
 
-class ChatEncoder:
-    """Encoder of conversations.
+class ChatTemplate:
+    """Conversations as text.
 
     Args:
         template: Jinja.
-        tokenizer: of the corpus.
     """
 
-    def __init__(self, template: str, tokenizer: CorpusTokenizer) -> None:
+    def __init__(self, template: str) -> None:
         environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
         environment.globals["raise_exception"] = _refuse
         try:
             self._template = environment.from_string(template)
         except TemplateError as error:
             raise UsageError(f"corpus.chat_template is not a Jinja template: {error}. {NOTHING_WRITTEN}") from error
-        self._tokenizer = tokenizer
 
-    def segments(self, text: str, where: str) -> list[tuple[bool, npt.NDArray[np.int64]]]:
-        """(is answer, ids) of each segment of a document of `conversation`, none empty, the end of document last.
-
-        The end of document belongs to the last segment: after an answer it is what the model must write to stop.
-
-        Raises:
-            UsageError: the template cannot be used with these messages or this tokenizer.
-        """
-        tokenizer = self._tokenizer
-        found: list[tuple[bool, list[int]]] = []
-        for piece in self.pieces(json.loads(text), where):
-            ids = tokenizer.encode(piece.text) if piece.is_content else tokenizer.encode_template(piece.text)
-            if not {tokenizer.eod_token_id, tokenizer.pad_token_id, tokenizer.mask_token_id}.isdisjoint(ids):
-                raise UsageError(
-                    f"{where}: the chat template writes the end-of-document, padding or mask token, which mean "
-                    f"something else in a corpus. {NOTHING_WRITTEN}",
-                    hint="choose another corpus.tokenizer.eod_token, pad_token or mask_token",
-                )
-            if found and found[-1][0] == piece.is_answer:
-                found[-1][1].extend(ids)
-            elif ids:
-                found.append((piece.is_answer, ids))
-        found[-1][1].append(tokenizer.eod_token_id)
-        return [(is_answer, np.array(ids, dtype=np.int64)) for is_answer, ids in found]
+    def text(self, document: str, where: str) -> str:
+        """The rendered text of a document of `conversation`."""
+        return "".join(piece.text for piece in self.pieces(json.loads(document), where))
 
     def pieces(self, messages: Sequence[Message], where: str) -> list[Piece]:
         """The rendered conversation in parts."""
@@ -169,6 +146,43 @@ class ChatEncoder:
             )
         except (TemplateError, TypeError, ValueError) as error:
             raise UsageError(f"{where}: the chat template refuses the messages: {error}. {NOTHING_WRITTEN}") from error
+
+
+class ChatEncoder:
+    """Encoder of conversations.
+
+    Args:
+        template: Jinja.
+        tokenizer: of the corpus.
+    """
+
+    def __init__(self, template: str, tokenizer: CorpusTokenizer) -> None:
+        self._template, self._tokenizer = ChatTemplate(template), tokenizer
+
+    def segments(self, text: str, where: str) -> list[tuple[bool, npt.NDArray[np.int64]]]:
+        """(is answer, ids) of each segment of a document of `conversation`, none empty, the end of document last.
+
+        The end of document belongs to the last segment: after an answer it is what the model must write to stop.
+
+        Raises:
+            UsageError: the template cannot be used with these messages or this tokenizer.
+        """
+        tokenizer = self._tokenizer
+        found: list[tuple[bool, list[int]]] = []
+        for piece in self._template.pieces(json.loads(text), where):
+            ids = tokenizer.encode(piece.text) if piece.is_content else tokenizer.encode_template(piece.text)
+            if not {tokenizer.eod_token_id, tokenizer.pad_token_id, tokenizer.mask_token_id}.isdisjoint(ids):
+                raise UsageError(
+                    f"{where}: the chat template writes the end-of-document, padding or mask token, which mean "
+                    f"something else in a corpus. {NOTHING_WRITTEN}",
+                    hint="choose another corpus.tokenizer.eod_token, pad_token or mask_token",
+                )
+            if found and found[-1][0] == piece.is_answer:
+                found[-1][1].extend(ids)
+            elif ids:
+                found.append((piece.is_answer, ids))
+        found[-1][1].append(tokenizer.eod_token_id)
+        return [(is_answer, np.array(ids, dtype=np.int64)) for is_answer, ids in found]
 
 
 def _split(text: str, contents: Sequence[str], where: str, *, is_answer: bool) -> list[Piece]:

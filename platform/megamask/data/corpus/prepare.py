@@ -22,10 +22,10 @@ from pathlib import Path
 from typing import Any
 
 from megamask.config.schema.corpus import CorpusConfig, TokenizerConfig
-from megamask.data.corpus.chat import chat_template
+from megamask.data.corpus.chat import ChatTemplate, chat_template
 from megamask.data.corpus.documents import DOCUMENTS_DIR, write_documents
 from megamask.data.corpus.encode import CorpusWriter, Segments, encoded_texts
-from megamask.data.corpus.inputs import find_inputs
+from megamask.data.corpus.inputs import InputFile, find_inputs
 from megamask.data.corpus.pack import PACKER_NAME, PACKER_VERSION, token_dtype
 from megamask.data.corpus.provenance import provenance
 from megamask.data.corpus.publish import exclusive, folder_being_built
@@ -193,9 +193,13 @@ def _tasks(config: CorpusConfig, target: Path, progress: Progress) -> Tasks:
 
 def _train(config: CorpusConfig, scanned: ScannedCorpus, progress: Progress) -> CorpusTokenizer:
     """A tokenizer trained on the training documents."""
-    asked = config.tokenizer
+    asked, template = config.tokenizer, ChatTemplate(chat_template(config.chat_template))
+
+    def shown(file: InputFile, text: str, where: str) -> str:
+        return template.text(text, where) if file.format == "messages" else text
+
     return CorpusTokenizer.train(
-        scanned.training_texts(asked.training_bytes, progress),
+        scanned.training_texts(asked.training_bytes, progress, shown),
         vocab_size=asked.vocab_size or 0,
         special=_special_tokens(asked),
         on_wait=lambda: progress("training the tokenizer", 0, 0, None),

@@ -158,16 +158,26 @@ class ScannedCorpus:
                     number += 1
                 place += 1
 
-    def training_texts(self, num_bytes: int, progress: Progress) -> Iterator[str]:
-        """The first training documents up to `num_bytes` of UTF-8 text; the last one is cut at a character."""
+    def training_texts(
+        self,
+        num_bytes: int,
+        progress: Progress,
+        shown: Callable[[InputFile, str, str], str] = lambda file, text, where: text,
+    ) -> Iterator[str]:
+        """The first training documents up to `num_bytes` of UTF-8 text; the last one is cut at a character.
+
+        Args:
+            shown: the text that a document is encoded as, from its file, its own text and its place for messages.
+        """
         documents = self.documents
         available = sum(documents.text_bytes[n] for n in range(len(documents)) if documents.split_of(n) == TRAIN)
         left = min(num_bytes, available)
         count = Counter(progress, "reading text for the tokenizer", left)
-        for number, _, text in self.texts(lambda read: None):
+        for number, file, document in self.texts(lambda read: None):
             if documents.split_of(number) != TRAIN:
                 continue
-            size = documents.text_bytes[number]
+            text = shown(file, document, f"{file.name}, document {number}")
+            size = documents.text_bytes[number] if text is document else len(text.encode())
             yield text if size <= left else text.encode()[:left].decode(errors="ignore")
             count.document()
             count(min(size, left))
