@@ -11,8 +11,8 @@ import argparse
 import dataclasses
 from typing import Any
 
-from bench_support import Report, alternate, benchmark_parser, ratio, spread
-from bench_train import CLOCKS, OPTIMIZER, SEED, SHAPES, Shape
+from bench_support import Report, alternate, one_process, ratio, spread, step_arguments, timed
+from bench_train import OPTIMIZER, SEED, SHAPES, Shape
 
 from megamask.config.schema.layout import LayoutConfig
 from megamask.config.schema.training import TrainingConfig
@@ -59,12 +59,12 @@ SHAPES = SHAPES | {
 
 
 class Case:
-    """Takes a step of the engine each time it is called; answers the seconds by the chosen clock."""
+    """Takes a step of the engine each time it is called, and counts the scored tokens."""
 
-    def __init__(self, shape: Shape, settings: dict[str, Any], clock: str) -> None:
+    def __init__(self, shape: Shape, settings: dict[str, Any]) -> None:
         from megamask.engine.engine import Engine
 
-        self._shape, self._now, self._step = shape, CLOCKS[clock], 0
+        self._shape, self._step = shape, 0
         self.scored: list[int] = []
         self.engine = Engine(
             shape.spec(),
@@ -80,15 +80,11 @@ class Case:
             SEED,
         )
 
-    def __call__(self) -> float:
+    def __call__(self) -> None:
         """One step."""
         self._step += 1
         batch = self._shape.batch(self._step * self._shape.batch_size, self._shape.batch_size)
-        started = self._now()
-        report = self.engine.step(batch, step=self._step, learning_rate=1e-3)
-        taken = self._now() - started
-        self.scored.append(report.scored_tokens)
-        return taken
+        self.scored.append(self.engine.step(batch, step=self._step, learning_rate=1e-3).scored_tokens)
 
 
 def measure(report: Report, shape: Shape, arguments: argparse.Namespace) -> None:
@@ -100,8 +96,8 @@ def measure(report: Report, shape: Shape, arguments: argparse.Namespace) -> None
         "tokens are the mean over the measured steps; at a step the count of independent masks varies.",
     )
     chosen = {name: CASES[name] for name in CASES if name == SINGLE or arguments.only in (None, name)}
-    cases = {name: Case(shape, settings, arguments.clock) for name, settings in chosen.items()}
-    seconds = alternate(cases, blocks=arguments.blocks)
+    cases = {name: Case(shape, settings) for name, settings in chosen.items()}
+    seconds = alternate({name: timed(case, arguments.clock) for name, case in cases.items()}, blocks=arguments.blocks)
     means = {name: sum(case.scored) / len(case.scored) for name, case in cases.items()}
     of_single = [value / means[SINGLE] for value in seconds[SINGLE]]
     for name in cases:
@@ -122,24 +118,13 @@ def measure(report: Report, shape: Shape, arguments: argparse.Namespace) -> None
 
 def main() -> int:
     """Measure all objectives."""
-    parser = benchmark_parser(__doc__, blocks=5)
+    parser, parse = step_arguments(__doc__, SHAPES, blocks=5, shape="language")
     parser.add_argument("--only", choices=sorted(CASES), help="this objective and the single view")
-    parser.add_argument("--shape", choices=sorted(SHAPES), default="language", help="sizes (default language)")
-    parser.add_argument(
-        "--clock", choices=sorted(CLOCKS), default="cpu", help="time by the wall or of the CPU (default)"
-    )
-    arguments = parser.parse_args()
-    if arguments.quick:
-        arguments.shape, arguments.blocks = "tiny", 2
-
-    from megamask.engine.backend import select_backend
-    from megamask.engine.process_group import destroy_process_group, init_process_group
-
+    arguments = parse()
     shape, report = SHAPES[arguments.shape], Report("bench_objectives", "What objectives cost", arguments)
     report.keep("shape", dataclasses.asdict(shape))
-    init_process_group(select_backend())
-    measure(report, shape, arguments)
-    destroy_process_group()
+    with one_process():
+        measure(report, shape, arguments)
     return report.finish()
 
 

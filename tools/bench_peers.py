@@ -8,13 +8,13 @@ and its own default (the complementary pair). One process, float32, the same sha
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
-from collections.abc import Callable
 
 import torch
 from bench_objectives import CASES, SHAPES, SINGLE, Case
-from bench_support import Report, alternate, benchmark_parser, ratio, spread
-from bench_train import CLOCKS, OPTIMIZER, Shape
+from bench_support import Report, alternate, one_process, ratio, spread, step_arguments, timed
+from bench_train import OPTIMIZER, Shape
 from torch.nn import functional
 
 PAIR = "masked, complementary pair"
@@ -22,14 +22,13 @@ PEER = "Hugging Face loop"
 
 
 class HuggingFaceLoop:
-    """Takes a step each time it is called; answers the seconds by the chosen clock."""
+    """Takes a step each time it is called."""
 
-    def __init__(self, shape: Shape, clock: str) -> None:
+    def __init__(self, shape: Shape) -> None:
         from transformers import LlamaConfig, LlamaForCausalLM
 
         spec = shape.spec()
-        self._shape, self._now, self._step = shape, CLOCKS[clock], 0
-        self.scored: list[int] = []
+        self._shape, self._step = shape, 0
         config = LlamaConfig(
             vocab_size=spec.vocab_size,
             hidden_size=spec.hidden_size,
@@ -50,12 +49,11 @@ class HuggingFaceLoop:
         size, length = shape.batch_size, shape.sequence_length
         self._mask = torch.zeros(size, 1, length, length)  # additive: every position sees every position
 
-    def __call__(self) -> float:
+    def __call__(self) -> None:
         """One step."""
         self._step += 1
         shape = self._shape
         tokens = shape.batch(self._step * shape.batch_size, shape.batch_size).tokens
-        started = self._now()
         p = 1e-3 + (1 - 1e-3) * torch.rand(len(tokens), 1, generator=self._generator)
         is_masked = torch.rand(tokens.shape, generator=self._generator) < p
         x_t = tokens.masked_fill(is_masked, shape.vocabulary().mask_token_id)
@@ -66,31 +64,13 @@ class HuggingFaceLoop:
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self._model.parameters(), OPTIMIZER.clip_grad_norm)
         self._optimizer.step()
-        self.scored.append(int(is_masked.sum()))
-        return self._now() - started
 
 
-def main() -> int:
-    """Measure the loop and the engine in turns."""
-    parser = benchmark_parser(__doc__, blocks=7)
-    parser.add_argument("--shape", choices=sorted(SHAPES), default="language", help="sizes (default language)")
-    parser.add_argument(
-        "--clock", choices=sorted(CLOCKS), default="cpu", help="time by the wall or of the CPU (default)"
-    )
-    arguments = parser.parse_args()
-    if arguments.quick:
-        arguments.shape, arguments.blocks = "tiny", 2
-
-    from megamask.engine.backend import select_backend
-    from megamask.engine.process_group import destroy_process_group, init_process_group
-
-    shape, report = SHAPES[arguments.shape], Report("bench_peers", "Training beside a Hugging Face loop", arguments)
-    report.keep("shape", dataclasses.asdict(shape))
-    init_process_group(select_backend())
-    peer = HuggingFaceLoop(shape, arguments.clock)
-    engines = {name: Case(shape, CASES[name], arguments.clock) for name in (SINGLE, PAIR)}
-    cases: dict[str, Callable[[], float]] = {PEER: peer, **engines}
-    seconds = alternate(cases, blocks=arguments.blocks)
+def measure(report: Report, shape: Shape, arguments: argparse.Namespace) -> None:
+    """The loop and the engine in turns."""
+    engines = {name: Case(shape, CASES[name]) for name in (SINGLE, PAIR)}
+    cases = {PEER: HuggingFaceLoop(shape), **engines}
+    seconds = alternate({name: timed(case, arguments.clock) for name, case in cases.items()}, blocks=arguments.blocks)
     tokens = shape.batch_size * shape.sequence_length
     # expectations: a single view scores half of its tokens, which is what many steps give
     scored = {PEER: tokens / 2, SINGLE: tokens / 2, PAIR: tokens}
@@ -113,7 +93,16 @@ def main() -> int:
     report.keep("seconds", seconds)
     for case in engines.values():
         case.engine.close()
-    destroy_process_group()
+
+
+def main() -> int:
+    """Measure the loop and the engine."""
+    _, parse = step_arguments(__doc__, SHAPES, blocks=7, shape="language")
+    arguments = parse()
+    shape, report = SHAPES[arguments.shape], Report("bench_peers", "Training beside a Hugging Face loop", arguments)
+    report.keep("shape", dataclasses.asdict(shape))
+    with one_process():
+        measure(report, shape, arguments)
     return report.finish()
 
 

@@ -26,7 +26,7 @@ import shlex
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -47,6 +47,60 @@ def benchmark_parser(description: str | None, *, blocks: int = 9) -> argparse.Ar
     parser.add_argument("--json", type=Path, help="write every measured number to this file")
     parser.add_argument("--markdown", type=Path, help="write the tables to this file")
     return parser
+
+
+CLOCKS: Mapping[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
+"""CPU time leaves out what other programs take; on one thread without waiting it is the time that the work needs."""
+
+
+def add_clock(parser: argparse.ArgumentParser, *, default: str) -> None:
+    """Add the choice between the clocks."""
+    parser.add_argument(
+        "--clock", choices=sorted(CLOCKS), default=default, help=f"time by the wall or of the CPU (default {default})"
+    )
+
+
+def timed(case: Callable[[], object], clock: str) -> Callable[[], float]:
+    """The case, returning how long it took by the chosen clock."""
+    now = CLOCKS[clock]
+
+    def run() -> float:
+        started = now()
+        case()
+        return now() - started
+
+    return run
+
+
+def step_arguments(description: str | None, shapes: Mapping[str, Any], *, blocks: int, shape: str) -> Any:
+    """A parser for a benchmark of training steps, and a function that reads its arguments.
+
+    Args:
+        shapes: sizes by name; `--quick` takes "tiny".
+        shape: the default one.
+    """
+    parser = benchmark_parser(description, blocks=blocks)
+    parser.add_argument("--shape", choices=sorted(shapes), default=shape, help=f"sizes (default {shape})")
+    add_clock(parser, default="cpu")
+
+    def parse() -> argparse.Namespace:
+        arguments = parser.parse_args()
+        if arguments.quick:
+            arguments.shape, arguments.blocks = "tiny", 2
+        return arguments
+
+    return parser, parse
+
+
+@contextlib.contextmanager
+def one_process() -> Iterator[None]:
+    """The process group of one process, which an engine needs."""
+    from megamask.engine.backend import select_backend
+    from megamask.engine.process_group import destroy_process_group, init_process_group
+
+    init_process_group(select_backend())
+    yield
+    destroy_process_group()
 
 
 def alternate(cases: Mapping[str, Case], *, blocks: int, warmup: int = 1) -> dict[str, list[float]]:

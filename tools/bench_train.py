@@ -15,13 +15,11 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import time
-from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
 import torch
-from bench_support import Report, alternate, benchmark_parser, ratio, spread
+from bench_support import Report, add_clock, alternate, benchmark_parser, one_process, ratio, spread, timed
 from torch.nn import functional
 from training_runs import measure_runs
 
@@ -40,8 +38,6 @@ from megamask.objectives.masked import MaskedObjective
 
 SEED = 1
 OPTIMIZER = OptimizerConfig(learning_rate=1e-3)
-# CPU time leaves out what other programs take; on one thread without waiting it is the time that the work needs
-CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 SECTIONS = ("plain", "views", "run")
 
 
@@ -221,18 +217,6 @@ class PlainCase:
         self.loss = total
 
 
-def timed(case: Callable[[], None], clock: str) -> Callable[[], float]:
-    """The case, answering how long it took by the chosen clock."""
-    now = CLOCKS[clock]
-
-    def run() -> float:
-        started = now()
-        case()
-        return now() - started
-
-    return run
-
-
 def objective(vocabulary: Vocabulary, *, complementary: bool) -> MaskedObjective:
     """Of every case."""
     return MaskedObjective(
@@ -295,24 +279,20 @@ def main() -> int:
     parser.add_argument("--only", default=",".join(SECTIONS), help=f"sections, with commas: {', '.join(SECTIONS)}")
     parser.add_argument("--shape", choices=sorted(SHAPES), default="small", help="sizes (default small)")
     parser.add_argument("--compute", default="fp32,bf16", help="number formats of `plain` (default fp32,bf16)")
-    parser.add_argument("--clock", choices=sorted(CLOCKS), default="wall", help="time by the wall or of the CPU")
+    add_clock(parser, default="wall")
     arguments = parser.parse_args()
     if unknown := set(arguments.only.split(",")) - set(SECTIONS):
         parser.error(f"--only names {', '.join(sorted(unknown))}; allowed: {', '.join(SECTIONS)}")
     if arguments.quick:
         arguments.shape, arguments.blocks = "tiny", 2
 
-    from megamask.engine.backend import select_backend
-    from megamask.engine.process_group import destroy_process_group, init_process_group
-
     shape, report = SHAPES[arguments.shape], Report("bench_train", "Training's speed", arguments)
     report.keep("shape", dataclasses.asdict(shape))
-    init_process_group(select_backend())
     sections = {"plain": compare_with_plain, "views": compare_views}
-    for name in arguments.only.split(","):
-        if name in sections:
-            sections[name](report, shape, arguments)
-    destroy_process_group()
+    with one_process():
+        for name in arguments.only.split(","):
+            if name in sections:
+                sections[name](report, shape, arguments)
     if "run" in arguments.only.split(","):
         measure_runs(report, blocks=max(1, arguments.blocks // 3), is_quick=arguments.quick)
     return report.finish()

@@ -57,7 +57,7 @@ def test_tokenizer_of_another_digest_is_refused_with_the_key_that_allows_it(run_
         ({"num_groups": 1, "topk_groups": 1}, "model.router_groups is 4 in the source and 1 here"),
         ({"normalizes": False}, "model.router_normalize is True in the source and False here"),
         ({"has_bias": False}, "model.layers.1.mlp.gate.expert_bias is only in the source"),
-        ({"num_dense_layers": 0}, "model.layers.0.mlp.gate_proj.weight is only in the source"),
+        ({"num_dense_layers": 0}, "model.layers.0.mlp.gate.weight is only here"),
     ],
 )
 @pytest.mark.promise("A router that computes otherwise than the source's is refused before anything starts")
@@ -70,4 +70,4 @@ def test_router_that_computes_otherwise_is_refused(tmp_path: Path, change: dict[
     spec = dataclasses.replace(source.spec, experts=dataclasses.replace(experts, **change))
     with pytest.raises(UsageError, match="another network: ") as found:
         check_network(source, spec)
-    assert named in str(found.value) or "; and " in str(found.value)
+    assert named in str(found.value)
