@@ -12,6 +12,9 @@ from support.command import ROOT, TINY, VOLATILE, megamask
 pytestmark = [pytest.mark.slow, pytest.mark.multiprocess, pytest.mark.timeout(3600)]
 
 STEPS, STOP = 300, 150
+# At the tiny run's own 3e-3 the rounding of sums grows by orders of magnitude within 100 steps, and says nothing about
+# layouts then; at this rate it stays at 1e-7 for 300 steps.
+LEARNING_RATE = "optimizer.learning_rate=5e-4"
 BLOCK = "objective.name=block"
 OBJECTIVES = {
     "exact": ("objective.mask_counts=exact", "objective.random_length_fraction=0.1", "data.isolate_documents=true"),
@@ -59,6 +62,7 @@ def train(corpus: Path, folder: Path, name: str, *overrides: str) -> None:
         f"run.name={name}",
         f"training.steps={STEPS}",
         "training.sequence_length=64",
+        LEARNING_RATE,
         "checkpoint.every_steps=150",
         "tracking.mlflow.enabled=false",
         *overrides,
@@ -89,7 +93,7 @@ def test_objective_trains_resumes_and_is_inspected(name: str, corpus: Path, tmp_
     for one, other in zip(whole, parallel, strict=True):
         exact = ("masked_tokens", "batch_digest", "content_digest", "consumed_tokens", "processed_tokens")
         assert {key: one[key] for key in exact} == {key: other[key] for key in exact}
-        assert other["loss"] == pytest.approx(one["loss"], rel=2e-3)
+        assert other["loss"] == pytest.approx(one["loss"], rel=1e-5)
     if name not in ("schedule", "until_tokens"):  # a phase has a loss of its own
         start, end = (sum(step["loss"] for step in part) / 30 for part in (whole[:30], whole[-30:]))
         assert end < start
