@@ -170,7 +170,7 @@ class TokenNoise(OnePhase):
 
     @property
     def mixture(self) -> Mixture:
-        """What noise writes: masks, random tokens, or both."""
+        """Share of masks and of random tokens in what noise writes."""
         raise NotImplementedError
 
     def record(self) -> dict[str, Any]:
