@@ -9,6 +9,7 @@ import pytest
 
 from megamask.errors import UsageError
 from megamask.tracking.mlflow.schema import check_schema, known_revisions, stored_revision
+from megamask.tracking.mlflow.sync import hint_of
 from megamask_pipelines.cli.main import main
 from support.command import tiny
 
@@ -52,6 +53,19 @@ def test_older_and_newer_schemas_are_refused_with_what_to_do(tmp_path: Path) -> 
     with pytest.raises(UsageError, match="made by a newer MLflow") as found:
         check_schema(new, after="Nothing was started.")
     assert "install the MLflow that made it" in str(found.value.hint)
+
+
+@PROMISE
+def test_refusal_of_a_database_elsewhere_names_the_migration() -> None:
+    """MLflow's own words, so that a change of them is seen."""
+    import inspect
+
+    from mlflow.store.db.utils import _verify_schema
+
+    words = "out-of-date database schema"
+    assert words in inspect.getsource(_verify_schema)
+    assert "mlflow db upgrade" in hint_of(RuntimeError(f"Detected {words} (found version a, but expected b)"))
+    assert "start the server" in hint_of(RuntimeError("connection refused"))
 
 
 @PROMISE

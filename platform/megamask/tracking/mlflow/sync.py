@@ -28,6 +28,7 @@ _REQUEST_RETRIES = 2
 _TURN_TIMEOUT_S = 120.0
 _TURN_PAUSE_S = 0.2
 _SHOWN = 5
+_OTHER_SCHEMA = "out-of-date database schema"  # words of MLflow's error
 
 _Answer = TypeVar("_Answer")
 
@@ -188,8 +189,15 @@ def _refused(error: Exception, run_dir: Path, config: MLflowConfig) -> StorageEr
     return StorageError(
         f"MLflow at {_shown(run_dir, config)} does not take the journal of {run_dir} "
         f"({type(error).__name__}: {outage_text(error, run_dir, config)}). What it took stays; the journal has all.",
-        hint="start the server, or name another one with --uri, then run `megamask sync` again",
+        hint=hint_of(error),
     )
+
+
+def hint_of(error: Exception) -> str:
+    """Return what to do about a refusal: a database of another MLflow is not started but migrated."""
+    if _OTHER_SCHEMA in str(error):
+        return "copy the database, run `mlflow db upgrade` on its URI, then run `megamask sync` again"
+    return "start the server, or name another one with --uri, then run `megamask sync` again"
 
 
 def _shown(run_dir: Path, config: MLflowConfig) -> str:
