@@ -47,7 +47,7 @@ def find(folder: Path, *, number: int | None, text: str | None, run: str | None)
         names = [name for name, other in loader.corpus_ids.items() if other == corpus_id]
         if not names:
             raise UsageError(f"{run} was not trained on {folder}. Nothing was found.")
-        num_samples = consumed_before(recorded.steps + 1, batches(recorded))
+        num_samples = loader.skipped.index(consumed_before(recorded.steps + 1, batches(recorded)) - 1) + 1
         steps = [_steps(loader, names[0], each, num_samples, recorded) for each in found]
     return {"documents": [row | {"steps": each} for row, each in zip(rows, steps, strict=True)]}
 
@@ -60,4 +60,5 @@ def _steps(loader: Loader, source: str, found: Membership, num_samples: int, rec
         for row in range(found.first_row, found.last_row + 1)
         for sample in samples_of_row(loader, source, row, num_samples)
     }
-    return sorted({step_of_sample(sample, batches(recorded)) for sample in samples})
+    positions = [loader.skipped.position(sample) for sample in samples]
+    return sorted({step_of_sample(position, batches(recorded)) for position in positions if position is not None})

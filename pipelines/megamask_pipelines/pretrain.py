@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megamask.config.schema.layout import nearest_replicas
 from megamask.config.schema.roots import TrainConfig
@@ -15,6 +16,7 @@ from megamask.errors import MegamaskError
 from megamask.launch.placement import rank_place
 from megamask.launch.rank_folder import leave_report
 from megamask.resilience.heartbeat import Heartbeat
+from megamask.resilience.numerics import RewindError
 from megamask.resilience.parent_death import die_with_parent
 from megamask.resilience.signals import StopRequest
 from megamask.resilience.stop_deadline import StopDeadline
@@ -25,6 +27,11 @@ from megamask.training.resuming import is_complete
 from megamask.training.startup import StartupClock
 from megamask.training.stopping import StopReason
 from megamask_pipelines.local_ranks import train_in_local_ranks
+
+if TYPE_CHECKING:
+    from megamask.engine.engine import Engine
+    from megamask.training.attempt_scope import AttemptScope
+    from megamask.training.run_data import RunData
 
 
 def run_training(config: TrainConfig, arguments: Sequence[str], signals: StopRequest) -> dict[str, Any]:
@@ -63,7 +70,7 @@ def _train_here(run_dir: Path, config: TrainConfig, signals: StopRequest) -> dic
 
 
 def pretrain(config: TrainConfig, signals: StopRequest) -> tuple[StopReason, Progress]:
-    """Train on this rank until the attempt ends; every rank of the layout calls it.
+    """Train on this rank until an attempt ends other than by a rewind; every rank of the layout calls it.
 
     Returns: why the attempt ended and how far the run is, the same on every rank.
     Raises:
@@ -75,8 +82,6 @@ def pretrain(config: TrainConfig, signals: StopRequest) -> tuple[StopReason, Pro
     from megamask.engine.probes import check_machine
     from megamask.engine.process_group import destroy_process_group
     from megamask.training.attempt_scope import attempt_scope
-    from megamask.training.build import build_run
-    from megamask.training.loop import train
     from megamask.training.run_data import RunData
 
     if parent := os.environ.get("MEGAMASK_PARENT_PID"):
@@ -85,14 +90,47 @@ def pretrain(config: TrainConfig, signals: StopRequest) -> tuple[StopReason, Pro
     rank = 0 if place is None else place.rank
     with contextlib.ExitStack() as stack:
         data = RunData(config, stack)
-        with attempt_scope(config, data, rank) as scope:
-            last_act = functools.partial(scope.ended_by_deadline, leave_report)
-            stack.enter_context(StopDeadline.of(config.launch, signals, heartbeat, last_act=last_act))
-            select_device()
-            check_machine(config)
-            if rank == 0:
-                scope.claim(config, data)
-            scope.reason = train(build_run(config, data, scope, signals, startup, heartbeat))
-            heartbeat.enter("close")
-        destroy_process_group()
-    return scope.reason, scope.progress
+        while True:
+            engines: list[Engine] = []
+            with contextlib.ExitStack() as around:
+                with contextlib.suppress(RewindError), attempt_scope(config, data, rank) as scope:
+                    last_act = functools.partial(scope.ended_by_deadline, leave_report)
+                    around.enter_context(StopDeadline.of(config.launch, signals, heartbeat, last_act=last_act))
+                    select_device()
+                    check_machine(config)
+                    if rank == 0:
+                        scope.claim(config, data)
+                    _take_steps(config, data, scope, signals, startup, heartbeat, engines)
+                    heartbeat.enter("close")
+                if scope.reason is not StopReason.NONE:
+                    destroy_process_group()
+                    return scope.reason, scope.progress
+            # rewound, and recorded: the next attempt goes on in this process
+            scope.committer = None
+            _release(engines)
+            startup = StartupClock(age_s=0.0)
+
+
+def _take_steps(
+    config: TrainConfig,
+    data: RunData,
+    scope: AttemptScope,
+    signals: StopRequest,
+    startup: StartupClock,
+    heartbeat: Heartbeat,
+    engines: list[Engine],
+) -> None:
+    """Train until the attempt stops; its engine is added to `engines`, so that it can be freed."""
+    from megamask.training.build import build_run
+    from megamask.training.loop import train
+
+    run = build_run(config, data, scope, signals, startup, heartbeat)
+    engines.append(run.engine)
+    scope.reason = train(run)
+
+
+def _release(engines: list[Engine]) -> None:
+    """Free the engine of an attempt that was rewound, before the next one makes its own."""
+    while engines:
+        engines.pop().close()
+    gc.collect()

@@ -131,3 +131,22 @@ def test_recomputing_activations_changes_no_bit(build, recompute, fp8):
     wanted, found = build(cases.OPTIONS, fp8=fp8), build(cases.OPTIONS, fp8=fp8, recompute=recompute)
     assert steps(found, 1, 2) == steps(wanted, 1, 2)
     assert found.parameter_digest() == wanted.parameter_digest()
+
+
+@pytest.mark.promise("a refused update leaves weights, moments and FP8 scales as if the step had never been")
+@pytest.mark.parametrize("fp8", [None, "delayed"])
+def test_step_whose_update_is_refused_might_as_well_not_have_been(build, fp8):
+    refused, plain = (build(cases.OPTIONS, **({"fp8": emulated(fp8)} if fp8 else {})) for _ in range(2))
+    assert steps(refused, 1, 1) == steps(plain, 1, 1)
+    report = refused.step(
+        cases.batch(refused.members(cases.GLOBAL_BATCH_SIZE), 2),
+        step=2,
+        learning_rate=3e-3,
+        accepts=lambda loss, grad_norm: loss < 0,
+    )
+    assert (report.is_finite, report.is_updated) == (True, False)
+    assert refused.parameter_digest() == plain.parameter_digest()
+    assert all(torch.equal(*pair) for pair in zip(scales_of(refused), scales_of(plain), strict=True))
+    assert steps(refused, 3, 4) == steps(plain, 3, 4)
+    assert refused.parameter_digest() == plain.parameter_digest()
+    assert refused._optimizer.num_updates == 3

@@ -18,6 +18,7 @@ from megamask.launch.local import run_local_ranks
 from megamask.launch.placement import rank_place
 from megamask.launch.rank_folder import leave_report
 from megamask.launch.watch import Observer
+from megamask.resilience.exit_codes import combine
 from megamask.resilience.signals import StopRequest
 
 TESTS = Path(__file__).parents[1]
@@ -78,6 +79,34 @@ def test_failure_of_a_killed_rank_is_told_before_the_report_of_one_that_lost_it(
     failure = failure_of([ended(1, lost, place=1), ended(-signal.SIGKILL, rank=1, place=0)])
     assert failure is not None
     assert failure.message == "rank 1 was killed by SIGKILL (9); the kernel's OOM killer is the usual cause."
+
+
+@pytest.mark.promise("a rank that ends before it has met the others does not let them wait for it")
+@pytest.mark.multiprocess
+def test_rank_that_ends_before_it_has_met_the_others_does_not_let_them_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch_watch, "REFUSAL_GRACE_S", 0.5)
+    script = (
+        "import time; from megamask.resilience.heartbeat import Heartbeat\n"
+        "beat = Heartbeat.of_environment(); beat.enter('rendezvous')\n"
+        "os._exit(75) if rank == 1 else time.sleep(60)"
+    )
+    started = time.monotonic()
+    exits = ranks(script)
+    assert time.monotonic() - started < 40
+    assert [(each.returncode, each.was_stopped) for each in exits] == [(-signal.SIGKILL, True), (75, False)]
+    assert failure_of(exits) is None
+    assert combine([each.returncode for each in exits if not each.was_stopped]) == 75
+
+
+@pytest.mark.multiprocess
+def test_rank_that_ends_after_training_leaves_the_others_their_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch_watch, "REFUSAL_GRACE_S", 0.1)
+    script = (
+        "import time; from megamask.resilience.heartbeat import Heartbeat\n"
+        "beat = Heartbeat.of_environment(); beat.enter('save')\n"
+        "time.sleep(0.0 if rank == 1 else 1.5); os._exit(75)"
+    )
+    assert [each.returncode for each in ranks(script)] == [75, 75]
 
 
 @pytest.mark.promise("the launcher reports at once which rank was killed, not which it stops")

@@ -2,7 +2,9 @@
 
 FAULT is JSON: `point` (of megamask.storage.fault_points), `nth` (which time it is reached), `rank` (null: every rank),
 `folder`, and `action`: "hold" leaves a file `held-PID` there and waits for a file `go`; "fail" writes the number of
-journalled steps into a file `failed` and raises ENOSPC.
+journalled steps into a file `failed` and raises ENOSPC; "kill" ends the process by SIGKILL; "list" writes every point
+that is reached into `points-PID`. `poison` multiplies the gradients of every batch with one of `samples` by `factor`,
+on the rank that `poisoned_rank` names (null: every one).
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ import errno
 import functools
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -35,7 +38,34 @@ def start_with_fault(arguments: list[str], fault: dict[str, Any]) -> subprocess.
     )
 
 
+def _poison(poison: dict[str, Any]) -> None:
+    """Spoil the gradients of some samples, as damaged data or a broken device would."""
+    from megamask.data.loader import Loader
+    from megamask.engine.optimizer import ShardedAdamW
+    from megamask.engine.parameters import named_parameters
+
+    plain_batch, plain_norm, samples = Loader.batch, ShardedAdamW.gradient_norm, set(poison["samples"])
+    is_due = [False]
+
+    def batch(self: Loader, position: int, size: int, members: Any) -> Any:
+        is_due[0] = any(samples & set(each) for each in self.skipped.segments(position, size))
+        return plain_batch(self, position, size, members)
+
+    def gradient_norm(self: ShardedAdamW) -> float:
+        if is_due[0] and poison["rank"] in (None, int(os.environ.get("RANK", "0"))):
+            for _, parameter in named_parameters([chunk.module for chunk in self._chunks]):
+                parameter.main_grad.mul_(poison["factor"])
+        return plain_norm(self)
+
+    Loader.batch, ShardedAdamW.gradient_norm = batch, gradient_norm  # type: ignore[method-assign]
+
+
 def _arm(fault: dict[str, Any]) -> None:
+    if fault["action"] == "list":
+        path = Path(fault["folder"]) / f"points-{os.getpid()}"
+        reached = set[str]()
+        fault_points.follow(lambda point: (reached.add(point), path.write_text("\n".join(sorted(reached)))))
+        return
     seen: list[str] = []
     folder = Path(fault["folder"])
 
@@ -47,6 +77,8 @@ def _arm(fault: dict[str, Any]) -> None:
             (folder / f"held-{os.getpid()}").touch()
             while not (folder / "go").exists():
                 time.sleep(0.01)
+        elif fault["action"] == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
         else:
             (folder / "failed").write_text(str(max(step_lines(Path(fault["run_dir"])), default=0)))
             raise OSError(errno.ENOSPC, "No space left on device")
@@ -56,7 +88,9 @@ def _arm(fault: dict[str, Any]) -> None:
 
 if __name__ == "__main__":
     told = json.loads(os.environ["FAULT"])
-    if told["rank"] is None or os.environ.get("RANK") == str(told["rank"]):
+    if "poison" in told:
+        _poison(told["poison"])
+    if "point" in told and (told["rank"] is None or os.environ.get("RANK") == str(told["rank"])):
         _arm(told)
     local_ranks.run_local_ranks = functools.partial(run_local_ranks, module="support.faulty_main")
     sys.exit(main(sys.argv[1:]))

@@ -17,6 +17,7 @@ from megamask.config.schema.roots import TrainConfig
 from megamask.data.loader import Batch
 from megamask.engine.step import StepReport
 from megamask.provenance.record import code_version
+from megamask.resilience.numerics import NumericsGuard
 from megamask.runs.claims import claim
 from megamask.runs.configs import store_attempt_config
 from megamask.runs.record import RunRecord, open_run
@@ -24,6 +25,7 @@ from megamask.tracking.journal.writer import Journal
 from megamask.tracking.records import AttemptStarted, CheckpointCommitted, Evaluation, JournalRecord
 from megamask.training.attempt import Attempt
 from megamask.training.checkpointing import CheckpointCommitter
+from megamask.training.guarding import StepGuard
 from megamask.training.hooks import StepJournal
 from megamask.training.loop import TrainingRun, train
 from megamask.training.progress import Progress
@@ -46,7 +48,7 @@ class FakeEngine(InitialWeights):
     def members(self, global_batch_size: int) -> list[int]:
         return list(range(global_batch_size))
 
-    def step(self, batch: Batch, *, step: int, learning_rate: float) -> StepReport:
+    def step(self, batch: Batch, *, step: int, learning_rate: float, accepts: Any = None) -> StepReport:
         loss, num_eligible = 5.0 - step / 10, int(batch.is_eligible.sum())
         return StepReport(
             loss=loss,
@@ -177,6 +179,9 @@ class JournalledRun:
                 progress=self.progress,
                 stop=AfterStep(self.progress.step + 1),  # type: ignore[arg-type]
                 hooks=[StepJournal(self.attempt)],
+                guard=StepGuard(
+                    rules=NumericsGuard(self.config.resilience), recorder=self.attempt, rewind=lambda step, rule: "No. "
+                ),
                 shape_at=lambda step: self.shape,
                 peak_seconds_per_token=lambda shape: None,
             )

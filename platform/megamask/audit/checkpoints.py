@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from megamask.audit.report import Report
@@ -13,14 +13,15 @@ from megamask.checkpoint.integrity import verify_folder
 from megamask.checkpoint.names import PIN_SUFFIX
 from megamask.checkpoint.reader import candidates, has_commit
 from megamask.errors import CheckpointIntegrityError, UsageError
-from megamask.runs.laws import LAWS
+from megamask.runs.laws import LAWS, SKIPPING_LAWS
 from megamask.runs.layout import CHECKPOINTS, checkpoints_folder
 from megamask.runs.record import RunRecord
+from megamask.runs.skips import Rewind, rewinds_before
 from megamask.storage.hashing import sha256_bytes
 from megamask.training.announcing import commit_record
 
 
-def check_checkpoints(run_dir: Path, record: RunRecord, report: Report) -> list[Commit]:
+def check_checkpoints(run_dir: Path, record: RunRecord, report: Report, rewinds: Sequence[Rewind] = ()) -> list[Commit]:
     """Read every visible checkpoint byte for byte; return the intact ones, oldest first."""
     intact = []
     for folder in reversed(candidates(run_dir)):
@@ -38,7 +39,7 @@ def check_checkpoints(run_dir: Path, record: RunRecord, report: Report) -> list[
         for what, found, expected in (
             ("run_id", commit.run_id, record.run_id),
             ("corpora", dict(commit.corpora), dict(record.content["corpora"])),
-            ("laws", dict(commit.laws), dict(LAWS)),
+            ("laws", dict(commit.laws), SKIPPING_LAWS if rewinds_before(rewinds, commit.attempt) else LAWS),
             ("the tokenizer's digest", model.tokenizer_digest, record.content["tokenizer_digest"]),
             ("run.seed", commit.state.get("seed"), str(record.content["identity"].get("run.seed"))),
             ("the sha256 of run.json", commit.run_sha256 or record.sha256, record.sha256),

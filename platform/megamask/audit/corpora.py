@@ -15,7 +15,7 @@ from megamask.errors import DataIntegrityError, UsageError
 from megamask.runs.layout import record_path
 from megamask.runs.record import RunRecord, read_run
 from megamask.storage.ranges import is_remote
-from megamask.tracking.journal.lines import steps
+from megamask.tracking.journal.lines import steps_with_attempts
 from megamask.tracking.journal.seek import newest_start
 
 
@@ -74,8 +74,9 @@ def check_data(run_dir: Path, folders: Mapping[str, Path], report: Report) -> in
         return 0
     num_steps = 0
     with open_loader(run) as loader:
-        for step, line in steps(run_dir).items():
+        for step, (attempt, line) in steps_with_attempts(run_dir).items():
             num_steps += 1
+            loader.leave_out(run.skipped_at(attempt))
             if (recomputed := content_digest_of(run, loader, step)) != line.get("content_digest"):
                 problem = f"the journal has {line.get('content_digest')}; the corpus gives {recomputed}"
                 report.find("journal", f"content_digest of step {step}: {problem}")

@@ -23,6 +23,7 @@ from megamask.data.content import add_content, batch_digest, content_digest
 from megamask.data.loader import Loader
 from megamask.data.order import ORDER_LAW_VERSION
 from megamask.data.reader import Row
+from megamask.data.skipped import SkippedSamples
 from megamask.diffusion.philox import NOISE_LAW_VERSION, run_key
 from megamask.errors import CheckpointIntegrityError, DataIntegrityError, UsageError
 from megamask.models.vocabulary import Vocabulary
@@ -31,8 +32,10 @@ from megamask.objectives.schedule import phases_of
 from megamask.runs.configs import attempt_configs
 from megamask.runs.layout import configs_folder
 from megamask.runs.record import read_run
-from megamask.tracking.journal.seek import find_step
+from megamask.runs.skips import Rewind, read_rewinds, rewinds_before
+from megamask.tracking.journal.seek import find_step, find_step_and_attempt
 from megamask.training.batch_size import batch_size_at, consumed_before, first_step
+from megamask.training.rewinding import skipped_by
 from megamask.training.starting import run_objective
 
 _COMPARED = ("batch_digest", "content_digest", "masked_tokens", "scored_tokens")
@@ -49,6 +52,16 @@ class RecordedRun:
     corpora: Mapping[str, str]  # name -> folder, of the newest attempt
     mixture: Sequence[dict[str, Any]] = ()  # of the newest attempt
     quarantine: Sequence[str] = ()  # of the newest attempt
+    rewinds: Sequence[Rewind] = ()
+
+    def skipped_at(self, attempt: int) -> SkippedSamples:
+        """The sample indices that an attempt leaves out."""
+        return skipped_by(rewinds_before(self.rewinds, attempt))
+
+    @property
+    def skipped(self) -> SkippedSamples:
+        """The sample indices that the next attempt leaves out."""
+        return skipped_by(list(self.rewinds))
 
     def value(self, key: str) -> Any:
         """One identity field.
@@ -96,6 +109,7 @@ def recorded_run(folder: Path, corpora: Mapping[str, str] | None = None) -> Reco
         corpora={name: (corpora or {}).get(name) or config.data.corpora.get(name, "") for name in corpus_ids},
         mixture=config.data.mixture,
         quarantine=config.data.quarantine,
+        rewinds=read_rewinds(folder),
     )
 
 
@@ -144,6 +158,7 @@ def open_loader(run: RecordedRun) -> Loader:
                 f"{run.corpus_ids[name]}. Nothing was recomputed.",
                 hint=f"give the recorded corpus: --corpus {name}=FOLDER",
             )
+    loader.leave_out(run.skipped)
     return loader
 
 
@@ -176,14 +191,17 @@ def inspect_step(run: RecordedRun, loader: Loader, step: int) -> dict[str, Any]:
     """
     check_step(run, step)
     seed, training = int(run.value("run.seed")), batches(run)
-    first_index = consumed_before(step, training)
-    batch_size = batch_size_at(first_index, training)
+    if (taken := find_step_and_attempt(run.folder, step)) is not None:  # maybe before a rewind
+        loader.leave_out(run.skipped_at(taken[0]))
+    position = consumed_before(step, training)
+    batch_size = batch_size_at(position, training)
+    indices = [index for each in loader.skipped.segments(position, batch_size) for index in each]
     objective = _objective(run, loader)
     samples: list[dict[str, Any]] = []
     hashes: list[int] = []
-    for index, (source, row) in enumerate(loader.rows(first_index, batch_size), start=first_index):
+    for place, (index, (source, row)) in enumerate(zip(indices, loader.rows(position, batch_size), strict=True)):
         content = loader.read(source, row)
-        drawn = _sample(loader, content, index, first_index=first_index, global_batch_size=batch_size)
+        drawn = _sample(loader, content, index, place=place, global_batch_size=batch_size)
         num_padding = int((drawn.tokens == loader.manifest.pad_token_id).sum())
         [details] = objective.details(objective.seen(drawn, run_key(seed)), step, run_key(seed))
         samples.append(
@@ -195,7 +213,7 @@ def inspect_step(run: RecordedRun, loader: Loader, step: int) -> dict[str, Any]:
         "step": step,
         "seed": seed,
         "samples": samples,
-        "batch_digest": batch_digest(first_index, batch_size),
+        "batch_digest": batch_digest(position, batch_size, loader.skipped),
         "content_digest": content_digest(add_content(*hashes)),
         "masked_tokens": sum(len(sample.get("masked", ())) for sample in samples),
     }
@@ -205,15 +223,17 @@ def inspect_step(run: RecordedRun, loader: Loader, step: int) -> dict[str, Any]:
 
 
 def content_digest_of(run: RecordedRun, loader: Loader, step: int) -> str:
-    """Return the content digest of a step, from the corpus alone.
+    """Return the content digest of a step, from the corpus alone and what the loader leaves out.
 
     Raises:
         DataIntegrityError: a row is damaged.
     """
     training = batches(run)
-    first = consumed_before(step, training)
+    position = consumed_before(step, training)
+    size = batch_size_at(position, training)
+    indices = [index for each in loader.skipped.segments(position, size) for index in each]
     hashes = []
-    for index, (source, row) in enumerate(loader.rows(first, batch_size_at(first, training)), start=first):
+    for index, (source, row) in zip(indices, loader.rows(position, size), strict=True):
         content = loader.read(source, row)
         hashes.append(loader.content_hash(index, source, row, content))
     return content_digest(add_content(*hashes))
@@ -264,13 +284,13 @@ def _recorded_section(run: RecordedRun, prefix: str, section: type) -> dict[str,
     return {name: value for name, value in found.items() if name in known}
 
 
-def _sample(loader: Loader, content: Row, index: int, *, first_index: int, global_batch_size: int) -> Samples:
+def _sample(loader: Loader, content: Row, index: int, *, place: int, global_batch_size: int) -> Samples:
     tokens = torch.from_numpy(content.tokens.astype("int64"))[None]
     return Samples(
         tokens=tokens,
         is_eligible=loader.eligible([content]),
         sample_index=torch.tensor([index]),
-        batch_position=[index - first_index],
+        batch_position=[place],
         global_batch_size=global_batch_size,
     )
 

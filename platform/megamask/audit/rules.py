@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from megamask.audit.story import Rules
@@ -15,6 +15,7 @@ from megamask.errors import UsageError
 from megamask.objectives.schedule import at_step, phases_of
 from megamask.objectives.shapes import shape_of
 from megamask.runs.record import RunRecord
+from megamask.runs.skips import Rewind
 from megamask.training.batch_size import consumed_before, first_step
 from megamask.training.schedules import learning_rate
 
@@ -29,11 +30,12 @@ _TYPES: dict[str, tuple[type, ...]] = {
 }
 
 
-def rules_of(record: RunRecord, configs: Mapping[int, TrainConfig]) -> Rules:
+def rules_of(record: RunRecord, configs: Mapping[int, TrainConfig], rewinds: Sequence[Rewind] = ()) -> Rules:
     """Return the rules of a run; a key that the record lacks has its default, unknown keys are ignored.
 
     Args:
         configs: of the attempts, each of this run's identity.
+        rewinds: of skips.json.
 
     Raises:
         UsageError: a key is missing that has no default, or its value is not of its kind.
@@ -60,6 +62,7 @@ def rules_of(record: RunRecord, configs: Mapping[int, TrainConfig]) -> Rules:
         consumed_before=lambda step: consumed_before(step, training),
         shape_at=lambda step: shape_of(at_step(phases, step), training.sequence_length),
         sequence_length=training.sequence_length,
+        rewinds=rewinds,
         run_sha256=record.sha256,
         code_version=str(content["code_version"]) if "code_version" in content else None,
         learning_rate=lambda attempt, step: _rate(configs.get(attempt), step),

@@ -17,7 +17,8 @@ from megamask.audit.checkpoints import (
 from megamask.audit.corpora import check_corpora, check_data, corpus_folders
 from megamask.audit.report import Report
 from megamask.audit.rules import rules_of
-from megamask.audit.story import AttemptStory, JournalAudit
+from megamask.audit.skips import check_rewinds, check_told
+from megamask.audit.story import AttemptStory, JournalAudit, Rules
 from megamask.checkpoint.commit import Commit
 from megamask.config.identity import compare_identity
 from megamask.config.load import load_stored_config
@@ -78,8 +79,11 @@ def verify_run(run_dir: Path, request: AuditRequest | None = None, report: Repor
     alive = bool(attempts) and is_live(run_dir, attempts[-1])
     configs = _check_attempts(run_dir, record, attempts, report)
     # the commits first: a journal that is read later has the lines that they name
-    commits = check_checkpoints(run_dir, record, report)
-    audit = _check_journal(run_dir, record, configs, commits, report, is_alive=alive)
+    rewinds = check_rewinds(record, report)
+    commits = check_checkpoints(run_dir, record, report, rewinds)
+    rules = rules_of(record, configs, rewinds)
+    audit = _check_journal(run_dir, rules, commits, report, is_alive=alive)
+    check_told(audit, report, is_alive=alive)
     check_commits_against(audit, commits, report, is_alive=alive)
     check_what_is_gone(run_dir, audit, report)
     _check_end(run_dir, audit, configs, report, is_alive=alive)
@@ -182,15 +186,14 @@ def _check_attempts(run_dir: Path, record: RunRecord, attempts: list[int], repor
 
 def _check_journal(
     run_dir: Path,
-    record: RunRecord,
-    configs: Mapping[int, TrainConfig],
+    rules: Rules,
     commits: list[Commit],
     report: Report,
     *,
     is_alive: bool,
 ) -> JournalAudit:
     """The chain of hashes, then every line; and of each commit the line that it names."""
-    audit = JournalAudit(rules_of(record, configs))
+    audit = JournalAudit(rules)
     named: dict[Any, list[Commit]] = {}
     for commit in commits:
         named.setdefault(str(commit.journal.get("seq")), []).append(commit)

@@ -7,14 +7,17 @@ steps must be the same steps; commits must descend from one another and name the
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from megamask.audit.report import Finding
 from megamask.checkpoint.names import folder_name
 from megamask.data.content import batch_digest
+from megamask.data.skipped import SKIPS_NOTHING, SkippedSamples
 from megamask.objectives.shapes import ObjectiveShape
+from megamask.resilience.numerics import REWIND, SKIPPED
+from megamask.runs.skips import Rewind, rewinds_before
 from megamask.tracking.records import (
     AttemptEnded,
     AttemptStarted,
@@ -32,6 +35,7 @@ from megamask.tracking.records import (
     Straggler,
     read_record,
 )
+from megamask.training.rewinding import skipped_by
 
 _AFTER_THE_END = (RunCompleted, Incident)
 _ROUNDING = 1e-5  # of float32 sums in another order
@@ -51,6 +55,7 @@ class Rules:
         consumed_before: samples of all steps before a step, by the order law.
         shape_at: what the objective makes of a sample at a step.
         sequence_length: tokens of a row.
+        rewinds: of skips.json.
         run_sha256, code_version: of the bytes of run.json, and in it.
         learning_rate: of a step under an attempt's config; None where that config is not known.
     """
@@ -60,9 +65,14 @@ class Rules:
     consumed_before: Callable[[int], int]
     shape_at: Callable[[int], ObjectiveShape]
     sequence_length: int
+    rewinds: Sequence[Rewind] = ()
     run_sha256: str | None = None
     code_version: str | None = None
     learning_rate: Callable[[int, int], float | None] = lambda attempt, step: None
+
+    def skipped_at(self, attempt: int) -> SkippedSamples:
+        """The sample indices that an attempt leaves out, by skips.json."""
+        return skipped_by(rewinds_before(self.rewinds, attempt))
 
 
 @dataclass(kw_only=True)
@@ -80,6 +90,8 @@ class AttemptStory:
     ended: AttemptEnded | None = None
     is_completed: bool = False
     evaluations: dict[int, Bound] = field(default_factory=dict)
+    skipped: SkippedSamples = SKIPS_NOTHING
+    skipped_updates: set[int] = field(default_factory=set)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,7 +122,10 @@ class _Taken(NamedTuple):
 
 @dataclass
 class JournalAudit:
-    """Check of every complete line in order; `findings` grows, and `commits` collects the commits."""
+    """Check of every complete line in order; `findings` grows, and `commits` collects the commits.
+
+    `told_rewinds` collects the attempts whose rewind a line of the journal names.
+    """
 
     rules: Rules
     findings: list[Finding] = field(default_factory=list)
@@ -120,6 +135,7 @@ class JournalAudit:
     num_lines: int = 0
     num_steps: int = 0
     num_repeated: int = 0
+    told_rewinds: set[int] = field(default_factory=set)
     _steps: dict[int, _Taken] = field(default_factory=dict)
     _file: str = ""
     _line: int = 0
@@ -134,7 +150,7 @@ class JournalAudit:
         """
         self._file, self._line = file, line
         self.num_lines += 1
-        story = self.attempts.setdefault(attempt, AttemptStory(number=attempt))
+        story = self._story_of(attempt)
         try:
             record = read_record(content, is_strict=True)
         except RecordError as error:
@@ -146,9 +162,32 @@ class JournalAudit:
             self._find(f"a {record.kind} line follows the end of attempt {attempt}")
         try:
             self._check(story, record)
+            if isinstance(record, Incident):
+                self._incident(story, content)
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             self._find(f"a {record.kind} line lacks or misstates a field ({error!r})")
         return story
+
+    def _story_of(self, attempt: int) -> AttemptStory:
+        """The story of an attempt; what an earlier rewind withdrew is no past of a new one."""
+        if attempt not in self.attempts:
+            self.attempts[attempt] = AttemptStory(number=attempt, skipped=self.rules.skipped_at(attempt))
+            for rewind in rewinds_before(self.rules.rewinds, attempt):
+                for step in [step for step in self._steps if step > rewind.back_to_step]:
+                    if rewind.withdraws(step=step, attempt=self._steps[step].attempt):
+                        del self._steps[step]
+        return self.attempts[attempt]
+
+    def _incident(self, story: AttemptStory, content: Mapping[str, Any]) -> None:
+        """A rewind must be that of skips.json; a skipped update is remembered for its step."""
+        if content["incident"] == SKIPPED:
+            story.skipped_updates.add(_count(content["step"]))
+        elif content["incident"] == REWIND:
+            self.told_rewinds.add(story.number)
+            names = ("step", "back_to_step", "first_sample", "end_sample", "rule")
+            [*recorded] = [rewind for rewind in self.rules.rewinds if rewind.attempt == story.number]
+            expected = [tuple(getattr(rewind, name) for name in names) for rewind in recorded]
+            self._expect("the rewind of skips.json", expected, [tuple(content[name] for name in names)])
 
     def _check(self, story: AttemptStory, record: JournalRecord) -> None:
         match record:
@@ -192,6 +231,9 @@ class JournalAudit:
         self._names_record(record.run_sha256)
         if story.number == 1 and record.code_version is not None:
             self._expect("code_version", record.code_version, self.rules.code_version)
+        ranges = [[each.start, each.stop] for each in story.skipped.ranges] or None
+        self._expect("skipped_samples", record.skipped_samples, ranges)
+        self.told_rewinds |= {rewind.attempt for rewind in rewinds_before(self.rules.rewinds, story.number)}
         story.started = record
         if (resumed := record.resumed) is None:
             return
@@ -220,7 +262,8 @@ class JournalAudit:
         begin, end = self.rules.consumed_before(step), self.rules.consumed_before(step + 1)
         self._expect("global_batch_size", record.global_batch_size, end - begin)
         self._expect("consumed_samples", record.consumed_samples, end)
-        self._expect("batch_digest", record.batch_digest, batch_digest(begin, end - begin))
+        self._expect("batch_digest", record.batch_digest, batch_digest(begin, end - begin, story.skipped))
+        self._expect("is_skipped", bool(record.is_skipped), step in story.skipped_updates)
         self._tokens(story, record, end - begin)
         self._loss(record)
         self._learning_rate(story, record)

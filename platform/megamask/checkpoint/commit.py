@@ -110,6 +110,7 @@ class CommitFields:
     journal: Mapping[str, Any] = field(default_factory=dict)
     evaluation: Mapping[str, str] | None = None
     run_sha256: str | None = None
+    laws: Mapping[str, int] = field(default_factory=lambda: dict(LAWS))
 
 
 def begin(run_dir: Path, step: int, attempt: int) -> Path:
@@ -165,7 +166,7 @@ def write_commit(folder: Path, place: tuple[int, int], files: Mapping[str, FileD
         "parent": fields.parent,
         "state": dict(fields.state),
         "corpora": dict(fields.corpora),
-        "laws": dict(LAWS),
+        "laws": dict(fields.laws),
         "journal": dict(fields.journal),
     }
     if fields.evaluation is not None:

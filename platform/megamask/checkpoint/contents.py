@@ -16,7 +16,7 @@ from megamask.models.vocabulary import NO_ID, Vocabulary
 from megamask.objectives.base import Objective
 from megamask.objectives.registry import build_objective
 from megamask.objectives.shifted import SHIFT_KEY
-from megamask.runs.laws import LAWS
+from megamask.runs.laws import KNOWN_LAWS, LAWS
 from megamask.storage.documents import DocumentKind, encode_document, read_document
 
 STATE = DocumentKind(format="megamask-trainer-state", version=1, damage=CheckpointIntegrityError)
@@ -195,8 +195,9 @@ def refuse_other_laws(laws: Mapping[str, Any], path: Path) -> None:
     Raises:
         UsageError: the document was made under another version.
     """
-    if dict(laws) != LAWS:
-        raise UsageError(f"{path} was made under laws {dict(laws)}; this megamask trains under {LAWS}")
+    if dict(laws) not in KNOWN_LAWS:
+        known = " and ".join(map(str, KNOWN_LAWS))
+        raise UsageError(f"{path} was made under laws {dict(laws)}; this megamask trains under {known}")
 
 
 def _misstated(path: Path, error: Exception) -> CheckpointIntegrityError:

@@ -99,6 +99,7 @@ def _verify_together(
 def _load_engine(engine: CheckpointEngine, folder: Path) -> None:
     reached("checkpoint.verified")
     _on_all(engine, lambda: engine.load_state(folder))
+    reached("checkpoint.restored")
 
 
 def _on_all(engine: CheckpointEngine, action: Callable[[], Result]) -> Result:

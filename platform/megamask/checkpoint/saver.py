@@ -6,7 +6,7 @@ import contextlib
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from megamask.checkpoint.integrity import digest_and_flush
 from megamask.checkpoint.names import MODEL_NAME, STATE_NAME, TOKENIZER_NAME
 from megamask.checkpoint.retention import remove_committed
 from megamask.errors import DataIntegrityError, MegamaskError, StorageError, SupersededError
+from megamask.runs.laws import LAWS
 from megamask.storage.durable import fsync_directory, storage_errors
 from megamask.storage.fault_points import reached
 
@@ -45,6 +46,7 @@ class SaveRequest:
     check_claim: Callable[[], None]
     evaluation: Mapping[str, str] | None = None
     run_sha256: str | None = None
+    laws: Mapping[str, int] = field(default_factory=lambda: dict(LAWS))
 
     def fields(self) -> CommitFields:
         """Return the fields of COMMIT.json."""
@@ -56,6 +58,7 @@ class SaveRequest:
             journal={"seq": self.journal_head[0], "sha256": self.journal_head[1]},
             evaluation=self.evaluation,
             run_sha256=self.run_sha256,
+            laws=self.laws,
         )
 
 

@@ -12,6 +12,8 @@ import numpy as np
 import numpy.typing as npt
 from crc32c import crc32c
 
+from megamask.data.skipped import SKIPS_NOTHING, SkippedSamples
+
 _MODULUS = 1 << 64
 
 
@@ -51,7 +53,14 @@ def content_digest(content_sum: int) -> str:
     return f"{content_sum % _MODULUS:016x}"
 
 
-def batch_digest(first_index: int, global_batch_size: int) -> str:
-    """First 16 hex digits of the sha256 of the batch's sample indices as little-endian int64, in batch order."""
-    indices = np.arange(first_index, first_index + global_batch_size, dtype="<i8")
-    return hashlib.sha256(indices.tobytes()).hexdigest()[:16]
+def batch_digest(position: int, global_batch_size: int, skipped: SkippedSamples = SKIPS_NOTHING) -> str:
+    """First 16 hex digits of the sha256 of the batch's sample indices as little-endian int64, in batch order.
+
+    Args:
+        position: of the batch's first sample, counted over the samples that the run uses.
+        skipped: what the run leaves out.
+    """
+    digest = hashlib.sha256()
+    for indices in skipped.segments(position, global_batch_size):
+        digest.update(np.arange(indices.start, indices.stop, dtype="<i8").tobytes())
+    return digest.hexdigest()[:16]

@@ -1,7 +1,8 @@
 """Batches of a run: the rows that the order law names, read and checked.
 
-The batch of a step is the sample indices first, ..., first + B - 1; each rank asks for the members that its
-coordinate computes. Nothing here knows of ranks or processes, and nothing is carried from batch to batch.
+The batch of a step is the B positions from `consumed_samples` on, which are sample indices unless the run leaves some
+out (data/skipped.py); each rank asks for the members that its coordinate computes. Nothing here knows of ranks or
+processes, and nothing is carried from batch to batch.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from megamask.data.mixture import Mixture, stages_of
 from megamask.data.quarantine import quarantined_rows
 from megamask.data.reader import Row, RowBatch
 from megamask.data.roles import answered
+from megamask.data.skipped import SKIPS_NOTHING, SkippedSamples
 from megamask.data.source import Source
 from megamask.data.tokenizer import CorpusTokenizer
 from megamask.diffusion.spindle import token_information
@@ -45,7 +47,7 @@ class Batch:
 
 @dataclass(frozen=True, kw_only=True)
 class _Share:
-    first_index: int
+    position: int
     global_batch_size: int
     members: tuple[int, ...]
 
@@ -88,6 +90,7 @@ class Loader:
         stages = stages_of(data.mixture, list(corpora), sequence_length)
         self.mixture = Mixture(list(corpora), stages, data.seed)
         self._accounts = Mixture(list(corpora), stages, data.seed)  # for the training thread, which waits for no lock
+        self.skipped = SKIPS_NOTHING
         self.quarantined = quarantined_rows(data.quarantine, self.sources) if split == "train" else {}
         self._scores_answers = data.score == "answers"
         for name, source in self.sources.items():
@@ -116,12 +119,27 @@ class Loader:
         """Number of rows of one epoch of all sources together."""
         return sum(source.order.num_rows for source in self._by_number)
 
-    def rows(self, first_index: int, count: int) -> list[tuple[str, int]]:
-        """(source, row) of the sample indices first_index, ..., first_index + count - 1; reads nothing."""
+    def leave_out(self, skipped: SkippedSamples) -> None:
+        """Use none of these sample indices from now on; what was read ahead is dropped."""
+        while self._pending:
+            self._pending.popleft()[1].exception()
+        self.skipped = skipped
+
+    def rows(self, position: int, count: int) -> list[tuple[str, int]]:
+        """(source, row) of `count` samples from a position of the run on; reads nothing."""
         with self._lock:
-            numbers, rows = self._rows(first_index, count)
+            _, numbers, rows = self._at(position, count)
         names = [source.name for source in self._by_number]
         return [(names[number], row) for number, row in zip(numbers.tolist(), rows.tolist(), strict=True)]
+
+    def _at(
+        self, position: int, count: int
+    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """Sample indices, numbers of the sources, and rows, from a position of the run on: int64 [count] each."""
+        segments = self.skipped.segments(position, count)
+        found = [self._rows(each.start, len(each)) for each in segments]
+        indices = np.concatenate([np.arange(each.start, each.stop, dtype=np.int64) for each in segments])
+        return indices, np.concatenate([numbers for numbers, _ in found]), np.concatenate([rows for _, rows in found])
 
     def _rows(self, first_index: int, count: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
         """Numbers of the sources, and rows, of consecutive sample indices: two int64 arrays [count]."""
@@ -148,7 +166,13 @@ class Loader:
 
     def consumed(self, num_samples: int) -> dict[str, int]:
         """Return the number of samples of each source among the first `num_samples` of the run."""
-        return self._accounts.consumed(num_samples)
+        end = self.skipped.index(num_samples - 1) + 1 if num_samples else 0
+        counts = self._accounts.consumed(end)
+        for each in self.skipped.ranges:
+            if each.start < end:
+                first, last = self._accounts.consumed(each.start), self._accounts.consumed(each.stop)
+                counts = {name: count - last[name] + first[name] for name, count in counts.items()}
+        return counts
 
     def content_hash(self, index: int, source: str, row: int, content: Row) -> int:
         """A sample's part of its batch's content digest."""
@@ -175,11 +199,11 @@ class Loader:
             is_eligible &= torch.from_numpy(answers)
         return is_eligible
 
-    def batch(self, first_index: int, global_batch_size: int, members: Sequence[int]) -> Batch:
-        """Return this rank's share of the global batch that begins at a sample index.
+    def batch(self, position: int, global_batch_size: int, members: Sequence[int]) -> Batch:
+        """Return this rank's share of the global batch that begins at a position of the run.
 
         Args:
-            first_index: sample index of place 0.
+            position: of place 0, counted over the samples that the run uses.
             global_batch_size: samples of the global batch.
             members: places j in the global batch that this rank computes, in the order it computes them.
 
@@ -187,7 +211,7 @@ class Loader:
             DataIntegrityError: a row of the share is damaged; names shard, member and row.
             ValueError: a member lies outside the batch.
         """
-        share = _share(first_index, global_batch_size, members)
+        share = _share(position, global_batch_size, members)
         while self._pending:
             ahead, batch = self._pending.popleft()
             if ahead == share:
@@ -195,13 +219,13 @@ class Loader:
             batch.exception()  # waits; an error of a share that was not asked for is dropped with it
         return self._read_share(share)
 
-    def prefetch(self, first_index: int, global_batch_size: int, members: Sequence[int]) -> None:
+    def prefetch(self, position: int, global_batch_size: int, members: Sequence[int]) -> None:
         """Begin to read a share on a thread; `batch` with the same arguments then returns it, or raises its error.
 
         Shares are read in the order of the calls, and `batch` takes them in that order: asking for another one drops
         those before it. The caller bounds how many wait; each takes its rows' bytes in the stored type.
         """
-        share = _share(first_index, global_batch_size, members)
+        share = _share(position, global_batch_size, members)
         if any(ahead == share for ahead, _ in self._pending):
             return
         if self._thread is None:
@@ -226,7 +250,8 @@ class Loader:
     def _read_share(self, share: _Share, *, announce: bool = False) -> Batch:
         places = np.array(share.members, dtype=np.int64)
         with self._lock:
-            numbers, rows = (values[places] for values in self._rows(share.first_index, share.global_batch_size))
+            everything = self._at(share.position, share.global_batch_size)
+            indices, numbers, rows = (values[places] for values in everything)
             tokens = np.empty((len(places), self.sequence_length), dtype=self.manifest.dtype)
             is_eligible = np.ones(tokens.shape, dtype=np.bool_)
             hashes: list[int] = []
@@ -240,7 +265,7 @@ class Loader:
                     is_eligible[mine] = [answered(pairs, self.sequence_length) for pairs in read.documents]
                 hashes += map(
                     content_hash,
-                    (share.first_index + places[mine]).tolist(),
+                    indices[mine].tolist(),
                     repeat(source.digest),
                     rows[mine].tolist(),
                     read.tokens_crc32c,
@@ -251,7 +276,7 @@ class Loader:
         return Batch(
             tokens=torch.from_numpy(tokens),
             is_eligible=torch.from_numpy(is_eligible),
-            sample_index=torch.from_numpy(share.first_index + places),
+            sample_index=torch.from_numpy(indices),
             batch_position=torch.from_numpy(places),
             rows=[(names[number], row) for number, row in zip(numbers.tolist(), rows.tolist(), strict=True)],
             content_sum=add_content(*hashes),
@@ -282,7 +307,7 @@ def _refuse_other_tokenizers(sources: Sequence[Source]) -> None:
             )
 
 
-def _share(first_index: int, global_batch_size: int, members: Sequence[int]) -> _Share:
-    if first_index < 0 or any(not 0 <= place < global_batch_size for place in members):
-        raise ValueError(f"members {list(members)} of a batch of {global_batch_size} from index {first_index}")
-    return _Share(first_index=first_index, global_batch_size=global_batch_size, members=tuple(members))
+def _share(position: int, global_batch_size: int, members: Sequence[int]) -> _Share:
+    if position < 0 or any(not 0 <= place < global_batch_size for place in members):
+        raise ValueError(f"members {list(members)} of a batch of {global_batch_size} from position {position}")
+    return _Share(position=position, global_batch_size=global_batch_size, members=tuple(members))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -37,10 +36,11 @@ from megamask.engine.state import restore
 from megamask.engine.state.host_copy import HostCopy
 from megamask.engine.state.share import Share, share
 from megamask.engine.state.slices import StoredSlice
-from megamask.engine.step import StepReport, StepSettings, StepShare
+from megamask.engine.step import Accepts, StepReport, StepSettings, StepShare, accept_all, agreed_fault, step_report
 from megamask.models.spec import ModelSpec
 from megamask.objectives.base import Objective, Reading, Rows
 from megamask.planning.capability import chosen_layers
+from megamask.storage.fault_points import reached
 from megamask.storage.hashing import hash_of
 
 if TYPE_CHECKING:
@@ -158,16 +158,19 @@ class Engine:
         """Places of the global batch that this rank computes, in the order that `step` expects its samples."""
         return self.mesh.members(global_batch_size, self._settings.micro_batch_size)
 
-    def step(self, batch: Batch, *, step: int, learning_rate: float) -> StepReport:
+    def step(self, batch: Batch, *, step: int, learning_rate: float, accepts: Accepts = accept_all) -> StepReport:
         """Take one training step on this rank's share of a global batch: count, forward and backward, guard, update.
 
         Args:
             step: 1-based number of the step, which the noise law asks for.
             learning_rate: of this step.
+            accepts: whether a finite loss and gradient norm let the update be made. Without the update, weights,
+                moments and scales are as before the step.
         """
         rank_model, optimizer, began = self._rank_model, self._optimizer, time.perf_counter()
         share = StepShare(rank_model, self._settings, batch, step=step)
         counts = share.agree_on_counts()
+        scales = self._fp8.kept()
         self._fp8.begin_step()
         if self._fp8.needs_calibration:
             with self._fp8.calibrating():
@@ -178,28 +181,23 @@ class Engine:
             routing.begin_step(num_rows=share.num_rows)
         losses = self._pass_clock.timed(lambda: share.forward_backward(counts))
         rank_model.backend.synchronize()
+        reached("step.computed")
         middle = time.perf_counter()
         grad_norm = optimizer.gradient_norm()
-        has_nonfinite = not (math.isfinite(losses.total) and math.isfinite(grad_norm))
-        is_finite = not rank_model.collectives.max_integer(has_nonfinite)
-        if is_finite:
+        fault = agreed_fault(rank_model.collectives, losses.total, grad_norm, accepts)
+        if fault:
+            self._fp8.put_back(scales)
+        else:
             optimizer.update(learning_rate=learning_rate, gradient_norm=grad_norm)
             if routing is not None:
                 routing.move_biases(torch.tensor(losses.expert_counts))
         rank_model.backend.synchronize()
-        return StepReport(
-            loss=losses.total,
-            loss_terms=losses.terms,
-            nelbo_nats_per_token=losses.nelbo,
+        reached("step.updated")
+        return step_report(
+            losses,
+            counts,
             grad_norm=grad_norm,
-            is_finite=is_finite,
-            num_eligible=counts.num_eligible,
-            scored_tokens=sum(counts.num_scored),
-            masked_tokens=counts.masked_tokens,
-            masked_tokens_by_noise_level=counts.masked_tokens_by_noise_level,
-            loss_by_noise_level=losses.by_noise_level,
-            content_sum=counts.content_sum,
-            expert_counts=losses.expert_counts,
+            fault=fault,
             forward_backward_s=middle - began,
             optimizer_s=time.perf_counter() - middle,
             passes_s=self._pass_clock.seconds(),

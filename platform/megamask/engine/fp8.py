@@ -138,6 +138,16 @@ class Fp8:
             for quantization in delayed:
                 quantization.is_calibrating = False
 
+    def kept(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Return a copy of the state, for `put_back`; empty where there is none yet."""
+        return [place.scales.read() for place in self._places] if self._is_calibrated else []
+
+    def put_back(self, kept: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+        """Return to a state; to none at all, so that the next step calibrates again, where there was none."""
+        for place, state in zip(self._places, kept, strict=False):
+            place.scales.write(*state)
+        self._is_calibrated = bool(kept) or not self._places
+
     @contextlib.contextmanager
     def untouched(self) -> Iterator[None]:
         """Inside, forward-only passes leave the state as it is; Transformer Engine would record their magnitudes."""

@@ -79,6 +79,11 @@ def collective_timeout_s() -> float:
     return _joined[0] if _joined else DEFAULT_TIMEOUT_S
 
 
+def is_joined() -> bool:
+    """Return whether this process has joined a job."""
+    return dist.is_initialized()
+
+
 def destroy_process_group() -> None:
     """Leave the job; harmless if none was joined."""
     if dist.is_initialized():

@@ -6,6 +6,8 @@ context parallelism), m positions that the head scores.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -13,6 +15,7 @@ import torch
 
 from megamask.diffusion.philox import run_key
 from megamask.engine import passes
+from megamask.engine.collectives import Collectives
 from megamask.engine.layers.router import Routing
 from megamask.engine.measures import BatchCounts, Losses, count_share, num_counts, num_sums, sum_scores
 from megamask.engine.network import DiffusionNetwork
@@ -25,6 +28,9 @@ from megamask.objectives.terms import Scores
 if TYPE_CHECKING:
     from megamask.data.loader import Batch
 
+Accepts = Callable[[float, float], bool]
+"""Whether a finite loss and gradient norm let a step's update be made."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class StepReport:
@@ -36,6 +42,7 @@ class StepReport:
         nelbo_nats_per_token: the term that bounds the negative log-likelihood; None where no term does.
         grad_norm: global norm before clipping.
         is_finite: whether loss and norm were; if not, nothing was updated.
+        is_updated: whether the update was made: the numbers were finite and every rank accepted them.
         num_eligible: clean eligible tokens of the global batch, once.
         scored_tokens: scored positions of all views, global batch.
         masked_tokens: those of the first view that have a noise level.
@@ -62,6 +69,50 @@ class StepReport:
     optimizer_s: float
     passes_s: float = 0.0
     expert_counts: list[list[int]] | None = None
+    is_updated: bool = True
+
+
+def accept_all(loss: float, grad_norm: float) -> bool:
+    """Accept every step whose numbers are finite."""
+    del loss, grad_norm
+    return True
+
+
+def agreed_fault(collectives: Collectives, loss: float, grad_norm: float, accepts: Accepts) -> int:
+    """0 where every rank accepts the numbers of a step, 1 where one refuses them, 2 where they are not finite."""
+    is_finite = math.isfinite(loss) and math.isfinite(grad_norm)
+    return collectives.max_integer(int(not accepts(loss, grad_norm)) if is_finite else 2)
+
+
+def step_report(
+    losses: Losses,
+    counts: BatchCounts,
+    *,
+    grad_norm: float,
+    fault: int,
+    forward_backward_s: float,
+    optimizer_s: float,
+    passes_s: float,
+) -> StepReport:
+    """Return the report of a step; `fault` is that of `agreed_fault`."""
+    return StepReport(
+        loss=losses.total,
+        loss_terms=losses.terms,
+        nelbo_nats_per_token=losses.nelbo,
+        grad_norm=grad_norm,
+        is_finite=fault < 2,
+        is_updated=not fault,
+        num_eligible=counts.num_eligible,
+        scored_tokens=sum(counts.num_scored),
+        masked_tokens=counts.masked_tokens,
+        masked_tokens_by_noise_level=counts.masked_tokens_by_noise_level,
+        loss_by_noise_level=losses.by_noise_level,
+        content_sum=counts.content_sum,
+        expert_counts=losses.expert_counts,
+        forward_backward_s=forward_backward_s,
+        optimizer_s=optimizer_s,
+        passes_s=passes_s,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

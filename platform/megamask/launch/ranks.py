@@ -19,6 +19,7 @@ from megamask.launch.failures import RankExit
 from megamask.launch.rank_folder import RankFolder, rank_folder
 from megamask.launch.watch import Observer, StopGrace, Watch
 from megamask.resilience.signals import STOP_SIGNALS, StopRequest
+from megamask.storage.fault_points import reached
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +78,7 @@ def run_ranks(
             with watch.forwarding():
                 for rank in gang.ranks:
                     watch.processes.append(_start([module, *arguments], gang, rank, folder))
+                    reached("launch.rank_started")
                 if signals is not None and signals.strongest is not None:
                     watch.forward(signals.strongest)
                 watch.wait()

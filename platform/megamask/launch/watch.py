@@ -14,6 +14,7 @@ from megamask.errors import ExitCode, MegamaskError
 from megamask.launch.failures import AGREED
 from megamask.launch.hang import Standing, examine, hang_error
 from megamask.launch.rank_folder import RankFolder
+from megamask.resilience.heartbeat import BEFORE_TRAINING
 from megamask.resilience.signals import STOP_SIGNALS, is_ignored
 from megamask.resilience.stacks import ask_for_stacks, wait_for_stacks
 from megamask.resilience.watchdog import Watchdog
@@ -149,8 +150,17 @@ class Watch:
         if any(code not in (None, *AGREED) for code in codes):
             refused = self._ranks.start == 0 and codes[0] in (ExitCode.USAGE, ExitCode.DATA_INTEGRITY)
             self._deadline = time.monotonic() + (REFUSAL_GRACE_S if refused else FAILURE_GRACE_S)
+        elif self._asked_at is None and self._has_left_too_early(codes):
+            self._deadline = time.monotonic() + REFUSAL_GRACE_S
         elif self._observer.has_ended_elsewhere():
             self._deadline = time.monotonic() + FAILURE_GRACE_S
+
+    def _has_left_too_early(self, codes: Sequence[int | None]) -> bool:
+        """True if a rank has ended as agreed while another still waits to meet it: only one of them got a signal."""
+        if not any(code in (ExitCode.PREEMPTED, ExitCode.DO_NOT_REQUEUE) for code in codes):
+            return False
+        marks = [self._folder.mark(rank) for rank in self._running()]
+        return any(mark is None or mark.section in BEFORE_TRAINING for mark in marks)
 
     def _saving(self) -> set[int]:
         marks = {rank: self._folder.mark(rank) for rank in self._ranks}

@@ -3,3 +3,9 @@
 from __future__ import annotations
 
 LAWS = {"order": 1, "noise": 1, "weights": 1, "likelihood": 1}
+"""Of every run when it begins, and of one that never leaves out samples."""
+
+SKIPPING_LAWS = {**LAWS, "order": 2}
+"""Of what a run writes after a rewind that leaves out samples (skips.json)."""
+
+KNOWN_LAWS = (LAWS, SKIPPING_LAWS)

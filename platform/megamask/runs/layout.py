@@ -6,6 +6,7 @@
     attempts/NNNN/rank-RRRRR.json     failure record of a rank
     attempts/NNNN/stacks-RRRRR.txt    Python stacks of a rank of a job that hung
     status.json                       last known state
+    skips.json                        samples that the run leaves out; only after a rewind
     journal/attempt-NNNN-RRR.jsonl    record of the run
     checkpoints/                      commits
     tracking/                         state of the MLflow reader
@@ -36,6 +37,11 @@ def record_path(run_dir: Path) -> Path:
 def status_path(run_dir: Path) -> Path:
     """Return the path of status.json."""
     return run_dir / "status.json"
+
+
+def skips_path(run_dir: Path) -> Path:
+    """Return the path of skips.json, which a run without rewinds does not have."""
+    return run_dir / "skips.json"
 
 
 def configs_folder(run_dir: Path) -> Path:

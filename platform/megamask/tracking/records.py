@@ -105,6 +105,7 @@ class AttemptStarted(JournalRecord):
         num_parameters: weights of the network, padding of the vocabulary not counted.
         num_threads: of torch on rank 0; sums on a CPU depend on it.
         layers: modules that the layers were made of: local, te or emulated.
+        skipped_samples: ranges of sample indices that the attempt leaves out, [first, end) each; absent without any.
         fp8: recipe of their matrix products and what computed it, e.g. "delayed, emulated"; "none" without FP8.
     """
 
@@ -131,6 +132,14 @@ class AttemptStarted(JournalRecord):
     num_threads: int | None = None
     layers: str | None = None
     fp8: str | None = None
+    skipped_samples: list[Any] | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """As of every record; a run that leaves no samples out does not mention them."""
+        found = super().to_json()
+        if found["skipped_samples"] is None:
+            del found["skipped_samples"]
+        return found
 
     @property
     def resumed(self) -> ResumedFrom | None:
@@ -147,7 +156,11 @@ class AttemptStarted(JournalRecord):
 
 @dataclass(frozen=True, kw_only=True)
 class Step(JournalRecord):
-    """A completed update. Losses in nats per token; times in seconds; token counts are of the global batch."""
+    """A completed step. Losses in nats per token; times in seconds; token counts are of the global batch.
+
+    Args:
+        is_skipped: true where the guard left out the step's update; absent elsewhere.
+    """
 
     kind = "step"
     step: int
@@ -168,6 +181,7 @@ class Step(JournalRecord):
     content_digest: str | None = None
     router_max_load: list[Any] | None = None
     router_idle_experts: list[Any] | None = None
+    is_skipped: bool | None = None
     seconds: dict[str, Any] | None = None
     tokens_per_second: float | None = None
     mfu: float | None = None

@@ -16,7 +16,7 @@ from megamask.errors import ExitCode, MegamaskError, SupersededError
 from megamask.models.counts import parameter_count
 from megamask.provenance.record import code_version, library_versions
 from megamask.provenance.redaction import reason_of, redact, redact_values
-from megamask.resilience.numerics import NotFiniteError
+from megamask.resilience.numerics import RefusedStepError
 from megamask.resilience.process_facts import node_name
 from megamask.runs.claims import claim, claimed_attempts, is_superseded, refuse_if_superseded
 from megamask.runs.configs import store_attempt_config
@@ -147,6 +147,7 @@ class Attempt(FollowerAttempt):
         self.write_status("starting", step=None)
         self.journal = Journal.open(run_dir, self.number, rotate_bytes=config.tracking.journal_file_mib * 2**20)
         self._is_tracked = False
+        self._resumed_step: int | None = None  # known when the attempt has started
         self._is_first = self.journal.head[0] == 0  # an attempt that died at once may have left run.json and no line
         num_samples = consumed_before(config.training.steps + 1, config.training)
         self.console = Console(config, bytes_per_token=bytes_per_token, num_samples=num_samples)
@@ -195,6 +196,7 @@ class Attempt(FollowerAttempt):
             self.write(RunStarted(run_id=self.run_id, corpora=corpora, run_sha256=self.run_sha256))
         steps, layout = self._config.training.steps, asdict(self._config.layout)
         commit = loaded.commit
+        self._resumed_step = 0 if commit is None else commit.step
         self.write(
             AttemptStarted(
                 attempt=self.number,
@@ -221,6 +223,7 @@ class Attempt(FollowerAttempt):
                 startup_s=dict(startup_s),
                 layers=machine["layers"],
                 fp8=machine["fp8"],
+                skipped_samples=[[each.start, each.stop] for each in data.train.skipped.ranges] or None,
             )
         )
         if commit is not None and not is_announced(self.run_dir, commit):
@@ -280,10 +283,12 @@ class Attempt(FollowerAttempt):
         """The attempt ends with an error; a superseded one writes nothing that is not its own."""
         reason = reason_of(error)
         try:
-            if isinstance(error, NotFiniteError):
+            if isinstance(error, RefusedStepError):
                 self.append("incident", **error.incident)
             if not isinstance(error, SupersededError):
-                self._end(_phase_of(exit_code), exit_code, progress.step, reason)
+                # a full disk may take the end's line and not that of the last step
+                journalled = self.journal.last_step or self._resumed_step
+                self._end(_phase_of(exit_code), exit_code, progress.step if journalled is None else journalled, reason)
             self._shut(is_hasty=True)
         except Exception as refusal:  # noqa: BLE001  the attempt's own error is reported, even if more fails now
             _log.warning("the end of attempt %d could not be written: %r", self.number, refusal)

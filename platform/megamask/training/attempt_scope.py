@@ -17,6 +17,7 @@ from megamask.resilience.surroundings import explained
 from megamask.runs.layout import run_path
 from megamask.runs.rank_files import write_rank_failure
 from megamask.runs.record import open_run
+from megamask.storage.fault_points import reached
 from megamask.training.attempt import Attempt, FollowerAttempt, claim_run, record_failure
 from megamask.training.checkpointing import CheckpointCommitter
 from megamask.training.failure import LOST_PEER, LOST_PEER_HINT, as_hang, end_saving, has_lost_peer, peer_failure, typed
@@ -79,6 +80,7 @@ class AttemptScope:
         recorded, completed = recorded_schedule(record)
         check_extension(config.optimizer, config.training, recorded_steps=recorded, completed=completed)
         number = claim_run(self.run_dir)
+        reached("attempt.claimed")
         # claimed: a failure from here on is recorded
         self.known = FollowerAttempt(self.run_dir, record.run_id, number, record.sha256)
         self.leader = Attempt(

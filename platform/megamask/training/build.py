@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from megamask.checkpoint.agreement import on_main
+from megamask.checkpoint.commit import Commit
 from megamask.checkpoint.contents import ModelDocument
 from megamask.checkpoint.loader import Loaded, load
 from megamask.checkpoint.ownership import Owner
@@ -17,18 +19,23 @@ from megamask.models.counts import flops_per_token
 from megamask.objectives.base import Objective
 from megamask.objectives.shapes import ObjectiveShape
 from megamask.resilience.heartbeat import Heartbeat
+from megamask.resilience.numerics import NumericsGuard
 from megamask.resilience.process_facts import node_name
 from megamask.resilience.signals import StopRequest
 from megamask.resilience.stop_deadline import StoppedBeforeTraining
+from megamask.runs.skips import Rewind
+from megamask.storage.fault_points import reached
 from megamask.tracking.journal.seek import has_record
 from megamask.training.attempt_scope import AttemptScope
 from megamask.training.checkpointing import CheckpointCommitter
 from megamask.training.evaluating import validation_measure
+from megamask.training.guarding import StepGuard, steps_before
 from megamask.training.hooks import PeriodicCheckpoint, PeriodicEvaluation, StatusFile, StepJournal
 from megamask.training.loop import Hook, TrainingRun
 from megamask.training.mixing import refuse_moved_past
 from megamask.training.previewing import PeriodicPreview, preview_on_engine
 from megamask.training.progress import Progress
+from megamask.training.rewinding import effective_rewinds, refuse_lost_document, rewinder, skipped_by, withdraw
 from megamask.training.run_data import RunData
 from megamask.training.starting import verify_source
 from megamask.training.startup import StartupClock
@@ -61,6 +68,7 @@ def build_run(
     """
     # megatron-core takes seconds to import: a refusal before this line need not wait for it
     backend = _join(config, signals, startup, heartbeat)
+    reached("rendezvous.joined")
     engine = _engine(config, data, startup)
     attempt = scope.share(engine)
     heartbeat.enter("restore")
@@ -68,14 +76,8 @@ def build_run(
         spec=data.spec, vocabulary=data.vocabulary, objective=data.objective, tokenizer_digest=data.tokenizer_digest
     )
     with startup.phase("restore"):
-        if scope.leader is not None:
-            sweep(scope.run_dir, attempt.number)
-        owner = Owner(run_id=attempt.run_id, seed=config.run.seed, corpora=data.train.corpus_ids)
-        loaded = load(engine, scope.run_dir, model=model, owner=owner)
-        if loaded.commit is None and data.start is not None and data.start.weights is not None:
-            _load_source(engine, data.start.weights)
-        _restore(scope.progress, loaded, data.objective, config.training.sequence_length)
-        refuse_moved_past(config, scope.run_dir, attempt.number, scope.progress, data.train)
+        resumed = _resume(config, data, scope, engine, model)
+    loaded = resumed.loaded
     if scope.leader is not None:
         machine = {"device": backend.name, "num_threads": _num_threads(), **engine.arithmetic}
         scope.leader.started(data, loaded, world_size=engine.world_size, machine=machine, startup_s=startup.seconds())
@@ -87,19 +89,54 @@ def build_run(
         num_steps=config.training.steps,
         stop_after_step=config.training.stop_after_step,
     )
+    hooks = _hooks(config, data, engine, scope, model, resumed, stop)
     return TrainingRun(
         config=config,
         engine=engine,
         loader=data.train,
         progress=scope.progress,
         stop=stop,
-        hooks=_hooks(config, data, engine, scope, model, loaded, stop),
+        hooks=hooks,
+        guard=_guard(config, data, engine, scope, resumed.rewinds),
         shape_at=lambda step: data.objective.at(step).shape(config.training.sequence_length),
         peak_seconds_per_token=lambda shape: _peak_seconds_per_token(
             config, data, shape, backend.device, engine.world_size
         ),
         heartbeat=heartbeat,
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Resumed:
+    """Position that an attempt begins at: what was loaded, after which rewinds, and what those withdrew."""
+
+    loaded: Loaded
+    rewinds: list[Rewind]
+    withdrawn: list[str]
+
+    @property
+    def commit(self) -> Commit | None:
+        """The checkpoint that was loaded; None on a fresh start."""
+        return self.loaded.commit
+
+
+def _resume(config: TrainConfig, data: RunData, scope: AttemptScope, engine: Engine, model: ModelDocument) -> _Resumed:
+    """Remove what rewinds withdrew, restore the newest checkpoint that verifies, and leave out samples; collective."""
+    attempt, withdrawn = scope.attempt, list[str]()
+    rewinds = effective_rewinds(engine, scope.run_dir, attempt.number)
+    if scope.leader is not None:
+        sweep(scope.run_dir, attempt.number)
+        withdrawn = withdraw(scope.run_dir, rewinds)
+    owner = Owner(run_id=attempt.run_id, seed=config.run.seed, corpora=data.train.corpus_ids)
+    loaded = load(engine, scope.run_dir, model=model, owner=owner)
+    if loaded.commit is None and data.start is not None and data.start.weights is not None:
+        _load_source(engine, data.start.weights)
+    _restore(scope.progress, loaded, data.objective, config.training.sequence_length)
+    if loaded.commit is not None and loaded.state is not None:
+        refuse_lost_document(scope.run_dir, loaded.commit, loaded.state.schedule, rewinds)
+    data.train.leave_out(skipped_by(rewinds))
+    refuse_moved_past(config, scope.run_dir, attempt.number, scope.progress, data.train)
+    return _Resumed(loaded=loaded, rewinds=rewinds, withdrawn=withdrawn)
 
 
 def _num_threads() -> int:
@@ -109,21 +146,22 @@ def _num_threads() -> int:
 
 
 def _join(config: TrainConfig, signals: StopRequest, startup: StartupClock, heartbeat: Heartbeat) -> Backend:
-    """Join the job's process group. A signal ends the wait for the other ranks."""
+    """Join the job's process group, unless an attempt before a rewind has. A signal ends the wait for other ranks."""
 
     def check() -> None:
         if (asked := signals.strongest) is not None:
             raise StoppedBeforeTraining(asked, heartbeat.mark.section)
 
-    check()
     with startup.phase("imports"):
         from megamask.engine.backend import select_backend
-        from megamask.engine.process_group import init_process_group
+        from megamask.engine.process_group import init_process_group, is_joined
 
     with startup.phase("engine"):
         backend = select_backend(deterministic=config.device.deterministic)
         heartbeat.enter("rendezvous")
-        init_process_group(backend, timeout_s=config.launch.collective_timeout_s, check=check)
+        if not is_joined():
+            check()
+            init_process_group(backend, timeout_s=config.launch.collective_timeout_s, check=check)
     return backend
 
 
@@ -178,7 +216,7 @@ def _hooks(
     engine: Engine,
     scope: AttemptScope,
     model: ModelDocument,
-    loaded: Loaded,
+    resumed: _Resumed,
     stop: StopFlag,
 ) -> list[Hook]:
     """The journal first, checkpoints after everything whose result a checkpoint records, status last."""
@@ -203,10 +241,12 @@ def _hooks(
         corpora=data.train.corpus_ids,
         seed=config.run.seed,
         num_steps=config.training.steps,
-        parent=loaded.commit.digest if loaded.commit is not None else None,
+        num_rewinds=len(resumed.rewinds),
+        parent=resumed.commit.digest if resumed.commit is not None else None,
     )
-    if loaded.commit is not None:
-        committer.prune_before_training(loaded.commit)
+    committer.journal_withdrawn(scope.progress.step, resumed.withdrawn)
+    if resumed.commit is not None:
+        committer.prune_before_training(resumed.commit)
     evaluation = PeriodicEvaluation(attempt, config.evaluation, measure, has_line("evaluation"))
     hooks: list[Hook] = [
         StepJournal(attempt),
@@ -220,6 +260,24 @@ def _hooks(
     if scope.leader is not None:
         hooks.append(StatusFile(scope.leader.running))
     return hooks
+
+
+def _guard(config: TrainConfig, data: RunData, engine: Engine, scope: AttemptScope, rewinds: list[Rewind]) -> StepGuard:
+    """The numerics guard; collective: rank 0 reads the journal's last steps for all ranks."""
+    settings, committer = config.resilience, scope.committer
+    before = on_main(engine, lambda: steps_before(scope.run_dir, scope.progress.step, settings))
+    return StepGuard(
+        rules=NumericsGuard(settings, before),
+        recorder=scope.attempt,
+        rewind=rewinder(
+            config,
+            engine,
+            scope.attempt,
+            rewinds,
+            can_start_anew=data.start is None or data.start.weights is not None,
+            finish_saving=lambda: None if committer is None else committer.finish(),
+        ),
+    )
 
 
 def _peak_seconds_per_token(

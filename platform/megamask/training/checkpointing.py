@@ -19,10 +19,12 @@ from megamask.checkpoint.saver import Save, SaveRequest
 from megamask.config.schema.checkpoint import CheckpointConfig
 from megamask.errors import MegamaskError, SupersededError
 from megamask.provenance.redaction import reason_of
+from megamask.runs.laws import LAWS, SKIPPING_LAWS
 from megamask.tracking.records import CheckpointPruned, CheckpointStarted, Incident
 from megamask.training.announcing import commit_record
 from megamask.training.attempt import FollowerAttempt
 from megamask.training.progress import Progress
+from megamask.training.rewinding import REWINDS_KEY
 
 if TYPE_CHECKING:
     from megamask.engine.engine import Engine
@@ -71,6 +73,7 @@ class CheckpointCommitter:
     Args:
         model, tokenizer_folder, corpora, seed: of the run, stored in every checkpoint.
         num_steps: training.steps, recorded beside the state.
+        num_rewinds: of the run before this attempt; with any, the order law has version 2.
         parent: digest of the commit that this attempt resumed from.
     """
 
@@ -85,6 +88,7 @@ class CheckpointCommitter:
         corpora: Mapping[str, str],
         seed: int,
         num_steps: int,
+        num_rewinds: int = 0,
         parent: str | None,
     ) -> None:
         self._engine = engine
@@ -95,6 +99,7 @@ class CheckpointCommitter:
         self._corpora = dict(corpora)
         self._seed = seed
         self._num_steps = num_steps
+        self._num_rewinds = num_rewinds
         self._parent = parent
         self._pending: _PendingSave | None = None
         self._pruning: tuple[int, Work[_Pruned]] | None = None
@@ -176,6 +181,7 @@ class CheckpointCommitter:
                 journal_head=attempt.durable_journal_head(),
                 run_id=attempt.run_id,
                 run_sha256=attempt.run_sha256,
+                laws=SKIPPING_LAWS if self._num_rewinds else LAWS,
                 parent=self._parent,
                 check_claim=attempt.check_claim,
                 evaluation=None if evaluation is None else {name: repr(value) for name, value in evaluation.items()},
@@ -244,13 +250,20 @@ class CheckpointCommitter:
         for refused, problem in pruned.refused:
             self._attempt.write(Incident(incident="prune_failed", problem=problem, checkpoint=refused))
 
+    def journal_withdrawn(self, step: int, names: list[str]) -> None:
+        """Journal the checkpoints that a rewind has removed."""
+        self._journal_pruned(step, _Pruned(removed=names))
+
+    def _rewound(self) -> dict[str, int]:
+        return {REWINDS_KEY: self._num_rewinds} if self._num_rewinds else {}
+
     def _state(self, progress: Progress) -> TrainerState:
         return TrainerState(
             step=progress.step,
             consumed_samples=progress.consumed_samples,
             consumed_tokens=progress.consumed_tokens,
             seed=self._seed,
-            schedule={"training_steps": self._num_steps} | _processed(progress),
+            schedule={"training_steps": self._num_steps} | _processed(progress) | self._rewound(),
         )
 
 

@@ -22,6 +22,7 @@ from megamask.evaluation.pair_variance import pair_variance_on_engine
 from megamask.objectives.base import Objective, Rows
 from megamask.objectives.phased import last_probed
 from megamask.objectives.shifted import at_step
+from megamask.storage.fault_points import reached
 from megamask.storage.hashing import hash_of, key_of
 from megamask.training.stopping import CutShort
 
@@ -63,6 +64,7 @@ class InterruptibleEngine:
     def score(self, rows: Rows) -> Tensor:
         """As `Engine.score`."""
         self.check()
+        reached("evaluation.pass_begun")
         return self.engine.score(rows)
 
     def gather_objects(self, value: Any) -> list[Any]:

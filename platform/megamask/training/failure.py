@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 from megamask.errors import ExitCode, MegamaskError, StorageError, error_with_code
-from megamask.resilience.numerics import NotFiniteError
+from megamask.resilience.numerics import RefusedStepError
 from megamask.runs.rank_files import read_rank_failures
 from megamask.storage.durable import storage_errors
 from megamask.training.checkpointing import CheckpointCommitter
@@ -40,7 +40,7 @@ _log = logging.getLogger(__name__)
 
 def end_saving(committer: CheckpointCommitter, error: BaseException) -> None:
     """Commit the save that was pending at the failure, whose state is good, if all ranks can still meet."""
-    has_all_ranks = isinstance(error, NotFiniteError) or int(os.environ.get("WORLD_SIZE", "1")) == 1
+    has_all_ranks = isinstance(error, RefusedStepError) or int(os.environ.get("WORLD_SIZE", "1")) == 1
     try:
         if has_all_ranks:
             committer.finish()

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 from megamask.config.schema.checkpoint import CheckpointConfig
 from megamask.config.schema.evaluation import EvaluationConfig
+from megamask.storage.fault_points import reached
 from megamask.training.metrics import StepRecord
 from megamask.training.progress import Progress
 from megamask.training.stopping import StopReason
@@ -79,6 +80,7 @@ class PeriodicEvaluation:
 
     def _evaluate(self, step: int) -> None:
         fields = None if self._measure is None else self._measure()
+        reached("evaluation.measured")
         if fields is not None:
             self._recorder.append("evaluation", step=step, **fields)
             self._latest = step, fields

@@ -10,8 +10,9 @@ from megamask.config.schema.roots import TrainConfig
 from megamask.data.loader import Batch, Loader
 from megamask.objectives.shapes import ObjectiveShape
 from megamask.resilience.heartbeat import Heartbeat
-from megamask.resilience.numerics import numerics_error
+from megamask.storage.fault_points import reached
 from megamask.training.batch_size import batch_size_at
+from megamask.training.guarding import StepGuard
 from megamask.training.metrics import PhaseClock, StepRecord, peak_memory_bytes, step_record
 from megamask.training.progress import Progress
 from megamask.training.schedules import learning_rate
@@ -44,6 +45,7 @@ class TrainingRun:
     """Parts of the loop. Hooks run in order: the journal first, checkpoints last.
 
     Args:
+        guard: decides about steps whose numbers are at fault.
         shape_at: of the objective at a step, from 1.
         peak_seconds_per_token: of a shape, as `step_record` takes it.
     """
@@ -54,6 +56,7 @@ class TrainingRun:
     progress: Progress
     stop: StopFlag
     hooks: Sequence[Hook]
+    guard: StepGuard
     shape_at: Callable[[int], ObjectiveShape]
     peak_seconds_per_token: Callable[[ObjectiveShape], float | None]
     heartbeat: Heartbeat = field(default_factory=Heartbeat)
@@ -74,7 +77,8 @@ def train(run: TrainingRun) -> StopReason:
     """Train until the last step or until all ranks agree on another reason to stop. Return that reason.
 
     Raises:
-        NumericsError: a loss or a gradient is not finite, on every rank alike; the network was not updated.
+        RefusedStepError: a step is at fault, on every rank alike; the network was not updated. A RewindError asks for
+            another attempt.
     """
     training, progress, clock = run.config.training, run.progress, PhaseClock()
     for hook in run.hooks:
@@ -87,19 +91,17 @@ def train(run: TrainingRun) -> StopReason:
         rate = learning_rate(step, run.config.optimizer, training)
         clock.lap("other")
         batch = run.next_batch()
+        reached("step.batch_read")
         clock.lap("data")
-        report = run.engine.step(batch, step=step, learning_rate=rate)
+        report = run.engine.step(batch, step=step, learning_rate=rate, accepts=run.guard.accepts(step))
         clock.lap_step(report)
-        if not report.is_finite:
-            raise numerics_error(
-                step=step,
-                loss=report.loss,
-                grad_norm=report.grad_norm,
-                sample_indices=range(progress.consumed_samples, progress.consumed_samples + size),
-            )
+        if not report.is_updated:
+            run.guard.refused(step, report, run.loader.skipped.segments(progress.consumed_samples, size))
+        run.guard.note(step, report)
         shape = run.shape_at(step)
         progress.enter(shape.num_views)
-        progress.advance(global_batch_size=size, num_eligible=report.num_eligible, loss=report.loss)
+        loss = report.loss if report.is_updated else None
+        progress.advance(global_batch_size=size, num_eligible=report.num_eligible, loss=loss)
         record = step_record(
             progress,
             report,
@@ -109,6 +111,7 @@ def train(run: TrainingRun) -> StopReason:
             shape=shape,
             peak_seconds_per_token=run.peak_seconds_per_token(shape),
             peak_memory_bytes=run.engine.max_over_ranks(peak_memory_bytes()),
+            skipped=run.loader.skipped,
         )
         if len(run.loader.sources) > 1:
             record.fields["consumed_by_source"] = run.loader.consumed(progress.consumed_samples)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from megamask.data.content import batch_digest, content_digest
+from megamask.data.skipped import SKIPS_NOTHING, SkippedSamples
 from megamask.objectives.shapes import ObjectiveShape
 from megamask.training.progress import Progress
 
@@ -71,6 +72,7 @@ def step_record(
     shape: ObjectiveShape,
     peak_seconds_per_token: float | None = None,
     peak_memory_bytes: int | None = None,
+    skipped: SkippedSamples = SKIPS_NOTHING,
 ) -> StepRecord:
     """The record of the step that progress has just counted.
 
@@ -80,6 +82,7 @@ def step_record(
         peak_seconds_per_token: what one processed position would take if all ranks' devices ran at their named peak,
             bidirectional attention counted in full; None where the peak is not known, and mfu is null.
         peak_memory_bytes: of the rank that needed most so far.
+        skipped: sample indices that the run leaves out.
     """
     seconds = clock.take()
     total = sum(seconds.values())
@@ -101,7 +104,7 @@ def step_record(
         "processed_tokens": progress.processed_tokens,
         "masked_tokens": report.masked_tokens,
         "masked_tokens_by_noise_level": report.masked_tokens_by_noise_level,
-        "batch_digest": batch_digest(progress.consumed_samples - global_batch_size, global_batch_size),
+        "batch_digest": batch_digest(progress.consumed_samples - global_batch_size, global_batch_size, skipped),
         "content_digest": content_digest(report.content_sum),
         "seconds": seconds,
         "tokens_per_second": report.num_eligible / total if total > 0 else None,
@@ -110,6 +113,8 @@ def step_record(
     }
     if shape.corrupts == "none":  # elsewhere masked_tokens_by_noise_level counts what is scored
         fields["scored_tokens"] = report.scored_tokens
+    if not report.is_updated:
+        fields["is_skipped"] = True
     if report.expert_counts is not None:
         fields |= router_statistics(report.expert_counts)
     return StepRecord(report=report, fields=fields)

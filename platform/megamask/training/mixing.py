@@ -48,7 +48,7 @@ def refuse_moved_past(config: TrainConfig, run_dir: Path, attempt: int, progress
         problem = growth_problem(
             effective_stages(recorded.data.mixture, list(recorded.data.corpora)),
             effective_stages(config.data.mixture, list(config.data.corpora)),
-            progress.consumed_samples * config.training.sequence_length,
+            loader.skipped.index(progress.consumed_samples) * config.training.sequence_length,
         )
     if problem is not None:
         raise UsageError(

@@ -24,6 +24,7 @@ from megamask.generation.confidence import DecodingOptions, check_decoding, deco
 from megamask.generation.prompt import TextTokenizer, until_end
 from megamask.objectives.base import Objective, Reading
 from megamask.objectives.shifted import at_step
+from megamask.storage.fault_points import reached
 from megamask.storage.hashing import hash_of, key_of
 from megamask.training.hooks import Recorder
 from megamask.training.metrics import StepRecord
@@ -180,6 +181,7 @@ def _decode_some(
 
     def predict(reading: Reading, draw: Draw) -> Prediction:
         check()
+        reached("preview.pass_begun")
         return engine.predict(reading, draw)
 
     if not mine:
@@ -235,6 +237,7 @@ class PeriodicPreview:
 
     def _write(self, step: int) -> None:
         fields = None if self._measure is None else self._measure()
+        reached("preview.decoded")
         if fields is not None:
             self._recorder.append("sample_preview", step=step, **fields)
 

@@ -15,7 +15,7 @@ class Progress:
         consumed_tokens: clean eligible tokens used so far, each sample counted once.
         num_views: corrupted copies of each sample in the present step.
         other_views: tokens of all steps so far, times what their views had more than num_views, or less.
-        loss: of the last step that this attempt took, nats per token; None before its first.
+        loss: of the last update that this attempt made, nats per token; None before its first.
     """
 
     step: int = 0
@@ -35,9 +35,13 @@ class Progress:
         self.other_views += self.consumed_tokens * (self.num_views - num_views)
         self.num_views = num_views
 
-    def advance(self, *, global_batch_size: int, num_eligible: int, loss: float) -> None:
-        """Count one completed step."""
+    def advance(self, *, global_batch_size: int, num_eligible: int, loss: float | None) -> None:
+        """Count one completed step.
+
+        Args:
+            loss: None where the step's update was skipped.
+        """
         self.step += 1
         self.consumed_samples += global_batch_size
         self.consumed_tokens += num_eligible
-        self.loss = loss
+        self.loss = self.loss if loss is None else loss

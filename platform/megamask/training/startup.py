@@ -12,10 +12,14 @@ _PHASES = ("imports", "engine", "restore")
 
 
 class StartupClock:
-    """Made when the job's own code begins: what lies before is Python, the config and imports."""
+    """Made when the job's own code begins: what lies before is Python, the config and imports.
 
-    def __init__(self) -> None:
-        self._began = time.monotonic() - own_age()
+    Args:
+        age_s: of the attempt; None for that of the process.
+    """
+
+    def __init__(self, age_s: float | None = None) -> None:
+        self._began = time.monotonic() - (own_age() if age_s is None else age_s)
         self._seconds = dict.fromkeys(_PHASES, 0.0)
         self._seconds["imports"] = time.monotonic() - self._began
 

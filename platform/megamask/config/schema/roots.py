@@ -19,6 +19,7 @@ from megamask.config.schema.objective import ObjectiveConfig
 from megamask.config.schema.optimizer import OptimizerConfig
 from megamask.config.schema.precision import PrecisionConfig
 from megamask.config.schema.preview import PreviewConfig
+from megamask.config.schema.resilience import ResilienceConfig
 from megamask.config.schema.run import RunConfig
 from megamask.config.schema.tracking import TrackingConfig
 from megamask.config.schema.training import TrainingConfig
@@ -44,6 +45,7 @@ class TrainConfig:
     precision: PrecisionConfig = section()
     device: DeviceConfig = section()
     checkpoint: CheckpointConfig = section()
+    resilience: ResilienceConfig = section()
     evaluation: EvaluationConfig = section()
     preview: PreviewConfig = section()
     tracking: TrackingConfig = section()

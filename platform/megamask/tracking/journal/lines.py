@@ -141,10 +141,16 @@ def read_journal(run_dir: Path) -> Iterator[Record]:
 
 def steps(run_dir: Path) -> dict[int, Record]:
     """Return the step records of a run by step, ascending; of a repeated step that of the highest attempt."""
-    found: dict[int, Record] = {}
-    for record in read_journal(run_dir):
-        if record["kind"] == "step" and isinstance(record.get("step"), int):
-            found[record["step"]] = record
+    return {step: record for step, (_, record) in steps_with_attempts(run_dir).items()}
+
+
+def steps_with_attempts(run_dir: Path) -> dict[int, tuple[int, Record]]:
+    """Return the attempt and the record of each step, as `steps` chooses them."""
+    found: dict[int, tuple[int, Record]] = {}
+    for line in read_lines(run_dir):
+        record = line.record()
+        if record is not None and record["kind"] == "step" and isinstance(record.get("step"), int):
+            found[record["step"]] = line.file.attempt, record
     return dict(sorted(found.items()))
 
 

@@ -25,11 +25,17 @@ def find_step(run_dir: Path, step: int) -> Record | None:
 
     Damaged and torn lines are passed over, as by every reader: then the record of an older attempt counts.
     """
+    found = find_step_and_attempt(run_dir, step)
+    return None if found is None else found[1]
+
+
+def find_step_and_attempt(run_dir: Path, step: int) -> tuple[int, Record] | None:
+    """The number of the attempt whose record of a step holds, and the record, as `find_step`."""
     attempts = [list(files) for _, files in groupby(journal_files(run_dir), key=lambda file: file.attempt)]
     for files in reversed(attempts):
         found = _find_in_attempt(Span(files, buffering=_BUFFER_BYTES), step)
         if found is not None:
-            return found
+            return files[0].attempt, found
     return None
 
 

@@ -21,6 +21,7 @@ from typing import Any, Self
 from megamask.errors import StorageError, SupersededError
 from megamask.runs.layout import journal_folder
 from megamask.storage.durable import fsync_directory, make_folders, storage_errors
+from megamask.storage.fault_points import reached
 from megamask.storage.hashing import sha256_bytes
 from megamask.tracking.journal.chain import CHAIN_START, DAMAGE_INCIDENT, chain_problem, find_fork
 from megamask.tracking.journal.lines import Line, Record, journal_files, line_number, tail
@@ -40,6 +41,9 @@ class Journal:
     """The one writer of a run's journal; safe to call from any thread of its process.
 
     Use `Journal.open`; the constructor only holds what it found.
+
+    Attributes:
+        last_step: of the last step line that this attempt wrote; None before the first.
     """
 
     def __init__(self, folder: Path, attempt: int, rotation: int, head: tuple[int, str], rotate_bytes: int) -> None:
@@ -48,6 +52,7 @@ class Journal:
         self._rotation = rotation
         self._head = head
         self._rotate_bytes = rotate_bytes
+        self.last_step: int | None = None
         self._lock = threading.RLock()
         self._subscribers: list[Callable[[Record], None]] = []
         self._descriptor: int | None = None
@@ -109,6 +114,8 @@ class Journal:
             data = json.dumps(record, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
             self._write(data + b"\n")
             self._head = (seq + 1, sha256_bytes(data))
+            self.last_step = fields["step"] if kind == "step" else self.last_step
+            reached("journal.appended")
         self._publish(record)
         return record
 

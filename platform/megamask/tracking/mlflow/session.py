@@ -16,6 +16,7 @@ from megamask.config.schema.tracking import MLflowConfig
 from megamask.errors import UsageError
 from megamask.runs.configs import attempt_configs, newest_config
 from megamask.runs.record import read_run
+from megamask.storage.fault_points import reached
 from megamask.storage.hashing import sha256_bytes
 from megamask.tracking.journal.lines import read_journal
 from megamask.tracking.journal.tail import Position, read_new
@@ -101,6 +102,7 @@ class Session:
                     self._send_configs()
                     return
                 self._send(update_of(records, self._state.memory, self._kept_times))
+                reached("mlflow.sent")
                 self._state.position = position
                 self._save()
             self.num_sent += len(records)
