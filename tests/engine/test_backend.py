@@ -188,10 +188,13 @@ def test_deterministic_kernels_are_asked_for_on_a_gpu_without_filling_memory(mon
     monkeypatch.setattr(backend, "_choose_kernels", lambda *, has_cuda: "adam")
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
     monkeypatch.setenv("NVTE_ALLOW_NONDETERMINISTIC_ALGO", "1")
+    monkeypatch.delenv("NCCL_ALGO", raising=False)
     assert backend.select_backend({}, deterministic=deterministic).name == "cuda"
     # megatron-core refuses to build Transformer Engine's attention otherwise
     assert os.environ["NVTE_ALLOW_NONDETERMINISTIC_ALGO"] == ("0" if deterministic else "1")
+    assert os.environ.get("NCCL_ALGO") == ("Ring" if deterministic else None)
     assert asked == ([True] if deterministic else [])
     assert torch.utils.deterministic.fill_uninitialized_memory is not deterministic
     monkeypatch.undo()
     os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)
+    os.environ.pop("NCCL_ALGO", None)

@@ -145,6 +145,7 @@ def select_backend(environment: Mapping[str, str] = os.environ, *, deterministic
     if deterministic:
         # the same layout must give the same bits again: after a restart, and when a run is recomputed
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        os.environ.setdefault("NCCL_ALGO", "Ring")  # of NCCL's algorithms the one whose order of sums is fixed
         os.environ["NVTE_ALLOW_NONDETERMINISTIC_ALGO"] = "0"  # megatron-core builds the library's attention only then
         torch.use_deterministic_algorithms(True)
         # By default torch then fills every new tensor with NaN, which changes no bit of a program that writes before it
