@@ -47,8 +47,8 @@ fi
 limit_of() {
   local seconds
   case $1 in
-    machine) seconds=75 ;; tests | formats_1.7b | formats_8b) seconds=240 ;; parts | te) seconds=150 ;;
-    ablate) seconds=300 ;; trace) seconds=90 ;; cli) seconds=120 ;;
+    machine) seconds=75 ;; tests | formats_1.7b | formats_8b) seconds=240 ;; parts) seconds=130 ;; te) seconds=150 ;;
+    ablate) seconds=300 ;; trace) seconds=110 ;; cli) seconds=120 ;;
   esac
   echo $((seconds * (is_rehearsal ? 8 : 1)))
 }

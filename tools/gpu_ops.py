@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -63,8 +64,15 @@ def _random(*shape: int, device: torch.device, dtype: torch.dtype = torch.bfloat
     return torch.randn(*shape, device=device, dtype=dtype)
 
 
-def _trained(module: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, gradient: torch.Tensor) -> Run:
-    return lambda: module(x).backward(gradient)
+def _trained(forward: Callable[[], torch.Tensor], gradient: torch.Tensor, *leaves: torch.Tensor) -> Run:
+    """Forward and backward pass; gradients of the pass before are forgotten, so that nothing is added to them."""
+
+    def run() -> None:
+        for leaf in leaves:
+            leaf.grad = None
+        forward().backward(gradient)
+
+    return run
 
 
 def products(report: Report, shape: Shape, spec: ModelSpec, machine: Machine, device: torch.device, **how: Any) -> None:
@@ -85,7 +93,7 @@ def products(report: Report, shape: Shape, spec: ModelSpec, machine: Machine, de
         x = _random(rows, inner, device=device).requires_grad_()
         gradient = _random(rows, outer, device=device)
         linear = torch.nn.Linear(inner, outer, bias=False, device=device, dtype=torch.bfloat16)
-        cases: dict[str, Run] = {"torch, bf16": _trained(linear, x, gradient)}
+        cases: dict[str, Run] = {"torch, bf16": _trained(functools.partial(linear, x), gradient, x, linear.weight)}
         if machine.capability.architecture is not None:
             cases["torch, float8, forward only"] = _float8_product(x.detach(), linear.weight.detach())
         if machine.capability.can_run_te:
@@ -118,14 +126,13 @@ def _te_cases(inner: int, outer: int, x: torch.Tensor, gradient: torch.Tensor) -
     }
 
     def quantised(made: Any) -> Run:
-        def run() -> None:
+        def forward() -> torch.Tensor:
             with te.fp8_autocast(enabled=True, fp8_recipe=made):
-                y = linear(x)
-            y.backward(gradient)
+                return linear(x)
 
-        return run
+        return _trained(forward, gradient, x, linear.weight)
 
-    cases: dict[str, Run] = {"Transformer Engine, bf16": _trained(linear, x, gradient)}
+    cases = {"Transformer Engine, bf16": _trained(lambda: linear(x), gradient, x, linear.weight)}
     return cases | {f"Transformer Engine, {name}": quantised(made) for name, made in recipes.items()}
 
 
@@ -144,13 +151,12 @@ def attention(
     gradient = _random(2, heads, length, width, device=device)
 
     def case(kernel: SDPBackend | None, *, is_repeated: bool) -> Run:
-        def run() -> None:
+        def forward() -> torch.Tensor:
             with sdpa_kernel(kernel) if kernel is not None else contextlib.nullcontext():
                 keys, values = ((t.repeat_interleave(heads // groups, 1) if is_repeated else t) for t in (k, v))
-                out = functional.scaled_dot_product_attention(q, keys, values, enable_gqa=not is_repeated)
-                out.backward(gradient)
+                return functional.scaled_dot_product_attention(q, keys, values, enable_gqa=not is_repeated)
 
-        return run
+        return _trained(forward, gradient, q, k, v)
 
     kernels: dict[str, SDPBackend | None] = {"torch's choice": None}
     if torch.cuda.is_available():
@@ -209,6 +215,7 @@ def _head(report: Report, shape: Shape, spec: ModelSpec, engine: Any, device: to
         scored = ScoredRows.of(rows, capacity=count, num_scored=count, chunk_rows=chunk_rows)
 
         def run() -> None:
+            hidden.grad = None
             loss, _ = head.loss(network, hidden, scored, _weighted_sum)
             loss.backward()
 
@@ -236,9 +243,9 @@ def _embedding(report: Report, shape: Shape, spec: ModelSpec, engine: Any, devic
     table_weight = module.weight.detach().clone().requires_grad_()
     gradient = _random(num_rows, length, spec.hidden_size, device=device)
     cases: dict[str, Run] = {
-        "float32 sums (megamask)": lambda: module(ids).backward(gradient),
-        "torch's lookup": lambda: functional.embedding(ids, table_weight).backward(gradient),
-        "indexing (megatron-core, deterministic)": lambda: table_weight[ids].backward(gradient),
+        "float32 sums (megamask)": _trained(lambda: module(ids), gradient),
+        "torch's lookup": _trained(lambda: functional.embedding(ids, table_weight), gradient, table_weight),
+        "indexing (megatron-core, deterministic)": _trained(lambda: table_weight[ids], gradient, table_weight),
     }
     seconds = measured(cases, found=(found := {}), **how)
     shown = report.table(

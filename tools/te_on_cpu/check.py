@@ -31,10 +31,10 @@ import torch  # noqa: E402
 from bench_support import Report  # noqa: E402
 
 from support import engine_cases as cases  # noqa: E402
+from support.gpu_worker import SPEC  # noqa: E402
 
 FP8_SCALE = "fp8.scale"  # of megamask/engine/fp8.py, whose import may not precede the substitution
 GIVEN_SCALES = torch.tensor([64.0, 1024.0, 2.0**18])
-SPEC = dataclasses.replace(cases.OPTIONS, hidden_size=64, ffn_hidden_size=128, head_dim=16, padded_vocab_size=128)
 RECIPES = ("tensorwise", "delayed", "blockwise")
 
 
