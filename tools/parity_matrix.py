@@ -15,33 +15,23 @@ the imports; each case makes its own process group and layout.
 from __future__ import annotations
 
 import argparse
-import datetime
 import hashlib
 import json
-import multiprocessing
-import os
 import sys
 import tempfile
 import time
-import traceback
 from pathlib import Path
 from typing import Any
 
+from rank_pool import RankPool
+
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
-os.environ["OMP_NUM_THREADS"] = "1"
-os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
-import torch  # noqa: E402
-import torch._dynamo  # noqa: E402 - the first optimizer of a process imports it, which takes a second
-
-from megamask.engine import engine as _engine  # noqa: E402, F401 - every rank is forked with the imports made
-from megamask.engine.specs import experts as _experts  # noqa: E402, F401
 from support import parity_cases as parity  # noqa: E402
 
 PAGE = ROOT / "docs" / "parity.md"
 RESTARTS = ("one", "tp2-sp", "pp2", "pp2-vpp2", "dp2", "cp2", "tp2-dp2-sp", "pp2-cp2", "dp2-ep2", "tp2-pp2-dp2-sp")
-LIMIT_S = 600.0
 
 
 class Results:
@@ -59,63 +49,7 @@ class Results:
         new.replace(self._path)
 
 
-class Pool:
-    """Processes for cases of any size, forked from this one."""
-
-    def __init__(self, folder: Path) -> None:
-        self._context = multiprocessing.get_context("fork")
-        self._folder = folder
-        self._number = 0
-
-    def run(self, num_processes: int, function: str, *arguments: Any) -> list[Any]:
-        """The answers of all ranks.
-
-        Raises:
-            RuntimeError: a rank failed.
-        """
-        self._number += 1
-        store = self._folder / f"store{self._number}"
-        queue = self._context.Queue()
-        ranks = [
-            self._context.Process(target=_rank, args=(rank, num_processes, str(store), queue, function, arguments))
-            for rank in range(num_processes)
-        ]
-        for process in ranks:
-            process.start()
-        answers: dict[int, Any] = {}
-        try:
-            while len(answers) < num_processes:
-                rank, answer = queue.get(timeout=LIMIT_S)
-                if isinstance(answer, str):  # the others would wait for it
-                    raise RuntimeError(answer)
-                answers[rank] = answer
-        finally:
-            for process in ranks:
-                process.join(timeout=5 if len(answers) == num_processes else 0)
-                if process.is_alive():
-                    process.kill()
-        return [answers[rank] for rank in range(num_processes)]
-
-
-def _rank(rank: int, world_size: int, store: str, queue: Any, function: str, arguments: tuple[Any, ...]) -> None:
-    torch.set_num_threads(1)
-    try:
-        torch.distributed.init_process_group(
-            "gloo",
-            init_method=f"file://{store}",
-            rank=rank,
-            world_size=world_size,
-            timeout=datetime.timedelta(seconds=LIMIT_S),
-        )
-        queue.put((rank, getattr(parity, function)(*arguments)))
-    except BaseException:  # noqa: BLE001 - the parent reports it
-        queue.put((rank, traceback.format_exc()))
-    queue.close()
-    queue.join_thread()
-    os._exit(0)
-
-
-def measure(pool: Pool, kinds: list[str], layouts: list[str], results: Results) -> None:
+def measure(pool: RankPool, kinds: list[str], layouts: list[str], results: Results) -> None:
     """Run the cases that have no result yet, those of few processes first."""
     cases = [
         (kind, layout)
@@ -131,9 +65,9 @@ def measure(pool: Pool, kinds: list[str], layouts: list[str], results: Results) 
         elif "loss" not in results.found.get(key, {}):
             base = parity.BASE.get(kind, kind)
             if base not in of_one_process:
-                of_one_process[base] = pool.run(1, "run_case", base, {})[0]
+                of_one_process[base] = pool.run(1, parity.run_case, base, {})[0]
             began = time.monotonic()
-            ranks = pool.run(parity.num_processes(layout), "run_case", kind, layout)
+            ranks = pool.run(parity.num_processes(layout), parity.run_case, kind, layout)
             result = parity.differences(ranks[0], of_one_process[base])
             result |= {"ranks_agree": all(reports == ranks[0] for reports in ranks), "bits": _bits(ranks[0])}
             results.keep(key, result | {"is_within": parity.is_within(kind, result)})
@@ -145,7 +79,7 @@ def _bits(reports: list[dict[str, Any]]) -> str:
     return hashlib.sha256(json.dumps(reports, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def restart(pool: Pool, root: Path, results: Results) -> None:
+def restart(pool: RankPool, root: Path, results: Results) -> None:
     """Stop and continue on ten layouts; carry each state to one process and on to the next layout."""
     by_name = {parity.name_of(layout): layout for layout in parity.LAYOUTS} | {"one": {}}
     for place, name in enumerate(RESTARTS):
@@ -153,11 +87,11 @@ def restart(pool: Pool, root: Path, results: Results) -> None:
         if key in results.found:
             continue
         layout, other = by_name[name], by_name[RESTARTS[(place + 1) % len(RESTARTS)]]
-        ranks = pool.run(parity.num_processes(layout), "run_restart", str(root), kind, layout)
+        ranks = pool.run(parity.num_processes(layout), parity.run_restart, str(root), kind, layout)
         source = f"{kind}-{name}"
-        [one] = pool.run(1, "reshard", str(root), kind, source, "single", {})
-        far = pool.run(parity.num_processes(other), "reshard", str(root), kind, "single", "far", other)
-        pool.run(1, "reshard", str(root), kind, "far", "back", {})
+        [one] = pool.run(1, parity.reshard, str(root), kind, source, "single", {})
+        far = pool.run(parity.num_processes(other), parity.reshard, str(root), kind, "single", "far", other)
+        pool.run(1, parity.reshard, str(root), kind, "far", "back", {})
         found = {
             "is_equal": all(rank["is_equal"] for rank in ranks),
             "other": parity.name_of(other),
@@ -247,7 +181,7 @@ def main() -> None:
         PAGE.write_text(page(results.found))
         return
     with tempfile.TemporaryDirectory() as folder:
-        pool = Pool(Path(folder))
+        pool = RankPool(Path(folder))
         if arguments.restarts:
             restart(pool, Path(folder) / "states", results)
         measure(pool, arguments.kinds.split(","), arguments.layouts.split(","), results)
