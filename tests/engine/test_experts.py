@@ -90,3 +90,19 @@ def test_state_holds_the_bias(build, tmp_path):
     assert again.parameter_digest() == engine.parameter_digest()
     one, two = (cases.report_fields(cases.take_step(each, 3)) for each in (engine, again))
     assert one == two
+
+
+def test_balance_of_micro_batches_is_that_of_their_rows_together_and_depends_on_them(build):
+    """A micro-batch of one row has the same loss either way; one of several rows another one."""
+    spec = dataclasses.replace(SPECS["experts"], experts=dataclasses.replace(SPECS["experts"].experts, has_bias=False))
+    single = cases.objective(complementary=False)
+
+    def balance(size: int, over: str) -> float:
+        engine = build(spec, micro_batch_size=size, goal=single, balance_over=over)
+        report = cases.take_step(engine, 1, 0.0)
+        return report.loss - report.loss_terms["nelbo"]
+
+    by_rows = balance(1, "row")
+    assert balance(1, "micro_batch") == by_rows
+    assert balance(4, "row") == pytest.approx(by_rows, rel=1e-4)
+    assert balance(4, "micro_batch") != pytest.approx(by_rows, rel=1e-4)

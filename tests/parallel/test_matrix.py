@@ -24,7 +24,7 @@ DOZEN = [
     ("moe", "tp2-ep2-sp"),
     ("packed", "tp2-sp"),
     ("packed", "cp2"),
-    ("recompute", "pp2-vpp2"),
+    ("moe-recompute", "tp2-ep2-sp"),
     ("overlap", "dp2"),
     ("bf16", "dp2"),
     ("block", "cp2"),
@@ -35,6 +35,7 @@ OF_KINDS = {
     "moe": ("dp2-ep2", "tp2-ep2-sp", "cp2-ep2", "pp2-vpp2-dp2-ep2", "tp2-dp2-ep2-etp2-sp"),
     "packed": ("pp3-balanced", "tp2-sp", "cp2"),
     "recompute": ("tp2-sp", "pp2-vpp2", "pp2-cp2"),
+    "moe-recompute": ("tp2-ep2-sp", "dp2-ep2", "cp2-ep2"),
     "overlap": ("dp2", "tp2-dp2-sp", "pp2-dp2"),
     "block": ("tp2-sp", "pp2", "cp2"),
     "autoregressive": ("tp2-sp", "pp2", "cp2"),
@@ -106,9 +107,10 @@ def test_layout_takes_the_steps_of_one_process(case, matrix):
 
 @pytest.mark.slow
 @pytest.mark.promise("recomputation changes no bit of a step, on any layout")
-@pytest.mark.parametrize("name", OF_KINDS["recompute"])
-def test_recomputation_changes_no_bit(name, matrix):
-    assert matrix["recompute", name] == matrix["dense", name]
+@pytest.mark.parametrize("case", [case for case in CASES if case[0] in ("recompute", "moe-recompute")], ids="-".join)
+def test_recomputation_changes_no_bit(case, matrix):
+    kind, name = case
+    assert matrix[case] == matrix[parity.BASE[kind], name]
 
 
 @pytest.mark.promise("a layout that does not fit is refused before a process starts, with the nearest value that does")

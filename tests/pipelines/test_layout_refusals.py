@@ -113,17 +113,17 @@ BAD = {
         "device.attention is 'te'",
         "allowed: auto, sdpa",
     ),
+    "balance of micro-batches": (
+        MOE,
+        ["training.router_balance_over=micro_batch"],
+        "training.router_balance_over is 'micro_batch'",
+        "allowed: row; or training.allow_layout_dependent=true",
+    ),
     "overlap without replicas": (
         DENSE,
         ["device.overlap_gradient_reduce=true"],
         "device.overlap_gradient_reduce is true",
         "allowed: false, or a layout.data_parallel_size above 1",
-    ),
-    "recomputed routers": (
-        MOE,
-        ["training.recompute=full"],
-        "training.recompute is 'full'",
-        "allowed: none",
     ),
 }
 
@@ -169,3 +169,9 @@ def test_product_of_the_axes_is_compared_with_the_processes(capsys, monkeypatch:
     error = capsys.readouterr().err
     assert "the launcher started 6 processes" in error
     assert "is 8; nearest: layout.data_parallel_size=2 uses 4. Nothing was started." in error
+
+
+def test_permission_lets_a_setting_depend_on_the_layout(capsys) -> None:
+    overrides = ["training.router_balance_over=micro_batch", "training.allow_layout_dependent=true"]
+    assert main(["plan", MOE, *overrides, "--gpu", "h100", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["feasible"]

@@ -7,6 +7,8 @@ import sys
 
 import pytest
 
+from megamask.config.load import load_train_config
+from megamask_pipelines.plan import Request, plan_run
 from support.command import ROOT, megamask
 
 CONFIG = ROOT / "configs" / "run" / "8b.yaml"
@@ -101,3 +103,21 @@ def test_a_format_that_the_gpu_does_not_have_is_a_reason() -> None:
     fp8 = megamask("plan", CONFIG, *overrides, "--json").json
     bf16 = megamask("plan", CONFIG, "precision.compute=bf16", "--json").json
     assert fp8["feasible"] and fp8["step_time"]["compute"] < bf16["step_time"]["compute"]
+
+
+LARGE = ("dense_100b", "moe_100b", "dense_100b_32k", "moe_100b_128k")
+
+
+@pytest.mark.promise("The configs of 100 billion parameters fit 512 and 1,024 H200 by the plan.")
+@pytest.mark.parametrize("num_gpus", [512, 1024])
+@pytest.mark.parametrize("name", LARGE)
+def test_configs_of_100_billion_parameters_fit(name: str, num_gpus: int) -> None:
+    loaded = load_train_config(CONFIG.with_name(f"{name}.yaml"))
+    replicas = loaded.config.layout.data_parallel_size * num_gpus // 512
+    loaded = load_train_config(CONFIG.with_name(f"{name}.yaml"), [f"layout.data_parallel_size={replicas}"])
+    answer = plan_run(loaded, Request(gpu_name="h200", num_gpus=num_gpus, vocab_size=157_184))
+    assert answer["feasible"], answer["reasons"]
+    assert answer["world_size"] == num_gpus
+    assert answer["model_parameters"] > 100e9
+    if name.endswith("k"):
+        assert answer["layout"]["context_parallel_size"] > 1

@@ -24,16 +24,27 @@ MIXTURE = dataclasses.replace(GROUPED, experts=EXPERTS)
 SHARED = dataclasses.replace(GROUPED, experts=dataclasses.replace(EXPERTS, num_shared=1))
 DENSE = {"grouped": GROUPED, "each-its-own": EACH_ITS_OWN, "normed": NORMED}
 SPECS = DENSE | {"experts": MIXTURE, "shared-experts": SHARED}
-LAYOUTS = {
-    "tensor": {"tensor_parallel_size": 2},
-    "sequence": {"tensor_parallel_size": 2, "sequence_parallel": True},
+SEQUENCE = {"tensor_parallel_size": 2, "sequence_parallel": True}
+LAYOUTS = {"tensor": {"tensor_parallel_size": 2}, "sequence": SEQUENCE, "context": {"context_parallel_size": 2}}
+OF_EXPERTS = {
+    "sequence-experts": SEQUENCE | {"expert_parallel_size": 2},
+    "context-experts": {"context_parallel_size": 2, "expert_parallel_size": 2},
+    "sequence-expert-tensor": SEQUENCE | {"expert_tensor_parallel_size": 2},
 }
+RECOMPUTE = ("none", "selective", "full")
 
 
-def planned(spec, compute: str, **axes) -> int:
+def planned(spec, compute: str, recompute: str = "none", **axes) -> int:
     """Bytes that the layers, the embedding and the final norm of two rows keep; no head."""
     subject = subject_of(
-        spec, AxisSizes(**axes), compute=compute, shape=shape(spec), head_rows=0, head_chunk_rows=0, global_batch_size=1
+        spec,
+        AxisSizes(**axes),
+        compute=compute,
+        recompute=recompute,
+        shape=shape(spec),
+        head_rows=0,
+        head_chunk_rows=0,
+        global_batch_size=1,
     )
     found = activation_bytes(subject, pipeline_rank=0)
     of_head = subject.positions * spec.hidden_size * subject.format_bytes
@@ -42,25 +53,35 @@ def planned(spec, compute: str, **axes) -> int:
 
 
 @pytest.mark.promise("Activation bytes of a plan are within 5 % of what the engine saves for its backward pass.")
+@pytest.mark.parametrize("recompute", RECOMPUTE)
 @pytest.mark.parametrize("compute", ["fp32", "bf16"])
 @pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
-def test_a_stage_saves_what_the_plan_counts(job, spec, compute: str) -> None:
-    engine = engine_cases.make_engine(spec, compute=compute)
+def test_a_stage_saves_what_the_plan_counts(job, spec, compute: str, recompute: str) -> None:
+    engine = engine_cases.make_engine(spec, compute=compute, recompute=recompute)
     saved = saved_activations.saved_bytes(engine, num_rows=2, length=LENGTH)
-    assert planned(spec, compute) == pytest.approx(saved, rel=0.05)
+    assert planned(spec, compute, recompute) == pytest.approx(saved, rel=0.05)
 
 
 @pytest.mark.multiprocess
-def test_a_tensor_parallel_rank_saves_what_the_plan_counts() -> None:
-    runs = [(name, layout, compute) for name in DENSE for layout in LAYOUTS for compute in ("fp32", "bf16")]
+@pytest.mark.promise("Activation bytes of a plan are within 5 % of what the engine saves for its backward pass.")
+def test_ranks_save_what_the_plan_counts() -> None:
+    """The mean of both ranks: a router gives one of them more tokens than the other."""
+    runs = [
+        (name, layout, axes, compute, recompute)
+        for specs, layouts in ((DENSE, LAYOUTS), ({"shared-experts": SHARED}, OF_EXPERTS))
+        for name in specs
+        for layout, axes in layouts.items()
+        for compute, recompute in (("fp32", "none"), ("bf16", "none"), ("fp32", "selective"))
+    ]
     answers = run_gloo(
         2,
         saved_activations.__file__,
-        "run_tensor_parallel",
-        runs=[[SPECS[name].to_json(), LAYOUTS[layout], compute, LENGTH] for name, layout, compute in runs],
+        "run_ranks",
+        runs=[[SPECS[name].to_json(), axes, compute, again, LENGTH] for name, _, axes, compute, again in runs],
     )
-    for (name, layout, compute), saved in zip(runs, answers[0], strict=True):
-        assert planned(SPECS[name], compute, **LAYOUTS[layout]) == pytest.approx(saved, rel=0.05), (name, layout)
+    for (name, layout, axes, compute, recompute), *saved in zip(runs, *answers, strict=True):
+        found = planned(SPECS[name], compute, recompute, **axes)
+        assert found == pytest.approx(sum(saved) / 2, rel=0.05), (name, layout, compute, recompute)
 
 
 def test_a_layer_that_is_recomputed_keeps_its_input_only() -> None:

@@ -115,6 +115,7 @@ def make_engine(
     fp8: dict[str, Any] | None = None,
     recompute: str = "none",
     overlap: bool = False,
+    balance_over: str = "row",
     z_loss_weight: float = 0.0,
     **optimizer: Any,
 ) -> Any:
@@ -132,6 +133,7 @@ def make_engine(
             sequence_length=SEQUENCE_LENGTH,
             head_chunk_rows=head_chunk_rows,
             recompute=recompute,
+            router_balance_over=balance_over,
         ),
         SEED,
         precision=PrecisionConfig(compute=compute, **(fp8 or {})),

@@ -81,10 +81,11 @@ def _objective(kind: str) -> Any:
     }.get(kind)
 
 
+# moe-recompute is a kind of the tests only
 KINDS = ("dense", "moe", "packed", "recompute", "overlap", "bf16", "tied", "block", "autoregressive")
-SPECS = {"tied": TIED, "moe": EXPERTS}
+SPECS = {"tied": TIED, "moe": EXPERTS, "moe-recompute": EXPERTS}
 # These change memory and speed only: their cells are compared with the dense network that has none of them.
-BASE = {"recompute": "dense", "overlap": "dense"}
+BASE = {"recompute": "dense", "overlap": "dense", "moe-recompute": "moe"}
 # Largest relative difference of loss and gradient norm that a cell may have: float32 cells differ by the order of sums,
 # bf16 ones by roundings of activations.
 FLOAT32_TOLERANCE, BF16_TOLERANCE = (1e-6, 1e-5), (1e-3, 2e-2)
@@ -150,6 +151,7 @@ def settings(kind: str) -> dict[str, Any]:
     return {
         "bf16": {"compute": "bf16"},
         "recompute": {"recompute": "full"},
+        "moe-recompute": {"recompute": "full"},
         "overlap": {"overlap": True},
     }.get(kind, {})
 

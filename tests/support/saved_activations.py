@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from megamask.engine.sequence import sequence_part
 from megamask.models.context import Context
 
 
@@ -30,20 +31,23 @@ def saved_bytes(engine: Any, *, num_rows: int, length: int) -> int:
         return tensor
 
     inputs = torch.randint(0, 50, (num_rows, length), generator=torch.Generator().manual_seed(3))
+    part = sequence_part(rank_model.mesh, rank_model.groups, length, inputs.device)
+    if part is not None:
+        inputs = inputs[:, part.places]
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        hidden = network.encode(inputs, Context())
+        hidden = network.encode(inputs, Context(), part)
         assert hidden.requires_grad
     return sum(storage.nbytes() for storage in kept.values())
 
 
-def run_tensor_parallel(runs: list[Any]) -> list[int]:
-    """The bytes of each run on this rank: (spec, layout, number format, length)."""
+def run_ranks(runs: list[Any]) -> list[int]:
+    """The bytes of each run on this rank: (spec, layout, number format, recomputation, length)."""
     from megamask.models.spec import ModelSpec
     from support import engine_cases
 
     found = []
-    for spec, layout, compute, length in runs:
-        engine = engine_cases.make_engine(ModelSpec.from_json(spec), layout, compute=compute)
+    for spec, layout, compute, recompute, length in runs:
+        engine = engine_cases.make_engine(ModelSpec.from_json(spec), layout, compute=compute, recompute=recompute)
         found.append(saved_bytes(engine, num_rows=2, length=length))
         engine.close()
     return found

@@ -35,6 +35,8 @@ _KNOWN_WARNINGS: tuple[tuple[str, type[Warning]], ...] = (
     ("full scope is deprecated. Use empty cuda_graph_scope", UserWarning),  # from its own default
     # in float32 the optimizer's shards are views of the parameters; it sets their .grad itself
     ("The .grad attribute of a Tensor that is not a leaf Tensor is being accessed", UserWarning),
+    # training.recompute=selective asks for it; Transformer Engine's attention is not the one that is recomputed
+    ("If you are using transformer_engine as the transformer implementation, the core_attn", UserWarning),
     # experts that no tensor-parallel ranks share, in a layout whose other matrices are shared
     ("`sequence_parallel` is set to `True`, but tensor model parallel size is 1", UserWarning),
     ("`torch.distributed.reduce_scatter_tensor` is deprecated", FutureWarning),

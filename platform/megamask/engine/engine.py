@@ -92,7 +92,13 @@ class Engine:
         routing = None
         if spec.experts is not None:
             backend.prepare_experts()
-            routing = Routing(spec.experts, spec.num_layers, row_group=groups.tensor_and_context, device=backend.device)
+            routing = Routing(
+                spec.experts,
+                spec.num_layers,
+                row_group=groups.tensor_and_context,
+                device=backend.device,
+                balances_rows=training.router_balance_over == "row",
+            )
         build = functools.partial(
             build_network,
             mask_token_id=objective.vocabulary.mask_token_id,

@@ -1,7 +1,8 @@
 """Bytes of activations on one rank: what its layers keep for the backward pass, and how many micro-batches at once.
 
 A layer keeps, per position, the inputs of both norms and of all four matrices, queries, keys and values as attention
-reads them, attention's output and SwiGLU's input. The test of this file counts what torch's hooks see being saved.
+reads them, attention's output and SwiGLU's input. Under context parallelism the keys and values are those of complete
+rows. The test of this file counts what torch's hooks see being saved.
 """
 
 from __future__ import annotations
@@ -74,37 +75,52 @@ def stored_by_layer(subject: Subject, layer: int, *, is_complete: bool = False) 
     """
     if subject.recompute == "full" and not is_complete:
         return subject.stored_positions * subject.spec.hidden_size * subject.format_bytes
-    keeps_core = is_complete or subject.recompute == "none"
+    keeps_inner = is_complete or subject.recompute == "none"
     # inputs of both norms and of the first projection, and the norms' scales
     between = subject.stored_positions * (3 * subject.spec.hidden_size * subject.format_bytes + 2 * _FLOAT32)
-    inside = _experts(subject) if subject.spec.has_experts(layer) else _feed_forward(subject)
-    return between + _attention(subject, keeps_core=keeps_core) + inside
+    inside = _experts(subject) if subject.spec.has_experts(layer) else _feed_forward(subject, keeps_inner=keeps_inner)
+    return between + _attention(subject, keeps_core=keeps_inner) + inside
 
 
 def _attention(subject: Subject, *, keeps_core: bool) -> int:
     """Bytes between the first projection and the output projection, whose input is the last of them."""
     spec, ranks, size = subject.spec, subject.axes.tensor_parallel_size, subject.format_bytes
     queries = spec.num_attention_heads * spec.head_dim // ranks
-    mixed = queries + 2 * spec.num_query_groups * spec.head_dim // ranks
-    is_grouped = spec.num_query_groups != spec.num_attention_heads
+    keys = spec.num_query_groups * spec.head_dim // ranks
+    # gathering the queries of several groups copies them
+    copied = queries if _is_grouped(subject) and spec.num_query_groups > ranks else 0
     each = queries * size
-    if spec.qk_norm:
-        each += (spec.num_attention_heads + spec.num_query_groups) // ranks * _FLOAT32
-        if is_grouped:  # gathering the groups' queries copies them, and the norm keeps its input
-            each += queries * size
-    # values are a view of the stacked projections, which stay alive then; grouped ones are copied for every query head
-    if spec.qk_norm or not is_grouped or not keeps_core:
-        each += mixed * size
+    if spec.qk_norm:  # a norm keeps its input and its scales
+        each += copied * size + (spec.num_attention_heads + spec.num_query_groups) // ranks * _FLOAT32
+    # values are a view of the stacked projections, which stay alive then, unless they are gathered or copied
+    has_view = not _is_grouped(subject) and subject.axes.context_parallel_size == 1
+    if spec.qk_norm or has_view or not keeps_core:
+        each += (queries + 2 * keys) * size
     if keeps_core:
-        copies = 4 if is_grouped else 3  # queries, keys, (values,) output
-        each += copies * queries * size + spec.num_attention_heads // ranks * _FLOAT32
+        return subject.positions * each + _attention_core(subject)
+    each += (queries + keys if spec.qk_norm else copied) * size  # what the recomputed part begins with
     return subject.positions * each
 
 
-def _feed_forward(subject: Subject) -> int:
+def _attention_core(subject: Subject) -> int:
+    """Bytes that the kernel keeps: turned queries, turned keys, values, its output, the sums of its softmax."""
+    spec, ranks, context = subject.spec, subject.axes.tensor_parallel_size, subject.axes.context_parallel_size
+    queries = spec.num_attention_heads * spec.head_dim // ranks * subject.format_bytes
+    # turned keys, and the gathered keys and values, of which the values are a view
+    gathered = queries if context == 1 else 3 * queries
+    if _is_grouped(subject):  # keys and values are copied for every query head
+        gathered = 2 * queries
+    return subject.positions * (2 * queries + context * gathered + spec.num_attention_heads // ranks * _FLOAT32)
+
+
+def _is_grouped(subject: Subject) -> bool:
+    return subject.spec.num_query_groups != subject.spec.num_attention_heads
+
+
+def _feed_forward(subject: Subject, *, keeps_inner: bool = True) -> int:
     """Inputs of the first matrix, of SwiGLU and of the second matrix."""
     spec, size = subject.spec, subject.format_bytes
-    inner = 3 * spec.ffn_hidden_size // subject.axes.tensor_parallel_size
+    inner = 3 * spec.ffn_hidden_size // subject.axes.tensor_parallel_size if keeps_inner else 0
     return subject.stored_positions * spec.hidden_size * size + subject.positions * inner * size
 
 
@@ -164,6 +180,15 @@ def _workspace(subject: Subject) -> int:
         visited = spec.experts.topk * spec.experts.ffn_hidden_size + spec.experts.shared_hidden_size
         width = max(width, visited // axes.tensor_parallel_size)
     gradients = subject.positions * (2 * spec.hidden_size + 3 * width) * size
-    if subject.recompute != "full":
-        return gradients
-    return gradients + max(stored_by_layer(subject, layer, is_complete=True) for layer in (0, spec.num_layers - 1))
+    return gradients + _recomputed(subject)
+
+
+def _recomputed(subject: Subject) -> int:
+    """Bytes of the part that is being computed again: a layer, or its attention or dense feed-forward part."""
+    spec = subject.spec
+    if subject.recompute == "full":
+        return max(stored_by_layer(subject, layer, is_complete=True) for layer in (0, spec.num_layers - 1))
+    if subject.recompute == "selective":
+        is_dense = not spec.has_experts(0)
+        return max(_attention_core(subject), _feed_forward(subject) if is_dense else 0)
+    return 0

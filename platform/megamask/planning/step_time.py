@@ -98,7 +98,7 @@ def _compute(subject: Subject, gpu: Gpu, assumed: Assumptions, work: Work, *, la
     if subject.recompute == "full":
         matrices, attention = matrices * 4 / 3, attention * 4 / 3
     elif subject.recompute == "selective":
-        attention *= 4 / 3
+        matrices, attention = matrices * (1 + _dense_part(subject) / 3), attention * 4 / 3
     if subject.is_last(pipeline_rank, axes.virtual_pipeline_parallel_size - 1):
         head = share * work.head
     # a rank's products have one row a position: short pieces of a row keep the units waiting
@@ -118,6 +118,19 @@ def _compute(subject: Subject, gpu: Gpu, assumed: Assumptions, work: Work, *, la
         + attention / (peak * assumed.attention_efficiency)
         + moved / (gpu.memory_bandwidth * assumed.memory_efficiency)
     )
+
+
+def _dense_part(subject: Subject) -> float:
+    """Part of the layers' matrix products that dense feed-forward parts have."""
+    spec = subject.spec
+    attention = 2 * (spec.num_attention_heads + spec.num_query_groups) * spec.head_dim
+    dense = total = 0
+    for layer in range(spec.num_layers):
+        if spec.has_experts(layer) and spec.experts is not None:
+            total += 3 * (spec.experts.topk * spec.experts.ffn_hidden_size + spec.experts.shared_hidden_size)
+        else:
+            dense += 3 * spec.ffn_hidden_size
+    return dense / (dense + total + spec.num_layers * attention)
 
 
 def _tensor_parallel(subject: Subject, gpu: Gpu, assumed: Assumptions) -> float:

@@ -27,7 +27,8 @@ class Subject:
         head_rows: rows of the head for a sample.
         head_chunk_rows: rows that the head computes at a time.
         has_fp8: whether the layers' matrix products are FP8.
-        recompute: "none", "selective" (the attention's core) or "full" (every layer from its input).
+        recompute: "none", "selective" (the attention's core and dense feed-forward parts) or "full" (every layer from
+            its input).
         is_overlapped: whether gradients and parameters travel while other layers compute.
         checkpoint_every_steps: None where only the last step commits.
     """

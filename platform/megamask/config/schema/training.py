@@ -66,9 +66,22 @@ class TrainingConfig(Section):
 
     recompute: str = operational(
         "activations that the backward pass computes again instead of keeping them: selective those of attention and "
-        "feed-forward parts, full those of complete layers. It changes memory and speed, and no bit of the result",
+        "of dense feed-forward parts, full those of complete layers, experts included. It changes memory and speed, "
+        "and no bit of the result",
         default="none",
         choices=("none", "selective", "full"),
+    )
+
+    router_balance_over: str = identity(
+        "tokens that the loss of model.router_balance_weight spreads over the experts: row are those of each row, "
+        "micro_batch those of each micro-batch together, whose number and place are the layout's",
+        default="row",
+        choices=("row", "micro_batch"),
+    )
+    allow_layout_dependent: bool = operational(
+        "allow a setting whose losses and weights depend on training.micro_batch_size and layout.*; it is "
+        "training.router_balance_over=micro_batch",
+        default=False,
     )
 
     def batch_levels(self) -> range:
@@ -92,15 +105,29 @@ class TrainingConfig(Section):
             increment=self.batch_size_ramp_increment,
             samples=self.batch_size_ramp_samples,
         )
-        if self.recompute != "none" and config.model.num_experts > 0:
-            yield Problem(
-                key="training.recompute",
-                because="but model.num_experts is above 0, and routers would count recomputed tokens twice",
-                allowed="none",
-            )
+        if self.router_balance_over != "row":
+            yield from self._balance_problems(config)
         if self.stop_after_step is not None and self.stop_after_step > self.steps:
             yield Problem(
                 key="training.stop_after_step",
                 because=f"but training.steps is {self.steps}",
                 allowed=f"1 to {self.steps}, or null",
+            )
+
+    def _balance_problems(self, config: TrainConfig) -> Iterator[Problem]:
+        """A balance loss of micro-batches without an effect or without permission."""
+        key = "training.router_balance_over"
+        if config.model.num_experts == 0 or config.model.router_balance_weight == 0:
+            yield Problem(
+                key=key,
+                because=f"but model.num_experts is {config.model.num_experts} and model.router_balance_weight "
+                f"{config.model.router_balance_weight:g}, so that there is no such loss",
+                allowed="row",
+            )
+        elif not self.allow_layout_dependent:
+            yield Problem(
+                key=key,
+                because="which makes losses and weights depend on training.micro_batch_size and the layout, but "
+                "training.allow_layout_dependent is false",
+                allowed="row; or training.allow_layout_dependent=true",
             )

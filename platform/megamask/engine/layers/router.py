@@ -28,6 +28,8 @@ class Routing:
     Args:
         row_group: ranks that hold the parts of the same rows: the tensor-parallel ranks under sequence parallelism, and
             the context-parallel ranks.
+        balances_rows: the balance loss is one of each row; otherwise of the tokens of a micro-batch together, and then
+            depends on the layout.
     """
 
     def __init__(
@@ -37,8 +39,10 @@ class Routing:
         *,
         row_group: dist.ProcessGroup,
         device: torch.device,
+        balances_rows: bool = True,
     ) -> None:
         self.experts = experts
+        self._balances_rows = balances_rows
         self.row_group = row_group
         self.part: SequencePart | None = None
         self._rows_of_step = 1
@@ -84,7 +88,11 @@ class Routing:
         dist.all_reduce(counts, group=self.row_group)
         dist.all_reduce(positions, group=self.row_group)
         shares = (scores / scores.sum(dim=-1, keepdim=True)).sum(dim=0)
-        loss = balance_loss(shares, counts, self.experts, int(positions))
+        rows = 1
+        if not self._balances_rows:  # as if the rows were a single long one, which weighs as much as all of them
+            rows = counts.size(0)
+            shares, counts = shares.sum(dim=0, keepdim=True), counts.sum(dim=0, keepdim=True)
+        loss = rows * balance_loss(shares, counts, self.experts, rows * int(positions))
         loss = loss * (self.experts.balance_weight / self._rows_of_step)
         self._balance += loss.detach().double()
         attached: torch.Tensor = _AttachLoss.apply(weights, loss)  # type: ignore[no-untyped-call]

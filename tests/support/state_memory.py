@@ -1,0 +1,86 @@
+"""What each process of a memory test does: it saves and loads a state and reports how far its memory rose meanwhile."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import tracemalloc
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from megamask.models.shapes import canonical_shapes
+from support import engine_cases as cases
+
+SPEC = dataclasses.replace(
+    cases.PLAIN,
+    num_layers=4,
+    hidden_size=192,
+    ffn_hidden_size=768,
+    head_dim=48,
+    vocab_size=4000,
+    padded_vocab_size=4096,
+)
+
+
+def run(root: str, runs: list[dict[str, Any]]) -> list[dict[str, int]]:
+    """For each layout: read the state that the one before wrote, write it again, with and without a copy."""
+    found = []
+    for number, layout in enumerate(runs):
+        engine = cases.make_engine(SPEC, layout, micro_batch_size=2)
+        cases.take_step(engine, 1)
+        answer = {"largest": 4 * max(math.prod(shape) for shape in canonical_shapes(SPEC).values())}
+        if number:
+            answer["load"] = _rise(lambda engine=engine, number=number: engine.load_state(_folder(root, number - 1)))
+        if engine.is_main:
+            _folder(root, number).mkdir()
+        engine.barrier()
+        answer["save"] = _rise(lambda engine=engine, number=number: _save(engine, _folder(root, number)))
+        answer["copy"] = _rise(lambda engine=engine: engine.state_share(copy=True))
+        shards = engine._optimizer.shards()
+        answer["share"] = sum(3 * 4 * shard.weight.numel() for shard in shards if shard.info.is_stored)
+        engine.close()
+        found.append(answer)
+    return found
+
+
+def _folder(root: str, number: int) -> Path:
+    return Path(root) / str(number)
+
+
+def _save(engine: Any, folder: Path) -> None:
+    cases.save_state(engine, folder)
+
+
+def _rise(call: Callable[[], Any]) -> int:
+    """Bytes that a call allocates: Python's at the peak, among them every buffer that is read into, and all tensors'."""
+    tracemalloc.start()
+    with _NewTensors() as tensors:
+        call()
+    in_python = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    return in_python + tensors.num_bytes
+
+
+class _NewTensors(TorchDispatchMode):
+    """Adds up the memory of every tensor that an operation makes; views of what it was given are not new."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = {tensor.untyped_storage().data_ptr() for tensor in _tensors((args, kwargs))}
+        answer = func(*args, **(kwargs or {}))
+        for tensor in _tensors(answer):
+            if tensor.untyped_storage().data_ptr() not in given:
+                self.num_bytes += tensor.untyped_storage().nbytes()
+        return answer
+
+
+def _tensors(value: Any) -> list[torch.Tensor]:
+    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor)]
