@@ -8,11 +8,16 @@ from typing import Any
 from megamask.config.schema.roots import TrainConfig
 from megamask.models.counts import flops_per_token, parameter_count
 from megamask.objectives.schedule import largest_shape
+from megamask.planning.assumptions import Assumptions
+from megamask.planning.plan import fullest_rank
 from megamask.runs.layout import run_path
 from megamask.training.batch_size import consumed_before
 from megamask.training.run_data import RunData, objective_phases
+from megamask_pipelines.plan import subject_of
 
 _BYTES_PER_WEIGHT = 12  # float32 weight and the two moments of Adam
+# what is counted alone: nothing of a device's context or its allocator
+_NOTHING_ASSUMED = Assumptions(context_bytes=0.0, fragmentation=0.0)
 
 
 def check_run(config: TrainConfig) -> dict[str, Any]:
@@ -22,7 +27,8 @@ def check_run(config: TrainConfig) -> dict[str, Any]:
 
     Returns: run_dir, processes, parameters, flops_per_token (training, per position of the network),
         flops_per_step (of the last batch size), rows, tokens (of the training split), steps, steps_per_epoch (of the
-        last batch size), epochs (of the run), micro_batches (per data-parallel rank and step), checkpoint_bytes.
+        last batch size), epochs (of the run), micro_batches (per data-parallel rank and step), checkpoint_bytes, per_rank
+        (memory of the fullest rank by cause, as `megamask plan` counts it; nothing of the device's own).
     Raises:
         MegamaskError: a corpus or a prompt refuses.
     """
@@ -48,11 +54,15 @@ def check_run(config: TrainConfig) -> dict[str, Any]:
         "epochs": consumed_before(training.steps + 1, training) / split.num_rows,
         "micro_batches": batch // (layout.data_parallel_size * training.micro_batch_size),
         "checkpoint_bytes": parameters * _BYTES_PER_WEIGHT,
+        "per_rank": fullest_rank(subject_of(config, data.spec), _NOTHING_ASSUMED).to_json(),
     }
 
 
 def render_check(facts: dict[str, Any]) -> str:
     """Return the answer for people."""
+    rank = facts["per_rank"]
+    causes = ("parameters", "gradients", "optimizer", "activations", "logits")
+    memory = ", ".join(f"{cause} {rank[f'{cause}_bytes'] / 1e6:,.1f}" for cause in causes)
     return "\n".join(
         (
             f"{facts['run_dir']} can be trained; nothing was started",
@@ -62,6 +72,7 @@ def render_check(facts: dict[str, Any]) -> str:
             f"{facts['steps_per_epoch']:,.1f} steps per epoch, {facts['epochs']:.2f} epochs",
             f"  layout       {facts['processes']} processes, {facts['micro_batches']} micro-batches per step on each "
             "data-parallel rank",
+            f"  memory       {rank['total_bytes'] / 1e6:,.1f} MB on rank {rank['rank']}, the fullest ({memory})",
             f"  checkpoint   {facts['checkpoint_bytes'] / 1e6:,.1f} MB",
         )
     )

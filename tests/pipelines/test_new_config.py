@@ -45,6 +45,11 @@ def test_check_counts_the_run_and_starts_nothing(tmp_path, small_corpus, monkeyp
     weights = 2 * manifest.vocab_size * 128 + 4 * (4 * 128**2 + 3 * 128 * 384 + 2 * 128) + 128
     assert answer["parameters"] == weights
     assert answer["checkpoint_bytes"] == 12 * weights
+    memory = answer["per_rank"]
+    # float32: weights and gradients as a whole, half of the two moments on each of two ranks; buffers are padded
+    assert memory["parameters_bytes"] == memory["gradients_bytes"] == pytest.approx(4 * weights, rel=0.05)
+    assert memory["optimizer_bytes"] == pytest.approx(4 * weights, rel=0.05)
+    assert memory["activations_bytes"] > 0 and memory["other_bytes"] == 0
     assert (answer["rows"], answer["steps_per_epoch"]) == (rows, rows / 16)
     assert answer["epochs"] == 500 * 16 / rows
     assert (answer["processes"], answer["micro_batches"]) == (2, 1)

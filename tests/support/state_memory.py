@@ -57,7 +57,7 @@ def _save(engine: Any, folder: Path) -> None:
 
 
 def _rise(call: Callable[[], Any]) -> int:
-    """Bytes that a call allocates: Python's at the peak, among them every buffer that is read into, and all tensors'."""
+    """Bytes that a call allocates: Python's at the peak, with every buffer that is read into, and all tensors'."""
     tracemalloc.start()
     with _NewTensors() as tensors:
         call()

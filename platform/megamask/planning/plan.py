@@ -119,8 +119,7 @@ def make_plan(subject: Subject, gpu: Gpu, assumed: Assumptions, *, rank: int | N
     Args:
         rank: plan this global rank; None means the fullest one.
     """
-    plans = [rank_plan(subject, assumed, rank)] if rank is not None else _fullest_of_stages(subject, assumed)
-    fullest = max(plans, key=lambda plan: plan.total)
+    fullest = fullest_rank(subject, assumed) if rank is None else rank_plan(subject, assumed, rank)
     time = step_time(subject, gpu, assumed)
     allowed = int(gpu.memory_bytes * (1 - assumed.reserve))
     reasons = []
@@ -153,11 +152,13 @@ def rank_plan(subject: Subject, assumed: Assumptions, rank: int) -> RankPlan:
     )
 
 
-def _fullest_of_stages(subject: Subject, assumed: Assumptions) -> list[RankPlan]:
-    return [
+def fullest_rank(subject: Subject, assumed: Assumptions) -> RankPlan:
+    """Plan the first of the ranks that hold most."""
+    plans = (
         rank_plan(subject, assumed, stage * subject.ranks_of_stage + fullest_within(subject, stage))
         for stage in range(subject.axes.pipeline_parallel_size)
-    ]
+    )
+    return max(plans, key=lambda plan: plan.total)
 
 
 def _largest_part(plan: RankPlan) -> str:
