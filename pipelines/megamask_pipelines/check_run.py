@@ -27,8 +27,8 @@ def check_run(config: TrainConfig) -> dict[str, Any]:
 
     Returns: run_dir, processes, parameters, flops_per_token (training, per position of the network),
         flops_per_step (of the last batch size), rows, tokens (of the training split), steps, steps_per_epoch (of the
-        last batch size), epochs (of the run), micro_batches (per data-parallel rank and step), checkpoint_bytes, per_rank
-        (memory of the fullest rank by cause, as `megamask plan` counts it; nothing of the device's own).
+        last batch size), epochs (of the run), micro_batches (per data-parallel rank and step), checkpoint_bytes,
+        per_rank (memory of the fullest rank by cause, as `megamask plan` counts it; nothing of the device's own).
     Raises:
         MegamaskError: a corpus or a prompt refuses.
     """
