@@ -89,16 +89,7 @@ class Engine:
         family = layer_family(layers, backend)
         groups = ProcessGroups(mesh)
         self._spec, self._host_copy = spec, HostCopy(backend)
-        routing = None
-        if spec.experts is not None:
-            backend.prepare_experts()
-            routing = Routing(
-                spec.experts,
-                spec.num_layers,
-                row_group=groups.tensor_and_context,
-                device=backend.device,
-                balances_rows=training.router_balance_over == "row",
-            )
+        routing = _routing(spec, groups, backend, balances_rows=training.router_balance_over == "row")
         build = functools.partial(
             build_network,
             mask_token_id=objective.vocabulary.mask_token_id,
@@ -293,6 +284,20 @@ class Engine:
     def close(self) -> None:
         """Forget the groups of this layout, so that an engine of another one can be made; the process group stays."""
         ProcessGroups.release()
+
+
+def _routing(spec: ModelSpec, groups: ProcessGroups, backend: Backend, *, balances_rows: bool) -> Routing | None:
+    """What the routers of this rank share; None for a dense network."""
+    if spec.experts is None:
+        return None
+    backend.prepare_experts()
+    return Routing(
+        spec.experts,
+        spec.num_layers,
+        row_group=groups.tensor_and_context,
+        device=backend.device,
+        balances_rows=balances_rows,
+    )
 
 
 def _arithmetic(precision: PrecisionConfig, layers: str) -> dict[str, str]:
