@@ -287,7 +287,7 @@ class Engine:
 
 
 def _routing(spec: ModelSpec, groups: ProcessGroups, backend: Backend, *, balances_rows: bool) -> Routing | None:
-    """What the routers of this rank share; None for a dense network."""
+    """State that the routers of this rank share; None for a dense network."""
     if spec.experts is None:
         return None
     backend.prepare_experts()
