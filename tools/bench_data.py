@@ -143,7 +143,7 @@ def batches_of_memmap(corpora: Corpora) -> Batches:
 
 
 def batches_of_ours(corpora: Corpora) -> Batches:
-    """Rows in the order law's order, each row and each table of documents checked; no content digest."""
+    """Rows in the order law's order with their document starts, each row and table checked; no content digest."""
 
     def read() -> Iterator[np.ndarray]:
         manifest = Manifest.load(corpora.ours)
@@ -151,7 +151,10 @@ def batches_of_ours(corpora: Corpora) -> Batches:
         order = SourceOrder(reader.block_rows, key=(1, 2), window_blocks=512)
         for first in range(0, reader.num_rows, BATCH):
             count = min(BATCH, reader.num_rows - first)
-            yield reader.read_rows(order.rows(first, count)).tokens
+            read = reader.read_rows(order.rows(first, count))
+            if len(read.documents) != count:
+                raise SystemExit("a row has no documents")
+            yield read.tokens
         reader.close()
 
     return read

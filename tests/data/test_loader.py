@@ -16,7 +16,8 @@ from megamask.config.schema.data import DataConfig
 from megamask.data.content import add_content, content_digest, content_hash, documents_checksum, tokens_checksum
 from megamask.data.index import ShardIndex
 from megamask.data.loader import Batch, Loader
-from megamask.data.reader import RowBatch, SplitReader
+from megamask.data.reader import SplitReader
+from megamask.data.row_batch import RowBatch
 from megamask.errors import DataIntegrityError, ExitCode, UsageError
 from megamask.storage.hashing import hash_of, key_of, sha256_file
 from support.order_oracle import draw_rows

@@ -26,18 +26,17 @@ def write_token_corpus(
     blocks_per_shard: int = 3,
     vocab_size: int = 64,
 ) -> Manifest:
-    """Writes documents (each gets the end-of-document id) as split train, and others as split validation.
+    """Write documents (each gets the end-of-document id) as split train, and others as split validation.
 
     The last three ids of the vocabulary are end-of-document, padding and mask.
     """
-    eod, pad, mask = vocab_size - 3, vocab_size - 2, vocab_size - 1
     (folder / "shards").mkdir(parents=True)
+    pad, dtype = vocab_size - 2, token_dtype(vocab_size)
     splits: dict[str, Any] = {}
     number = 0
     for name, texts in (("train", documents), ("validation", validation)):
         if not texts:
             continue
-        dtype = token_dtype(vocab_size)
         packer = RowPacker(
             sequence_length=sequence_length, rows_per_block=rows_per_block, dtype=dtype, pad_token_id=pad
         )
@@ -49,39 +48,42 @@ def write_token_corpus(
             itemsize=dtype.itemsize,
         )
         for text in texts:
-            for block in packer.add(number, np.array([*text, eod], dtype=dtype)):
+            for block in packer.add(number, np.array([*text, vocab_size - 3], dtype=dtype)):
                 writer.add(block)
             number += 1
         for block in packer.finish():
             writer.add(block)
         writer.finish()
-        splits[name] = {
-            "documents": len(texts),
-            "text_bytes": sum(map(len, texts)),
-            "tokens": packer.num_tokens,
-            "sequences": sum(shard.rows for shard in writer.shards),
-            "padding": packer.num_padding,
-            "blocks": sum(shard.blocks for shard in writer.shards),
-            "shards": [vars(shard) for shard in writer.shards],
-        }
-    content = {
+        splits[name] = _split_entry(texts, packer, writer)
+    content = _manifest(splits, sequence_length=sequence_length, vocab_size=vocab_size, rows_per_block=rows_per_block)
+    (folder / "manifest.json").write_bytes(canonical_json(content))
+    return Manifest.load(folder)
+
+
+def _split_entry(texts: Documents, packer: RowPacker, writer: ShardWriter) -> dict[str, Any]:
+    return {
+        "documents": len(texts),
+        "text_bytes": sum(map(len, texts)),
+        "tokens": packer.num_tokens,
+        "sequences": sum(shard.rows for shard in writer.shards),
+        "padding": packer.num_padding,
+        "blocks": sum(shard.blocks for shard in writer.shards),
+        "shards": [vars(shard) for shard in writer.shards],
+    }
+
+
+def _manifest(splits: dict[str, Any], *, sequence_length: int, vocab_size: int, rows_per_block: int) -> dict[str, Any]:
+    ids = {"eod_token_id": vocab_size - 3, "pad_token_id": vocab_size - 2, "mask_token_id": vocab_size - 1}
+    return {
         "format": "megamask-corpus",
         "version": 1,
         "dtype": token_dtype(vocab_size).name,
         "sequence_length": sequence_length,
-        "tokenizer": {
-            "digest": hash_of("no tokenizer"),
-            "vocab_size": vocab_size,
-            "eod_token_id": eod,
-            "pad_token_id": pad,
-            "mask_token_id": mask,
-        },
+        "tokenizer": {"digest": hash_of("no tokenizer"), "vocab_size": vocab_size} | ids,
         "documents": {"digest": hash_of("no table"), "tables": []},
         "options": {"rows_per_block": rows_per_block},
         "splits": splits,
     }
-    (folder / "manifest.json").write_bytes(canonical_json(content))
-    return Manifest.load(folder)
 
 
 def random_documents(count: int, *, seed: int = 0, longest: int = 60, ids: int = 61) -> list[list[int]]:

@@ -22,7 +22,7 @@ from megamask.config.schema.training import TrainingConfig
 from megamask.data.content import add_content, batch_digest, content_digest
 from megamask.data.loader import Loader
 from megamask.data.order import ORDER_LAW_VERSION
-from megamask.data.reader import Row
+from megamask.data.row_batch import Row
 from megamask.data.skipped import SkippedSamples
 from megamask.diffusion.philox import NOISE_LAW_VERSION, run_key
 from megamask.errors import CheckpointIntegrityError, DataIntegrityError, UsageError

@@ -22,8 +22,8 @@ from megamask.config.schema.data import DataConfig
 from megamask.data.content import add_content, content_hash
 from megamask.data.mixture import Mixture, stages_of
 from megamask.data.quarantine import quarantined_rows
-from megamask.data.reader import Row, RowBatch
 from megamask.data.roles import answered
+from megamask.data.row_batch import Row, RowBatch
 from megamask.data.skipped import SKIPS_NOTHING, SkippedSamples
 from megamask.data.source import Source
 from megamask.data.tokenizer import CorpusTokenizer
@@ -253,16 +253,19 @@ class Loader:
             everything = self._at(share.position, share.global_batch_size)
             indices, numbers, rows = (values[places] for values in everything)
             tokens = np.empty((len(places), self.sequence_length), dtype=self.manifest.dtype)
-            is_eligible = np.ones(tokens.shape, dtype=np.bool_)
+            answers = np.ones(tokens.shape, dtype=np.bool_) if self._scores_answers else None
             hashes: list[int] = []
             for number in np.unique(numbers).tolist():
                 source, mine = self._by_number[number], np.flatnonzero(numbers == number)
                 if announce:
                     source.reader.will_need(self._readable(source, rows[mine]))
                 read = self._read_rows(source, rows[mine])
-                tokens[mine] = read.tokens
-                if self._scores_answers:
-                    is_eligible[mine] = [answered(pairs, self.sequence_length) for pairs in read.documents]
+                if len(mine) == len(tokens):
+                    tokens = read.tokens  # one source has all of them, in this order
+                else:
+                    tokens[mine] = read.tokens
+                if answers is not None:
+                    answers[mine] = [answered(pairs, self.sequence_length) for pairs in read.documents]
                 hashes += map(
                     content_hash,
                     indices[mine].tolist(),
@@ -271,7 +274,9 @@ class Loader:
                     read.tokens_crc32c,
                     read.documents_crc32c,
                 )
-        is_eligible &= tokens != self.manifest.pad_token_id
+        is_eligible = tokens != self.manifest.pad_token_id
+        if answers is not None:
+            is_eligible &= answers
         names = [source.name for source in self._by_number]
         return Batch(
             tokens=torch.from_numpy(tokens),

@@ -14,6 +14,7 @@
                        tokens are eligible ones: end-of-document included, padding not; sequences are rows
       shards           [{name, sha256, bytes, blocks, rows, index_sha256, tar_index_sha256}], rows and blocks are
                        counted through them in this order; names are relative to the corpus folder
+    packing            of best-fit alone, {split: {longest_document, cut_documents, pieces, lengths}}; see `best_fit.py`
     unused_ids         ascending ids that no document uses; always holds the mask id and the pad id
     totals             {documents, text_bytes, tokens, sequences, shards} over the splits
 """

@@ -12,6 +12,7 @@ _MAX_IDS = 1 << 24
 _LONGEST_ROW = 1 << 24
 _FRACTION = re.compile(r"0(\.[0-9]{1,400})?")
 _TABLE = re.compile(r"documents/[0-9]{6,9}\.parquet")
+_PACKERS = ({"name": "concatenate-and-cut", "version": 1}, {"name": "best-fit", "version": 1})
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -49,6 +50,8 @@ def odd_record(content: Mapping[str, Any]) -> str | None:
     """Return the first such value of those that only verifying needs, or None; raises as `odd_value`."""
     if not _FRACTION.fullmatch(content["options"]["validation_fraction"]):
         return f"validation_fraction is {_shown(content['options']['validation_fraction'])}"
+    if content["packer"] not in _PACKERS:
+        return f"the packer is {_shown(content['packer'])}"
     for entry in content["inputs"]:
         is_named = type(entry["name"]) is str and _SHA256.fullmatch(entry["sha256"])
         if not (is_named and is_count(entry["bytes"]) and is_count(entry["documents"])):
@@ -57,7 +60,7 @@ def odd_record(content: Mapping[str, Any]) -> str | None:
     if type(ids) is not list or not all(map(is_count, ids)) or ids != sorted(set(ids)):
         return "unused_ids are not ascending ids"
     if not all(map(is_count, content["totals"].values())):
-        return "a total is no count"
+        return "a total is not a count"
     return None
 
 

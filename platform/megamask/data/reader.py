@@ -10,8 +10,7 @@ Shapes: n rows, L tokens of a row, k documents of a row.
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from megamask.data.index import DOCS_COLUMNS, ShardIndex, block_name, index_byte
 from megamask.data.lru import LeastRecentlyUsed
 from megamask.data.manifest import Manifest, ShardEntry
 from megamask.data.remote import RemoteCorpus, RemoteShards
+from megamask.data.row_batch import BlockDocuments, Row, RowBatch
 from megamask.data.shard_files import ShardFiles, missing, not_plain
 from megamask.errors import DataIntegrityError
 from megamask.storage.durable import storage_errors
@@ -34,57 +34,6 @@ from megamask.storage.plain_files import NotPlainError, read_plain
 Int64Array = npt.NDArray[np.int64]
 
 _MORE_THAN_A_WINDOW = 192  # a batch may reach into the next window
-_NO_DOCUMENTS = np.empty((0, 2), dtype=np.int64)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Row:
-    """One row as it was read.
-
-    Args:
-        tokens: [L] in the stored type (little-endian uint16 or uint32).
-        documents: int64 [k, 2]: (start, document number) of each document with tokens in the row; start 0 also where
-            the document began in an earlier row.
-        tokens_crc32c: of the tokens' bytes as they were read.
-        documents_crc32c: of the pairs as little-endian int64, computed from what was read.
-    """
-
-    tokens: npt.NDArray[Any]
-    documents: Int64Array
-    tokens_crc32c: int
-    documents_crc32c: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class RowBatch:
-    """Rows as they were read, in the order asked for: tokens [n, L] and a list entry a row; fields as of `Row`."""
-
-    tokens: npt.NDArray[Any]
-    documents: list[Int64Array]
-    tokens_crc32c: list[int]
-    documents_crc32c: list[int]
-
-    def row(self, place: int) -> Row:
-        """One of the rows."""
-        return Row(
-            tokens=self.tokens[place],
-            documents=self.documents[place],
-            tokens_crc32c=self.tokens_crc32c[place],
-            documents_crc32c=self.documents_crc32c[place],
-        )
-
-    def spread(self, is_read: npt.NDArray[np.bool_], *, fill: int) -> RowBatch:
-        """These rows at the places of a mask bool [n]; at the others rows of one id, without documents, checksums 0."""
-        tokens = np.full((len(is_read), self.tokens.shape[1]), fill, dtype=self.tokens.dtype)
-        tokens[is_read] = self.tokens
-        own = iter(range(len(self.documents)))
-        places = [next(own) if read else None for read in is_read.tolist()]
-        return RowBatch(
-            tokens=tokens,
-            documents=[_NO_DOCUMENTS if place is None else self.documents[place] for place in places],
-            tokens_crc32c=[0 if place is None else self.tokens_crc32c[place] for place in places],
-            documents_crc32c=[0 if place is None else self.documents_crc32c[place] for place in places],
-        )
 
 
 class SplitReader:
@@ -122,9 +71,7 @@ class SplitReader:
             ShardFiles(self._folder, self._shards) if remote is None else remote.shard_files(self._shards, self._index)
         )
         self._indexes: LeastRecentlyUsed[int, ShardIndex] = LeastRecentlyUsed(window_blocks + _MORE_THAN_A_WINDOW)
-        self._documents: LeastRecentlyUsed[int, _BlockDocuments] = LeastRecentlyUsed(
-            window_blocks + _MORE_THAN_A_WINDOW
-        )
+        self._documents: LeastRecentlyUsed[int, BlockDocuments] = LeastRecentlyUsed(window_blocks + _MORE_THAN_A_WINDOW)
         self._first_row = _starts([entry.rows for entry in self._shards])
         self._first_block = _starts([entry.blocks for entry in self._shards])
         self.block_rows: Int64Array = block_rows(
@@ -152,31 +99,26 @@ class SplitReader:
         places = self._locate(rows)
         count = len(places.order)
         tokens = np.empty((count, self._manifest.sequence_length), dtype=self._manifest.dtype)
-        views, order = _views(tokens), places.order.tolist()
-        expected = np.empty(count, dtype=np.uint32)
-        for shard, first, end, offsets in self._spans(places):
-            expected[first:end] = self._index(shard).row_crc32c[places.of_shard[first:end]]
-            num_read = self._files.read_spans(shard, offsets, [views[member] for member in order[first:end]])
-            if num_read < end - first:
-                raise self._cut_off(int(places.blocks[first + num_read]), offsets[num_read])
-        checksums = [crc32c(view) for view in views]
-        found = np.array(checksums, dtype=np.uint32)[places.order]
-        if (found != expected).any():
-            raise self._damaged_row(places, found, expected)
-        documents: list[Int64Array] = [_NO_DOCUMENTS] * count
-        documents_crc32c = [0] * count
-        get = self._documents.get
-        for member, block, row in zip(order, places.blocks.tolist(), places.in_block.tolist(), strict=True):
-            table = get(block, self._read_documents)
-            documents[member] = table.pairs[row]
-            documents_crc32c[member] = table.crc32c[row]
-        return RowBatch(tokens=tokens, documents=documents, tokens_crc32c=checksums, documents_crc32c=documents_crc32c)
+        offsets, expected = self._addresses(places)
+        found = self._files.read_spans(places.shards.tolist(), offsets, self._views(tokens, places.order))
+        if len(found) < count:
+            raise self._cut_off(int(places.blocks[len(found)]), offsets[len(found)])
+        if found != expected:
+            raise self._damaged_row(places, np.array(found), np.array(expected))
+        checksums, in_block = [0] * count, [0] * count
+        tables: list[BlockDocuments | None] = [None] * count
+        members = zip(places.order.tolist(), places.blocks.tolist(), places.in_block.tolist(), found, strict=True)
+        last, table = -1, None
+        for member, block, row, checksum in members:
+            if block != last:
+                table, last = self._documents.get(block, self._read_documents), block
+            tables[member], in_block[member], checksums[member] = table, row, checksum
+        return RowBatch(tokens, checksums, tables, in_block)
 
-    def will_need(self, rows: Iterable[int]) -> None:
+    def will_need(self, rows: Iterable[int] | Int64Array) -> None:
         """Announce rows that are read soon, so that the system fetches them all at once; reads no row itself."""
-        for shard, _, _, offsets in self._spans(self._locate(list(rows))):
-            for offset in offsets:
-                self._files.will_need(shard, offset, self._row_bytes)
+        places = self._locate(rows if isinstance(rows, np.ndarray) else list(rows))
+        self._files.will_need(places.shards.tolist(), self._addresses(places)[0], self._row_bytes)
 
     def close(self) -> None:
         """Close the shards; a later read opens them again."""
@@ -200,15 +142,28 @@ class SplitReader:
             of_shard=ordered - self._first_row[shards],
         )
 
-    def _spans(self, places: _Places) -> Iterator[tuple[int, int, int, list[int]]]:
-        """For each shard that has wanted rows: its number, where its rows begin and end in `places`, their offsets."""
-        cuts = (np.flatnonzero(places.shards[1:] != places.shards[:-1]) + 1).tolist()
-        bounds = [0, *cuts, len(places.shards)] if len(places.shards) else [0]
-        for first, end in itertools.pairwise(bounds):
-            shard = int(places.shards[first])
-            begins = self._index(shard).blocks["tokens_offset"]
-            own = begins[places.blocks[first:end] - self._first_block[shard]].astype(np.int64)
-            yield shard, first, end, (own + places.in_block[first:end] * self._row_bytes).tolist()
+    def _addresses(self, places: _Places) -> tuple[list[int], list[int]]:
+        """Offset in its shard, and crc32c by its index, of each row."""
+        # One loop over plain integers: the rows of a shuffled batch are in about as many shards.
+        blocks = (places.blocks - self._first_block[places.shards]).tolist()
+        within = (places.in_block * self._row_bytes).tolist()
+        offsets, expected, last = [], [], -1
+        for shard, block, offset, row in zip(
+            places.shards.tolist(), blocks, within, places.of_shard.tolist(), strict=True
+        ):
+            if shard != last:
+                index, last = self._index(shard), shard
+                begins, checksums = index.tokens_offsets, index.row_checksums
+            offsets.append(begins[block] + offset)
+            expected.append(checksums[row])
+        return offsets, expected
+
+    def _views(self, tokens: npt.NDArray[Any], order: Int64Array) -> list[memoryview]:
+        """The bytes of rows of an array [n, L], in an order."""
+        if not len(tokens):
+            return []
+        data, size = tokens.reshape(-1).view(np.uint8).data, self._row_bytes
+        return [data[start : start + size] for start in (order * size).tolist()]
 
     def _cut_off(self, block: int, offset: int) -> DataIntegrityError:
         shard = int(self._first_block.searchsorted(block, "right")) - 1
@@ -218,9 +173,7 @@ class SplitReader:
             hint="restore the file or prepare the corpus again",
         )
 
-    def _damaged_row(
-        self, places: _Places, found: npt.NDArray[np.uint32], expected: npt.NDArray[np.uint32]
-    ) -> DataIntegrityError:
+    def _damaged_row(self, places: _Places, found: Int64Array, expected: Int64Array) -> DataIntegrityError:
         """The error of the damaged row that comes first in the batch."""
         wrong = np.flatnonzero(found != expected)
         number = int(wrong[np.argmin(places.order[wrong])])
@@ -232,7 +185,7 @@ class SplitReader:
         )
         return self._damaged(block, "tokens", where, int(found[number]), int(expected[number]))
 
-    def _read_documents(self, block: int) -> _BlockDocuments:
+    def _read_documents(self, block: int) -> BlockDocuments:
         shard = int(np.searchsorted(self._first_block, block, side="right")) - 1
         record = self._index(shard).blocks[block - int(self._first_block[shard])]
         size = int(record["docs_bytes"])
@@ -242,7 +195,7 @@ class SplitReader:
             where = f"the table of the block's documents, byte {int(record['docs_offset'])}"
             raise self._damaged(block, "docs", where, found, expected)
         table = np.frombuffer(data, dtype="<i8").reshape(-1, DOCS_COLUMNS).astype(np.int64)
-        return _BlockDocuments.of(table, int(self.block_rows[block]))
+        return BlockDocuments(table, int(self.block_rows[block]))
 
     def _index(self, shard: int) -> ShardIndex:
         return self._indexes.get(shard, self._load_checked)
@@ -290,36 +243,6 @@ class _Places:
     blocks: Int64Array
     in_block: Int64Array
     of_shard: Int64Array
-
-
-@dataclass(frozen=True, kw_only=True)
-class _BlockDocuments:
-    """The document table of a block: for each row its pairs [k, 2] and their crc32c."""
-
-    pairs: list[Int64Array]
-    crc32c: list[int]
-
-    @classmethod
-    def of(cls, table: Int64Array, num_rows: int) -> _BlockDocuments:
-        """Split a table [n, 3] by row."""
-        if np.any(np.diff(table[:, 0]) < 0):  # checksums hold, so a writer made it so
-            table = table[np.argsort(table[:, 0], kind="stable")]
-        pairs = np.ascontiguousarray(table[:, 1:], dtype="<i8")
-        bounds = np.searchsorted(table[:, 0], np.arange(num_rows + 1)).tolist()
-        data = pairs.data.cast("B") if len(pairs) else memoryview(b"")
-        return cls(
-            pairs=[pairs[first:end] for first, end in itertools.pairwise(bounds)],
-            crc32c=[crc32c(data[16 * first : 16 * end]) for first, end in itertools.pairwise(bounds)],
-        )
-
-
-def _views(tokens: npt.NDArray[Any]) -> list[memoryview]:
-    """The bytes of each row of an array [n, L]."""
-    if not len(tokens):
-        return []
-    size = tokens.itemsize * tokens.shape[1]
-    data = tokens.reshape(-1).view(np.uint8).data
-    return [data[start : start + size] for start in range(0, len(data), size)]
 
 
 def load_index(corpus_dir: Path, manifest: Manifest, entry: ShardEntry, first_block: int) -> ShardIndex:

@@ -129,25 +129,27 @@ class RemoteShards:
         with storage_errors(f"reading a cached block of {self.path(shard)}"):
             return os.pread(descriptor, size, offset - begin)
 
-    def read_spans(self, shard: int, offsets: Sequence[int], buffers: Sequence[memoryview]) -> int:
-        """Fill each buffer from its offset; return how many were filled before one could not be; raises as `read`."""
-        for number, (offset, buffer) in enumerate(zip(offsets, buffers, strict=True)):
+    def read_spans(self, shards: Sequence[int], offsets: Sequence[int], buffers: Sequence[memoryview]) -> list[int]:
+        """Fill each buffer from its shard and offset, as `ShardFiles.read_spans`; raises as `read`."""
+        checksums: list[int] = []
+        for shard, offset, buffer in zip(shards, offsets, buffers, strict=True):
             data = self.read(shard, offset, len(buffer))
             if len(data) != len(buffer):
-                return number
+                break
             buffer[:] = data
-        return len(offsets)
+            checksums.append(crc32c(data))
+        return checksums
 
-    def will_need(self, shard: int, offset: int, size: int) -> None:
-        """Begin to fetch the block of a place, unless its file is open."""
+    def will_need(self, shards: Sequence[int], offsets: Sequence[int], size: int) -> None:
+        """Begin to fetch the block of each place, unless its file is open."""
         del size
-        key = (shard, self._block_at(shard, offset))
-        if key in self._descriptors or key in self._fetching:
-            return
         if self._threads is None:
             self._threads = ThreadPoolExecutor(_READERS, thread_name_prefix="megamask-ranges")
-        index = self._index_of(shard)  # here: the threads share no cache of indexes
-        self._fetching[key] = self._threads.submit(self._cached_or_fetched, key, index)
+        for shard, offset in zip(shards, offsets, strict=True):
+            key = (shard, self._block_at(shard, offset))
+            if key not in self._descriptors and key not in self._fetching:
+                index = self._index_of(shard)  # here: the threads share no cache of indexes
+                self._fetching[key] = self._threads.submit(self._cached_or_fetched, key, index)
 
     def close(self) -> None:
         """Close the files and end the threads; a later read opens them again."""

@@ -9,6 +9,8 @@ import stat
 from collections.abc import Sequence
 from pathlib import Path
 
+from crc32c import crc32c
+
 from megamask.data.index import index_bytes
 from megamask.data.lru import LeastRecentlyUsed
 from megamask.data.manifest import ShardEntry
@@ -66,26 +68,41 @@ class ShardFiles:
                 raise
         return done
 
-    def read_spans(self, shard: int, offsets: Sequence[int], buffers: Sequence[memoryview]) -> int:
-        """Fill each buffer from its offset; return how many were filled before one could not be; raises as `read`."""
-        descriptor, preadv = self._descriptors.get(shard, self._open), os.preadv
+    def read_spans(self, shards: Sequence[int], offsets: Sequence[int], buffers: Sequence[memoryview]) -> list[int]:
+        """Fill each buffer from its shard and offset; stop at one that the shard is too short for; raises as `read`.
+
+        Returns:
+            crc32c of each buffer that was filled, computed while its bytes are in the processor's cache.
+        """
+        checksums: list[int] = []
+        last, preadv = -1, os.preadv
         try:
-            for number, (offset, buffer) in enumerate(zip(offsets, buffers, strict=True)):
+            for shard, offset, buffer in zip(shards, offsets, buffers, strict=True):
+                if shard != last:
+                    descriptor, last = self._descriptors.get(shard, self._open), shard
                 if preadv(descriptor, (buffer,), offset) != len(buffer) and (
                     self.read_into(shard, offset, [buffer]) != len(buffer)
                 ):
-                    return number
+                    break
+                checksums.append(crc32c(buffer))
         except OSError:
-            with storage_errors(f"reading {self.path(shard)}"):
+            with storage_errors(f"reading {self.path(last)}"):
                 raise
-        return len(offsets)
+        return checksums
 
-    def will_need(self, shard: int, offset: int, size: int) -> None:
-        """Ask the system to fetch a part of a shard in the background."""
-        if hasattr(os, "posix_fadvise"):
-            with storage_errors(f"reading {self.path(shard)}"):
-                descriptor = self._descriptors.get(shard, self._open)
-                os.posix_fadvise(descriptor, offset, size, os.POSIX_FADV_WILLNEED)
+    def will_need(self, shards: Sequence[int], offsets: Sequence[int], size: int) -> None:
+        """Ask the system to fetch `size` bytes from each shard and offset in the background; raises as `read`."""
+        if not hasattr(os, "posix_fadvise"):
+            return
+        last, advise, wanted = -1, os.posix_fadvise, os.POSIX_FADV_WILLNEED
+        try:
+            for shard, offset in zip(shards, offsets, strict=True):
+                if shard != last:
+                    descriptor, last = self._descriptors.get(shard, self._open), shard
+                advise(descriptor, offset, size, wanted)
+        except OSError:
+            with storage_errors(f"reading {self.path(last)}"):
+                raise
 
     def close(self) -> None:
         """Close the shards; a later read opens them again."""

@@ -76,6 +76,8 @@ def _documents(
         name: dict(values) | {"bytes_per_token": round(values["text_bytes"] / values["tokens"], 4)}
         for name, values in sorted(counts.items())
     }
+    for name, packing in manifest.content.get("packing", {}).items():
+        split_documents[name] = packing["cut_documents"]  # of best fit: only those longer than a row
     splits = {
         name: {
             "documents": entry.num_documents,

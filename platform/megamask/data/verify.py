@@ -9,25 +9,22 @@ from __future__ import annotations
 import os
 import re
 import stat
-from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from megamask.data.corpus.documents import DOCUMENTS_DIR, DocumentRecord, documents_digest, read_documents
 from megamask.data.corpus.shard import SHARDS_DIR
 from megamask.data.corpus.splits import TRAIN, VALIDATION, choose_validation, split_hash
 from megamask.data.faults import find_faults
-from megamask.data.index import block_name
 from megamask.data.manifest import MANIFEST_NAME, PROVENANCE_NAME, Manifest, provenance_problem
 from megamask.data.manifest_values import odd_record
-from megamask.data.roles import without_roles
 from megamask.data.tokenizer import SPECIAL_TOKENS_NAME, TOKENIZER_DIR, TOKENIZER_NAME, CorpusTokenizer
-from megamask.data.verify_shard import CheckedRowGroup, damage, plain_file_size, verify_shard
+from megamask.data.verify_rows import SplitDocuments, SplitRows, wrong_statistics
+from megamask.data.verify_shard import damage, plain_file_size, verify_shard
 from megamask.errors import DataIntegrityError, MegamaskError, UsageError
 
 Progress = Callable[[int, int], object]
@@ -82,11 +79,13 @@ def _checked(folder: Path, manifest: Manifest, progress: Progress | None) -> dic
         raise damage(problem)
     _check_tokenizer(folder, manifest)
     tables = _check_documents(folder, manifest)
+    if (expected := wrong_statistics(manifest, tables)) is not None:
+        raise damage(f"{folder / MANIFEST_NAME}: packing is not {expected}, which follows from the documents")
     is_used = np.zeros(manifest.vocab_size, dtype=np.bool_)
     shards = [(split, entry) for split in sorted(manifest.splits) for entry in manifest.split(split).shards]
     num_rows, done = sum(entry.rows for _, entry in shards), 0
     for split in sorted(manifest.splits):
-        rows = _SplitRows(manifest, split, tables[split], is_used)
+        rows = SplitRows(manifest, split, tables[split], is_used)
         first_block = 0
         for entry in manifest.split(split).shards:
             for block in verify_shard(folder, manifest, entry, first_block):
@@ -158,18 +157,9 @@ def _check_tokenizer(folder: Path, manifest: Manifest) -> None:
         )
 
 
-class _SplitDocuments:
-    """Numbers and lengths of a split's documents, in order."""
-
-    def __init__(self) -> None:
-        self.numbers = array("q")
-        self.tokens = array("q")
-        self.text_bytes = 0
-
-
-def _check_documents(folder: Path, manifest: Manifest) -> dict[str, _SplitDocuments]:
+def _check_documents(folder: Path, manifest: Manifest) -> dict[str, SplitDocuments]:
     """Compare the documents table with its digest, the split rule, the inputs and the counts of the manifest."""
-    splits = {TRAIN: _SplitDocuments(), VALIDATION: _SplitDocuments()}
+    splits = {TRAIN: SplitDocuments(), VALIDATION: SplitDocuments()}
     inputs: Counter[tuple[str, str]] = Counter()
     hashes: list[int] = []
     is_validation: list[bool] = []
@@ -214,78 +204,6 @@ def _check_documents(folder: Path, manifest: Manifest) -> dict[str, _SplitDocume
         if counted != (len(documents.numbers), documents.text_bytes, sum(documents.tokens)):
             raise damage(f"{where}: split {name} has other documents, bytes or tokens than the manifest says")
     return splits
-
-
-class _SplitRows:
-    """Expected content of each block of a split, derived from the lengths of its documents."""
-
-    def __init__(
-        self, manifest: Manifest, split: str, documents: _SplitDocuments, is_used: npt.NDArray[np.bool_]
-    ) -> None:
-        self._manifest = manifest
-        self._split = split
-        self._numbers = np.array(documents.numbers, dtype=np.int64)
-        ends = np.cumsum(np.array(documents.tokens, dtype=np.int64))
-        self._ends = ends
-        self._starts = np.concatenate([[0], ends[:-1]]).astype(np.int64)
-        self._total = int(ends[-1]) if len(ends) else 0
-        self._is_used = is_used
-        self._position = 0  # tokens, padding included, of the blocks before
-
-    def check(self, block: CheckedRowGroup) -> None:
-        """Compare the next block."""
-        length = self._manifest.sequence_length
-        flat = block.tokens.reshape(-1)
-        begin, end = self._position, self._position + flat.size
-        self._position = end
-        if int(flat.max()) >= self._manifest.vocab_size:
-            raise self._wrong(block, flat >= self._manifest.vocab_size, "an id outside the vocabulary")
-        is_mask = flat == self._manifest.mask_token_id
-        if is_mask.any():
-            raise self._wrong(block, is_mask, "the mask id, which no document may hold")
-        is_padding = np.arange(begin, end) >= self._total
-        for is_found, is_expected, what in (
-            (flat == self._manifest.pad_token_id, is_padding, "padding before the end of the split, or none after it"),
-            (
-                flat == self._manifest.eod_token_id,
-                self._marks(self._ends - 1, begin, end),
-                "a document's end misplaced",
-            ),
-        ):
-            if not np.array_equal(is_found, is_expected):
-                raise self._wrong(block, is_found != is_expected, what)
-        self._is_used[np.unique(flat[~is_padding])] = True
-        row_starts = np.arange(begin, end, length)
-        inside = self._starts[np.searchsorted(self._starts, begin) : np.searchsorted(self._starts, end)]
-        positions = np.union1d(row_starts[row_starts < self._total], inside)
-        numbers = self._numbers[np.searchsorted(self._starts, positions, side="right") - 1]
-        expected = np.stack([(positions - begin) // length, (positions - begin) % length, numbers], axis=1)
-        if not np.array_equal(without_roles(block.docs), expected):
-            raise damage(
-                f"{block.shard}: member {block_name(block.number)}.docs.npy does not list the documents of its rows "
-                "as the documents table has them"
-            )
-
-    def finish(self, folder: Path) -> None:
-        """Compare the counts of the split after its last block."""
-        entry = self._manifest.split(self._split)
-        rows = -(-self._total // self._manifest.sequence_length)
-        if entry.num_rows != rows:
-            raise damage(
-                f"{folder / MANIFEST_NAME}: split {self._split} has {entry.num_rows} rows; its documents fill {rows}"
-            )
-
-    def _marks(self, positions: npt.NDArray[np.int64], begin: int, end: int) -> npt.NDArray[np.bool_]:
-        marks = np.zeros(end - begin, dtype=np.bool_)
-        marks[positions[np.searchsorted(positions, begin) : np.searchsorted(positions, end)] - begin] = True
-        return marks
-
-    def _wrong(self, block: CheckedRowGroup, is_wrong: npt.NDArray[np.bool_], what: str) -> MegamaskError:
-        row, place = divmod(int(np.flatnonzero(is_wrong)[0]), self._manifest.sequence_length)
-        return damage(
-            f"{block.shard}: member {block_name(block.number)}.tokens.npy, "
-            f"row {row} of the block, position {place}: {what}"
-        )
 
 
 def _check_totals(folder: Path, manifest: Manifest) -> None:

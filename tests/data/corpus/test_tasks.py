@@ -170,6 +170,46 @@ def test_units_depend_on_sizes_alone_and_hold_every_input(inputs: list[str]) -> 
     assert [unit.first_input for unit in found] == [0, 2, 3, 4]
 
 
+def giant(folder: Path, line_ends: str = "\n") -> str:
+    """A file of lines that are shorter and longer than a unit, blank ones among them, without a last newline."""
+    folder.mkdir(parents=True, exist_ok=True)
+    sizes = [10, 700, 40, 3, 2000, 0, 550, 60]
+    lines = [json.dumps({"text": f"line {number} " + "x" * size}) for number, size in enumerate(sizes * 2)]
+    path = folder / "giant.jsonl"
+    path.write_bytes((line_ends.join([*lines[:5], "", " ", *lines[5:]])).encode())
+    return str(path)
+
+
+@pytest.mark.promise("one giant file of lines is divided among tasks, and its corpus is that of one process")
+@pytest.mark.parametrize("line_ends", ["\n", "\r\n"])
+def test_giant_file_is_divided_and_its_corpus_stays_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line_ends: str
+) -> None:
+    inputs = [giant(tmp_path / "inputs", line_ends), *write_inputs(tmp_path / "others")]
+    config = corpus_config(inputs, tmp_path / "corpus")
+    reports = [run_task(config, task, 3) for task in range(3)]
+    size = Path(inputs[0]).stat().st_size
+    assert reports[0].units_of_all > -(-size // 600)
+    merge(config)
+    monkeypatch.setattr(units, "UNIT_BYTES", 1 << 30)
+    build(replace(config, output_dir=str(tmp_path / "plain")))
+    assert content_of(tmp_path / "corpus") == content_of(tmp_path / "plain")
+
+
+def test_giant_file_that_changed_between_its_parts_is_refused(tmp_path: Path) -> None:
+    path = giant(tmp_path / "inputs")
+    vocabulary = tmp_path / "vocabulary"
+    build(replace(corpus_config([path], vocabulary), validation_fraction=0.0))
+    config = corpus_config([path], tmp_path / "corpus", tokenizer=tokenizer_of(vocabulary))
+    count = run_task(config, 0, 100).units_of_all
+    data = Path(path).read_bytes()
+    Path(path).write_bytes(data[:-4] + b"z" + data[-3:])  # the first part is done, and has the digests of all
+    for task in range(1, count):
+        run_task(config, task, 100)
+    with pytest.raises(DataIntegrityError, match=r"giant\.jsonl changed while the corpus was being prepared"):
+        merge(config)
+
+
 # --- selection
 
 

@@ -102,7 +102,7 @@ class CorpusConfig(Section):
 
     inputs: list[str | dict[str, str]] = identity(
         "files and globs of text (.txt, .py, .md, ...), .jsonl, .ndjson, .parquet, .tar (WebDataset), all but the "
-        "last two also .gz or .zst; or mappings {name, path, format, text_key, licence, origin, version}; "
+        "last two also .gz or .zst; or mappings {name, path, format, text_key, tokenizer, licence, origin, version}; "
         "{python_stdlib} is the folder of Python's own library",
         is_path=True,
     )
@@ -123,6 +123,12 @@ class CorpusConfig(Section):
     )
     rows_per_block: int = identity("rows of a shard member, the unit of shuffling", default=64, minimum=1, unit="rows")
     blocks_per_shard: int = identity("members of a shard", default=256, minimum=1, unit="blocks")
+    packing: str = identity(
+        "concatenate: documents one after another, cut into rows; best_fit: a document that fits into a row is not "
+        "cut, and rows end in padding",
+        default="concatenate",
+        choices=("concatenate", "best_fit"),
+    )
     licence: str | None = operational("licence of the text, recorded in provenance.json", default=None)
     origin: str | None = operational("where the text comes from, recorded in provenance.json", default=None)
     deduplicate: str = identity(

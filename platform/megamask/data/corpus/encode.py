@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megamask.config.schema.corpus import CorpusConfig
+from megamask.data.corpus.best_fit import BestFitPacker
 from megamask.data.corpus.chat import ChatEncoder, chat_template
 from megamask.data.corpus.inputs import InputFile
 from megamask.data.corpus.pack import RowPacker, token_dtype
@@ -110,8 +111,9 @@ class CorpusWriter:
         self._is_used: npt.NDArray[np.bool_] = np.zeros(tokenizer.vocab_size, dtype=np.bool_)
         dtype = token_dtype(tokenizer.vocab_size)
         names = [TRAIN, VALIDATION] if scanned.documents.is_validation.any() else [TRAIN]
-        self._packers = {
-            name: RowPacker(
+        packer = BestFitPacker if config.packing == "best_fit" else RowPacker
+        self._packers: dict[str, BestFitPacker | RowPacker] = {
+            name: packer(
                 sequence_length=config.sequence_length,
                 rows_per_block=config.rows_per_block,
                 dtype=dtype,
@@ -146,11 +148,11 @@ class CorpusWriter:
             for number, segments in enumerate(encoded):
                 documents.tokens.append(sum(len(tokens) for _, tokens in segments))
                 split = documents.split_of(number)
-                for is_answer, tokens in segments:
+                for _, tokens in segments:
                     self._is_used[tokens] = True
-                    listed = answer_number(number) if is_answer else number
-                    for block in self._packers[split].add(listed, tokens):
-                        self._writers[split].add(block)
+                listed = [(answer_number(number) if is_answer else number, tokens) for is_answer, tokens in segments]
+                for block in self._packers[split].add_document(number, listed):
+                    self._writers[split].add(block)
             for split, packer in self._packers.items():
                 for block in packer.finish():
                     self._writers[split].add(block)
@@ -159,6 +161,11 @@ class CorpusWriter:
     def unused_ids(self) -> list[int]:
         """Ascending ids that occur in no document; the mask id and the pad id are always among them."""
         return [int(token) for token in np.flatnonzero(~self._is_used)]
+
+    def packing(self) -> dict[str, Any]:
+        """Return the packing statistics of each split, where the packer has any."""
+        found = {name: packer.statistics() for name, packer in self._packers.items()}
+        return {name: statistics for name, statistics in found.items() if statistics is not None}
 
     def split_entries(self) -> dict[str, SplitEntry]:
         """Counts and shards of each split, once everything is written."""

@@ -1,6 +1,7 @@
 """The inputs of a corpus: which files, in which order, and how each is read.
 
-An entry of `corpus.inputs` is a path, a glob, or a mapping {name, path, format, text_key, licence, origin, version}.
+An entry of `corpus.inputs` is a path, a glob, or a mapping {name, path, format, text_key, tokenizer,
+licence, origin, version}.
 Files are sorted by name, so a corpus does not change when its inputs move: the path relative to the deepest folder that
 holds all files of plain entries, and `<name>/<path relative to the deepest folder of the entry>` for a named entry.
 """
@@ -18,12 +19,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megamask.errors import UsageError
+from megamask.storage.hashing import hash_of, sha256_file
 
 PYTHON_STDLIB = "{python_stdlib}"
 NOTHING_WRITTEN = "Nothing was written."
-FORMATS = ("text", "jsonl", "json", "parquet", "webdataset", "messages")
+FORMATS = ("text", "jsonl", "json", "parquet", "webdataset", "messages", "megatron")
 
-_ENTRY_KEYS = ("name", "path", "format", "text_key", "licence", "origin", "version")
+_ENTRY_KEYS = ("name", "path", "format", "text_key", "tokenizer", "licence", "origin", "version")
 _ENTRY_NAME = re.compile(r"[A-Za-z0-9._-]{1,100}")
 _COMPRESSIONS = {".gz": "gz", ".zst": "zst"}
 _FORMAT_OF_SUFFIX = {".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet", ".tar": "webdataset"}
@@ -40,6 +42,7 @@ class InputEntry:
         name: label of the source, which also begins the names of its files; None for a plain entry.
         format: one of FORMATS; None decides by each file's suffix.
         text_key: key, column or member suffix that holds the text; None means `corpus.jsonl_text_key`.
+        tokenizer: of the format megatron alone: that wrote the ids, or the folder tokenizer/ of a corpus.
         licence, origin, version: recorded in provenance.json.
     """
 
@@ -47,6 +50,7 @@ class InputEntry:
     name: str | None = None
     format: str | None = None
     text_key: str | None = None
+    tokenizer: str | None = None
     licence: str | None = None
     origin: str | None = None
     version: str | None = None
@@ -76,6 +80,12 @@ class InputEntry:
         if parsed.name is not None and not (_ENTRY_NAME.fullmatch(parsed.name) and parsed.name.strip(".")):
             raise UsageError(
                 f"corpus.inputs: {parsed.name!r} is not a name; allowed: {_ENTRY_NAME.pattern}. {NOTHING_WRITTEN}"
+            )
+        if (parsed.format == "megatron") != (parsed.tokenizer is not None):
+            raise UsageError(
+                f"corpus.inputs: the entry of {parsed.path} has the format {parsed.format} and the tokenizer "
+                f"{parsed.tokenizer}; the format megatron needs the tokenizer of its ids, others have none. "
+                f"{NOTHING_WRITTEN}"
             )
         if parsed.text_key == "":
             raise UsageError(f"corpus.inputs: the text_key of {parsed.path} is empty. {NOTHING_WRITTEN}")
@@ -113,6 +123,8 @@ class InputFile:
     def options(self) -> dict[str, str]:
         """Return the options that the manifest records besides the name: only those given explicitly."""
         asked = {"source": self.entry.name, "format": self.entry.format, "text_key": self.entry.text_key}
+        if self.entry.tokenizer is not None:
+            asked["tokenizer_sha256"] = tokenizer_digest(self.entry.tokenizer)
         return {key: value for key, value in asked.items() if value is not None}
 
 
@@ -146,6 +158,19 @@ def find_inputs(entries: Sequence[str | Mapping[str, str]], exclude: Sequence[st
     return _named(list(found.values()))
 
 
+def tokenizer_digest(path: str) -> str:
+    """Return the digest of the files of a tokenizer, by their names and content.
+
+    Raises:
+        UsageError: it does not exist.
+    """
+    found = Path(path).expanduser()
+    if not found.exists():
+        raise UsageError(f"corpus.inputs: the tokenizer {path} does not exist. {NOTHING_WRITTEN}")
+    files = sorted(file for file in found.iterdir() if file.is_file()) if found.is_dir() else [found]
+    return hash_of(*[[file.name, sha256_file(file)] for file in files])
+
+
 def companions(files: Sequence[InputFile]) -> list[str]:
     """Warnings about inputs that are probably not meant as text, because a glob took them in."""
     warnings = []
@@ -162,7 +187,7 @@ def companions(files: Sequence[InputFile]) -> list[str]:
 
 
 def _reading(entry: InputEntry) -> tuple[str | None, ...]:
-    return entry.name, entry.format, entry.text_key
+    return entry.name, entry.format, entry.text_key, entry.tokenizer
 
 
 def _named(found: Sequence[tuple[str, InputEntry]]) -> list[InputFile]:

@@ -6,7 +6,7 @@ sequence_length tokens. Nothing is dropped or reordered; only the last row of a 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,6 +56,15 @@ class RowPacker:
         self._docs: list[tuple[int, int, int]] = []
         self.num_tokens = 0
         self.num_padding = 0
+
+    def add_document(self, number: int, segments: Sequence[tuple[int, npt.NDArray[Any]]]) -> Iterator[RowGroup]:
+        """Append a document by its segments, each with the number it is listed under; yield the blocks it fills."""
+        del number
+        for listed, tokens in segments:
+            yield from self.add(listed, tokens)
+
+    def statistics(self) -> None:
+        """Return no statistics: the manifest of a concatenated corpus has none beside its counts."""
 
     def add(self, number: int, tokens: npt.NDArray[Any]) -> Iterator[RowGroup]:
         """Append a document and yield the blocks that it fills.

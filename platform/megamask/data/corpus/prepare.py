@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from megamask.config.schema.corpus import CorpusConfig, TokenizerConfig
+from megamask.data.corpus.best_fit import BEST_FIT_NAME, BEST_FIT_VERSION
 from megamask.data.corpus.chat import ChatTemplate, chat_template
 from megamask.data.corpus.documents import DOCUMENTS_DIR, write_documents
 from megamask.data.corpus.encode import CorpusWriter, Segments, encoded_texts
@@ -257,7 +258,7 @@ def _plan(config: CorpusConfig, scanned: ScannedCorpus, loaded: CorpusTokenizer 
         "format": MANIFEST.format,
         "version": MANIFEST.version,
         "sequence_length": config.sequence_length,
-        "packer": {"name": PACKER_NAME, "version": PACKER_VERSION},
+        "packer": _packer(config),
         "options": _options(config, loaded) | _chat_options(config, scanned),
         "inputs": [
             {"name": each.file.name, "sha256": each.sha256, "bytes": each.bytes, "documents": taken}
@@ -266,6 +267,12 @@ def _plan(config: CorpusConfig, scanned: ScannedCorpus, loaded: CorpusTokenizer 
         ],
     }
     return plan | ({"steps": list(scanned.steps)} if scanned.steps else {})
+
+
+def _packer(config: CorpusConfig) -> dict[str, Any]:
+    if config.packing == "best_fit":
+        return {"name": BEST_FIT_NAME, "version": BEST_FIT_VERSION}
+    return {"name": PACKER_NAME, "version": PACKER_VERSION}
 
 
 def _chat_options(config: CorpusConfig, scanned: ScannedCorpus) -> dict[str, str]:
@@ -362,6 +369,8 @@ def _fill(folder: Path, job: _Job) -> Manifest:
             "shards": sum(len(split.shards) for split in splits.values()),
         },
     }
+    if packing := writer.packing():
+        content |= {"packing": packing}
     data = canonical_json(content)
     write_flushed(folder / PROVENANCE_NAME, provenance(job.config, scanned.inputs, sha256_bytes(data)))
     write_flushed(folder / MANIFEST_NAME, data)

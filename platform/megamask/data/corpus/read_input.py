@@ -6,6 +6,7 @@
     parquet      one document a row of the text column
     messages     one conversation a line: the list of {"role", "content"} under the text key, by default "messages"
     webdataset   one document a sample of a tar: its member with the suffix of the text key, .txt by default
+    megatron     one document of a .bin/.idx pair, decoded by the entry's tokenizer; the digest is of .bin, then .idx
 
 A .gz or .zst suffix is taken off first; places in the file are then places in what it unpacks to.
 """
@@ -29,6 +30,7 @@ import pyarrow.parquet as pq
 
 from megamask.data.corpus.chat import conversation
 from megamask.data.corpus.inputs import NOTHING_WRITTEN, InputFile
+from megamask.data.corpus.megatron_input import MegatronError, index_of, megatron_documents, writing_tokenizer
 from megamask.data.corpus.tar_documents import TarError, tar_documents
 from megamask.errors import DataIntegrityError, UsageError
 
@@ -82,11 +84,18 @@ class InputReader:
         file: the input.
         jsonl_text_key: `corpus.jsonl_text_key`, for inputs without a text key of their own.
         on_bytes: called with the number of bytes read, for progress.
+        part: read only the documents whose lines begin in these bytes of a file of lines; the digest is of the bytes.
     """
 
     def __init__(
-        self, file: InputFile, jsonl_text_key: str, on_bytes: Callable[[int], None] = lambda count: None
+        self,
+        file: InputFile,
+        jsonl_text_key: str,
+        on_bytes: Callable[[int], None] = lambda count: None,
+        *,
+        part: range | None = None,
     ) -> None:
+        self._part = part
         self._file = file
         self._where = str(file.path)
         own_keys = {"webdataset": "txt", "messages": "messages"}
@@ -113,6 +122,10 @@ class InputReader:
                     yield from self._parquet()
                 case "webdataset":
                     yield from self._webdataset()
+                case "megatron":
+                    yield from self._megatron()
+                case "jsonl" | "messages" if self._part is not None:
+                    yield from self._lines_of_part(self._part)
                 case "jsonl" | "messages":
                     with self._unpacked() as file:
                         yield from self._lines(file)
@@ -163,6 +176,20 @@ class InputReader:
                 yield RawDocument(text=text, offset=offset, bytes=len(raw))
             offset += len(line)
 
+    def _lines_of_part(self, part: range) -> Iterator[RawDocument]:
+        with self._file.path.open("rb") as file:
+            for data in _pieces(file, part):
+                self._count(data)
+            file.seek(max(part.start - 1, 0))
+            if part.start:
+                file.readline()  # the rest of a line that began before, or the end of one that ends there
+            while (offset := file.tell()) < part.stop:
+                raw = file.readline().removesuffix(b"\n")
+                if raw.strip():
+                    where = f"{self._where}, byte {offset}"
+                    text = self._text_of(_parse(_decode(raw, where), where), where, "line")
+                    yield RawDocument(text=text, offset=offset, bytes=len(raw))
+
     def _json(self, data: bytes) -> Iterator[RawDocument]:
         value = _parse(_decode(data, self._where), self._where)
         for number, item in enumerate(value if isinstance(value, list) else [value]):
@@ -207,6 +234,18 @@ class InputReader:
             except TarError as error:
                 raise _bad(f"{self._where}: {error}") from error
 
+    def _megatron(self) -> Iterator[RawDocument]:
+        path = self._file.path
+        for part in (path, index_of(path)):
+            with part.open("rb") as plain:
+                while data := plain.read(_PIECE):
+                    self._count(data)
+        try:
+            for document in megatron_documents(path, writing_tokenizer(str(self._file.entry.tokenizer))):
+                yield RawDocument(text=document.text, offset=document.offset, bytes=document.bytes)
+        except MegatronError as error:
+            raise _bad(f"{self._where}: {error}") from error
+
     def _text_of(self, value: Any, where: str, what: str) -> str:
         if not isinstance(value, dict):
             raise _bad(f"{where}: the {what} is not a JSON object")
@@ -222,6 +261,29 @@ class InputReader:
         except UnicodeEncodeError as error:
             raise _bad(f"{where}: the text holds half a surrogate pair at character {error.start}") from error
         return text
+
+
+def part_digests(path: Path, first: range) -> list[str]:
+    """Return the sha256 of each part of a file, all as long as the first but the last, then that of the file."""
+    digests, complete = [], hashlib.sha256()
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        for begin in range(0, size, first.stop):
+            own = hashlib.sha256()
+            for data in _pieces(file, range(begin, min(begin + first.stop, size))):
+                own.update(data)
+                complete.update(data)
+            digests.append(own.hexdigest())
+    return [*digests, complete.hexdigest()]
+
+
+def _pieces(file: IO[bytes], part: range) -> Iterator[bytes]:
+    """The bytes of a part of a file, in pieces."""
+    file.seek(part.start)
+    left = len(part)
+    while left and (data := file.read(min(_PIECE, left))):
+        left -= len(data)
+        yield data
 
 
 def _buffered(file: Any) -> IO[bytes]:

@@ -11,7 +11,7 @@ import numpy as np
 from megamask.config.schema.corpus import CorpusConfig
 from megamask.data.corpus.documents import DocumentList
 from megamask.data.corpus.inputs import InputFile, companions
-from megamask.data.corpus.read_input import InputReader, reading
+from megamask.data.corpus.read_input import InputReader, part_digests, reading
 from megamask.data.corpus.selection import Selection, Selector
 from megamask.data.corpus.splits import TRAIN, choose_validation, decimal_text
 from megamask.errors import DataIntegrityError, UsageError
@@ -38,6 +38,10 @@ class TextNotes:
         self.with_nul += "\0" in text
         self.with_replacement += "\ufffd" in text
 
+    def plus(self, other: TextNotes) -> TextNotes:
+        """Return the sums of two counts."""
+        return TextNotes(**{name: count + getattr(other, name) for name, count in vars(self).items()})
+
     def warnings(self, file: InputFile) -> list[str]:
         """One sentence for each kind that occurs."""
         kinds = (
@@ -54,13 +58,22 @@ class TextNotes:
 
 @dataclass(frozen=True, kw_only=True)
 class ScannedInput:
-    """One input as the first pass saw it; `documents` are those in the file, taken or not."""
+    """One input, or a part of one, as the first pass saw it; `documents` are those in it, taken or not.
+
+    Args:
+        file: the input.
+        sha256, bytes: of it, or of the bytes of the part.
+        part: bytes of the input in which the part's lines begin; None for a complete input.
+        parts: of the first part alone, sha256 of every part and, last, of the complete input.
+    """
 
     file: InputFile
     sha256: str
     bytes: int
     documents: int
     notes: TextNotes
+    part: range | None = None
+    parts: tuple[str, ...] = ()
 
 
 class Counter:
@@ -201,15 +214,15 @@ def read_again(
     Raises:
         DataIntegrityError: the input is no longer what the first pass saw.
     """
-    reader = InputReader(scanned.file, jsonl_text_key, on_bytes)
+    reader = InputReader(scanned.file, jsonl_text_key, on_bytes, part=scanned.part)
     place, end = first, first + scanned.documents
     for document in reader.documents():
         if place >= end or hashlib.sha256(document.text.encode()).digest() != found.text_sha256(place):
-            raise _changed(scanned.file)
+            raise changed(scanned.file)
         yield document.text
         place += 1
     if place != end or reader.sha256 != scanned.sha256:
-        raise _changed(scanned.file)
+        raise changed(scanned.file)
 
 
 def scan(files: list[InputFile], config: CorpusConfig, progress: Progress) -> ScannedCorpus:
@@ -250,14 +263,17 @@ def num_bytes(files: Iterable[InputFile]) -> int:
 
 
 def scan_inputs(
-    files: Sequence[InputFile], config: CorpusConfig, count: Counter
+    files: Sequence[InputFile], config: CorpusConfig, count: Counter, part: range | None = None
 ) -> tuple[list[ScannedInput], DocumentList]:
-    """Read some inputs once: their documents, counted from the first of these files; raises as `scan`."""
+    """Read some inputs, or a part of one, once: their documents, counted from the first of these files.
+
+    Raises: as `scan`.
+    """
     selector = Selector(config)
     found = DocumentList()
     inputs: list[ScannedInput] = []
     for place, file in enumerate(files):
-        reader, notes = InputReader(file, config.jsonl_text_key, count), TextNotes()
+        reader, notes = InputReader(file, config.jsonl_text_key, count, part=part), TextNotes()
         first = len(found)
         for document in reader.documents():
             notes.add(document.text)
@@ -278,12 +294,15 @@ def scan_inputs(
                 bytes=reader.num_bytes,
                 documents=len(found) - first,
                 notes=notes,
+                part=part,
+                parts=tuple(part_digests(file.path, part)) if part is not None and part.start == 0 else (),
             )
         )
     return inputs, found
 
 
-def _changed(file: InputFile) -> DataIntegrityError:
+def changed(file: InputFile) -> DataIntegrityError:
+    """Return the error for an input that is no longer what was read before."""
     return DataIntegrityError(
         f"{file.path} changed while the corpus was being prepared. Nothing was published.",
         hint="prepare again when nobody writes to the inputs",

@@ -25,6 +25,7 @@ from megamask.data.corpus.units import (
     Unit,
     UnitStore,
     get_scan,
+    joined,
     put_scan,
     scan_name,
     tokens_name,
@@ -73,7 +74,12 @@ class Tasks:
         sizes = [file.path.stat().st_size for file in files]
         self.units = units_of(files, sizes)
         inputs = [{"name": file.name, "bytes": size} | file.options() for file, size in zip(files, sizes, strict=True)]
-        plan = {"options": dict(options), "inputs": inputs, "unit_bytes": units_module.UNIT_BYTES}
+        plan = {
+            "options": dict(options),
+            "inputs": inputs,
+            "unit_bytes": units_module.UNIT_BYTES,
+            "units": len(self.units),
+        }
         self.store = UnitStore(target, plan)
         self._config = config
         self.loaded = tokenizer
@@ -114,7 +120,7 @@ class Tasks:
         inputs: list[ScannedInput] = []
         for unit in self.units:
             inputs += get_scan(self.store, unit, found)
-        return assemble(inputs, found, self._config)
+        return assemble(joined(inputs), found, self._config)
 
     def encoded(self, scanned: ScannedCorpus) -> Iterator[Segments]:
         """The segments of each document that the corpus takes, in order.
@@ -165,8 +171,9 @@ class Tasks:
         with self.store.locked(name):
             if self.store.has(name):
                 return
-            size = sum(file.path.stat().st_size for file in unit.files)
-            inputs, found = scan_inputs(unit.files, self._config, Counter(self._progress, f"reading {name}", size))
+            size = sum(file.path.stat().st_size for file in unit.files) if unit.part is None else len(unit.part)
+            count = Counter(self._progress, f"reading {name}", size)
+            inputs, found = scan_inputs(unit.files, self._config, count, unit.part)
             put_scan(self.store, unit, inputs, found)
 
     def _tokenizer(self) -> CorpusTokenizer:

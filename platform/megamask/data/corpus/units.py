@@ -20,7 +20,7 @@ import io
 import os
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ import numpy.typing as npt
 
 from megamask.data.corpus.documents import DocumentList
 from megamask.data.corpus.inputs import InputFile
-from megamask.data.corpus.scan import ScannedInput, TextNotes
+from megamask.data.corpus.scan import ScannedInput, TextNotes, changed
 from megamask.errors import DataIntegrityError, UsageError
 from megamask.storage.documents import DocumentKind, OwnDigest, encode_document, read_document
 from megamask.storage.durable import create_exclusive, fsync_directory, make_folders, write_atomic
@@ -58,11 +58,19 @@ MARKER = DocumentKind(
 
 @dataclass(frozen=True, kw_only=True)
 class Unit:
-    """Consecutive inputs: up to UNIT_BYTES together, or a single larger one."""
+    """Consecutive inputs, up to UNIT_BYTES together; a single larger one; or a part of one whose lines are documents.
+
+    Args:
+        number: of the unit.
+        files: its inputs.
+        first_input: place of the first of them among all inputs.
+        part: bytes of its one input in which its lines begin; None where it has complete inputs.
+    """
 
     number: int
     files: Sequence[InputFile]
     first_input: int
+    part: range | None = None
 
 
 def units_of(files: Sequence[InputFile], sizes: Sequence[int]) -> list[Unit]:
@@ -74,14 +82,31 @@ def units_of(files: Sequence[InputFile], sizes: Sequence[int]) -> list[Unit]:
     """
     units: list[Unit] = []
     first = held = 0
-    for number, size in enumerate(sizes):
-        if number > first and held + size > UNIT_BYTES:
-            units.append(Unit(number=len(units), files=files[first:number], first_input=first))
+
+    def close(end: int) -> None:
+        if first < end:
+            units.append(Unit(number=len(units), files=files[first:end], first_input=first))
+
+    for number, (file, size) in enumerate(zip(files, sizes, strict=True)):
+        parts = parts_of(file, size)
+        if parts or (number > first and held + size > UNIT_BYTES):
+            close(number)
             first, held = number, 0
-        held += size
-    if first < len(files):
-        units.append(Unit(number=len(units), files=files[first:], first_input=first))
+        for part in parts:
+            units.append(Unit(number=len(units), files=[file], first_input=number, part=part))
+        if parts:
+            first = number + 1
+        else:
+            held += size
+    close(len(files))
     return units
+
+
+def parts_of(file: InputFile, size: int) -> list[range]:
+    """Return the parts of an input of so many bytes, which do not depend on anything else; none where it is one."""
+    if size <= UNIT_BYTES or file.compression is not None or file.format not in ("jsonl", "messages"):
+        return []
+    return [range(begin, min(begin + UNIT_BYTES, size)) for begin in range(0, size, UNIT_BYTES)]
 
 
 class UnitStore:
@@ -181,6 +206,7 @@ def put_scan(store: UnitStore, unit: Unit, inputs: Sequence[ScannedInput], found
     """Store what was found in a unit's inputs."""
     facts = [
         {"sha256": each.sha256, "bytes": each.bytes, "documents": each.documents, "notes": each.notes.counts()}
+        | ({"parts": list(each.parts)} if each.parts else {})
         for each in inputs
     ]
     store.put(scan_name(unit), found.to_arrays(), {"inputs": facts})
@@ -197,6 +223,37 @@ def get_scan(store: UnitStore, unit: Unit, found: DocumentList) -> list[ScannedI
             bytes=each["bytes"],
             documents=each["documents"],
             notes=TextNotes(**each["notes"]),
+            part=unit.part,
+            parts=tuple(each.get("parts", ())),
         )
         for file, each in zip(unit.files, facts["inputs"], strict=True)
     ]
+
+
+def joined(inputs: Sequence[ScannedInput]) -> list[ScannedInput]:
+    """Scanned inputs with the parts of each put together again.
+
+    Raises:
+        DataIntegrityError: an input changed between the scans of its parts.
+    """
+    result: list[ScannedInput] = []
+    for each in inputs:
+        if each.part is None:
+            result.append(each)
+        elif each.part.start == 0:
+            whole, seen = each, 1
+            if each.sha256 != each.parts[0]:
+                raise changed(each.file)
+            result.append(replace(whole, part=None, sha256=whole.parts[-1], bytes=each.part.stop))
+        else:
+            if each.sha256 != whole.parts[seen]:
+                raise changed(each.file)
+            seen += 1
+            before = result[-1]
+            result[-1] = replace(
+                before,
+                bytes=each.part.stop,
+                documents=before.documents + each.documents,
+                notes=before.notes.plus(each.notes),
+            )
+    return result
