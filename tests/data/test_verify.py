@@ -314,3 +314,8 @@ def test_corpus_of_a_newer_version_is_a_usage_error(corpus: Path) -> None:
     forge(corpus, lambda content: content.update(version=2))
     with pytest.raises(UsageError, match="version 2"):
         verify_corpus(corpus)
+
+
+def test_corpus_in_an_object_store_is_refused() -> None:
+    with pytest.raises(UsageError, match="s3://bucket/corpus is in an object store"):
+        verify_corpus("s3://bucket/corpus")

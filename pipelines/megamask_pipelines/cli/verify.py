@@ -36,9 +36,9 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         has shards, blocks, bytes and faults; for a checkpoint: as `verify_checkpoint`; for a run: as
         `megamask.audit.run.verify_run`.
     """
-    folder = Path(arguments.folder)
     if arguments.what == "corpus":
-        return _verify_corpus(folder, show_progress=not getattr(arguments, "json", False))
+        return _verify_corpus(arguments.folder, show_progress=not getattr(arguments, "json", False))
+    folder = Path(arguments.folder)
     if arguments.what == "run":
         from megamask_pipelines.verify_run import RunChecks, verify
 
@@ -49,7 +49,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     return verify_checkpoint(folder, check_state)
 
 
-def _verify_corpus(folder: Path, *, show_progress: bool) -> dict[str, Any]:
+def _verify_corpus(folder: str, *, show_progress: bool) -> dict[str, Any]:
     import sys
 
     from rich.console import Console

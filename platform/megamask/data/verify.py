@@ -26,6 +26,7 @@ from megamask.data.tokenizer import SPECIAL_TOKENS_NAME, TOKENIZER_DIR, TOKENIZE
 from megamask.data.verify_rows import SplitDocuments, SplitRows, wrong_statistics
 from megamask.data.verify_shard import damage, plain_file_size, verify_shard
 from megamask.errors import DataIntegrityError, MegamaskError, UsageError
+from megamask.storage.ranges import is_remote
 
 Progress = Callable[[int, int], object]
 
@@ -50,6 +51,11 @@ def verify_corpus(folder: str | Path, progress: Progress | None = None) -> dict[
         DataIntegrityError: the first damage, with shard, member and row where known.
         StorageError: the storage does not answer.
     """
+    if is_remote(str(folder)):
+        raise UsageError(
+            f"{folder} is in an object store; verify corpus reads a local folder. Nothing was checked.",
+            hint="copy the corpus to a folder; training checks every block and row of a remote corpus that it reads",
+        )
     folder = Path(folder)
     if not folder.is_dir():
         raise UsageError(f"{folder} is not a folder. Nothing was checked.", hint="name a prepared corpus")

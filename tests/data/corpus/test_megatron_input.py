@@ -105,3 +105,5 @@ def test_format_without_a_tokenizer_is_refused(source: CorpusConfig, tmp_path: P
         build(replace(source, inputs=[entry], output_dir=str(tmp_path / "again")))
     with pytest.raises(UsageError, match="does not exist"):
         build(imported(source, tmp_path / "x.bin", tokenizer=str(tmp_path / "none")))
+    with pytest.raises(DataIntegrityError, match=r"x\.idx is missing"):
+        build(imported(source, tmp_path / "x.bin"))

@@ -158,8 +158,8 @@ def find_inputs(entries: Sequence[str | Mapping[str, str]], exclude: Sequence[st
     return _named(list(found.values()))
 
 
-def tokenizer_digest(path: str) -> str:
-    """Return the digest of the files of a tokenizer, by their names and content.
+def writing_tokenizer_path(path: str) -> Path:
+    """Return the path of the tokenizer that an entry names.
 
     Raises:
         UsageError: it does not exist.
@@ -167,6 +167,12 @@ def tokenizer_digest(path: str) -> str:
     found = Path(path).expanduser()
     if not found.exists():
         raise UsageError(f"corpus.inputs: the tokenizer {path} does not exist. {NOTHING_WRITTEN}")
+    return found
+
+
+def tokenizer_digest(path: str) -> str:
+    """Return the digest of the files of a tokenizer, by their names and content; raises as `writing_tokenizer_path`."""
+    found = writing_tokenizer_path(path)
     files = sorted(file for file in found.iterdir() if file.is_file()) if found.is_dir() else [found]
     return hash_of(*[[file.name, sha256_file(file)] for file in files])
 

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from megamask.data.corpus.inputs import writing_tokenizer_path
 from megamask.data.tokenizer import SPECIAL_TOKENS_NAME, CorpusTokenizer
 from megamask.data.tokenizer.special_tokens import SpecialTokens
 
@@ -49,13 +50,14 @@ def writing_tokenizer(path: str) -> CorpusTokenizer:
         path: the folder tokenizer/ of a corpus, or a published tokenizer that names its end-of-sentence token.
 
     Raises:
-        UsageError: it cannot be served, or names no such token.
+        UsageError: it does not exist, cannot be served, or names no such token.
         DataIntegrityError: the folder of a corpus is damaged.
     """
-    if (Path(path) / SPECIAL_TOKENS_NAME).is_file():
-        return CorpusTokenizer.load(path)
+    found = writing_tokenizer_path(path)
+    if (found / SPECIAL_TOKENS_NAME).is_file():
+        return CorpusTokenizer.load(found)
     special = SpecialTokens(eod="", pad="<|pad|>", mask="<|mask|>")
-    return CorpusTokenizer.from_file(path, special, has_own_eod=True)
+    return CorpusTokenizer.from_file(found, special, has_own_eod=True)
 
 
 def megatron_documents(path: Path, tokenizer: CorpusTokenizer) -> Iterator[MegatronDocument]:

@@ -235,13 +235,15 @@ class InputReader:
                 raise _bad(f"{self._where}: {error}") from error
 
     def _megatron(self) -> Iterator[RawDocument]:
-        path = self._file.path
+        path, tokenizer = self._file.path, writing_tokenizer(str(self._file.entry.tokenizer))
+        if not index_of(path).is_file():
+            raise _bad(f"{index_of(path)} is missing; it belongs beside {path.name}")
         for part in (path, index_of(path)):
             with part.open("rb") as plain:
                 while data := plain.read(_PIECE):
                     self._count(data)
         try:
-            for document in megatron_documents(path, writing_tokenizer(str(self._file.entry.tokenizer))):
+            for document in megatron_documents(path, tokenizer):
                 yield RawDocument(text=document.text, offset=document.offset, bytes=document.bytes)
         except MegatronError as error:
             raise _bad(f"{self._where}: {error}") from error
