@@ -97,7 +97,31 @@ def test_running_without_a_process_is_called_a_crash(run_dir, capsys):
     claim_file.write_text(claim_file.read_text().replace(f'"pid": {os.getpid()}', '"pid": 999999999'))
     assert not status(run_dir, capsys)["is_live"]
     assert main(["status", str(run_dir)]) == 0
-    assert "it crashed, or runs elsewhere" in capsys.readouterr().out
+    assert "it crashed: the process that held it on this host is gone" in capsys.readouterr().out
+
+
+@pytest.mark.promise("`megamask status` on another host names the node, the job and when the run was last heard")
+@pytest.mark.parametrize(
+    ("age_s", "told"),
+    [(4, "ago"), (7200, "ago: it crashed, hangs, or makes a long pause")],
+)
+def test_run_on_another_node_is_told_with_its_job_and_when_it_was_heard(run_dir, capsys, monkeypatch, age_s, told):
+    monkeypatch.setenv("SLURM_JOB_ID", "12")
+    monkeypatch.setenv("NODE_NAME", "gpu-7")
+    number = claim(run_dir)
+    monkeypatch.delenv("NODE_NAME")
+    claim_file = run_dir / "attempts" / "0001" / "claim.json"
+    document = json.loads(claim_file.read_text())
+    claim_file.write_text(json.dumps({**document, "host": "gpu-7", "boot_id": "another"}))
+    heard = (datetime.now(UTC) - timedelta(seconds=age_s)).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+    write_status(run_dir, Status(attempt=number, phase="running", step=1, time=heard))
+    found = status(run_dir, capsys)
+    assert (found["is_live"], found["has_died"], found["scheduler_id"]) == (False, False, "SLURM_JOB_ID=12")
+    assert age_s <= found["heard_age_s"] < age_s + 300
+    assert main(["status", str(run_dir)]) == 0
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("phase"))
+    assert "running on gpu-7 (SLURM_JOB_ID=12), last heard" in line
+    assert line.endswith(told)
 
 
 def test_step_is_found_behind_a_long_tail_and_a_torn_line(run_dir, capsys):

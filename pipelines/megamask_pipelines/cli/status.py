@@ -11,6 +11,8 @@ from typing import Any
 # About ten lines: of many attempts the first and the last ones are shown, the others counted.
 _SHOWN_ATTEMPTS = 4
 _REASON_CHARACTERS = 100
+# A run on another node writes status.json every few seconds, and nothing during an evaluation or a long save.
+_SILENT_S = 600.0
 _CAUSES = ("productive", "lost", "startup", "restore", "save", "evaluation", "waiting", "other")
 _LISTED = ("run_dir", "run_id", "phase", "is_live", "num_attempts", "step", "steps", "loss", "last_checkpoint", "error")
 
@@ -103,11 +105,23 @@ def _goodput(account: Mapping[str, Any]) -> str:
 def _phase(result: Mapping[str, Any]) -> str:
     phase, code = str(result["phase"] or "unknown (no status.json)"), result["attempt_exit_code"]
     if phase in ("starting", "running") and not result["is_live"]:
-        return f"{phase}, but no process on this host holds the run: it crashed, or runs elsewhere"
+        return f"{phase}{_elsewhere(result)}"
     if code is None:
         return phase
     reason = f": {_short(result['reason'])}" if result["reason"] else ""
     return f"{phase} (exit code {code}){reason}"
+
+
+def _elsewhere(result: Mapping[str, Any]) -> str:
+    """The end of the phase of a run that no process of this host holds."""
+    if result["has_died"]:
+        return ", but it crashed: the process that held it on this host is gone"
+    job = "" if result["scheduler_id"] is None else f" ({result['scheduler_id']})"
+    age = result["heard_age_s"]
+    if age is None:
+        return f" on {result['claim_node']}{job}, never heard from"
+    heard = f" on {result['claim_node']}{job}, last heard {duration(max(0.0, age))} ago"
+    return heard if age < _SILENT_S else f"{heard}: it crashed, hangs, or makes a long pause"
 
 
 def _progress(result: dict[str, Any]) -> str:

@@ -11,7 +11,7 @@ from megamask.audit.history import moment, read_history
 from megamask.checkpoint.commit import load_commit
 from megamask.checkpoint.reader import candidates
 from megamask.errors import MegamaskError
-from megamask.runs.claims import claimed_attempts, is_live
+from megamask.runs.claims import claimed_attempts, has_died, is_live, read_claim
 from megamask.runs.configs import newest_steps
 from megamask.runs.layout import record_path
 from megamask.runs.record import read_run
@@ -25,11 +25,13 @@ def run_state(run_dir: Path) -> dict[str, Any]:
     """Read status.json, claims, rank files, both ends of each attempt's journal, and the commits.
 
     Returns:
-        run_id, run_dir, phase, is_live, attempt, num_attempts, step, steps, loss, nelbo_nats_per_token, evaluation,
-        best, eta_s, attempt_exit_code, reason, node, time, last_line_time, last_line_age_s, last_checkpoint,
-        num_checkpoints, checkpoints (newest first), stragglers (the newest five), num_incidents, are_all_incidents,
-        last_incident, attempts. Unknown values are null. step is the last one journalled. Only the ends of a long
-        journal are read: are_all_incidents is true if num_incidents counts all of it.
+        run_id, run_dir, phase, is_live, has_died (the process that holds the claim is known to be gone), claim_node
+        and scheduler_id of the claim, heard_age_s (since the newest of status.json and the journal's last line),
+        attempt, num_attempts, step, steps, loss, nelbo_nats_per_token, evaluation, best, eta_s, attempt_exit_code,
+        reason, node, time, last_line_time, last_line_age_s, last_checkpoint, num_checkpoints, checkpoints (newest
+        first), stragglers (the newest five), num_incidents, are_all_incidents, last_incident, attempts. Unknown
+        values are null. step is the last one journalled. Only the ends of a long journal are read: are_all_incidents
+        is true if num_incidents counts all of it.
 
     Raises:
         UsageError: not a run directory.
@@ -42,12 +44,19 @@ def run_state(run_dir: Path) -> dict[str, Any]:
     step, steps = history.last_step, _steps(run_dir, record.recorded_steps)
     done = step.step if step else status.step if status else None
     last = history.last_line
+    claim = (read_claim(run_dir, attempts[-1]) if attempts else None) or {}
+    now = datetime.now(UTC)
+    heard = max((moment(time) for time in (status and status.time, last and last.time) if time), default=None)
     pace = history.seconds_per_step if alive else None
     return {
         "run_id": record.run_id,
         "run_dir": str(run_dir),
         "phase": status.phase if status else None,
         "is_live": alive,
+        "has_died": bool(attempts) and has_died(run_dir, attempts[-1]),
+        "claim_node": claim.get("node"),
+        "scheduler_id": claim.get("scheduler_id"),
+        "heard_age_s": None if heard is None else (now - heard).total_seconds(),
         "attempt": attempts[-1] if attempts else None,
         "num_attempts": len(attempts),
         "step": done,
@@ -62,7 +71,7 @@ def run_state(run_dir: Path) -> dict[str, Any]:
         "node": status.node if status else None,
         "time": status.time if status else None,
         "last_line_time": last.time if last else None,
-        "last_line_age_s": (datetime.now(UTC) - moment(last.time)).total_seconds() if last else None,
+        "last_line_age_s": (now - moment(last.time)).total_seconds() if last else None,
         "last_checkpoint": checkpoints[0].name if checkpoints else None,
         "num_checkpoints": len(checkpoints),
         "checkpoints": [folder.name for folder in checkpoints],

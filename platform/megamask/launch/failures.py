@@ -24,6 +24,7 @@ class RankExit:
         was_stopped: the launcher killed it after another rank had failed.
         was_overdue: the launcher killed it because it had not ended within the grace period after a signal.
         was_hung: the launcher killed it because the job made no progress; `report` is the hang.
+        closed_step: completed updates of a rank whose attempt came to its agreed end; None for another one.
         report: the error that the rank left for the launcher, or None.
         stderr_tail: the end of its stderr, where that was kept aside.
     """
@@ -37,6 +38,7 @@ class RankExit:
     stderr_tail: str
     was_overdue: bool = False
     was_hung: bool = False
+    closed_step: int | None = None
 
 
 def failure_of(exits: Sequence[RankExit]) -> MegamaskError | None:

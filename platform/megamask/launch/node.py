@@ -14,7 +14,7 @@ from pathlib import Path
 
 from megamask.config.schema.launch import LaunchConfig
 from megamask.errors import ExitCode, MegamaskError, error_with_code
-from megamask.launch.failures import failure_of
+from megamask.launch.failures import RankExit, failure_of
 from megamask.launch.job_observer import JobObserver
 from megamask.launch.meeting import listening, meeting, wait_for_name
 from megamask.launch.placement import NodePlace
@@ -89,7 +89,7 @@ def run_node(
     own = combine([rank_exit.returncode for rank_exit in exits]) if failure is None else int(failure.exit_code)
     write_codes(folder, place.node, [own])
     if place.node == 0:
-        verdict = _judge(folder, place, run_dir, observer.attempt, own)
+        verdict = _judge(folder, place, run_dir, observer.attempt, own, exits[0])
         verdict, failure = _after_history(folder, verdict, failure, launch.no_progress_attempts)
         _close_status(run_dir, verdict, failure)
         write_verdict(folder, verdict)
@@ -111,7 +111,7 @@ def _gang(place: NodePlace, ranks_per_node: int, address: str, port: int, listen
     )
 
 
-def _judge(folder: Path, place: NodePlace, run_dir: Path, attempt: int | None, own: int) -> Verdict:
+def _judge(folder: Path, place: NodePlace, run_dir: Path, attempt: int | None, own: int, first: RankExit) -> Verdict:
     """The verdict of node 0, from all nodes' codes and the failure records of the attempt that its rank 0 claimed."""
     others = range(1, place.num_nodes)
     wait_until(lambda: all(read_codes(folder, node) is not None for node in others), _CODES_S)
@@ -119,10 +119,12 @@ def _judge(folder: Path, place: NodePlace, run_dir: Path, attempt: int | None, o
     answers = [read_codes(folder, node) for node in others]
     code = job_code(own, answers, [failure.exit_code for failure in failures.values()])
     status = None if attempt is None else read_status(run_dir)
-    step = status.step if status is not None and status.attempt == attempt and status.step is not None else -1
+    step = first.closed_step  # the status of a superseded attempt is already that of the newer one
+    if status is not None and status.attempt == attempt and status.step is not None:
+        step = status.step
     suspects = [failure.node for failure in failures.values() if failure.exit_code == code]
     node = suspects[0] if suspects and code in _SUSPECT_CODES else node_name()
-    return Verdict(code=code, step=step, attempt=attempt or 0, node=node)
+    return Verdict(code=code, step=-1 if step is None else step, attempt=attempt or 0, node=node)
 
 
 def _after_history(

@@ -46,6 +46,11 @@ class RankFolder:
         """Return a rank's progress mark."""
         return read_mark(self._heartbeat(rank))
 
+    def closed_step(self, rank: int) -> int | None:
+        """Return the completed updates of a rank that closes its attempt; None for one that is not that far."""
+        mark = self.mark(rank)
+        return mark.step if mark is not None and mark.section == "close" else None
+
     def stderr_tail(self, rank: int) -> str:
         """Return the end of a rank's stderr."""
         return self.stderr(rank).read_bytes()[-_TAIL_BYTES:].decode(errors="replace").strip()

@@ -96,6 +96,7 @@ def run_ranks(
                 was_stopped=rank in watch.stopped,
                 was_overdue=rank in watch.overdue,
                 was_hung=rank in watch.hung,
+                closed_step=folder.closed_step(rank),
                 report=watch.hang if rank in watch.hung else folder.report(rank),
                 stderr_tail=folder.stderr_tail(rank),
             )
