@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from megamask.tracking.journal.lines import read_journal
+from megamask.tracking.mlflow.registry import registered_name
 
 _STARTS = 3
 _START_TIMEOUT_S = 180.0
@@ -189,17 +190,13 @@ def stored_models(uri: str, run: Any) -> dict[str, Any]:
 
 
 def registered_checkpoints(uri: str, run: Any) -> list[str]:
-    """Commits of the run's registered model, in the order of its versions."""
-    store = client(uri)
-    [model] = [
-        found
-        for found in store.search_registered_models(max_results=1000)
-        if found.tags.get("mlflow_run_id") == run.info.run_id
-    ] or [None]
-    if model is None:
-        return []
-    versions = store.search_model_versions(f"name = '{model.name}'", max_results=10000)
-    return [version.tags["checkpoint"] for version in sorted(versions, key=lambda version: int(version.version))]
+    """Commits that a run has registered, in the order of their versions."""
+    name = registered_name(run.info.run_name, run.data.tags["megamask.run_id"])
+    versions = client(uri).search_model_versions(f"name = '{name}'", max_results=10000)
+    own = sorted(
+        (int(version.version), version.tags["checkpoint"]) for version in versions if version.run_id == run.info.run_id
+    )
+    return [checkpoint for _, checkpoint in own]
 
 
 def assert_whole(uri: str, run_dir: Path, status: str, experiment: str = "megamask") -> None:
@@ -221,5 +218,6 @@ def assert_whole(uri: str, run_dir: Path, status: str, experiment: str = "megama
     for model in models.values():  # a checkpoint that is gone does not look ready
         assert str(model.status) == ("UNSPECIFIED" if model.tags["state"] == "pruned" else "READY"), model.tags
     assert {output.model_id for output in run.outputs.model_outputs} == {m.model_id for m in models.values()}
-    assert registered_checkpoints(uri, run) == [r["checkpoint"] for r in records if r["kind"] == "checkpoint_committed"]
+    registered = registered_checkpoints(uri, run)
+    assert registered == [r["checkpoint"] for r in records if r["kind"] == "checkpoint_committed"], registered
     assert run.info.status == status

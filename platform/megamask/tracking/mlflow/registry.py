@@ -85,12 +85,12 @@ class Registry:
                 self._client.set_model_version_tag(self.name, version, key, value)
 
     def _known(self) -> dict[str, str]:
-        """Versions by commit; of doubles, which a late answer may have made, the first one stays."""
+        """This run's versions by commit; of doubles, which a late answer may have made, the first one stays."""
         if self._versions is None:
             self._make()
             versions: dict[str, str] = {}
             for found in sorted(self._list(), key=lambda version: int(version.version)):
-                checkpoint = found.tags.get(CHECKPOINT_TAG)
+                checkpoint = found.tags.get(CHECKPOINT_TAG) if found.run_id == self._run_id else None
                 if checkpoint in versions:
                     self._client.delete_model_version(self.name, str(found.version))
                 elif checkpoint is not None:
@@ -105,7 +105,7 @@ class Registry:
             if _code_of(error) != _MISSING:
                 raise
             try:
-                self._client.create_registered_model(self.name, tags={"mlflow_run_id": self._run_id})
+                self._client.create_registered_model(self.name)
             except Exception as refusal:
                 if _code_of(refusal) != _ALREADY_THERE:
                     raise
