@@ -242,7 +242,7 @@ def _header(soak: Soak, arguments: argparse.Namespace, seconds: float) -> list[s
     problems = [problem for meeting in soak.meetings for problem in meeting.problems]
     count = Counter(problem.partition(":")[0] for problem in problems)
     others = sum(count.values()) - count["wrong bytes"] - count["unloadable"] - count["wrong end"]
-    shown = f"tools/fault_soak.py --faults {arguments.faults} --seed {arguments.seed}"
+    shown = f"tools/fault_soak.py --faults {arguments.faults} --seed {arguments.seed} --steps {arguments.steps}"
     absent = ", ".join(sorted(soak.absent)) or "none"
     return [
         "# Faults",
