@@ -41,7 +41,7 @@ class Piece(NamedTuple):
 
 
 class BestFitPlan:
-    """Which pieces of documents share a row, from their lengths alone.
+    """Choose the pieces of documents that share a row, from their lengths alone.
 
     Args:
         sequence_length: tokens of a row.
