@@ -41,7 +41,7 @@ class Piece(NamedTuple):
 
 
 class BestFitPlan:
-    """Choose the pieces of documents that share a row, from their lengths alone.
+    """Assignment of pieces of documents to rows, from their lengths alone.
 
     Args:
         sequence_length: tokens of a row.
