@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -28,11 +27,12 @@ from megamask.engine.mesh import Mesh, ProcessGroups
 from megamask.engine.network import build_network, wrap_data_parallel
 from megamask.engine.optimizer import ShardedAdamW
 from megamask.engine.own_time import PassClock
-from megamask.engine.parameters import mark_parameters, named_buffers, named_parameters, parameter_table
+from megamask.engine.parameters import mark_parameters, parameter_table
 from megamask.engine.passes import RankModel
 from megamask.engine.probes import capability
 from megamask.engine.specs.families import layer_family
 from megamask.engine.state import restore
+from megamask.engine.state.digest import weights_digest
 from megamask.engine.state.host_copy import HostCopy
 from megamask.engine.state.share import Share, share
 from megamask.engine.state.slices import StoredSlice
@@ -269,17 +269,7 @@ class Engine:
 
     def parameter_digest(self) -> str:
         """sha256 over weights and their masters; equal for two runs of one layout exactly if those are, bit for bit."""
-        digest = hashlib.sha256()
-        for name, parameter in sorted(
-            (*named_parameters(self._rank_model.networks), *named_buffers(self._rank_model.networks)),
-            key=lambda named: named[0],
-        ):
-            digest.update(name.encode())
-            digest.update(_bytes_of(parameter))
-        if self._optimizer.has_masters:
-            for shard in self._optimizer.shards():
-                digest.update(_bytes_of(shard.weight))
-        return hash_of(*self.gather_objects(digest.hexdigest()))
+        return hash_of(*self.gather_objects(weights_digest(self._rank_model.networks, self._optimizer)))
 
     def close(self) -> None:
         """Forget the groups of this layout, so that an engine of another one can be made; the process group stays."""
@@ -302,7 +292,3 @@ def _routing(spec: ModelSpec, groups: ProcessGroups, backend: Backend, *, balanc
 
 def _arithmetic(precision: PrecisionConfig, layers: str) -> dict[str, str]:
     return {"layers": layers, "fp8": "none" if precision.fp8 == "none" else f"{precision.fp8}, {layers}"}
-
-
-def _bytes_of(tensor: torch.Tensor) -> bytes:
-    return tensor.detach().contiguous().view(-1).view(torch.uint8).cpu().numpy().tobytes()
