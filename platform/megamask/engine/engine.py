@@ -22,7 +22,7 @@ from megamask.engine.collectives import Collectives
 from megamask.engine.fp8 import Fp8
 from megamask.engine.head import ScoredRowHead
 from megamask.engine.initialization import read_weights, set_initial_weights
-from megamask.engine.layers.router import Routing
+from megamask.engine.layers.router import routing_of
 from megamask.engine.mesh import Mesh, ProcessGroups
 from megamask.engine.network import build_network, wrap_data_parallel
 from megamask.engine.optimizer import ShardedAdamW
@@ -89,7 +89,7 @@ class Engine:
         family = layer_family(layers, backend)
         groups = ProcessGroups(mesh)
         self._spec, self._host_copy = spec, HostCopy(backend)
-        routing = _routing(spec, groups, backend, balances_rows=training.router_balance_over == "row")
+        routing = routing_of(spec, groups, backend, balances_rows=training.router_balance_over == "row")
         build = functools.partial(
             build_network,
             mask_token_id=objective.vocabulary.mask_token_id,
@@ -274,20 +274,6 @@ class Engine:
     def close(self) -> None:
         """Forget the groups of this layout, so that an engine of another one can be made; the process group stays."""
         ProcessGroups.release()
-
-
-def _routing(spec: ModelSpec, groups: ProcessGroups, backend: Backend, *, balances_rows: bool) -> Routing | None:
-    """State that the routers of this rank share; None for a dense network."""
-    if spec.experts is None:
-        return None
-    backend.prepare_experts()
-    return Routing(
-        spec.experts,
-        spec.num_layers,
-        row_group=groups.tensor_and_context,
-        device=backend.device,
-        balances_rows=balances_rows,
-    )
 
 
 def _arithmetic(precision: PrecisionConfig, layers: str) -> dict[str, str]:

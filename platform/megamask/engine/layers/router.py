@@ -1,7 +1,8 @@
 """The router of a layer's experts as a megatron-core module, and what all routers of a rank share.
 
 Whatever spreads tokens over the experts depends on rows and on the global batch, never on a micro-batch, so that every
-layout routes alike: expert choice and the balance loss look at complete rows, the bias at the counts of a step.
+layout routes alike: expert choice and the balance loss look at complete rows, the bias at the counts of a step. The
+exception is a balance loss of micro-batches, which training.allow_layout_dependent permits.
 
 Shapes: t tokens of this rank (c positions of b rows, position first), s positions of a row, e experts.
 """
@@ -17,9 +18,12 @@ import torch.nn.functional as F
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megamask.engine.backend import Backend
+from megamask.engine.mesh import ProcessGroups
 from megamask.engine.sequence import SequencePart
 from megamask.models.experts import ExpertSpec
 from megamask.models.routing import balance_loss, experts_choose, moved_bias, router_scores, tokens_choose
+from megamask.models.spec import ModelSpec
 
 
 class Routing:
@@ -119,6 +123,20 @@ class Routing:
                 router.expert_bias.copy_(
                     moved_bias(router.expert_bias, counts[layer].to(router.expert_bias.device), self.experts.bias_rate)
                 )
+
+
+def routing_of(spec: ModelSpec, groups: ProcessGroups, backend: Backend, *, balances_rows: bool) -> Routing | None:
+    """State that the routers of this rank share; None for a dense network."""
+    if spec.experts is None:
+        return None
+    backend.prepare_experts()
+    return Routing(
+        spec.experts,
+        spec.num_layers,
+        row_group=groups.tensor_and_context,
+        device=backend.device,
+        balances_rows=balances_rows,
+    )
 
 
 class _AttachLoss(torch.autograd.Function):
