@@ -4,11 +4,14 @@
 Every run trains the same small network on a corpus of the standard library's source and ends with a bound on held-out
 text. A seed gives initial weights, masks and order of rows; runs of one seed differ in the number format alone. The gap
 of a recipe is its bound minus that of bf16 with the same seed. The spread of bf16 over the seeds stands beside it.
+
+The JSON file is written after every run, and a call that finds one trains only the runs that are missing in it.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import statistics
@@ -49,18 +52,19 @@ def megamask(*arguments: str) -> None:
         sys.exit(f"{' '.join(arguments[:3])} ... ended with {done.returncode}:\n{done.stderr}")
 
 
-def prepare(folder: Path) -> Path:
-    """A corpus of the standard library's source."""
+def prepare(folder: Path, text: str | None) -> tuple[Path, str]:
+    """A corpus of the standard library's source, or of the given text; return its folder and its id."""
     corpus = folder / "corpus"
+    other = (f"corpus.inputs={json.dumps([text])}", "corpus.licence=null", "corpus.origin=null") if text else ()
     megamask(
         *("prepare", "configs/corpus/python_stdlib.yaml", f"corpus.output_dir={corpus}"),
-        *("corpus.sequence_length=64", "corpus.tokenizer.vocab_size=1024"),
+        *("corpus.sequence_length=64", "corpus.tokenizer.vocab_size=1024", *other),
     )
-    return corpus
+    return corpus, hashlib.sha256((corpus / "manifest.json").read_bytes()).hexdigest()
 
 
 def train(folder: Path, corpus: Path, arm: str, seed: int, num_steps: int) -> dict[str, Any]:
-    """Train one run; return its bound and the losses of its steps."""
+    """Train one run; return its bound and the mean losses of about twenty equal parts of its steps."""
     emulation = ("precision.fp8_kernels=emulate",) if ARMS[arm] else ()
     megamask(
         *("train", "configs/run/tiny.yaml", f"run.name={arm}-{seed}", f"run.output_dir={folder}", f"run.seed={seed}"),
@@ -71,42 +75,61 @@ def train(folder: Path, corpus: Path, arm: str, seed: int, num_steps: int) -> di
     records = list(read_journal(folder / f"{arm}-{seed}"))
     [bound] = [record["nelbo_nats_per_token"] for record in records if record["kind"] == "evaluation"]
     losses = [record["loss"] for record in records if record["kind"] == "step"]
-    return {"bound": bound, "losses": losses}
+    size = max(1, len(losses) // 20)
+    means = [statistics.mean(losses[start : start + size]) for start in range(0, len(losses), size)]
+    return {"bound": bound, "mean_losses": means}
 
 
 def main() -> int:
-    """Train all arms and seeds, and compare."""
+    """Train all arms and seeds that the JSON file does not hold yet, and compare."""
     parser = benchmark_parser(__doc__)
     parser.add_argument("--steps", type=int, default=1000, help="steps of each run (default 1000)")
     parser.add_argument("--seeds", type=int, default=3, help="seeds of each arm (default 3)")
-    parser.add_argument("--corpus", type=Path, help="a prepared corpus with rows of 64 tokens in place of our own")
+    parser.add_argument("--text", help="pattern of text files to train on in place of the standard library's source")
     arguments = parser.parse_args()
     if arguments.quick:
         arguments.steps, arguments.seeds = 10, 1
     report = Report("bench_fp8_convergence", "FP8 beside bf16: convergence", arguments)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        corpus = arguments.corpus or prepare(folder)
-        runs: dict[tuple[str, int], dict[str, Any]] = {}
+        corpus, corpus_id = prepare(folder, arguments.text)
+        conditions = {"corpus_id": corpus_id, "steps": arguments.steps, "settings": list(SETTINGS)}
+        runs = finished_runs(arguments.json, conditions)
+        report.keep("conditions", conditions)
         for seed in range(1, arguments.seeds + 1):
             for arm in ARMS:
-                runs[arm, seed] = train(folder, corpus, arm, seed, arguments.steps)
-                print(json.dumps({"arm": arm, "seed": seed, "bound": runs[arm, seed]["bound"]}), flush=True)
+                run = f"{arm} seed {seed}"
+                if run not in runs:
+                    runs[run] = train(folder, corpus, arm, seed, arguments.steps)
+                report.keep("runs", runs)
+                report.save()
+                print(json.dumps({"run": run, "bound": runs[run]["bound"]}), flush=True)
     compare(report, arguments, runs)
     return report.finish()
 
 
-def compare(report: Report, arguments: argparse.Namespace, runs: dict[tuple[str, int], dict[str, Any]]) -> None:
+def finished_runs(path: Path | None, conditions: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The runs of an earlier call that was cut short, from the JSON file that it left."""
+    if path is None or not path.exists():
+        return {}
+    earlier = json.loads(path.read_text(encoding="utf-8"))
+    if earlier["conditions"] != conditions:
+        sys.exit(f"{path} holds runs of another corpus, length or settings; name another file. Nothing was trained.")
+    runs: dict[str, dict[str, Any]] = earlier["runs"]
+    return runs
+
+
+def compare(report: Report, arguments: argparse.Namespace, runs: dict[str, dict[str, Any]]) -> None:
     """One row for each arm."""
-    seeds = sorted({seed for _, seed in runs})
+    seeds = range(1, arguments.seeds + 1)
     table = report.table(
         f"Bound on held-out text after {arguments.steps:,} steps, nats per token",
         ["number format", "mean of the seeds", "standard deviation of the seeds", "gap to bf16, each seed", "mean gap"],
         "A gap is that of one seed: same weights, text and masks. Positive is worse than bf16.",
     )
     for arm in ARMS:
-        bounds = [runs[arm, seed]["bound"] for seed in seeds]
-        gaps = [runs[arm, seed]["bound"] - runs["bf16", seed]["bound"] for seed in seeds]
+        bounds = [runs[f"{arm} seed {seed}"]["bound"] for seed in seeds]
+        gaps = [runs[f"{arm} seed {seed}"]["bound"] - runs[f"bf16 seed {seed}"]["bound"] for seed in seeds]
         deviation = statistics.stdev(bounds) if len(bounds) > 1 else float("nan")
         table.add(
             arm,
@@ -115,7 +138,6 @@ def compare(report: Report, arguments: argparse.Namespace, runs: dict[tuple[str,
             ", ".join(f"{gap:+.4f}" for gap in gaps),
             f"{statistics.mean(gaps):+.4f}",
         )
-    report.keep("runs", {f"{arm} seed {seed}": run for (arm, seed), run in runs.items()})
 
 
 if __name__ == "__main__":

@@ -197,6 +197,22 @@ ABLATIONS = (
         lacks=_needs_te,
     ),
     Arm(
+        name="plain kernels",
+        about="device.kernels=plain: rotary positions, SwiGLU and noise in several kernels each",
+        device={"kernels": "plain"},
+    ),
+    Arm(
+        name="keys repeated",
+        about="device.grouped_queries=repeated: a copy of keys and values for each query head",
+        device={"grouped_queries": "repeated"},
+    ),
+    Arm(
+        name="weight gradients separate",
+        about="device.weight_gradients=separate: rounded to bf16, then added to the float32 buffers",
+        device={"weight_gradients": "separate"},
+        lacks=_needs_te,
+    ),
+    Arm(
         name="attention of Transformer Engine",
         about="device.attention=te",
         device={"attention": "te"},
@@ -222,6 +238,12 @@ ABLATIONS = (
         name="overlapped sums",
         about="device.overlap_gradient_reduce=true",
         device={"overlap_gradient_reduce": True},
+        lacks=_needs_ranks,
+    ),
+    Arm(
+        name="overlapped sums and gathers",
+        about="device.overlap_gradient_reduce=true, device.overlap_parameter_gather=true",
+        device={"overlap_gradient_reduce": True, "overlap_parameter_gather": True},
         lacks=_needs_ranks,
     ),
 )

@@ -48,6 +48,11 @@ REFUSED = [
     (fp8("tensorwise", EMULATE, "device.layers=te"), "device.layers is 'te', but precision.fp8_kernels is emulate"),
     (fp8("tensorwise", BF16, "device.layers=local"), "device.layers is 'local', but precision.fp8_kernels is te"),
     (("device.layers=local", "device.attention=te"), "device.attention is 'te', but device.layers is local"),
+    (
+        ("device.layers=local", "device.weight_gradients=fused"),
+        "but the layers are not Transformer Engine's, the only ones that have a choice",
+    ),
+    (("device.overlap_parameter_gather=true",), "but device.overlap_gradient_reduce is false, so that all weights are"),
     (("device.overlap_gradient_reduce=true",), "but layout.data_parallel_size is 1, so that there is nothing to sum"),
     (("device.attention=te", "objective.name=block"), "device.attention is 'te', but objective.name is block"),
 ]

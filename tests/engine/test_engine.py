@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from megamask.engine.step import StepShare
 from megamask.errors import CheckpointIntegrityError, StorageError, UsageError
 from megamask.models.counts import parameter_count
 from support import engine_cases as cases
@@ -25,6 +26,36 @@ def test_collectives_of_one_process_answer_with_its_own_value(build):
 
 def test_members_are_all_places_in_one_process(build):
     assert build(micro_batch_size=2).members(8) == list(range(8))
+
+
+@pytest.mark.promise("a step agrees on its counts and on its sums, norm and finiteness by one collective each")
+def test_a_step_sums_over_all_ranks_twice(build, monkeypatch):
+    engine = build(OPTIONS, micro_batch_size=2)
+    sizes, reduce = [], torch.distributed.all_reduce
+
+    def counted(tensor, *arguments, **options):
+        sizes.append((tensor.dtype, tensor.numel()))
+        return reduce(tensor, *arguments, **options)
+
+    monkeypatch.setattr(torch.distributed, "all_reduce", counted)
+    report = cases.take_step(engine, 1)
+    assert [dtype for dtype, _ in sizes] == [torch.int64, torch.float64]
+    assert report.is_finite and report.grad_norm > 0
+
+
+@pytest.mark.parametrize("broken", ["gradient", "loss"])
+def test_a_value_that_is_not_finite_on_one_rank_stops_the_update(build, monkeypatch, broken):
+    """Here the only rank; a sum over several is not finite either."""
+    engine = build(PLAIN)
+    before, optimizer = engine.parameter_digest(), engine._optimizer
+    norm, losses = optimizer.squared_gradient_norm, StepShare.forward_backward
+    if broken == "gradient":
+        monkeypatch.setattr(optimizer, "squared_gradient_norm", lambda: norm() + torch.inf)
+    else:
+        monkeypatch.setattr(StepShare, "forward_backward", lambda *arguments: losses(*arguments) + torch.nan)
+    report = cases.take_step(engine, 1)
+    assert not report.is_finite
+    assert engine.parameter_digest() == before
 
 
 def test_parameter_digest_tells_one_changed_bit(build):

@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 
+from megamask.engine.optimizer import norm_of
 from support import engine_cases as cases
 from support.engine_cases import OPTIONS, PLAIN
 
@@ -170,7 +171,7 @@ def test_weight_decay_shrinks_the_chosen_tensors_and_matrices(build, spec, setti
         for weight in weights.values():
             weight.fill_(2.0)
     engine._optimizer.zero_gradients()
-    engine._optimizer.update(learning_rate=0.5, gradient_norm=engine._optimizer.gradient_norm())
+    engine._optimizer.update(learning_rate=0.5, gradient_norm=norm_of(float(engine._optimizer.squared_gradient_norm())))
     for name, weight in weights.items():
         if name.endswith(".bias"):
             is_decayed = BIASES in decayed

@@ -61,6 +61,18 @@ def test_state_crosses_to_the_local_layers_bit_for_bit(case: tuple[int, int], an
     assert all(rank["is_state_equal"] for rank in answers[case])
 
 
+@pytest.mark.promise("weight gradients that the products add to the buffers are those that hooks add (substitute)")
+def test_weight_gradients_added_within_the_products_are_those_of_the_hooks() -> None:
+    for rank in run_gloo(2, worker.__file__, "run_weight_gradients"):
+        separate = rank["separate False"]
+        assert not any(separate["added"])
+        for overlap in (False, True):
+            fused = rank[f"fused {overlap}"]
+            assert len(fused["added"]) == 8 and all(fused["added"])
+            assert fused["reports"] == separate["reports"]
+            assert fused["digest"] == separate["digest"]
+
+
 @pytest.mark.parametrize(("is_installed", "reason"), [(False, "is not installed"), (True, "sees no GPU")])
 def test_layers_that_cannot_run_here_are_refused(monkeypatch: Any, is_installed: bool, reason: str) -> None:
     monkeypatch.setattr(families.importlib.util, "find_spec", lambda name: object() if is_installed else None)

@@ -116,6 +116,19 @@ def test_layers_that_cannot_run_are_refused(capability):
     assert "allowed: auto, local" in message
 
 
+@pytest.mark.parametrize(
+    ("device", "capability", "reason"),
+    [
+        ({"kernels": "compiled"}, Capability(missing_compiler="Triton is not installed"), "Triton is not installed"),
+        ({"weight_gradients": "fused"}, Capability(), "the only ones that have a choice"),
+    ],
+)
+def test_kernels_that_cannot_run_are_refused(device, capability, reason):
+    [message] = messages(capability, DeviceConfig(**device))
+    assert reason in message
+    assert messages(machine(), DeviceConfig(layers="te", **device)) == []
+
+
 @pytest.mark.promise("an unrelated package named apex is not taken for NVIDIA's")
 def test_an_unrelated_package_named_apex_is_recognised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     from megamask.engine.probes import apex

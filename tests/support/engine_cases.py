@@ -116,6 +116,7 @@ def make_engine(
     recompute: str = "none",
     overlap: bool = False,
     balance_over: str = "row",
+    device: dict[str, Any] | None = None,
     z_loss_weight: float = 0.0,
     **optimizer: Any,
 ) -> Any:
@@ -137,7 +138,7 @@ def make_engine(
         ),
         SEED,
         precision=PrecisionConfig(compute=compute, **(fp8 or {})),
-        device=DeviceConfig(layers=layers, attention=attention, overlap_gradient_reduce=overlap),
+        device=DeviceConfig(layers=layers, attention=attention, overlap_gradient_reduce=overlap, **(device or {})),
     )
 
 

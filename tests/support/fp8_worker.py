@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from support import engine_cases as cases
 
 SAVED_STEP, LAST_STEP = 2, 4
@@ -46,13 +48,24 @@ def run_layout(root: Path, number: int, recipe: str, layout: dict[str, Any], mic
 
 
 def overlap(layout: dict[str, Any]) -> list[dict[str, Any]]:
-    """Steps in bf16 with tied weights, one after the other and overlapped: reports and digests of both."""
+    """Steps in bf16 with tied weights, one after the other and overlapped: reports, digests and scores of each.
+
+    The digest comes last: scores are read while weights may still be gathered.
+    """
     answers = []
-    for is_overlapped in (False, True):
+    for is_overlapped, gathers_late in ((False, False), (True, False), (True, True)):
         engine = cases.make_engine(
-            cases.OPTIONS, layout, micro_batch_size=2, compute="bf16", overlap=is_overlapped, clip_grad_norm=0.0
+            cases.OPTIONS,
+            layout,
+            micro_batch_size=2,
+            compute="bf16",
+            overlap=is_overlapped,
+            device={"overlap_parameter_gather": gathers_late},
+            clip_grad_norm=0.0,
         )
         reports = [cases.report_fields(cases.take_step(engine, step, 3e-3)) for step in (1, 2, 3)]
-        answers.append({"reports": reports, "digest": engine.parameter_digest()})
-    engine.close()
+        ids = torch.arange(4 * cases.SEQUENCE_LENGTH).view(4, -1) % 50
+        scores = cases.masked_scores(engine, ids.masked_fill(ids % 3 == 0, 57), ids, ids % 3 == 0).tolist()
+        answers.append({"reports": reports, "scores": scores, "digest": engine.parameter_digest()})
+        engine.close()
     return answers

@@ -84,6 +84,32 @@ def autoregressive() -> AutoregressiveObjective:
     return AutoregressiveObjective(vocabulary=cases.vocabulary(cases.OPTIONS), mask_logit="excluded")
 
 
+def run_weight_gradients() -> dict[str, Any]:
+    """Steps with weight gradients added within the products and by hooks, on two data-parallel ranks."""
+    families.check_transformer_engine = lambda backend: None
+    answers: dict[str, Any] = {}
+    for choice in ("fused", "separate"):
+        for overlap in (False, True):
+            engine = cases.make_engine(
+                cases.OPTIONS,
+                {"data_parallel_size": 2},
+                micro_batch_size=1,
+                layers="te",
+                overlap=overlap,
+                device={"weight_gradients": choice},
+            )
+            reports = [cases.report_fields(cases.take_step(engine, step, 3e-3)) for step in (1, 2)]
+            added = [bool(weight.grad_added_to_main_grad) for weight in _matrices(engine)]
+            answers[f"{choice} {overlap}"] = {"reports": reports, "digest": engine.parameter_digest(), "added": added}
+            engine.close()
+    return answers
+
+
+def _matrices(engine: Any) -> list[Any]:
+    modules = engine._rank_model.network.modules()
+    return [module.weight for module in modules if hasattr(module, "fuse_wgrad_accumulation")]
+
+
 DEEP = dataclasses.replace(cases.OPTIONS, num_layers=3)
 
 

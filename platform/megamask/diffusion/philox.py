@@ -8,7 +8,7 @@ Source: Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from enum import IntEnum
 
 import torch
@@ -26,6 +26,9 @@ _MAX_DRAW = 1 << 24
 # Counters that each CPU thread works on at a time: five int64 tensors of them stay in its cache.
 _CHUNK_OF_CPU = 1 << 15
 _CHUNK_ELSEWHERE = 1 << 24
+
+rounds_by_device: dict[str, Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]] = {}
+"""Kernels with the values of `rounds`, by the type of the devices that use them; other devices count in place."""
 
 
 class Purpose(IntEnum):
@@ -69,6 +72,8 @@ def philox4x32(counter: Sequence[Tensor | int], key: Sequence[Tensor | int]) -> 
     if len(counter) != 4 or len(key) != 2:
         raise ValueError(f"Philox4x32 takes 4 counter words and 2 key words, not {len(counter)} and {len(key)}")
     shape, device = _shape_and_device([*counter, *key])
+    if device.type in rounds_by_device:
+        return rounds_by_device[device.type](*(_scalar_or_view(word, shape, device) for word in (*counter, *key)))
     words = [_filled(word, shape, device) for word in counter]
     keys = [word & _MASK_32 if isinstance(word, int) else _filled(word, shape, device).view(-1) for word in key]
     flat = [word.view(-1) for word in words]
@@ -103,6 +108,27 @@ def _filled(word: Tensor | int, shape: torch.Size, device: torch.device) -> Tens
         return torch.full(shape, word & _MASK_32, dtype=torch.int64, device=device)
     full = torch.empty(shape, dtype=torch.int64, device=device)
     return full.copy_(word.expand(shape)).bitwise_and_(_MASK_32)
+
+
+def _scalar_or_view(word: Tensor | int, shape: torch.Size, device: torch.device) -> Tensor:
+    """The word as int64, without memory for each element; a kernel must not be compiled anew for each number."""
+    if isinstance(word, int):
+        return torch.full((), word & _MASK_32, dtype=torch.int64, device=device).expand(shape)
+    return word.to(torch.int64).expand(shape)
+
+
+def rounds(
+    a: Tensor, b: Tensor, c: Tensor, d: Tensor, key_0: Tensor, key_1: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Ten rounds on int64 tensors of one shape, as a formula that a compiler makes one kernel of."""
+    a, b, c, d = a & _MASK_32, b & _MASK_32, c & _MASK_32, d & _MASK_32
+    key_0, key_1 = key_0 & _MASK_32, key_1 & _MASK_32
+    for _ in range(_ROUNDS):
+        product_0, product_1 = a * _MULTIPLIER_0, c * _MULTIPLIER_1
+        a, b = (product_1 >> 32 & _MASK_32) ^ b ^ key_0, product_1 & _MASK_32
+        c, d = (product_0 >> 32 & _MASK_32) ^ d ^ key_1, product_0 & _MASK_32
+        key_0, key_1 = (key_0 + _KEY_STEP_0) & _MASK_32, (key_1 + _KEY_STEP_1) & _MASK_32
+    return a, b, c, d
 
 
 def _encrypt(words: list[Tensor], key: list[Tensor | int], scratch: Tensor) -> None:

@@ -22,10 +22,11 @@ from megamask.engine.collectives import Collectives
 from megamask.engine.fp8 import Fp8
 from megamask.engine.head import ScoredRowHead
 from megamask.engine.initialization import read_weights, set_initial_weights
+from megamask.engine.kernels import Kernels
 from megamask.engine.layers.router import routing_of
 from megamask.engine.mesh import Mesh, ProcessGroups
 from megamask.engine.network import build_network, wrap_data_parallel
-from megamask.engine.optimizer import ShardedAdamW
+from megamask.engine.optimizer import ShardedAdamW, norm_of
 from megamask.engine.own_time import PassClock
 from megamask.engine.parameters import mark_parameters, parameter_table
 from megamask.engine.passes import RankModel
@@ -99,12 +100,19 @@ class Engine:
             attention="te" if device.attention == "te" else "sdpa",
         )
         networks = [build(spec, mesh, precision, chunk=chunk) for chunk in range(mesh.virtual_pipeline_size)]
+        kernels = Kernels.chosen(device, backend)
+        for network in networks:
+            kernels.install(network, backend)
         self._fp8 = Fp8(
             networks, precision, mesh, num_layers=spec.num_layers, group=groups.replicas, device=backend.device
         )
         self.parameters = parameter_table(networks, spec, mesh, family.layer_parameters(spec), optimizer)
         mark_parameters(networks, self.parameters)
-        wrap = functools.partial(wrap_data_parallel, is_overlapped=device.overlap_gradient_reduce)
+        wrap = functools.partial(
+            wrap_data_parallel,
+            is_overlapped=device.overlap_gradient_reduce,
+            gathers_late=device.overlap_parameter_gather,
+        )
         chunks = tuple(wrap(network, chunk=number) for number, network in enumerate(networks))
         self._optimizer = ShardedAdamW(chunks, self.parameters, optimizer)
         set_initial_weights(self._optimizer, spec, seed=seed if draws_weights else None)
@@ -176,11 +184,14 @@ class Engine:
         optimizer.zero_gradients()
         if (routing := rank_model.routing) is not None:
             routing.begin_step(num_rows=share.num_rows)
-        losses = self._pass_clock.timed(lambda: share.forward_backward(counts))
+        sums = self._pass_clock.timed(lambda: share.forward_backward(counts))
         rank_model.backend.synchronize()
         reached("step.computed")
         middle = time.perf_counter()
-        grad_norm = optimizer.gradient_norm()
+        of_rank = torch.cat((sums, optimizer.squared_gradient_norm().reshape(1).double()))
+        # One collective: a value that is not finite on any rank is not in the total either, the same on all of them.
+        *totals, squared_norm = rank_model.collectives.sum_doubles(of_rank)
+        losses, grad_norm = share.losses(totals, counts), norm_of(squared_norm)
         fault = agreed_fault(rank_model.collectives, losses.total, grad_norm, accepts)
         if fault:
             self._fp8.put_back(scales)
@@ -269,6 +280,7 @@ class Engine:
 
     def parameter_digest(self) -> str:
         """sha256 over weights and their masters; equal for two runs of one layout exactly if those are, bit for bit."""
+        self._optimizer.gather_weights()
         return hash_of(*self.gather_objects(weights_digest(self._rank_model.networks, self._optimizer)))
 
     def close(self) -> None:

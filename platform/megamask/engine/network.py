@@ -6,6 +6,7 @@ Shapes: b rows, s sequence, h hidden channels.
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -36,7 +37,14 @@ _FORMATS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class DiffusionNetwork(GPTModel):  # type: ignore[misc]
-    """One pipeline stage. The last stage returns hidden states, not logits: the head scores masked rows only."""
+    """One pipeline stage. The last stage returns hidden states, not logits: the head scores masked rows only.
+
+    Attributes:
+        complete: waits until a weight is gathered, where updated weights are gathered during the forward pass; modules
+            do so by themselves when they are called.
+    """
+
+    complete: Callable[[torch.nn.Parameter], None] | None = None
 
     def encode(
         self,
@@ -63,9 +71,11 @@ class DiffusionNetwork(GPTModel):  # type: ignore[misc]
 
     def output_weight(self) -> torch.Tensor:
         """Weight of the output layer, on the last stage; a tied embedding is its own. Shape: [vocabulary/tp, h]."""
-        if self.share_embeddings_and_output_weights:
-            return self.shared_embedding_or_output_weight()  # type: ignore[no-any-return]
-        return self.output_layer.weight  # type: ignore[no-any-return]
+        is_shared = self.share_embeddings_and_output_weights
+        weight = self.shared_embedding_or_output_weight() if is_shared else self.output_layer.weight
+        if self.complete is not None:
+            self.complete(weight)
+        return weight  # type: ignore[no-any-return]
 
     def _postprocess(self, hidden_states: torch.Tensor, **unused: Any) -> torch.Tensor:
         if self.post_process and self.config.sequence_parallel:
@@ -130,19 +140,21 @@ def build_network(
 
 
 def wrap_data_parallel(
-    network: DiffusionNetwork, *, chunk: int = 0, is_overlapped: bool = False
+    network: DiffusionNetwork, *, chunk: int = 0, is_overlapped: bool = False, gathers_late: bool = False
 ) -> DistributedDataParallel:
     """Add float32 gradient buffers and their sums over the data-parallel ranks, sharded for the optimizer.
 
     Args:
         chunk: which of the rank's stages, from 0; only the first one's buffers are cut into buckets.
         is_overlapped: sum while the backward pass of the last micro-batch goes on (device.overlap_gradient_reduce).
+        gathers_late: gather updated weights during the next forward pass (device.overlap_parameter_gather).
     """
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         use_distributed_optimizer=True,
         average_in_collective=False,
         overlap_grad_reduce=is_overlapped,
+        overlap_param_gather=gathers_late,
     )
     model = DistributedDataParallel(
         config=network.config, ddp_config=ddp_config, module=network, disable_bucketing=chunk > 0
@@ -150,6 +162,8 @@ def wrap_data_parallel(
     if is_overlapped:
         announce_gradients(network)
         network.config.no_sync_func = model.no_sync  # the sums begin with the last micro-batch
+    if gathers_late:
+        network.complete = lambda weight: model.param_to_bucket_group[weight].finish_param_sync()
     return model
 
 

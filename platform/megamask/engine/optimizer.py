@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
-from megatron.core.optimizer import ParamKey, get_megatron_optimizer
+from megatron.core.optimizer import ParamKey, clip_grads, get_megatron_optimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer.optimizer_config import ParamPredicate
 
@@ -59,6 +59,7 @@ class ShardedAdamW:
         self._table = table
         self._compute: torch.dtype = chunks[0].config.params_dtype
         self._clip_grad_norm = config.clip_grad_norm
+        self._gathers_late: bool = chunks[0].ddp_config.overlap_param_gather
         self._optimizer = get_megatron_optimizer(
             MegatronOptimizerConfig(
                 optimizer="adam",
@@ -90,19 +91,29 @@ class ShardedAdamW:
             chunk.zero_grad_buffer()
         self._optimizer.zero_grad()
 
-    def gradient_norm(self) -> float:
-        """Prepare the summed gradients for the update; return their global norm, the same on every rank.
+    def squared_gradient_norm(self) -> torch.Tensor:
+        """Average gradients; return this rank's share of their squared norm, a float32 scalar on the device.
 
-        Parameters that a learning-rate factor of 0 freezes have none.
+        Added up over all ranks it is the square of the norm: each gradient counts on one rank only. Parameters that a
+        learning-rate factor of 0 freezes have none.
         """
         for name, parameter in self._parameters():
             if self._table[name].lr_multiplier == 0:
                 parameter.main_grad.zero_()  # type: ignore[attr-defined]  # megatron-core's buffer
         self._optimizer.prepare_grads()
-        return float(self._optimizer.get_grad_norm())
+        gradients = [gradient for part in self._sharded for gradient in part.get_main_grads_for_grad_norm()]
+        device = next(self._chunks[0].module.parameters()).device
+        if not gradients:
+            return torch.zeros((), device=device)
+        no_overflow = torch.zeros(1, dtype=torch.int, device=device)
+        norm, _ = clip_grads.multi_tensor_applier(clip_grads.l2_norm_impl, no_overflow, [gradients], False)
+        return torch.square(norm).reshape(())
 
     def update(self, *, learning_rate: float, gradient_norm: float) -> None:
-        """Clip to the configured norm, update this rank's shards and gather the new weights."""
+        """Clip to the configured norm, update this rank's shards and gather the new weights.
+
+        Under device.overlap_parameter_gather each part is gathered when the next forward pass first needs it.
+        """
         if not math.isfinite(gradient_norm):
             raise ValueError("an update needs a finite gradient norm")
         for group in self._groups():
@@ -111,7 +122,9 @@ class ShardedAdamW:
             if self._clip_grad_norm > 0:
                 clip_grad_by_total_norm_fp32(part.get_parameters(), self._clip_grad_norm, gradient_norm)
             part.optimizer.step()
-        self.publish_weights()
+        self._round_weights()
+        if not self._gathers_late:  # otherwise the modules do, in the next forward pass
+            self.gather_weights()
 
     @property
     def spec(self) -> ModelSpec:
@@ -161,11 +174,18 @@ class ShardedAdamW:
 
     def publish_weights(self) -> None:
         """Round master weights to the parameters' format and gather every rank's shards into complete parameters."""
+        self._round_weights()
+        self.gather_weights()
+
+    def gather_weights(self) -> None:
+        """Gather what an update has left to the next forward pass, and wait for it."""
+        for chunk in self._chunks:
+            chunk.start_param_sync(force_sync=True)
+
+    def _round_weights(self) -> None:
         if self.has_masters:  # float32 shards are views of the parameters already
             for part in self._sharded:
                 part._copy_main_params_to_model_params()
-        for chunk in self._chunks:
-            chunk.start_param_sync(force_sync=True)
 
     def _parameters(self) -> list[tuple[str, torch.nn.Parameter]]:
         return list(named_parameters([chunk.module for chunk in self._chunks]))
@@ -173,6 +193,12 @@ class ShardedAdamW:
     def _groups(self) -> Iterator[dict[str, Any]]:
         for part in self._sharded:
             yield from part.optimizer.param_groups
+
+
+def norm_of(squared: float) -> float:
+    """The norm whose square was added up over the ranks; rounded to float32, in which each rank computed its share."""
+    rounded: float = torch.tensor(squared, dtype=torch.float32).item() ** 0.5
+    return rounded
 
 
 def _group_overrides(

@@ -12,8 +12,6 @@ from typing import Any
 
 import torch
 
-from megamask.engine.measures import Losses
-
 
 class PassClock:
     """Measures the passes of each step; nothing waits for the device because of it.
@@ -34,7 +32,7 @@ class PassClock:
 
         config.finalize_model_grads_func = noted
 
-    def timed(self, run_passes: Callable[[], Losses]) -> Losses:
+    def timed(self, run_passes: Callable[[], torch.Tensor]) -> torch.Tensor:
         """Run a step's passes; their beginning is noted here, their end by megatron-core's call."""
         self._began, self._ended = self._now(), None
         return run_passes()

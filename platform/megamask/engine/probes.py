@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import shutil
 from functools import reduce
 from typing import TYPE_CHECKING, Literal
 
@@ -56,6 +57,7 @@ def capability() -> Capability:
         cuda=_cuda_version(),
         transformer_engine=_version("transformer_engine"),
         apex=apex(),
+        missing_compiler=missing_compiler(),
     )
 
 
@@ -81,6 +83,18 @@ def apex() -> Literal["present", "absent", "unrelated"]:
     if importlib.util.find_spec("amp_C") and importlib.util.find_spec("fused_weight_gradient_mlp_cuda"):
         return "present"
     return "absent" if importlib.util.find_spec("apex") is None else "unrelated"
+
+
+def missing_compiler() -> str | None:
+    """Return what device.kernels=compiled lacks on this machine, as the rest of a sentence; None if it can run."""
+    if not torch.cuda.is_available():
+        return "there is no GPU; on a CPU the plain kernels are the ones that are tested"
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    names = ("cc", "gcc", "clang")
+    if not any(map(shutil.which, names)):
+        return f"Triton needs a C compiler, and none is found under the names {', '.join(names)}"
+    return None
 
 
 def _version(package: str) -> str | None:

@@ -7,7 +7,7 @@ context parallelism), m positions that the head scores.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -16,7 +16,6 @@ import torch
 from megamask.diffusion.philox import run_key
 from megamask.engine import passes
 from megamask.engine.collectives import Collectives
-from megamask.engine.layers.router import Routing
 from megamask.engine.measures import BatchCounts, Losses, count_share, num_counts, num_sums, sum_scores
 from megamask.engine.network import DiffusionNetwork
 from megamask.engine.passes import PassInput, RankModel
@@ -79,9 +78,13 @@ def accept_all(loss: float, grad_norm: float) -> bool:
 
 
 def agreed_fault(collectives: Collectives, loss: float, grad_norm: float, accepts: Accepts) -> int:
-    """0 where every rank accepts the numbers of a step, 1 where one refuses them, 2 where they are not finite."""
-    is_finite = math.isfinite(loss) and math.isfinite(grad_norm)
-    return collectives.max_integer(int(not accepts(loss, grad_norm)) if is_finite else 2)
+    """0 where every rank accepts the numbers of a step, 1 where one refuses them, 2 where they are not finite.
+
+    Loss and norm are sums over all ranks, so that every rank finds alike whether they are finite.
+    """
+    if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+        return 2
+    return 0 if accepts is accept_all else collectives.max_integer(int(not accepts(loss, grad_norm)))
 
 
 def step_report(
@@ -190,8 +193,8 @@ class StepShare:
     def _inputs(self, rows: slice) -> torch.Tensor | None:
         return None if self._rows is None else self._rows.inputs[rows]
 
-    def forward_backward(self, counts: BatchCounts) -> Losses:
-        """Run the pipeline schedule; return the loss of the global batch.
+    def forward_backward(self, counts: BatchCounts) -> torch.Tensor:
+        """Run the pipeline schedule; return this rank's share of the sums that `losses` reads, float64 [n].
 
         Gradients in the buffers are of the loss: each micro-batch's share of a term was divided by that term's N.
         """
@@ -230,19 +233,28 @@ class StepShare:
             loss_share,
             shape=(self._rows_per_pass, self._shape.input_length),
         )
-        of_rank = torch.zeros(num_sums(objective), dtype=torch.float64)
+        of_rank = torch.zeros(num_sums(objective), dtype=torch.float64, device=rank_model.backend.device)
         if rank_model.mesh.is_metrics_rank:
             of_rank = torch.stack(sums).sum(dim=0)
-        losses = Losses.from_sums(rank_model.collectives.sum_doubles(of_rank), counts, objective)
-        return losses if rank_model.routing is None else _with_routing(rank_model, rank_model.routing, losses)
+        if (routing := rank_model.routing) is None:
+            return of_rank
+        # each rank routed other tokens or other layers; counts are exact in float64 as far as 2^53
+        of_router = torch.cat((routing.balance.reshape(1), routing.counts.flatten())).double()
+        return torch.cat((of_rank, of_router.to(of_rank.device)))
 
-
-def _with_routing(rank_model: RankModel, routing: Routing, losses: Losses) -> Losses:
-    """The losses, with what the routers of all ranks did; each rank routed other tokens or other layers."""
-    num_layers, num_experts = routing.counts.shape
-    counts = rank_model.collectives.sum_integers(routing.counts.flatten().tolist())
-    by_layer = [counts[layer * num_experts : (layer + 1) * num_experts] for layer in range(num_layers)]
-    terms = losses.terms
-    if routing.experts.balance_weight > 0:
-        terms = terms | {"balance": rank_model.collectives.sum_doubles(routing.balance.reshape(1))[0]}
-    return replace(losses, terms=terms, expert_counts=by_layer)
+    def losses(self, sums: Sequence[float], counts: BatchCounts) -> Losses:
+        """Read the sums of `forward_backward`, added up over the ranks."""
+        num_own = num_sums(self._objective)
+        losses = Losses.from_sums(sums[:num_own], counts, self._objective)
+        if (routing := self._rank_model.routing) is None:
+            return losses
+        balance, *flat = sums[num_own:]
+        num_layers, num_experts = routing.counts.shape
+        by_layer = [
+            [int(count) for count in flat[layer * num_experts : (layer + 1) * num_experts]]
+            for layer in range(num_layers)
+        ]
+        terms = losses.terms
+        if routing.experts.balance_weight > 0:
+            terms = terms | {"balance": balance}
+        return replace(losses, terms=terms, expert_counts=by_layer)

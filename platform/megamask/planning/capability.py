@@ -25,12 +25,14 @@ class Capability:
         cuda: version of CUDA that torch was built for.
         transformer_engine: version of Transformer Engine; None where it is not installed.
         apex: whether NVIDIA's apex is installed; "unrelated" for another package of that name.
+        missing_compiler: what device.kernels=compiled lacks; None where nothing is missing.
     """
 
     architecture: Version | None = None
     cuda: Version | None = None
     transformer_engine: str | None = None
     apex: Literal["present", "absent", "unrelated"] = "absent"
+    missing_compiler: str | None = None
 
     @property
     def can_run_te(self) -> bool:
@@ -152,6 +154,21 @@ def problems(
             key="device.layers",
             because=f"but {missing}",
             allowed="auto, local; checkpoints of both kinds of layers load into each other",
+        )
+    if device.kernels == "compiled" and capability.missing_compiler is not None:
+        yield Problem(
+            key="device.kernels",
+            because=f"but {capability.missing_compiler}",
+            allowed="auto, plain",
+        )
+    if (
+        device.weight_gradients != "auto"
+        and chosen_layers(precision, device, capability, num_experts=num_experts) != "te"
+    ):
+        yield Problem(
+            key="device.weight_gradients",
+            because="but the layers are not Transformer Engine's, the only ones that have a choice",
+            allowed="auto; or another value with device.layers=te on a machine that has it",
         )
     if device.attention == "te" and chosen_layers(precision, device, capability, num_experts=num_experts) != "te":
         has_experts = num_experts > 0 and capability.can_run_te

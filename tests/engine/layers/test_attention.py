@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from megamask.engine.layers.attention import attend
 from megamask.models.context import Causal, Context
 from support import context_worker as worker
 from support import engine_cases as cases
@@ -69,3 +70,31 @@ def test_a_mask_beside_the_context_is_refused(build):
     network = build(PLAIN)._rank_model.network
     with pytest.raises(ValueError, match="RowContext"):
         network(input_ids=worker.inputs(), position_ids=None, attention_mask=torch.ones(1, dtype=torch.bool))
+
+
+@pytest.mark.promise("queries that share keys and values attend as those with a copy each")
+def test_shared_keys_give_the_outputs_of_repeated_ones_bit_for_bit():
+    generator = torch.Generator().manual_seed(5)
+    query, upstream = (torch.randn(2, 6, 300, 16, generator=generator) for _ in range(2))
+    key, value = (torch.randn(2, 2, 300, 16, generator=generator) for _ in range(2))
+    found = []
+    for shares_keys in (True, False):
+        leaves = [tensor.clone().requires_grad_() for tensor in (query, key, value)]
+        output = attend(*leaves, mask=None, is_causal=False, scale=0.25, shares_keys=shares_keys)
+        output.backward(upstream)
+        found.append([output.detach(), *(leaf.grad for leaf in leaves)])
+    for shared, repeated in list(zip(*found, strict=True))[:2]:  # the output and the queries' gradient
+        assert torch.equal(shared, repeated)
+    for shared, repeated in list(zip(*found, strict=True))[2:]:  # those of keys and values are sums in another order
+        torch.testing.assert_close(shared, repeated, rtol=1e-5, atol=1e-5)
+
+
+def test_shared_keys_are_never_copied(monkeypatch):
+    def refuse(*unused, **options):
+        raise AssertionError("keys or values were repeated")
+
+    query, key = torch.randn(1, 4, 8, 16), torch.randn(1, 2, 8, 16)
+    monkeypatch.setattr(torch.Tensor, "repeat_interleave", refuse)
+    attend(query, key, key, mask=None, is_causal=False, scale=1.0, shares_keys=True)
+    with pytest.raises(AssertionError, match="repeated"):
+        attend(query, key, key, mask=None, is_causal=True, scale=1.0, shares_keys=True)

@@ -30,8 +30,32 @@ class DeviceConfig(Section):
         default="auto",
         choices=("auto", "sdpa", "te"),
     )
+    kernels: str = operational(
+        "rotary positions, SwiGLU and noise: compiled makes one kernel of each by torch.compile and needs a GPU, "
+        "Triton and a C compiler; auto is compiled where those are found, otherwise plain",
+        default="auto",
+        choices=("auto", "compiled", "plain"),
+    )
+    grouped_queries: str = operational(
+        "keys and values of grouped-query attention: shared reads one copy for the queries of a group where every "
+        "position sees every other, repeated copies them for each head; auto is shared on a GPU, repeated on a CPU",
+        default="auto",
+        choices=("auto", "shared", "repeated"),
+    )
+    weight_gradients: str = operational(
+        "weight gradients of Transformer Engine's linear layers: fused adds them to the float32 buffers within the "
+        "matrix product, separate rounds each micro-batch's to precision.compute first; auto is fused. Other layers "
+        "have separate ones",
+        default="auto",
+        choices=("auto", "fused", "separate"),
+    )
     overlap_gradient_reduce: bool = operational(
         "sum gradients over data-parallel ranks while the backward pass of the last micro-batch goes on, in parts",
+        default=False,
+    )
+    overlap_parameter_gather: bool = operational(
+        "gather the updated weights of each part while the next step's forward pass computes with the parts before it; "
+        "needs device.overlap_gradient_reduce, which makes the parts",
         default=False,
     )
     deterministic: bool = operational(
@@ -68,6 +92,18 @@ class DeviceConfig(Section):
                 key="device.attention",
                 because="but layout.context_parallel_size is above 1, which only sdpa knows",
                 allowed="auto, sdpa",
+            )
+        if self.overlap_parameter_gather and not self.overlap_gradient_reduce:
+            yield Problem(
+                key="device.overlap_parameter_gather",
+                because="but device.overlap_gradient_reduce is false, so that all weights are one part",
+                allowed="false; or both true",
+            )
+        if self.weight_gradients != "auto" and (self.layers == "local" or precision.fp8_kernels == "emulate"):
+            yield Problem(
+                key="device.weight_gradients",
+                because="but the layers are not Transformer Engine's, the only ones that have a choice",
+                allowed="auto; or another value with device.layers=te",
             )
         if self.attention == "te" and self.layers == "local":
             yield Problem(

@@ -43,13 +43,20 @@ class RowContext(PackedSeqParams):  # type: ignore[misc]
         """True if a kernel's own causal mask implements the pattern: it takes complete rows."""
         return isinstance(self._context.pattern, Causal) and self._context.documents is None and self.part is None
 
-    def angles(self, x: torch.Tensor, theta: float, channels: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cosine and sine for the first channels of keys x [s, b, h, d], as `rotary_angles` returns them."""
-        if x.dtype not in self._angles:
-            self._angles[x.dtype] = rotary_angles(
-                self._context.positions, x.size(0), channels=channels, theta=theta, device=x.device, dtype=x.dtype
+    def angles(
+        self, x: torch.Tensor, theta: float, channels: int, *, is_compiled: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosine and sine for the first channels of keys x [s, b, h, d], as `rotary_angles` returns them.
+
+        Args:
+            is_compiled: for the kernel of compiled.py.
+        """
+        dtype = torch.float32 if is_compiled else x.dtype
+        if dtype not in self._angles:
+            self._angles[dtype] = rotary_angles(
+                self._context.positions, x.size(0), channels=channels, theta=theta, device=x.device, dtype=dtype
             )
-        return self._angles[x.dtype]
+        return self._angles[dtype]
 
     def own(self, angles: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """The angles of this rank's positions, from those of complete rows."""
@@ -81,7 +88,14 @@ class RotaryAttention(MegatronModule):  # type: ignore[misc]
     Args:
         rope_theta: base of the rotary positions.
         rotary_channels: the first channels of a head, which they turn.
+
+    Attributes:
+        is_compiled: turn by one kernel (engine/kernels.py).
+        shares_keys: queries of a group read one copy of its keys and values (engine/kernels.py).
     """
+
+    is_compiled = False
+    shares_keys = False
 
     def __init__(
         self,
@@ -122,19 +136,46 @@ class RotaryAttention(MegatronModule):  # type: ignore[misc]
             raise ValueError("attention takes a RowContext and neither a mask nor a bias beside it")
         if packed_seq_params.part is not None:  # keys and values travel together, before the keys are turned
             key, value = packed_seq_params.part.gather(torch.cat((key, value), dim=-1)).chunk(2, dim=-1)
-        angles = packed_seq_params.angles(key, self.rope_theta, self.rotary_channels)
-        q, k = rotate(query, packed_seq_params.own(angles)), rotate(key, angles)
-        v = value.permute(1, 2, 0, 3)
-        if q.size(1) != k.size(1):
-            # Written out: with enable_gqa torch may take the kernel that stores all s * s scores on CUDA; in float32 no
-            # other one knows grouped queries.
-            k, v = (tensor.repeat_interleave(q.size(1) // k.size(1), dim=1) for tensor in (k, v))
-        attended = F.scaled_dot_product_attention(
+        angles = packed_seq_params.angles(key, self.rope_theta, self.rotary_channels, is_compiled=self.is_compiled)
+        q = rotate(query, packed_seq_params.own(angles), is_compiled=self.is_compiled)
+        k = rotate(key, angles, is_compiled=self.is_compiled)
+        attended = attend(
             q,
             k,
-            v,
-            attn_mask=packed_seq_params.mask(k.size(2), q.device),
+            value.permute(1, 2, 0, 3),
+            mask=packed_seq_params.mask(k.size(2), q.device),
             is_causal=packed_seq_params.is_causal,
             scale=self.scale,
+            shares_keys=self.shares_keys,
         )
         return attended.permute(2, 0, 1, 3).reshape(query.size(0), query.size(1), -1)
+
+
+def attend(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    mask: torch.Tensor | None,
+    is_causal: bool,
+    scale: float,
+    shares_keys: bool,
+) -> torch.Tensor:
+    """Attention of query heads in groups: head i of h reads key and value head i div (h/g).
+
+    Shapes: q [b, h, n, d]; k and v [b, g, s, d]; mask [b or 1, 1, n, s]; returns [b, h, n, d].
+
+    Args:
+        shares_keys: where every query sees every key, the queries of a group stand one after another, as if they were
+            more positions of one head; no copy of keys and values is made. Under a mask or causal attention that would
+            copy the mask, and keys and values are repeated in any case.
+    """
+    num_repeats = q.size(1) // k.size(1)
+    if num_repeats > 1 and shares_keys and mask is None and not is_causal:
+        together = q.reshape(q.size(0), k.size(1), -1, q.size(-1))  # a view: [b, g, h/g * n, d]
+        return F.scaled_dot_product_attention(together, k, v, scale=scale).reshape(q.shape)
+    if num_repeats > 1:
+        # Written out: with enable_gqa torch may take the kernel that stores all n * s scores on CUDA; in float32 no
+        # other one knows grouped queries.
+        k, v = (tensor.repeat_interleave(num_repeats, dim=1) for tensor in (k, v))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal, scale=scale)

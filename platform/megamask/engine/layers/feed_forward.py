@@ -17,8 +17,10 @@ class FeedForward(MLP):  # type: ignore[misc]
 
     Attributes:
         column, row: classes of the two matrices' modules.
+        is_compiled: SwiGLU by one kernel (engine/kernels.py).
     """
 
+    is_compiled = False
     column: type[torch.nn.Module] = ColumnParallelLinear
     row: type[torch.nn.Module] = RowParallelLinear
 
@@ -32,5 +34,5 @@ class FeedForward(MLP):  # type: ignore[misc]
     def forward(self, hidden_states: torch.Tensor, **unused: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Shapes: [s, b, hidden] -> [s, b, hidden], and no bias."""
         both, _ = self.linear_fc1(hidden_states)
-        output: tuple[torch.Tensor, torch.Tensor | None] = self.linear_fc2(swiglu(both))
+        output: tuple[torch.Tensor, torch.Tensor | None] = self.linear_fc2(swiglu(both, is_compiled=self.is_compiled))
         return output

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from megamask.engine.layers import compiled
+
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """x / sqrt(mean(x^2) + eps) * weight (arXiv:1910.07467). Shapes: x [..., n], weight [n]."""
@@ -66,13 +68,19 @@ def rotary_angles(
     return _angles(positions.unsqueeze(1), channels, theta, dtype)
 
 
-def rotate(x: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+def rotate(x: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor], *, is_compiled: bool = False) -> torch.Tensor:
     """Rotary positions (RoFormer, arXiv:2104.09864): turn the channel pairs (c, c + d/2) by their position's angle.
 
     Shapes: x [s, b, h, d] -> [b, h, s, d]; angles as `rotary_angles` returns them. Channels beyond those that the
     angles are for stay as they are.
+
+    Args:
+        is_compiled: by one kernel (compiled.py), which takes float32 angles and rounds once.
     """
     x = x.permute(1, 2, 0, 3)
+    if is_compiled:
+        by_kernel: torch.Tensor = _RotateCompiled.apply(x, *angles)  # type: ignore[no-untyped-call]
+        return by_kernel
     channels = 2 * angles[0].size(-1)
     turned: torch.Tensor = _Rotate.apply(x[..., :channels], *angles)  # type: ignore[no-untyped-call]
     return turned if channels == x.size(-1) else torch.cat((turned, x[..., channels:]), dim=-1)
@@ -109,6 +117,27 @@ class _Rotate(torch.autograd.Function):
         return _turn(gradient, cosine, sine, out, sign=-1), None, None
 
 
+class _RotateCompiled(torch.autograd.Function):
+    """As _Rotate, over all channels."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(cosine, sine)
+        return compiled.turn(x, cosine, sine, sign=1)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        """The gradient is made in the order of memory that the layer's projection reads, [s, b, h, d]."""
+        cosine, sine = (_by_position(tensor) for tensor in ctx.saved_tensors)
+        turned = compiled.turn(gradient.permute(2, 0, 1, 3), cosine, sine, sign=-1)
+        return turned.permute(1, 2, 0, 3), None, None
+
+
+def _by_position(angles: torch.Tensor) -> torch.Tensor:
+    """[s, d/2] or [b, 1, s, d/2] -> [s, b or 1, 1, d/2]."""
+    return angles[:, None, None] if angles.dim() == 2 else angles.permute(2, 0, 1, 3)
+
+
 def _turn(x: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor, out: torch.Tensor, *, sign: int) -> torch.Tensor:
     for own, other, to, turn in zip(x.chunk(2, -1), x.chunk(2, -1)[::-1], out.chunk(2, -1), (-sign, sign), strict=True):
         torch.mul(own, cosine, out=to)
@@ -116,25 +145,34 @@ def _turn(x: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor, out: torch.
     return out
 
 
-def swiglu(x: torch.Tensor) -> torch.Tensor:
-    """silu(gate) * up (arXiv:2002.05202). Shapes: x [..., 2n], gate and up side by side -> [..., n]."""
-    gated: torch.Tensor = _SwiGLU.apply(x)  # type: ignore[no-untyped-call]
+def swiglu(x: torch.Tensor, *, is_compiled: bool = False) -> torch.Tensor:
+    """silu(gate) * up (arXiv:2002.05202). Shapes: x [..., 2n], gate and up side by side -> [..., n].
+
+    Args:
+        is_compiled: by one kernel in each direction (compiled.py), which rounds once.
+    """
+    gated: torch.Tensor = _SwiGLU.apply(x, is_compiled)  # type: ignore[no-untyped-call]
     return gated
 
 
 class _SwiGLU(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor, is_compiled: bool) -> torch.Tensor:
         ctx.save_for_backward(x)
+        ctx.is_compiled = is_compiled
+        if is_compiled:
+            return compiled.swiglu(x)
         gate, up = x.chunk(2, -1)
         return F.silu(gate).mul_(up)
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
         (x,) = ctx.saved_tensors
+        if ctx.is_compiled:
+            return compiled.swiglu_gradient(x, gradient), None
         gate, up = x.chunk(2, -1)
         out = torch.empty_like(x)
         of_gate, of_up = out.chunk(2, -1)
         torch.mul(gradient, F.silu(gate), out=of_up)
         torch.mul(torch.ops.aten.silu_backward(gradient, gate), up, out=of_gate)
-        return out
+        return out, None

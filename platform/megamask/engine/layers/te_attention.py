@@ -21,7 +21,12 @@ class RotaryTEAttention(TEDotProductAttention):  # type: ignore[misc]
     Args:
         rope_theta: base of the rotary positions.
         rotary_channels: the first channels of a head, which they turn.
+
+    Attributes:
+        is_compiled: turn by one kernel (engine/kernels.py).
     """
+
+    is_compiled = False
 
     def __init__(self, *arguments: Any, rope_theta: float, rotary_channels: int, **options: Any) -> None:
         super().__init__(*arguments, **options)
@@ -50,8 +55,9 @@ class RotaryTEAttention(TEDotProductAttention):  # type: ignore[misc]
             raise ValueError("device.attention=te has no context parallelism; set device.attention=sdpa")
         if attention_mask is not None or packed_seq_params.mask(query.size(0), query.device) is not None:
             raise ValueError("device.attention=te takes no mask; set device.attention=sdpa for this objective")
-        angles = packed_seq_params.angles(key, self.rope_theta, self.rotary_channels)
-        q, k = (rotate(tensor, angles).permute(2, 0, 1, 3).contiguous() for tensor in (query, key))
+        angles = packed_seq_params.angles(key, self.rope_theta, self.rotary_channels, is_compiled=self.is_compiled)
+        turned = (rotate(tensor, angles, is_compiled=self.is_compiled) for tensor in (query, key))
+        q, k = (tensor.permute(2, 0, 1, 3).contiguous() for tensor in turned)
         pattern = AttnMaskType.causal if packed_seq_params.is_causal else AttnMaskType.no_mask
         attended: torch.Tensor = super().forward(q, k, value.contiguous(), None, pattern)
         return attended

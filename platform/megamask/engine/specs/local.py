@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
-from megatron.core.transformer.enums import AttnMaskType
-from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 
@@ -12,6 +10,7 @@ from megamask.engine.layers.attention import RotaryAttention
 from megamask.engine.layers.feed_forward import FeedForward
 from megamask.engine.layers.norm import RMSNorm
 from megamask.engine.specs.base import Part
+from megamask.engine.specs.shared import block_of, parts_of
 from megamask.models.spec import ModelSpec
 
 
@@ -27,33 +26,22 @@ def block_spec(
     if attention != "sdpa":
         raise ValueError(f"these layers have no attention {attention!r}")
     layer = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=config.qk_layernorm)
-    self_attention = layer.submodules.self_attention
-    self_attention.params["attn_mask_type"] = AttnMaskType.no_mask  # the rows' context decides
-    self_attention.submodules.core_attention = ModuleSpec(
-        module=RotaryAttention, params={"rope_theta": rope_theta, "rotary_channels": rotary_channels}
-    )
-    layer.submodules.mlp = FeedForward
     layer.submodules.input_layernorm = RMSNorm
     layer.submodules.pre_mlp_layernorm = RMSNorm
     if config.qk_layernorm:
-        self_attention.submodules.q_layernorm = RMSNorm
-        self_attention.submodules.k_layernorm = RMSNorm
-    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=RMSNorm)
+        layer.submodules.self_attention.submodules.q_layernorm = RMSNorm
+        layer.submodules.self_attention.submodules.k_layernorm = RMSNorm
+    return block_of(
+        layer,
+        num_layers,
+        attention=RotaryAttention,
+        feed_forward=FeedForward,
+        final_norm=RMSNorm,
+        rope_theta=rope_theta,
+        rotary_channels=rotary_channels,
+    )
 
 
 def layer_parameters(spec: ModelSpec) -> dict[str, Part]:
     """Parts of a layer's parameters, by their names in the layer."""
-    parts = {
-        "input_layernorm.weight": Part.INPUT_NORM,
-        "self_attention.linear_qkv.weight": Part.QUERY_KEY_VALUE,
-        "self_attention.linear_proj.weight": Part.ATTENTION_OUTPUT,
-        "pre_mlp_layernorm.weight": Part.POST_ATTENTION_NORM,
-        "mlp.linear_fc1.weight": Part.GATE_AND_UP,
-        "mlp.linear_fc2.weight": Part.DOWN,
-    }
-    if spec.qkv_bias:
-        parts["self_attention.linear_qkv.bias"] = Part.QUERY_KEY_VALUE_BIAS
-    if spec.qk_norm:
-        parts["self_attention.q_layernorm.weight"] = Part.QUERY_NORM
-        parts["self_attention.k_layernorm.weight"] = Part.KEY_NORM
-    return parts
+    return parts_of(spec, input_norm="input_layernorm.weight", post_attention_norm="pre_mlp_layernorm.weight")

@@ -54,6 +54,7 @@ class Linear(torch.nn.Module):
         self.sequence_parallel, self.parallel_mode = sequence_parallel and tp_size > 1, parallel_mode
         self.tp_size, self.tp_group, self.use_bias, self.return_bias = tp_size, tp_group, bias, return_bias
         self.weight = torch.nn.Parameter(torch.empty(rows, columns, dtype=params_dtype, device=device))
+        self.fuse_wgrad_accumulation = fuse_wgrad_accumulation
         self.fp8_meta: dict[str, Any] = {}
         self.save_original_input = False  # megatron-core sets it where a recipe allows
         self.bias = torch.nn.Parameter(torch.zeros(rows, dtype=params_dtype, device=device)) if bias else None
@@ -71,7 +72,7 @@ class Linear(torch.nn.Module):
         is_column = self.parallel_mode == "column"
         y = linear_with_grad_accumulation_and_async_allreduce(
             x,
-            self.weight,
+            _AddedWithin.apply(self.weight) if self.fuse_wgrad_accumulation else self.weight,
             self.bias,
             False,
             is_column and self.tp_size > 1 and not self.sequence_parallel,
@@ -98,6 +99,22 @@ class Linear(torch.nn.Module):
 
     def set_extra_state(self, state: Any) -> None:
         """Takes anything."""
+
+
+class _AddedWithin(torch.autograd.Function):
+    """The weight; its gradient goes into main_grad, and what autograd gets in its place holds no values."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: torch.Tensor) -> torch.Tensor:
+        ctx.weight = weight
+        return weight.view_as(weight)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+        weight = ctx.weight
+        weight.main_grad.add_(gradient)
+        weight.grad_added_to_main_grad = True
+        return torch.full_like(weight, torch.nan)  # the library: torch.empty
 
 
 class LayerNormLinear(Linear):
