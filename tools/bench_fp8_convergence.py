@@ -35,9 +35,6 @@ ARMS = {
 SETTINGS = (
     "precision.compute=bf16",
     "tracking.mlflow.enabled=false",
-    "training.sequence_length=64",
-    "training.global_batch_size=8",
-    "training.micro_batch_size=8",
     "optimizer.learning_rate=3e-3",
     "optimizer.warmup_steps=50",
     "evaluation.rows=128",
@@ -52,25 +49,25 @@ def megamask(*arguments: str) -> None:
         sys.exit(f"{' '.join(arguments[:3])} ... ended with {done.returncode}:\n{done.stderr}")
 
 
-def prepare(folder: Path, text: str | None) -> tuple[Path, str]:
+def prepare(folder: Path, arguments: argparse.Namespace) -> tuple[Path, str]:
     """A corpus of the standard library's source, or of the given text; return its folder and its id."""
-    corpus = folder / "corpus"
+    corpus, text = folder / "corpus", arguments.text
     other = (f"corpus.inputs={json.dumps([text])}", "corpus.licence=null", "corpus.origin=null") if text else ()
     megamask(
         *("prepare", "configs/corpus/python_stdlib.yaml", f"corpus.output_dir={corpus}"),
-        *("corpus.sequence_length=64", "corpus.tokenizer.vocab_size=1024", *other),
+        *(f"corpus.sequence_length={arguments.sequence_length}", "corpus.tokenizer.vocab_size=512", *other),
     )
     return corpus, hashlib.sha256((corpus / "manifest.json").read_bytes()).hexdigest()
 
 
-def train(folder: Path, corpus: Path, arm: str, seed: int, num_steps: int) -> dict[str, Any]:
+def train(folder: Path, corpus: Path, arm: str, seed: int, settings: list[str], num_steps: int) -> dict[str, Any]:
     """Train one run; return its bound and the mean losses of about twenty equal parts of its steps."""
     emulation = ("precision.fp8_kernels=emulate",) if ARMS[arm] else ()
     megamask(
         *("train", "configs/run/tiny.yaml", f"run.name={arm}-{seed}", f"run.output_dir={folder}", f"run.seed={seed}"),
         *(f"data.corpora.main={corpus}", f"data.seed={seed}", f"training.steps={num_steps}"),
         *(f"evaluation.every_steps={num_steps}", f"checkpoint.every_steps={num_steps}"),
-        *(*SETTINGS, *ARMS[arm], *emulation),
+        *(*settings, *ARMS[arm], *emulation),
     )
     records = list(read_journal(folder / f"{arm}-{seed}"))
     [bound] = [record["nelbo_nats_per_token"] for record in records if record["kind"] == "evaluation"]
@@ -85,6 +82,8 @@ def main() -> int:
     parser = benchmark_parser(__doc__)
     parser.add_argument("--steps", type=int, default=1000, help="steps of each run (default 1000)")
     parser.add_argument("--seeds", type=int, default=3, help="seeds of each arm (default 3)")
+    parser.add_argument("--sequence-length", type=int, default=64, help="tokens of a row (default 64)")
+    parser.add_argument("--batch-size", type=int, default=8, help="samples of a step (default 8)")
     parser.add_argument("--text", help="pattern of text files to train on in place of the standard library's source")
     arguments = parser.parse_args()
     if arguments.quick:
@@ -92,15 +91,21 @@ def main() -> int:
     report = Report("bench_fp8_convergence", "FP8 beside bf16: convergence", arguments)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        corpus, corpus_id = prepare(folder, arguments.text)
-        conditions = {"corpus_id": corpus_id, "steps": arguments.steps, "settings": list(SETTINGS)}
+        corpus, corpus_id = prepare(folder, arguments)
+        settings = [
+            *SETTINGS,
+            f"training.sequence_length={arguments.sequence_length}",
+            f"training.global_batch_size={arguments.batch_size}",
+            f"training.micro_batch_size={arguments.batch_size}",
+        ]
+        conditions = {"corpus_id": corpus_id, "steps": arguments.steps, "settings": settings}
         runs = finished_runs(arguments.json, conditions)
         report.keep("conditions", conditions)
         for seed in range(1, arguments.seeds + 1):
             for arm in ARMS:
                 run = f"{arm} seed {seed}"
                 if run not in runs:
-                    runs[run] = train(folder, corpus, arm, seed, arguments.steps)
+                    runs[run] = train(folder, corpus, arm, seed, settings, arguments.steps)
                 report.keep("runs", runs)
                 report.save()
                 print(json.dumps({"run": run, "bound": runs[run]["bound"]}), flush=True)
