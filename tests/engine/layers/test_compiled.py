@@ -18,7 +18,6 @@ from megamask.engine.layers.operators import rotary_angles, rotate, swiglu
 from support import engine_cases as cases
 from support.order_oracle import philox4x32_10
 
-PROMISE = "compiled kernels of rotation, SwiGLU and noise give the values of the formulas"
 FORMATS = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 LENGTH = 2048
 needs_compiler = pytest.mark.skipif(not shutil.which("g++"), reason="torch compiles for a CPU with g++")
@@ -44,7 +43,7 @@ def assert_rounded_once(found: torch.Tensor, exact: torch.Tensor, dtype: torch.d
     assert ((found.double() - exact).abs() <= bound * exact.abs() + 1e-5).all()
 
 
-@pytest.mark.promise(PROMISE)
+@pytest.mark.promise("compiled kernels of rotation, SwiGLU and noise give the values of the formulas")
 @FORMATS
 def test_swiglu_and_its_gradient_are_the_formulas(dtype: torch.dtype) -> None:
     x, weight = draws(LENGTH, 1, 192, scale=4.0).to(dtype).requires_grad_(), draws(LENGTH, 1, 96, seed=1).to(dtype)
@@ -68,7 +67,7 @@ def exact_rotation(x: torch.Tensor, positions: torch.Tensor, channels: int, thet
     return torch.cat((turned.real, turned.imag, x[..., channels:]), dim=-1)
 
 
-@pytest.mark.promise(PROMISE)
+@pytest.mark.promise("compiled kernels of rotation, SwiGLU and noise give the values of the formulas")
 @FORMATS
 @pytest.mark.parametrize("channels", [32, 16], ids=["all channels", "half of the channels"])
 @pytest.mark.parametrize("has_positions", [False, True])
@@ -95,7 +94,7 @@ def test_rotation_and_its_gradient_are_the_formulas(dtype: torch.dtype, channels
     assert_rounded_once(fused.grad, wide.grad, dtype)
 
 
-@pytest.mark.promise(PROMISE)
+@pytest.mark.promise("compiled kernels of rotation, SwiGLU and noise give the values of the formulas")
 def test_noise_has_the_bits_of_the_law(monkeypatch: pytest.MonkeyPatch) -> None:
     counter = torch.randint(0, 2**32, (5, 300), generator=torch.Generator().manual_seed(3)) + 2**40
     keys = torch.randint(0, 2**32, (300,), generator=torch.Generator().manual_seed(4))
