@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import megamask.engine.engine  # noqa: F401  prepares torch for megatron-core
+from megamask.config.schema.device import DeviceConfig
 from megamask.config.schema.layout import LayoutConfig
 from megamask.config.schema.optimizer import OptimizerConfig
 from megamask.config.schema.precision import PrecisionConfig
@@ -58,7 +59,9 @@ def measure(case: dict[str, Any]) -> dict[str, Any]:
             optimizer_config = OptimizerConfig(learning_rate=1.0)
             table = parameter_table(networks, spec, mesh, family.layer_parameters(spec), optimizer_config)
             mark_parameters(networks, table)
-            chunks = [wrap_data_parallel(network, chunk=chunk) for chunk, network in enumerate(networks)]
+            chunks = [
+                wrap_data_parallel(network, DeviceConfig(), chunk=chunk) for chunk, network in enumerate(networks)
+            ]
             optimizer = ShardedAdamW(chunks, table, optimizer_config)
             updated = sum(shard.stop - shard.start for shard in optimizer.shards() if not shard.info.is_buffer)
         buffers = [buffer for chunk in chunks for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers)]

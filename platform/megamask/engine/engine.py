@@ -100,20 +100,13 @@ class Engine:
             attention="te" if device.attention == "te" else "sdpa",
         )
         networks = [build(spec, mesh, precision, chunk=chunk) for chunk in range(mesh.virtual_pipeline_size)]
-        kernels = Kernels.chosen(device, backend)
-        for network in networks:
-            kernels.install(network, backend)
+        Kernels.chosen(device, backend).install(networks, backend)
         self._fp8 = Fp8(
             networks, precision, mesh, num_layers=spec.num_layers, group=groups.replicas, device=backend.device
         )
         self.parameters = parameter_table(networks, spec, mesh, family.layer_parameters(spec), optimizer)
         mark_parameters(networks, self.parameters)
-        wrap = functools.partial(
-            wrap_data_parallel,
-            is_overlapped=device.overlap_gradient_reduce,
-            gathers_late=device.overlap_parameter_gather,
-        )
-        chunks = tuple(wrap(network, chunk=number) for number, network in enumerate(networks))
+        chunks = tuple(wrap_data_parallel(network, device, chunk=number) for number, network in enumerate(networks))
         self._optimizer = ShardedAdamW(chunks, self.parameters, optimizer)
         set_initial_weights(self._optimizer, spec, seed=seed if draws_weights else None)
         self._rank_model = RankModel(

@@ -1,4 +1,4 @@
-"""Which kernels the layers use where a GPU would wait for many small ones: chosen once, then set on the modules.
+"""Choice of kernels where a GPU would wait for many small ones: made once, then set on the modules.
 
 Each choice is a setting of its own, so that its part of a step's time can be measured alone. A CPU keeps the plain
 kernels.
@@ -6,6 +6,8 @@ kernels.
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -45,9 +47,9 @@ class Kernels:
             adds_weight_gradients=device.weight_gradients != "separate",
         )
 
-    def install(self, network: torch.nn.Module, backend: Backend) -> None:
-        """Set the choices on a stage's modules."""
-        for module in network.modules():
+    def install(self, networks: Sequence[torch.nn.Module], backend: Backend) -> None:
+        """Set the choices on the modules of this rank's stages."""
+        for module in itertools.chain.from_iterable(network.modules() for network in networks):
             if isinstance(module, RotaryAttention):
                 module.shares_keys = self.shares_keys
             if isinstance(module, FeedForward) or hasattr(module, "rotary_channels"):

@@ -21,6 +21,7 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megamask.config.schema.device import DeviceConfig
 from megamask.config.schema.precision import PrecisionConfig
 from megamask.engine.embedding import WideSumEmbedding
 from megamask.engine.embedding_noise import with_noise
@@ -139,30 +140,28 @@ def build_network(
     return network
 
 
-def wrap_data_parallel(
-    network: DiffusionNetwork, *, chunk: int = 0, is_overlapped: bool = False, gathers_late: bool = False
-) -> DistributedDataParallel:
+def wrap_data_parallel(network: DiffusionNetwork, device: DeviceConfig, *, chunk: int = 0) -> DistributedDataParallel:
     """Add float32 gradient buffers and their sums over the data-parallel ranks, sharded for the optimizer.
 
     Args:
+        device: with overlap_gradient_reduce sums are made while the backward pass of the last micro-batch goes on, with
+            overlap_parameter_gather updated weights are gathered during the next forward pass.
         chunk: which of the rank's stages, from 0; only the first one's buffers are cut into buckets.
-        is_overlapped: sum while the backward pass of the last micro-batch goes on (device.overlap_gradient_reduce).
-        gathers_late: gather updated weights during the next forward pass (device.overlap_parameter_gather).
     """
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         use_distributed_optimizer=True,
         average_in_collective=False,
-        overlap_grad_reduce=is_overlapped,
-        overlap_param_gather=gathers_late,
+        overlap_grad_reduce=device.overlap_gradient_reduce,
+        overlap_param_gather=device.overlap_parameter_gather,
     )
     model = DistributedDataParallel(
         config=network.config, ddp_config=ddp_config, module=network, disable_bucketing=chunk > 0
     )
-    if is_overlapped:
+    if device.overlap_gradient_reduce:
         announce_gradients(network)
         network.config.no_sync_func = model.no_sync  # the sums begin with the last micro-batch
-    if gathers_late:
+    if device.overlap_parameter_gather:
         network.complete = lambda weight: model.param_to_bucket_group[weight].finish_param_sync()
     return model
 

@@ -166,7 +166,7 @@ def attend(
     Shapes: q [b, h, n, d]; k and v [b, g, s, d]; mask [b or 1, 1, n, s]; returns [b, h, n, d].
 
     Args:
-        shares_keys: where every query sees every key, the queries of a group stand one after another, as if they were
+        shares_keys: where every query sees every key, the queries of a group follow one another, as if they were
             more positions of one head; no copy of keys and values is made. Under a mask or causal attention that would
             copy the mask, and keys and values are repeated in any case.
     """

@@ -1,4 +1,4 @@
-"""What the layer families have in common: attention by the rows' context, megamask's SwiGLU, and the parts' names."""
+"""Common parts of the layer families: attention by the rows' context, megamask's SwiGLU, and the parts' names."""
 
 from __future__ import annotations
 
