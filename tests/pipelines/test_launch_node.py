@@ -14,6 +14,7 @@ import pytest
 
 from megamask.launch.verdict import read_verdict
 from support.command import command, environment, journal, step_lines, tiny
+from support.exposition import parsed
 from support.nodes import ends, node, ranks, wait_for_commit
 
 pytestmark = pytest.mark.multiprocess
@@ -25,7 +26,7 @@ ENDLESS = ("layout.data_parallel_size=2", "training.steps=1000000", "checkpoint.
 @pytest.mark.promise("`megamask launch node`: a preempted job ends with 75 on every node and resumes")
 def test_preempted_job_ends_with_75_on_every_node_and_resumes(small_corpus: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
-    arguments = tiny(small_corpus, tmp_path, "run", *ENDLESS)
+    arguments = tiny(small_corpus, tmp_path, "run", *ENDLESS, f"launch.metrics_folder={tmp_path / 'metrics'}")
     nodes = [node(arguments, number, "job-1.0") for number in (0, 1)]
     wait_for_commit(run_dir)
     nodes[1].send_signal(signal.SIGTERM)  # one node is enough: the ranks agree
@@ -38,10 +39,29 @@ def test_preempted_job_ends_with_75_on_every_node_and_resumes(small_corpus: Path
     assert [line["host"] for line in journal(run_dir) if line["kind"] == "attempt_started"] == ["host-0"]
     claim = json.loads((run_dir / "attempts" / "0001" / "claim.json").read_text())
     assert (claim["token"], claim["node"]) == ("job-1.0", "host-0")
+    _assert_metrics(tmp_path / "metrics", run_dir, verdict.step)
     nodes = [node([*arguments, f"training.stop_after_step={verdict.step + 2}"], number, "job-1.1") for number in (0, 1)]
     codes, told = ends(nodes)
     assert codes == [0, 0], told
     assert max(step_lines(run_dir)) == verdict.step + 2
+
+
+def _assert_metrics(folder: Path, run_dir: Path, step: int) -> None:
+    """Assert that both nodes' metrics files have the end of a preempted first attempt."""
+    found = {
+        number: {series.name: series for series in parsed((folder / f"megamask-run-{number}.prom").read_text())}
+        for number in (0, 1)
+    }
+    for number, metrics in found.items():
+        assert (metrics["megamask_up"].value, metrics["megamask_exit_code"].value) == (0, 75)
+        assert 0 < metrics["megamask_step"].value <= step
+        labels = {"run": "run", "node": str(number), "host": f"host-{number}"}
+        assert metrics["megamask_node_info"].labels == labels
+    newest = step_lines(run_dir)[step]
+    assert found[0]["megamask_loss_nats_per_token"].value == newest["loss"]
+    assert found[0]["megamask_consumed_tokens"].value == newest["consumed_tokens"]
+    assert (found[0]["megamask_checkpoint_step"].value, found[0]["megamask_restarts_total"].value) == (step, 0)
+    assert "megamask_loss_nats_per_token" not in found[1]
 
 
 @pytest.mark.promise("`megamask launch node`: a refusal ends with 2 on every node")

@@ -78,6 +78,7 @@ def _run_node(arguments: argparse.Namespace, signals: StopRequest) -> dict[str, 
     from megamask.launch.verdict import Verdict, launch_folder, write_verdict
     from megamask.resilience.process_facts import node_name
     from megamask.runs.layout import run_path
+    from megamask_pipelines.node_metrics import metrics_file
 
     if leftover := [name for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK") if name in os.environ]:
         raise UsageError(
@@ -90,14 +91,18 @@ def _run_node(arguments: argparse.Namespace, signals: StopRequest) -> dict[str, 
     run_dir = run_path(loaded.config.run.output_dir, loaded.config.run.name)
     try:
         validate_train(loaded.config, loaded.origins)
-        verdict, failure = run_node(
-            ["train", arguments.config, *arguments.overrides],
-            place,
-            run_dir,
-            ranks_per_node=_ranks_per_node(loaded.config, place),
-            signals=signals,
-            launch=loaded.config.launch,
-        )
+        with metrics_file(loaded.config, run_dir, place.node) as metrics:
+            verdict, failure = run_node(
+                ["train", arguments.config, *arguments.overrides],
+                place,
+                run_dir,
+                ranks_per_node=_ranks_per_node(loaded.config, place),
+                signals=signals,
+                launch=loaded.config.launch,
+                metrics=metrics,
+            )
+            if metrics is not None:
+                metrics.exit_code = verdict.code
     except MegamaskError as error:
         if place.node == 0:  # the other nodes wait for a verdict
             with contextlib.suppress(MegamaskError, OSError):

@@ -157,8 +157,9 @@ def _kubernetes_problems(config: TrainConfig, target: Target) -> Iterator[Proble
     for key, path in (
         ("run.output_dir", config.run.output_dir),
         ("data.corpora", next(iter(config.data.corpora.values()))),
+        ("launch.metrics_folder", launch.metrics_folder),
     ):
-        if not is_below(path, options.claims.values()):
+        if path is not None and not is_below(path, options.claims.values()):
             yield Problem(
                 key=key,
                 because="which lies on no volume of the pods",

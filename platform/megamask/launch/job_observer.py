@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from megamask.errors import MegamaskError
 from megamask.launch.hang import Standing, read_standings, write_standings
+from megamask.launch.metrics_file import MetricsFile
 from megamask.launch.placement import NodePlace
 from megamask.launch.run_observer import RunObserver
 from megamask.launch.verdict import read_verdict, wait_until
+from megamask.resilience.heartbeat import Mark
 from megamask.storage.durable import make_folders
 
 # The launch folder lies on shared storage: it is not asked more often than this.
@@ -25,10 +27,14 @@ class JobObserver(RunObserver):
 
     Args:
         folder: of this start of the job.
+        metrics: the node's metrics file, or None.
     """
 
-    def __init__(self, folder: Path, place: NodePlace, run_dir: Path, before: int) -> None:
+    def __init__(
+        self, folder: Path, place: NodePlace, run_dir: Path, before: int, metrics: MetricsFile | None = None
+    ) -> None:
         super().__init__(run_dir, before)
+        self._metrics = metrics
         self._folder = folder
         self._place = place
         others = [node for node in range(place.num_nodes) if node != place.node]
@@ -38,6 +44,11 @@ class JobObserver(RunObserver):
     def owns(self, claim: dict[str, object]) -> bool:
         """Return whether this start of the job made the claim: a newer one may belong to another job."""
         return claim.get("token") == self._place.token
+
+    def looked(self, marks: Mapping[int, Mark | None]) -> None:
+        """Hand the progress marks of the running ranks to the metrics file."""
+        if self._metrics is not None:
+            self._metrics.take(marks.values())
 
     def has_ended_elsewhere(self) -> bool:
         """Return whether node 0 has closed the job."""

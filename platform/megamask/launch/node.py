@@ -17,6 +17,7 @@ from megamask.errors import ExitCode, MegamaskError, error_with_code
 from megamask.launch.failures import RankExit, failure_of
 from megamask.launch.job_observer import JobObserver
 from megamask.launch.meeting import listening, meeting, wait_for_name
+from megamask.launch.metrics_file import MetricsFile
 from megamask.launch.placement import NodePlace
 from megamask.launch.ranks import Gang, run_ranks
 from megamask.launch.verdict import (
@@ -54,6 +55,7 @@ def run_node(
     signals: StopRequest,
     launch: LaunchConfig,
     module: str = "megamask_pipelines.cli.main",
+    metrics: MetricsFile | None = None,
 ) -> tuple[Verdict, MegamaskError | None]:
     """Run this node's ranks of `megamask ARGUMENTS` to their end.
 
@@ -61,6 +63,7 @@ def run_node(
         arguments: the command line of the ranks, as ["train", CONFIG, ...].
         run_dir: run directory, on storage that all nodes share.
         launch: grace periods, limits of the watchdog, and how many starts of the job may fail at the same step.
+        metrics: the node's metrics file, which gets the progress of the ranks.
 
     Returns: the job's verdict, the same on every node that is alive, and the failure to show, if this node has one.
     Raises:
@@ -68,7 +71,7 @@ def run_node(
         StorageError: the launch folder refuses.
     """
     folder = launch_folder(run_dir, place.token)
-    observer = JobObserver(folder, place, run_dir, max(claimed_attempts(run_dir), default=0))
+    observer = JobObserver(folder, place, run_dir, max(claimed_attempts(run_dir), default=0), metrics)
     with contextlib.ExitStack() as stack:
         listener = stack.enter_context(listening(place)) if place.node == 0 else None
         if listener is not None:

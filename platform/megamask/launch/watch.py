@@ -6,7 +6,7 @@ import contextlib
 import signal
 import subprocess
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from megamask.config.schema.watchdog import WatchdogConfig
@@ -14,7 +14,7 @@ from megamask.errors import ExitCode, MegamaskError
 from megamask.launch.failures import AGREED
 from megamask.launch.hang import Standing, examine, hang_error
 from megamask.launch.rank_folder import RankFolder
-from megamask.resilience.heartbeat import BEFORE_TRAINING
+from megamask.resilience.heartbeat import BEFORE_TRAINING, Mark
 from megamask.resilience.signals import STOP_SIGNALS, is_ignored
 from megamask.resilience.stacks import ask_for_stacks, wait_for_stacks
 from megamask.resilience.watchdog import Watchdog
@@ -52,6 +52,9 @@ class Observer:
     """
 
     first_pid: int = 0
+
+    def looked(self, marks: Mapping[int, Mark | None]) -> None:
+        """Take in the progress marks of the running ranks, several times a second; None is one that has not begun."""
 
     def killed(self, rank: int, number: int) -> None:
         """Record a rank that was killed by a signal (`number`) which this launcher did not send."""
@@ -170,7 +173,9 @@ class Watch:
         """End all ranks if one of this node exceeds its limit, or another node found a hang."""
         if not (pids := self._running()):
             return
-        stillness = self._watchdog.look({rank: self._folder.mark(rank) for rank in pids})
+        marks = {rank: self._folder.mark(rank) for rank in pids}
+        self._observer.looked(marks)
+        stillness = self._watchdog.look(marks)
         if not self._watchdog.is_hung(stillness) and not self._observer.is_hung_elsewhere():
             return
         standings, stacks = examine(pids, stillness, self._folder)

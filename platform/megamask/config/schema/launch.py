@@ -237,6 +237,12 @@ class LaunchConfig(Section):
         pattern=r"/[A-Za-z0-9_.@+=,/-]*",
         pattern_words="an absolute path of letters, digits and _ . @ + = , / -",
     )
+    metrics_folder: str | None = operational(
+        "folder of a Prometheus textfile collector; `megamask launch node` keeps a file megamask-RUN-NODE.prom in it; "
+        "runs that share a folder need different names; null writes none",
+        default=None,
+        is_path=True,
+    )
     watchdog: WatchdogConfig = section()
     slurm: SlurmConfig = section()
     kubernetes: KubernetesConfig = section()
