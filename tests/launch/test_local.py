@@ -17,7 +17,7 @@ from megamask.launch.failures import RankExit, failure_of
 from megamask.launch.local import run_local_ranks
 from megamask.launch.placement import rank_place
 from megamask.launch.rank_folder import leave_report
-from megamask.launch.watch import Observer
+from megamask.launch.watch import Observer, StopGrace
 from megamask.resilience.exit_codes import combine
 from megamask.resilience.signals import StopRequest
 
@@ -67,7 +67,8 @@ def test_rank_that_does_not_end_after_a_signal_is_killed_and_the_run_ends_with_7
         "os.kill(os.getppid(), signal.SIGTERM)\n"
         "time.sleep(600)\n"
     )
-    exits = run_local_ranks([script], 1, module="support.rank_script", stop_grace_s=0.5, save_budget_s=0.0)
+    grace = StopGrace(grace_s=0.5, save_budget_s=0.0)
+    exits = run_local_ranks([script], 1, module="support.rank_script", grace=grace)
     assert [(each.was_overdue, each.returncode) for each in exits] == [(True, -signal.SIGKILL)]
     failure = failure_of(exits)
     assert failure is not None and failure.exit_code == ExitCode.HANG
