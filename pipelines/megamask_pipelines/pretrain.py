@@ -106,6 +106,7 @@ def pretrain(config: TrainConfig, signals: StopRequest) -> tuple[StopReason, Pro
                     destroy_process_group()
                     return scope.reason, scope.progress
             # rewound, and recorded: the next attempt goes on in this process
+            heartbeat.enter("restore")
             scope.committer = None
             _release(engines)
             startup = StartupClock(age_s=0.0)

@@ -11,6 +11,7 @@ from megamask.config.schema.roots import TrainConfig
 from megamask.config.validate import validate_train
 from megamask.config.validate_launch import Target, job_name, notice_s, slurm_save_budget_s, validate_launch
 from megamask.errors import UsageError
+from megamask.launch.from_config import job_from_config
 
 TINY = Path(__file__).parents[2] / "configs" / "run" / "tiny.yaml"
 IMAGE = "images.example/megamask@sha256:" + "0" * 64
@@ -55,6 +56,12 @@ def test_save_budget_of_a_slurm_job_is_what_killwait_leaves(overrides: list[str]
     loaded = _loaded(*overrides)
     validate_launch(loaded.config, loaded.origins, "slurm")
     assert slurm_save_budget_s(loaded.config.launch) == budget
+
+
+def test_ranks_of_context_parallelism_are_shared_among_the_nodes() -> None:
+    loaded = _loaded("layout.context_parallel_size=2", "launch.nodes=2", "launch.gpus_per_node=0")
+    validate_launch(loaded.config, loaded.origins, "slurm")
+    assert job_from_config(loaded.config, "slurm", path="tiny.yaml").ranks_per_node == 1
 
 
 def test_notice_is_longer_than_stopping_and_saving() -> None:

@@ -48,12 +48,6 @@ def job_name(config: TrainConfig) -> str:
     return config.launch.name or re.sub(r"[._]", "-", config.run.name.lower())
 
 
-def num_ranks(config: TrainConfig) -> int:
-    """Return the number of ranks of the layout."""
-    layout = config.layout
-    return layout.tensor_parallel_size * layout.pipeline_parallel_size * layout.data_parallel_size
-
-
 def notice_s(launch: LaunchConfig, save_budget_s: float) -> int:
     """Return how long before its end a job is asked to save, where that time is chosen here: whole seconds."""
     return math.ceil(launch.stop_grace_s + save_budget_s + NOTICE_MARGIN_S)
@@ -68,7 +62,7 @@ def slurm_save_budget_s(launch: LaunchConfig) -> float:
 
 
 def _size_problems(config: TrainConfig) -> Iterator[Problem]:
-    launch, ranks = config.launch, num_ranks(config)
+    launch, ranks = config.launch, config.layout.num_processes
     if ranks % launch.nodes:
         yield Problem(
             key="launch.nodes",

@@ -8,7 +8,7 @@ from megamask.config.dump import to_yaml
 from megamask.config.rules.launch import kubernetes_secret, mount_parts
 from megamask.config.schema.launch import KubernetesConfig, SlurmConfig
 from megamask.config.schema.roots import TrainConfig
-from megamask.config.validate_launch import Target, job_name, notice_s, num_ranks, slurm_save_budget_s
+from megamask.config.validate_launch import Target, job_name, notice_s, slurm_save_budget_s
 from megamask.launch.environment import fabric_environment
 from megamask.launch.job import Job, KubernetesOptions, Mount, SecretKey, SlurmOptions
 from megamask.runs.layout import run_path
@@ -22,7 +22,7 @@ def job_from_config(config: TrainConfig, target: Target, *, path: str, overrides
         path, overrides: as the nodes of a Slurm job get them; pods get the composed config.
     """
     launch = config.launch
-    ranks_per_node = num_ranks(config) // launch.nodes
+    ranks_per_node = config.layout.num_processes // launch.nodes
     budget = slurm_save_budget_s(launch) if target == "slurm" else launch.effective_save_budget_s
     if target == "slurm" and launch.save_budget_s is None:
         overrides = [*overrides, f"launch.save_budget_s={budget:g}"]

@@ -11,6 +11,7 @@ from megamask.errors import MegamaskError
 from megamask.launch.hang import Standing, read_standings, write_standings
 from megamask.launch.metrics_file import MetricsFile
 from megamask.launch.placement import NodePlace
+from megamask.launch.preflight import read_unfit
 from megamask.launch.run_observer import RunObserver
 from megamask.launch.verdict import read_verdict, wait_until
 from megamask.resilience.heartbeat import Mark
@@ -39,6 +40,7 @@ class JobObserver(RunObserver):
         self._place = place
         others = [node for node in range(place.num_nodes) if node != place.node]
         self._has_verdict = _Seldom(lambda: read_verdict(folder) is not None)
+        self._has_unfit = _Seldom(lambda: read_unfit(folder) is not None)
         self._has_hang = _Seldom(lambda: any(self._standings(node).exists() for node in others))
 
     def owns(self, claim: dict[str, object]) -> bool:
@@ -53,6 +55,10 @@ class JobObserver(RunObserver):
     def has_ended_elsewhere(self) -> bool:
         """Return whether node 0 has closed the job."""
         return self._has_verdict()
+
+    def is_unfit_elsewhere(self) -> bool:
+        """Return whether another node was found not fit, so that its ranks never come."""
+        return self._has_unfit()
 
     def is_hung_elsewhere(self) -> bool:
         """Return whether another node has written where its ranks are in a hang."""

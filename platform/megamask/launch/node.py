@@ -19,6 +19,7 @@ from megamask.launch.job_observer import JobObserver
 from megamask.launch.meeting import listening, meeting, wait_for_name
 from megamask.launch.metrics_file import MetricsFile
 from megamask.launch.placement import NodePlace
+from megamask.launch.preflight import Unfit, examine_node, read_unfit, write_unfit
 from megamask.launch.ranks import Gang, run_ranks
 from megamask.launch.verdict import (
     Verdict,
@@ -57,7 +58,7 @@ def run_node(
     module: str = "megamask_pipelines.cli.main",
     metrics: MetricsFile | None = None,
 ) -> tuple[Verdict, MegamaskError | None]:
-    """Run this node's ranks of `megamask ARGUMENTS` to their end.
+    """Check this node, then run its ranks of `megamask ARGUMENTS` to their end.
 
     Args:
         arguments: the command line of the ranks, as ["train", CONFIG, ...].
@@ -71,6 +72,8 @@ def run_node(
         StorageError: the launch folder refuses.
     """
     folder = launch_folder(run_dir, place.token)
+    if launch.preflight and (unfit := examine_node(run_dir, should_end=lambda: bool(signals.requested))) is not None:
+        return _leave_unfit(folder, place, unfit, launch.no_progress_attempts)
     observer = JobObserver(folder, place, run_dir, max(claimed_attempts(run_dir), default=0), metrics)
     with contextlib.ExitStack() as stack:
         listener = stack.enter_context(listening(place)) if place.node == 0 else None
@@ -93,12 +96,29 @@ def run_node(
     write_codes(folder, place.node, [own])
     if place.node == 0:
         verdict = _judge(folder, place, run_dir, observer.attempt, own, exits[0])
+        if (unfit := read_unfit(folder)) is not None and unfit.code == verdict.code:
+            failure = unfit.error
         verdict, failure = _after_history(folder, verdict, failure, launch.no_progress_attempts)
         _close_status(run_dir, verdict, failure)
         write_verdict(folder, verdict)
         return verdict, failure
     wait_until(lambda: read_verdict(folder) is not None, _VERDICT_S)
     return read_verdict(folder) or Verdict(code=own, node=node_name()), failure
+
+
+def _leave_unfit(folder: Path, place: NodePlace, unfit: Unfit, attempts: int) -> tuple[Verdict, MegamaskError | None]:
+    """Let the other nodes know that this one is not fit, and return the job's verdict; no rank was started here."""
+    failure: MegamaskError | None = unfit.error
+    own = Verdict(code=unfit.code, node=unfit.node)
+    with contextlib.suppress(MegamaskError, OSError):  # a storage that refuses may be what was found
+        write_unfit(folder, unfit)
+        write_codes(folder, place.node, [unfit.code])
+        if place.node == 0:
+            own, failure = _after_history(folder, own, failure, attempts)
+            write_verdict(folder, own)
+            return own, failure
+        wait_until(lambda: read_verdict(folder) is not None, _VERDICT_S)
+    return read_verdict(folder) or own, failure
 
 
 def _gang(place: NodePlace, ranks_per_node: int, address: str, port: int, listener: socket.socket | None) -> Gang:
@@ -125,7 +145,9 @@ def _judge(folder: Path, place: NodePlace, run_dir: Path, attempt: int | None, o
     step = first.closed_step  # the status of a superseded attempt is already that of the newer one
     if status is not None and status.attempt == attempt and status.step is not None:
         step = status.step
-    suspects = [failure.node for failure in failures.values() if failure.exit_code == code]
+    unfit = read_unfit(folder)
+    suspects = [unfit.node] if unfit is not None and unfit.code == code else []
+    suspects += [failure.node for failure in failures.values() if failure.exit_code == code]
     node = suspects[0] if suspects and code in _SUSPECT_CODES else node_name()
     return Verdict(code=code, step=-1 if step is None else step, attempt=attempt or 0, node=node)
 

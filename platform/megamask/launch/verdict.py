@@ -4,6 +4,7 @@
 
     meeting    where rank 0 is met: "ADDRESS PORT", written by node 0
     node-K     exit codes of node K's ranks, as JSON
+    unfit      what the first node that is not fit found, as JSON; its ranks are not started
     hang-K     where node K's ranks were when the job hung, as JSON; only after a hang
     verdict    "CODE STEP ATTEMPT NODE", written by node 0; step -1 and attempt 0 where they are not known
 

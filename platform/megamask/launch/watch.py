@@ -63,6 +63,10 @@ class Observer:
         """Return whether another node of the job has failed; the ranks then get FAILURE_GRACE_S."""
         return False
 
+    def is_unfit_elsewhere(self) -> bool:
+        """Return whether another node starts no ranks; those of this one get REFUSAL_GRACE_S."""
+        return False
+
     def is_hung_elsewhere(self) -> bool:
         """Return whether another node of the job has found a hang."""
         return False
@@ -153,7 +157,7 @@ class Watch:
         if any(code not in (None, *AGREED) for code in codes):
             refused = self._ranks.start == 0 and codes[0] in (ExitCode.USAGE, ExitCode.DATA_INTEGRITY)
             self._deadline = time.monotonic() + (REFUSAL_GRACE_S if refused else FAILURE_GRACE_S)
-        elif self._asked_at is None and self._has_left_too_early(codes):
+        elif (self._asked_at is None and self._has_left_too_early(codes)) or self._observer.is_unfit_elsewhere():
             self._deadline = time.monotonic() + REFUSAL_GRACE_S
         elif self._observer.has_ended_elsewhere():
             self._deadline = time.monotonic() + FAILURE_GRACE_S

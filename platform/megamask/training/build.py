@@ -97,7 +97,7 @@ def build_run(
         progress=scope.progress,
         stop=stop,
         hooks=hooks,
-        guard=_guard(config, data, engine, scope, resumed.rewinds),
+        guard=_guard(config, data, engine, scope, resumed.rewinds, heartbeat),
         shape_at=lambda step: data.objective.at(step).shape(config.training.sequence_length),
         peak_seconds_per_token=lambda shape: _peak_seconds_per_token(
             config, data, shape, backend.device, engine.world_size
@@ -262,9 +262,17 @@ def _hooks(
     return hooks
 
 
-def _guard(config: TrainConfig, data: RunData, engine: Engine, scope: AttemptScope, rewinds: list[Rewind]) -> StepGuard:
+def _guard(
+    config: TrainConfig, data: RunData, engine: Engine, scope: AttemptScope, rewinds: list[Rewind], heartbeat: Heartbeat
+) -> StepGuard:
     """The numerics guard; collective: rank 0 reads the journal's last steps for all ranks."""
     settings, committer = config.resilience, scope.committer
+
+    def finish_saving() -> None:
+        heartbeat.enter("save")
+        if committer is not None:
+            committer.finish()
+
     before = on_main(engine, lambda: steps_before(scope.run_dir, scope.progress.step, settings))
     return StepGuard(
         rules=NumericsGuard(settings, before),
@@ -275,7 +283,7 @@ def _guard(config: TrainConfig, data: RunData, engine: Engine, scope: AttemptSco
             scope.attempt,
             rewinds,
             can_start_anew=data.start is None or data.start.weights is not None,
-            finish_saving=lambda: None if committer is None else committer.finish(),
+            finish_saving=finish_saving,
         ),
     )
 

@@ -205,6 +205,11 @@ class LaunchConfig(Section):
     exclude_suspects: bool = operational(
         "after a hardware fault, exclude the node from the job's next start (Slurm)", default=True
     )
+    preflight: bool = operational(
+        "check each node before its ranks start: storage, free space, clock, shared memory; a node that is not fit "
+        "ends the job with 70 and is the suspected one",
+        default=True,
+    )
     fabric: str | None = operational(
         "network between the nodes, for the variables that NCCL and gloo need; null sets none",
         default=None,

@@ -42,11 +42,18 @@ class Check:
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """A check's finding, and how long it took."""
+    """A check's finding, and how long it took.
+
+    Args:
+        error: what the check raised; None where it answered.
+        is_overdue: it took longer than its limit.
+    """
 
     name: str
     finding: Finding
     seconds: float
+    error: Exception | None = None
+    is_overdue: bool = False
 
 
 def answers(checks: Iterable[Check]) -> list[Answer]:
@@ -56,22 +63,31 @@ def answers(checks: Iterable[Check]) -> list[Answer]:
 
 def _answer(check: Check) -> Answer:
     found: list[Finding] = []
+    raised: list[Exception] = []
 
     def run() -> None:
         try:
             found.append(check.run())
         except OSError as error:
+            raised.append(error)
             reason = error.strerror or str(error)
             found.append(
                 Finding(outcome="fail", message=reason if error.filename is None else f"{error.filename}: {reason}")
             )
         except Exception as error:  # noqa: BLE001  one broken check must not hide the others
+            raised.append(error)
             found.append(Finding(outcome="fail", message=f"{type(error).__name__}: {error}"))
 
     started = time.monotonic()
     thread = threading.Thread(target=run, name=f"check {check.name}", daemon=True)
     thread.start()
     thread.join(check.limit_s)
-    if not found:
+    if is_overdue := not found:
         found.append(Finding(outcome="fail", message=f"no answer within {check.limit_s:g} s"))
-    return Answer(name=check.name, finding=found[0], seconds=time.monotonic() - started)
+    return Answer(
+        name=check.name,
+        finding=found[0],
+        seconds=time.monotonic() - started,
+        error=raised[0] if raised and not is_overdue else None,
+        is_overdue=is_overdue,
+    )
