@@ -104,7 +104,11 @@ def test_rank_that_ends_after_training_leaves_the_others_their_time(monkeypatch:
     monkeypatch.setattr(launch_watch, "REFUSAL_GRACE_S", 0.1)
     script = (
         "import time; from megamask.resilience.heartbeat import Heartbeat\n"
+        "from megamask.resilience.heartbeat import VARIABLE, read_mark\n"
+        "from pathlib import Path\n"
         "beat = Heartbeat.of_environment(); beat.enter('save')\n"
+        "path = Path(os.environ[VARIABLE]); others = path.with_name(path.name.replace('1', '0'))\n"
+        "while rank == 1 and getattr(read_mark(others), 'section', None) != 'save': time.sleep(0.01)\n"
         "time.sleep(0.0 if rank == 1 else 1.5); os._exit(75)"
     )
     assert [each.returncode for each in ranks(script)] == [75, 75]
