@@ -86,20 +86,29 @@ def ask_for_stacks(pid: int) -> None:
 
 def wait_for_stacks(path: Path, seconds: float) -> str:
     """Return the stacks in a file as soon as it is complete; empty if the process does not answer in time."""
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline and not _is_settled(path):
+    now = time.monotonic()
+    deadline, size, changed = now + seconds, 0, now
+    # complete when nothing was added for a while: the end of stacks carries no mark
+    while now < deadline and not (size and now - changed > _SETTLED_S and _ends_a_line(path)):
         time.sleep(_POLL_S)
+        now, found = time.monotonic(), _size_of(path)
+        if found != size:
+            size, changed = found, now
     try:
         return path.read_text(encoding="utf-8", errors="replace")
     except OSError:
         return ""
 
 
-def _is_settled(path: Path) -> bool:
-    """Return whether stacks were written and nothing was added for a while: their end carries no mark."""
+def _size_of(path: Path) -> int:
     with contextlib.suppress(OSError):
-        facts = path.stat()
-        return facts.st_size > 0 and time.time() - facts.st_mtime > _SETTLED_S and path.read_bytes()[-1:] == b"\n"
+        return path.stat().st_size
+    return 0
+
+
+def _ends_a_line(path: Path) -> bool:
+    with contextlib.suppress(OSError):
+        return path.read_bytes()[-1:] == b"\n"
     return False
 
 
