@@ -29,6 +29,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from bench_support import environment
 from soak_faults import CODES, Fault, draw, read_census
 from soak_process import import_everything
 from soak_run import Attempt, Links, compare, compared_lines, records, state_digest
@@ -242,13 +243,16 @@ def _header(soak: Soak, arguments: argparse.Namespace, seconds: float) -> list[s
     problems = [problem for meeting in soak.meetings for problem in meeting.problems]
     count = Counter(problem.partition(":")[0] for problem in problems)
     others = sum(count.values()) - count["wrong bytes"] - count["unloadable"] - count["wrong end"]
+    torch = library_versions()["torch"]
     shown = f"tools/fault_soak.py --faults {arguments.faults} --seed {arguments.seed} --steps {arguments.steps}"
     absent = ", ".join(sorted(soak.absent)) or "none"
     return [
         "# Faults",
         "",
-        f"`{shown}`, {datetime.now().date()}, Python {platform.python_version()}, torch {library_versions()['torch']}, "
-        f"{num_processors()} processor cores shared with other work, megamask {code_version()}.",
+        f"- command: `python {shown}`",
+        f"- date: {datetime.now().date()}",
+        f"- machine: {num_processors()} x {environment()['machine']}, shared with other work",
+        f"- versions: megamask {code_version()}, python {platform.python_version()}, torch {torch}",
         "",
         f"{len(soak.meetings)} faults met {soak.num_runs} runs of {soak.num_steps} steps in {seconds:.0f} s; "
         f"{soak.num_missed} runs ended before a fault came. Wrong bytes: {count['wrong bytes']}. Newest checkpoints "
@@ -291,8 +295,11 @@ def main() -> int:
     import_everything()
     started, links = time.monotonic(), Links()
     with contextlib.ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="megamask-soak-")))
-        folder = folder if arguments.keep is None else arguments.keep
+        folder = arguments.keep
+        if folder is None:
+            # not a TemporaryDirectory: each forked process would remove it when it exits
+            folder = Path(tempfile.mkdtemp(prefix="megamask-soak-"))
+            stack.callback(shutil.rmtree, folder, ignore_errors=True)
         disk, is_small = stack.enter_context(small_disk(folder / "disk"))
         absent = set() if stack.enter_context(links.made()) else {"link cut"}
         absent |= set() if is_small else {"full disk"}

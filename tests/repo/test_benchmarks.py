@@ -84,9 +84,9 @@ def test_report_says_command_date_machine_and_versions_beside_every_number(
 
 def assert_says_what_ran(text: str) -> None:
     """A table of figures without these lines cannot be repeated or judged."""
-    assert re.search(r"^- command: `python tools/(bench_\w+|te_on_cpu/check)\.py.*`$", text, re.M) or re.search(
-        r"^- command: `\.venv/bin/pytest .*`$", text, re.M
-    )
+    assert re.search(
+        r"^- command: `python tools/(bench_\w+|te_on_cpu/check|fault_soak)\.py.*`", text, re.M
+    ) or re.search(r"^- command: `\.venv/bin/pytest .*`$", text, re.M)
     assert re.search(r"^- date: 20\d\d-\d\d-\d\d$", text, re.M)
     assert re.search(r"^- machine: \d+ x ", text, re.M)
     assert re.search(r"^- versions: megamask .*python 3.*torch ", text, re.M)

@@ -249,7 +249,7 @@ def test_page_names_every_field_of_the_journal(trained: Path) -> None:
         kinds.add(kind)
         found = set(record) - {"seq", "time", "kind", "prev"}
         if kind == "step":
-            assert found == step_fields
+            assert found == step_fields - {"is_skipped"}  # present where the numerics guard left out an update
         elif kind != "incident":
             assert found <= fields[kind], f"{kind}: {found - fields[kind]}"
     assert kinds >= {"run_started", "attempt_started", "step", "evaluation", "checkpoint_committed", "attempt_ended"}

@@ -44,20 +44,20 @@ def _poison(poison: dict[str, Any]) -> None:
     from megamask.engine.optimizer import ShardedAdamW
     from megamask.engine.parameters import named_parameters
 
-    plain_batch, plain_norm, samples = Loader.batch, ShardedAdamW.gradient_norm, set(poison["samples"])
+    plain_batch, plain_norm, samples = Loader.batch, ShardedAdamW.squared_gradient_norm, set(poison["samples"])
     is_due = [False]
 
     def batch(self: Loader, position: int, size: int, members: Any) -> Any:
         is_due[0] = any(samples & set(each) for each in self.skipped.segments(position, size))
         return plain_batch(self, position, size, members)
 
-    def gradient_norm(self: ShardedAdamW) -> float:
+    def squared_gradient_norm(self: ShardedAdamW) -> Any:  # a tensor; this module must not load torch by itself
         if is_due[0] and poison["rank"] in (None, int(os.environ.get("RANK", "0"))):
             for _, parameter in named_parameters([chunk.module for chunk in self._chunks]):
                 parameter.main_grad.mul_(poison["factor"])
         return plain_norm(self)
 
-    Loader.batch, ShardedAdamW.gradient_norm = batch, gradient_norm  # type: ignore[method-assign]
+    Loader.batch, ShardedAdamW.squared_gradient_norm = batch, squared_gradient_norm  # type: ignore[method-assign]
 
 
 def _arm(fault: dict[str, Any]) -> None:
