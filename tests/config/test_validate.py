@@ -303,7 +303,7 @@ def test_default_that_does_not_fit_is_called_a_default(train, refusal):
 
 
 @given(
-    heads=st.integers(1, 32),
+    heads=st.integers(1, 12),
     ffn=st.integers(1, 256),
     padding=st.integers(1, 128),
     length=st.integers(1, 64).map(lambda k: 16 * k),

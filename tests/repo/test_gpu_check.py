@@ -69,7 +69,7 @@ def test_a_failing_leg_stops_none_and_is_run_again(tmp_path: Path) -> None:
     )
     record = json.loads((out / "parts" / "leg.json").read_text())
     (out / "parts" / "leg.json").write_text(json.dumps(record | {"state": "passed"}, indent=1))
-    again = subprocess.run([*command, "--within", "800"], env=environment, capture_output=True, text=True)
+    again = subprocess.run([*command, "--within", "1800"], env=environment, capture_output=True, text=True)
     assert "done      parts" in again.stdout and "failed    trace" in again.stdout
     assert "left out  ablate" in again.stdout  # its limit is longer
 
