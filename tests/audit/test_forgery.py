@@ -224,7 +224,7 @@ def test_run_and_mlflow_are_compared_and_a_changed_journal_is_found(
     first = next(json.loads(line) for line in path.read_text().splitlines() if '"kind":"step"' in line)
     path.write_text(path.read_text().replace(f'"loss":{first["loss"]}', '"loss":1.25'))
     found = problems(check(forged, 65, "--against-mlflow", "--uri", uri))
-    assert f"MLflow: loss at step 1 is {first['loss']}; the journal has 1.25" in found
+    assert f"MLflow: loss_nats_per_token at step 1 is {first['loss']}; the journal has 1.25" in found
     before = (synced / "mlflow.db").read_bytes()
     assert main(["sync", str(forged), "--uri", uri]) == 65
     assert "Nothing was sent" in capsys.readouterr().err
