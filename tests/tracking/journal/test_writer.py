@@ -73,7 +73,7 @@ def test_journal_refuses_unknown_kinds_and_reserved_fields(tmp_path: Path) -> No
         with pytest.raises(TypeError, match="cannot hold a PosixPath"):
             journal.append("step", path=tmp_path)
     assert list(read_journal(tmp_path)) == []
-    assert len(RECORDS) == 11
+    assert len(RECORDS) == 12
 
 
 def test_journal_chain_runs_across_rotation_and_attempts(tmp_path: Path) -> None:
