@@ -1,6 +1,7 @@
 """Every objective takes the same steps on every layout, resumes bit for bit, and scores and writes the same there.
 
-Tolerances as in test_layout_parity.py: a layout changes the order of float32 sums only.
+A layout changes the order of float32 sums only. Adam divides by the root of small second moments, so the gradient norm
+of the fourth step differs more: 1.4e-6 between layouts, 5e-6 between two types of CPU in one process.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ LAYOUTS = (
     {"data_parallel_size": 2},
     {"context_parallel_size": 2},
 )
+TOLERANCES = {"grad_norm": 2e-5}
 RUNS = [(objective, layout) for objective in worker.OBJECTIVES for layout in LAYOUTS]
 
 
@@ -53,7 +55,7 @@ def test_layout_trains_scores_and_writes_as_one_process(run, single, parallel) -
         for one, other in zip(found["reports"], expected["reports"], strict=True):
             for key, value in other.items():
                 if isinstance(value, float):
-                    assert one[key] == pytest.approx(value, rel=2e-6), key
+                    assert one[key] == pytest.approx(value, rel=TOLERANCES.get(key, 2e-6)), key
                 elif key not in ("loss_terms", "loss_by_noise_level"):
                     assert one[key] == value, key
             assert one["loss_terms"] == pytest.approx(other["loss_terms"], rel=2e-6)
