@@ -2,8 +2,9 @@
 
 Runs of one and of two ranks are trained one after the other. Each attempt meets one fault, drawn from a seed: SIGKILL
 of everything, of a rank or at a named point, SIGTERM, SIGSTOP, a full disk, a clock that jumps, a cut link between two
-network namespaces. After each fault the journal's lines (but times) must be those of the uninterrupted run, and the
-newest checkpoint must verify, load and hold its very bytes. A run that is complete must pass `megamask verify run`.
+network namespaces. After each fault the journal's lines (but times) must be those of the uninterrupted run, the newest
+checkpoint must verify, load, hold its very bytes and be no older than before, and `megamask verify run` must find
+nothing. A run that is complete must lack no line.
 
 Ends with 1 if anything differed.
 """
@@ -32,7 +33,7 @@ from typing import Any
 from bench_support import environment
 from soak_faults import CODES, Fault, draw, read_census
 from soak_process import import_everything
-from soak_run import Attempt, Links, compare, compared_lines, records, state_digest
+from soak_run import Attempt, Links, compare, compared_lines, newest_step, records, state_digest
 
 from megamask.audit.run import verify_run
 from megamask.checkpoint.reader import candidates
@@ -118,7 +119,7 @@ class Soak:
                 layout.states = {int(path.name[5:13]): state_digest(path) for path in candidates(run_dir)}
             else:
                 layout.census = read_census(census)
-                problems = compare(run_dir, layout.lines, layout.states)
+                problems = compare(run_dir, layout.lines, layout.states, is_complete=True)
                 if problems:
                     raise RuntimeError(f"two uninterrupted runs differ: {problems}")
             shutil.rmtree(run_dir)
@@ -150,16 +151,19 @@ class Soak:
     def _train_under_faults(self, layout: Layout, name: str, num_faults: int, tell: Any) -> None:
         run_dir, before = self.disk / name, None
         while len(self.meetings) < num_faults:
-            fault = draw(self.generator, layout.num_ranks, layout.census, self.absent)
+            met = {meeting.fault.kind for meeting in self.meetings}
+            fault = draw(self.generator, layout.num_ranks, layout.census, self.absent, met)
             settings = ["launch.collective_timeout_s=4"] if fault.kind == "link cut" else []
             # on a busy machine a rank needs seconds for its answer to a signal; one that is stopped never answers
-            settings.append(f"launch.stop_grace_s={2 if fault.kind.startswith('SIGSTOP of') else 10}")
+            settings.append(f"launch.stop_grace_s={2 if fault.kind.startswith('SIGSTOP of') else 60}")
             attempt = self._attempt(run_dir, layout.num_ranks, settings, fault=fault, disk=self.disk, links=self.links)
-            codes = attempt.run()
+            saved, codes = newest_step(run_dir), attempt.run()
             self._note_recovery(before, run_dir, attempt.started_at)
-            problems = compare(run_dir, layout.lines, layout.states)
             is_complete = set(codes) == {0}
-            if is_complete:
+            problems = compare(run_dir, layout.lines, layout.states, is_complete=is_complete)
+            if newest_step(run_dir) < saved:
+                problems.append(f"unloadable: the checkpoint of step {saved} is gone, and no later one is there")
+            if (run_dir / "run.json").exists():
                 problems += [str(finding) for finding in verify_run(run_dir)["findings"]]
             meeting = Meeting(
                 number=len(self.meetings) + 1,

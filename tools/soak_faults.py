@@ -40,10 +40,10 @@ _WEIGHTS = {
     "SIGTERM": 8,
     "SIGTERM of one rank": 3,
     "SIGSTOP, SIGCONT, then SIGTERM": 5,
-    "SIGSTOP of one rank, then SIGTERM": 2,
+    "SIGSTOP of one rank, then SIGTERM": 4,
     "full disk": 6,
     "clock jump, then SIGKILL": 4,
-    "link cut": 2,
+    "link cut": 6,
 }
 _NEEDS_TWO_RANKS = {"SIGKILL of one rank", "SIGTERM of one rank", "SIGSTOP of one rank, then SIGTERM", "link cut"}
 _AT_A_POINT = {"SIGKILL at a named point", "full disk at a named point", "clock jump, then SIGKILL"}
@@ -75,14 +75,18 @@ class Fault:
         return asdict(self)
 
 
-def draw(generator: random.Random, num_ranks: int, census: Mapping[int, Counter[str]], absent: set[str]) -> Fault:
-    """Draw a fault.
+def draw(
+    generator: random.Random, num_ranks: int, census: Mapping[int, Counter[str]], absent: set[str], met: set[str]
+) -> Fault:
+    """Draw a fault, of a kind that no run has met yet where there is one.
 
     Args:
         census: how often each rank reaches each point in an undisturbed run.
         absent: kinds that this machine cannot do.
+        met: kinds that have met a run.
     """
     kinds = [kind for kind in CODES if kind not in absent and (num_ranks > 1 or kind not in _NEEDS_TWO_RANKS)]
+    kinds = [kind for kind in kinds if kind not in met] or kinds
     [kind] = generator.choices(kinds, [_WEIGHTS[kind] for kind in kinds])
     rank = generator.randrange(num_ranks)
     point, nth = None, 1

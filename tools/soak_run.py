@@ -31,7 +31,7 @@ VOLATILE = {"time", "prev", "seq", "seconds", "tokens_per_second", "mfu", "peak_
 COMPARED = ("step", "evaluation", "sample_preview")
 HANGS = -999
 _POLL_S = 0.01
-_PATIENCE_S = 90.0
+_PATIENCE_S = 240.0
 _ADDRESSES = ("10.97.0.1", "10.97.0.2")
 
 
@@ -248,10 +248,21 @@ def state_digest(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def compare(run_dir: Path, lines: Mapping[tuple[str, int], Any], states: Mapping[int, str]) -> list[str]:
-    """Compare what is left of a run with the uninterrupted one; return what differs or cannot be loaded."""
+def newest_step(run_dir: Path) -> int:
+    """Return the step of the newest checkpoint; 0 where there is none."""
+    return max((int(path.name[5:13]) for path in candidates(run_dir)), default=0) if run_dir.is_dir() else 0
+
+
+def compare(
+    run_dir: Path, lines: Mapping[tuple[str, int], Any], states: Mapping[int, str], *, is_complete: bool
+) -> list[str]:
+    """Compare what is left of a run with the uninterrupted one; return what differs, is missing or cannot be loaded."""
     problems = []
-    for key, line in compared_lines(run_dir).items():
+    found = compared_lines(run_dir)
+    if is_complete:
+        missing = [f"{kind} of step {step}" for kind, step in lines if (kind, step) not in found]
+        problems += [f"wrong bytes: no line of {', '.join(missing)}"] if missing else []
+    for key, line in found.items():
         if line != lines.get(key):
             names = [name for name in line if line[name] != (lines.get(key) or {}).get(name)]
             problems.append(f"wrong bytes: {key[0]} line of step {key[1]} differs in {', '.join(names)}")
