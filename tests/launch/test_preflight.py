@@ -63,6 +63,8 @@ def _found(outcome: str) -> Callable[[], Finding]:
         (Check(name="free space", run=_found("fail")), 74),
         (CLOCK, 70),
         (Check(name="shared memory", run=_found("fail")), 70),
+        (Check(name="GPUs", run=_found("fail")), 70),
+        (Check(name="GPUs", run=_sleeping(2), limit_s=0.05), None),
         (Check(name="clock", run=_found("warn")), None),
         (Check(name="storage", run=_found("fail")), None),
         (Check(name="open files", run=_found("fail")), None),
@@ -96,6 +98,23 @@ def test_sound_host_may_start_and_nothing_is_left_there(tmp_path: Path) -> None:
 def test_checks_take_no_longer_than_their_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(preflight, "BUDGET_S", 0.3)
     assert examine_node(tmp_path, checks=[Check(name="storage", run=_sleeping(30)), CLOCK]) is None
+
+
+@pytest.mark.parametrize(("with_gpus", "asked"), [(True, 1), (False, 0)])
+def test_gpus_are_asked_where_the_job_has_some(
+    with_gpus: bool, asked: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The check of the GPUs is replaced: none is here."""
+    calls: list[int] = []
+
+    def ask() -> Finding:
+        calls.append(1)
+        return Finding(outcome="fail", message="cuda:0: 1 of 9 entries are wrong")
+
+    monkeypatch.setattr(preflight, "gpu_checks", lambda: [Check(name="GPUs", run=ask)])
+    unfit = examine_node(tmp_path, with_gpus=with_gpus)
+    assert len(calls) == asked
+    assert (unfit.code if unfit else None) == (70 if with_gpus else None)
 
 
 def test_severe_checks_are_among_those_of_the_host(tmp_path: Path) -> None:

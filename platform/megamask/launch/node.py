@@ -72,8 +72,11 @@ def run_node(
         StorageError: the launch folder refuses.
     """
     folder = launch_folder(run_dir, place.token)
-    if launch.preflight and (unfit := examine_node(run_dir, should_end=lambda: bool(signals.requested))) is not None:
-        return _leave_unfit(folder, place, unfit, launch.no_progress_attempts)
+    if launch.preflight:
+        has_gpus = launch.gpus_per_node != 0
+        unfit = examine_node(run_dir, with_gpus=has_gpus, should_end=lambda: bool(signals.requested))
+        if unfit is not None:
+            return _leave_unfit(folder, place, unfit, launch.no_progress_attempts)
     observer = JobObserver(folder, place, run_dir, max(claimed_attempts(run_dir), default=0), metrics)
     with contextlib.ExitStack() as stack:
         listener = stack.enter_context(listening(place)) if place.node == 0 else None

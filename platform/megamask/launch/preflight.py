@@ -17,14 +17,15 @@ from pathlib import Path
 
 from megamask.errors import ExitCode, MegamaskError, StorageError, error_with_code
 from megamask.resilience.preflight.finding import Answer, Check, answers
+from megamask.resilience.preflight.gpus import gpu_checks
 from megamask.resilience.preflight.host import host_checks
 from megamask.resilience.process_facts import node_name
 from megamask.storage.durable import create_exclusive, make_folders, storage_errors
 
-BUDGET_S = 15.0
+BUDGET_S = 18.0
 # Less than this holds no journal and no claim; `megamask plan` has the size of a checkpoint.
 LEAST_FREE_BYTES = 64 << 20
-_NODE_FAULTS = ("clock", "shared memory")
+_NODE_FAULTS = ("clock", "shared memory", "GPUs")
 _SAME_ON_EVERY_NODE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM)
 _log = logging.getLogger(__name__)
 
@@ -56,17 +57,23 @@ class Unfit:
 
 
 def examine_node(
-    run_dir: Path, *, should_end: Callable[[], bool] = lambda: False, checks: Iterable[Check] | None = None
+    run_dir: Path,
+    *,
+    with_gpus: bool = True,
+    should_end: Callable[[], bool] = lambda: False,
+    checks: Iterable[Check] | None = None,
 ) -> Unfit | None:
     """Run the checks of this host within BUDGET_S and return the finding that keeps a job from starting, if any.
 
     Args:
         run_dir: run directory; nothing is left there.
+        with_gpus: also ask the GPUs that are visible here.
         should_end: no further check is begun once it returns True.
         checks: in place of the host's.
     """
     if checks is None:
         checks = host_checks(run_dir, needed_bytes=LEAST_FREE_BYTES)
+        checks += gpu_checks() if with_gpus else []
     found: list[Unfit] = []
     for answer in _in_time(checks, should_end):
         if answer.finding.outcome not in ("warn", "fail"):

@@ -206,8 +206,8 @@ class LaunchConfig(Section):
         "after a hardware fault, exclude the node from the job's next start (Slurm)", default=True
     )
     preflight: bool = operational(
-        "check each node before its ranks start: storage, free space, clock, shared memory; a node that is not fit "
-        "ends the job with 70 and is the suspected one",
+        "check each node before its ranks start: storage, free space, clock, shared memory, GPUs; a node that is not "
+        "fit ends the job with 70 and is the suspected one",
         default=True,
     )
     fabric: str | None = operational(
