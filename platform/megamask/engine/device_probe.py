@@ -41,7 +41,7 @@ class _Probe:
             self.finding = Finding(outcome="fail", message=reason)
 
     def is_over(self) -> bool:
-        """Whether the device has answered, or had its time."""
+        """Return whether the device has answered, or had its time."""
         if self.finding is None and self._begun_at is not None and time.monotonic() > self._begun_at + PRODUCT_S:
             self.finding = Finding(outcome="fail", message=f"no answer to a product within {PRODUCT_S:g} s")
         return self.finding is not None
