@@ -15,11 +15,11 @@ import pytest
 from megamask.launch.verdict import read_verdict
 from support.command import command, environment, journal, step_lines, tiny
 from support.exposition import parsed
-from support.nodes import ends, node, ranks, wait_for_commit
+from support.nodes import ends, node, ranks, wait_for_attempt, wait_for_commit
 
 pytestmark = pytest.mark.multiprocess
 
-
+NAMESPACE = ("unshare", "--pid", "--fork", "--kill-child", "--mount-proc")
 ENDLESS = ("layout.data_parallel_size=2", "training.steps=1000000", "checkpoint.every_steps=5")
 
 
@@ -106,6 +106,34 @@ def test_hung_rank_ends_the_job_with_71_after_a_signal(small_corpus: Path, tmp_p
     codes, told = ends(nodes)
     assert codes == [71, 71], told
     assert json.loads((run_dir / "status.json").read_text())["exit_code"] == 71
+
+
+@pytest.mark.promise("`megamask launch node`: a job whose run another job takes over ends with 93 on every node")
+def test_superseded_job_ends_with_93_on_every_node(small_corpus: Path, tmp_path: Path) -> None:
+    """The other job has a pid namespace of its own, as on another host; on one host it would be refused."""
+    tried = subprocess.run([*NAMESPACE, "true"], capture_output=True, text=True, check=False)
+    if tried.returncode != 0:
+        pytest.skip(f"only root can make a pid namespace: a job that is taken over is unproven here ({tried.stderr})")
+    run_dir = tmp_path / "run"
+    arguments = tiny(small_corpus, tmp_path, "run", *ENDLESS)
+    older = [node(arguments, number, "job-6.0") for number in (0, 1)]
+    wait_for_commit(run_dir)
+    alone = [*arguments, "layout.data_parallel_size=1"]
+    newer = node(alone, 0, "job-7.0", num_nodes=1, prefix=NAMESPACE)
+    try:
+        codes, told = ends(older)
+        assert codes == [93, 93], told
+        older_end = read_verdict(tmp_path / "run.launch" / "job-6.0")
+        assert older_end is not None and (older_end.code, older_end.attempt) == (93, 1)
+        wait_for_attempt(run_dir, 2)
+        assert json.loads((run_dir / "status.json").read_text())["exit_code"] is None, "the older job closed it"
+        os.kill(ranks(newer)[0], signal.SIGTERM)
+        codes, told = ends([newer])
+        assert codes == [75], told
+    finally:
+        newer.kill()
+    newer_end = read_verdict(tmp_path / "run.launch" / "job-7.0")
+    assert newer_end is not None and (newer_end.code, newer_end.attempt) == (75, 2)
 
 
 @pytest.mark.promise("`megamask launch node`: a taken port is replaced by a free one")
