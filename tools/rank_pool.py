@@ -42,9 +42,11 @@ class RankPool:
         """
         self._number += 1
         store = self._folder / f"store{self._number}"
-        queue = self._context.Queue()
+        queue, all_done = self._context.Queue(), self._context.Event()
         ranks = [
-            self._context.Process(target=_rank, args=(rank, num_processes, str(store), queue, function, arguments))
+            self._context.Process(
+                target=_rank, args=(rank, num_processes, str(store), queue, all_done, function, arguments)
+            )
             for rank in range(num_processes)
         ]
         for process in ranks:
@@ -54,8 +56,10 @@ class RankPool:
             while len(answers) < num_processes:
                 rank, answer = queue.get(timeout=LIMIT_S)
                 if isinstance(answer, _Failure):  # the others would wait for it
-                    raise RuntimeError(answer.text)
+                    codes = [process.exitcode for process in ranks]
+                    raise RuntimeError(f"rank {rank} failed; exit codes so far {codes}\n{answer.text}")
                 answers[rank] = answer
+            all_done.set()
         finally:
             for process in ranks:
                 process.join(timeout=5 if len(answers) == num_processes else 0)
@@ -72,7 +76,13 @@ class _Failure:
 
 
 def _rank(
-    rank: int, world_size: int, store: str, queue: Any, function: Callable[..., Any], arguments: tuple[Any, ...]
+    rank: int,
+    world_size: int,
+    store: str,
+    queue: Any,
+    all_done: Any,
+    function: Callable[..., Any],
+    arguments: tuple[Any, ...],
 ) -> None:
     torch.set_num_threads(1)
     try:
@@ -88,4 +98,5 @@ def _rank(
         queue.put((rank, _Failure(traceback.format_exc())))
     queue.close()
     queue.join_thread()
+    all_done.wait(LIMIT_S)  # a rank that leaves may take with it what the others have not read yet
     os._exit(0)

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
+import itertools
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from megamask.config.identity import value_of
@@ -18,6 +21,7 @@ from megamask.config.schema.layout import LayoutConfig
 from megamask.config.schema.model import ModelConfig
 from megamask.config.schema.roots import TrainConfig
 from megamask.config.validate import all_problems
+from megamask.data.content import content_digest
 from megamask.models.context import Context
 from megamask.models.experts import ExpertSpec
 from megamask.models.spec import ModelSpec
@@ -89,6 +93,15 @@ BASE = {"recompute": "dense", "overlap": "dense", "moe-recompute": "moe"}
 # Largest relative difference of loss and gradient norm that a cell may have: float32 cells differ by the order of sums,
 # bf16 ones by roundings of activations.
 FLOAT32_TOLERANCE, BF16_TOLERANCE = (1e-6, 1e-5), (1e-3, 2e-2)
+# What must be equal, number for number.
+EXACT = (
+    "num_eligible",
+    "scored_tokens",
+    "masked_tokens",
+    "masked_tokens_by_noise_level",
+    "batch_digest",
+    "content_digest",
+)
 
 
 def _layouts() -> Iterator[dict[str, Any]]:
@@ -221,16 +234,32 @@ def make(kind: str, layout: dict[str, Any]) -> Any:
     )
 
 
-def take(engine: Any, step: int) -> dict[str, Any]:
-    """One step, as JSON."""
-    report = cases.take_step(engine, step, LEARNING_RATE)
-    return cases.report_fields(report) | {"expert_counts": report.expert_counts}
+class Steps:
+    """Steps of an engine, as JSON, with the digests that the journal writes; collective.
+
+    Which samples a step took is asked of the ranks: each tells the places that it computes, once for each set of
+    complete rows.
+    """
+
+    def __init__(self, engine: Any) -> None:
+        self._engine = engine
+        own = engine.members(cases.GLOBAL_BATCH_SIZE) if engine.mesh.is_counting_rank else []
+        self._places = sorted(itertools.chain.from_iterable(engine.gather_objects(own)))
+
+    def take(self, step: int) -> dict[str, Any]:
+        """The report of a step."""
+        report = cases.take_step(self._engine, step, LEARNING_RATE)
+        indices = [(step - 1) * cases.GLOBAL_BATCH_SIZE + place for place in self._places]
+        taken = hashlib.sha256(np.array(indices, dtype="<i8").tobytes()).hexdigest()[:16]
+        digests = {"batch_digest": taken, "content_digest": content_digest(report.content_sum)}
+        return cases.report_fields(report) | digests
 
 
 def run_case(kind: str, layout: dict[str, Any], num_steps: int = NUM_STEPS) -> list[dict[str, Any]]:
     """The reports of a case's steps."""
     engine = make(kind, layout)
-    reports = [take(engine, step) for step in range(1, num_steps + 1)]
+    steps = Steps(engine)
+    reports = [steps.take(step) for step in range(1, num_steps + 1)]
     engine.close()
     return reports
 
@@ -239,15 +268,17 @@ def run_restart(root: str, kind: str, layout: dict[str, Any]) -> dict[str, Any]:
     """Stop at a step and continue; write the state, and write again what was read from one process' state of it."""
     folder = Path(root) / f"{kind}-{name_of(layout)}"
     engine = make(kind, layout)
+    steps = Steps(engine)
     for step in range(1, SAVED_STEP + 1):
-        take(engine, step)
+        steps.take(step)
     _write(engine, folder)
-    expected = [take(engine, step) for step in (SAVED_STEP + 1, SAVED_STEP + 2)]
+    expected = [steps.take(step) for step in (SAVED_STEP + 1, SAVED_STEP + 2)]
     digest = engine.parameter_digest()
     engine.close()
     again = make(kind, layout)
     again.load_state(folder)
-    found = [take(again, step) for step in (SAVED_STEP + 1, SAVED_STEP + 2)]
+    steps = Steps(again)
+    found = [steps.take(step) for step in (SAVED_STEP + 1, SAVED_STEP + 2)]
     answer = {"is_equal": found == expected and again.parameter_digest() == digest}
     again.close()
     return answer
@@ -258,7 +289,7 @@ def reshard(root: str, kind: str, source: str, target: str, layout: dict[str, An
     engine = make(kind, layout)
     engine.load_state(Path(root) / source)
     _write(engine, Path(root) / target)
-    report = take(engine, SAVED_STEP + 1)
+    report = Steps(engine).take(SAVED_STEP + 1)
     own = sum(3 * shard.weight.numel() for shard in engine._optimizer.shards() if shard.info.is_stored)
     engine.close()
     return {"report": report, "stored": own}
@@ -274,19 +305,23 @@ def _write(engine: Any, folder: Path) -> None:
 
 def differences(found: list[dict[str, Any]], expected: list[dict[str, Any]]) -> dict[str, Any]:
     """Largest relative difference of loss and gradient norm, whether all integers are equal, and router flips."""
-    exact = ("num_eligible", "masked_tokens", "masked_tokens_by_noise_level", "content_sum")
     pairs = list(zip(found, expected, strict=True))
     return {
         "loss": max(abs(one["loss"] - two["loss"]) / abs(two["loss"]) for one, two in pairs),
         "grad_norm": max(abs(one["grad_norm"] - two["grad_norm"]) / two["grad_norm"] for one, two in pairs),
-        "is_exact": all(one[name] == two[name] for one, two in pairs for name in exact),
+        "is_exact": all(one[name] == two[name] for one, two in pairs for name in EXACT),
         "flips": sum(_flips(one["expert_counts"], two["expert_counts"]) for one, two in pairs),
     }
 
 
+def tolerance(kind: str) -> tuple[float, float]:
+    """Largest relative difference of loss and gradient norm that a cell of a kind may have."""
+    return BF16_TOLERANCE if kind == "bf16" else FLOAT32_TOLERANCE
+
+
 def is_within(kind: str, difference: dict[str, Any]) -> bool:
     """Whether a cell keeps its tolerance and has equal integers; one with router flips is not held to the tolerance."""
-    loss, grad_norm = BF16_TOLERANCE if kind == "bf16" else FLOAT32_TOLERANCE
+    loss, grad_norm = tolerance(kind)
     is_near = difference["loss"] < loss and difference["grad_norm"] < grad_norm
     return difference["is_exact"] and (is_near or difference["flips"] > 0)
 

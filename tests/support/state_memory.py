@@ -13,7 +13,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from megamask.models.experts import ExpertSpec
 from megamask.models.shapes import canonical_shapes
+from megamask.models.spec import ModelSpec
 from support import engine_cases as cases
 
 SPEC = dataclasses.replace(
@@ -27,33 +29,44 @@ SPEC = dataclasses.replace(
 )
 
 
+EXPERTS = dataclasses.replace(SPEC, experts=ExpertSpec(num_experts=8, topk=2, ffn_hidden_size=192, num_shared=1))
+
+
 def run(root: str, runs: list[dict[str, Any]]) -> list[dict[str, int]]:
     """For each layout: read the state that the one before wrote, write it again, with and without a copy."""
-    found = []
-    for number, layout in enumerate(runs):
-        engine = cases.make_engine(SPEC, layout, micro_batch_size=2)
-        cases.take_step(engine, 1)
-        answer = {"largest": 4 * max(math.prod(shape) for shape in canonical_shapes(SPEC).values())}
-        if number:
-            answer["load"] = _rise(lambda engine=engine, number=number: engine.load_state(_folder(root, number - 1)))
-        if engine.is_main:
-            _folder(root, number).mkdir()
-        engine.barrier()
-        answer["save"] = _rise(lambda engine=engine, number=number: _save(engine, _folder(root, number)))
-        answer["copy"] = _rise(lambda engine=engine: engine.state_share(copy=True))
-        shards = engine._optimizer.shards()
-        answer["share"] = sum(3 * 4 * shard.weight.numel() for shard in shards if shard.info.is_stored)
-        engine.close()
-        found.append(answer)
-    return found
+    folders = [str(Path(root) / str(number)) for number in range(len(runs))]
+    return [
+        measure(SPEC, layout, source=source, target=target)
+        for layout, source, target in zip(runs, [None, *folders], folders, strict=False)
+    ]
 
 
-def _folder(root: str, number: int) -> Path:
-    return Path(root) / str(number)
+def of_experts(layout: dict[str, Any], source: str | None, target: str) -> dict[str, int]:
+    """`measure` of the network with experts."""
+    return measure(EXPERTS, layout, source=source, target=target)
 
 
-def _save(engine: Any, folder: Path) -> None:
-    cases.save_state(engine, folder)
+def measure(spec: ModelSpec, layout: dict[str, Any], *, source: str | None, target: str) -> dict[str, int]:
+    """Bytes that a rank has of the state, that its largest tensor has, and by which memory rises to load and to save.
+
+    Args:
+        source: folder of the state that is read, if one is.
+        target: folder that it is written to.
+    """
+    engine = cases.make_engine(spec, layout, micro_batch_size=1)
+    cases.take_step(engine, 1)
+    answer = {"largest": 4 * max(math.prod(shape) for shape in canonical_shapes(spec).values())}
+    if source is not None:
+        answer["load"] = _rise(lambda: engine.load_state(Path(source)))
+    if engine.is_main:
+        Path(target).mkdir()
+    engine.barrier()
+    answer["save"] = _rise(lambda: cases.save_state(engine, Path(target)))
+    answer["copy"] = _rise(lambda: engine.state_share(copy=True))
+    shards = engine._optimizer.shards()
+    answer["share"] = sum(3 * 4 * shard.weight.numel() for shard in shards if shard.info.is_stored)
+    engine.close()
+    return answer
 
 
 def _rise(call: Callable[[], Any]) -> int:
