@@ -1,7 +1,7 @@
-"""JobSets of `megamask launch jobset` as local processes, under a user id without an entry in passwd.
+"""JobSets and TrainJobs of `megamask launch` as local processes, under a user id without an entry in passwd.
 
-tests/support/jobset_emulation.py stands in for controllers and kubelet: this proves what manifest, node wrapper and
-exit codes do together, not Kubernetes itself.
+tests/support/jobset_emulation.py and trainjob_emulation.py stand in for controllers and kubelet: this proves what
+manifest, node wrapper and exit codes do together, not Kubernetes itself.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import yaml
 
 from support.command import ROOT, VOLATILE, command, environment, step_lines, tiny
 from support.jobset_emulation import Emulation, why_not
+from support.trainjob_emulation import jobset_of
 
 REASON = why_not()
 pytestmark = [
@@ -29,6 +30,8 @@ pytestmark = [
     pytest.mark.skipif(REASON is not None, reason=f"no promise about pods is tested: {REASON}"),
 ]
 USER = 54321
+RUNTIME = ROOT / "k8s" / "overlays" / "trainjob" / "runtime.yaml"
+TARGETS = pytest.mark.parametrize("target", ["jobset", "trainjob"])
 JOB = (
     f'launch.command=["{sys.executable}", "-P", "-m", "megamask_pipelines.cli.main"]',
     "launch.image=images.example/megamask@sha256:" + "0" * 64,
@@ -47,19 +50,19 @@ LAST_STEP = 200
 
 @pytest.fixture
 def pods(small_corpus: Path, tmp_path: Path) -> Callable[..., Emulation]:
-    """Renders a JobSet whose claim holds the corpus, and returns its emulation."""
+    """Renders a job whose claim holds the corpus, and returns its emulation."""
     claim = tmp_path / "claim"
     shutil.copytree(small_corpus, claim / "corpus")
     for path in [claim, *claim.rglob("*")]:
         os.chown(path, USER, USER)
 
-    def render(*overrides: str, **options: Any) -> Emulation:
+    def render(*overrides: str, target: str = "jobset", **options: Any) -> Emulation:
         arguments = tiny(Path("/ckpt/corpus"), Path("/ckpt"), "run", *JOB, *overrides)
-        done = subprocess.run(
-            command("launch", "jobset", *arguments), env=environment(), capture_output=True, text=True
-        )
+        done = subprocess.run(command("launch", target, *arguments), env=environment(), capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         objects = list(yaml.safe_load_all(done.stdout))
+        if target == "trainjob":
+            objects[1] = jobset_of(objects[1], yaml.safe_load(RUNTIME.read_text()))
         shown = [Path(sys.base_prefix), Path(sys.prefix), ROOT]
         variables = {"OMP_NUM_THREADS": "1", "MLFLOW_DISABLE_TELEMETRY": "true"}
         return Emulation(objects, tmp_path / "pods", {"ckpt": claim}, shown, variables, **options)
@@ -72,11 +75,12 @@ def _claims(folder: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.promise("Kubernetes: an evicted pod costs a restart that is not counted, and the run resumes bitwise")
+@TARGETS
 def test_eviction_is_saved_not_counted_and_resumed_bitwise(
-    pods: Callable[..., Emulation], small_corpus: Path, tmp_path: Path
+    pods: Callable[..., Emulation], small_corpus: Path, tmp_path: Path, target: str
 ) -> None:
     """Also a read-only root, no capability, a user without a name, and names that are published late."""
-    emulation = pods(f"training.stop_after_step={LAST_STEP}", names_after_s=15)
+    emulation = pods(f"training.stop_after_step={LAST_STEP}", target=target, names_after_s=15)
     run_dir = tmp_path / "claim" / "run"
     evicted: list[int] = []
 
@@ -103,8 +107,9 @@ def _kept(lines: dict[int, dict[str, Any]]) -> dict[int, dict[str, Any]]:
 
 
 @pytest.mark.promise("Kubernetes: a loss that is not finite ends the job with 66, without a restart")
-def test_loss_that_is_not_finite_is_not_started_again(pods: Callable[..., Emulation]) -> None:
-    emulation = pods("optimizer.learning_rate=1e30", "optimizer.warmup_steps=0")
+@TARGETS
+def test_loss_that_is_not_finite_is_not_started_again(pods: Callable[..., Emulation], target: str) -> None:
+    emulation = pods("optimizer.learning_rate=1e30", "optimizer.warmup_steps=0", target=target)
     assert emulation.run() == "Failed"
     assert emulation.actions == ["FailJobSet"]
     assert emulation.codes == [[66, 66]], emulation.log
