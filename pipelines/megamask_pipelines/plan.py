@@ -20,7 +20,7 @@ from megamask.models.counts import parameter_count
 from megamask.models.spec import ModelSpec
 from megamask.objectives.shapes import shape_of
 from megamask.planning.assumptions import Assumptions
-from megamask.planning.capability import Capability
+from megamask.planning.capability import planned
 from megamask.planning.capability import problems as capability_problems
 from megamask.planning.gpus import Gpu, gpu_named
 from megamask.planning.plan import Plan, make_plan
@@ -63,7 +63,7 @@ def plan_run(loaded: Loaded[TrainConfig], request: Request) -> dict[str, Any]:
         variant_problems(config, loaded.origins, default_origin=DEFAULT_ORIGIN),
         all_problems(config),
         capability_problems(
-            config.precision, config.device, _assumed_capability(gpu), num_experts=config.model.num_experts
+            config.precision, config.device, planned(gpu.architecture), num_experts=config.model.num_experts
         ),
     )
     reasons = [problem.description(value_of(config, problem.key)) for problem in problems]
@@ -136,11 +136,6 @@ def subject_of(config: TrainConfig, spec: ModelSpec) -> Subject:
         is_overlapped=config.device.overlap_gradient_reduce,
         checkpoint_every_steps=config.checkpoint.every_steps,
     )
-
-
-def _assumed_capability(gpu: Gpu) -> Capability:
-    """The GPU with the software that the extra `gpu` installs."""
-    return Capability(architecture=gpu.architecture, cuda=(12, 9), transformer_engine="assumed")
 
 
 def _vocabulary(config: TrainConfig, given: int | None) -> tuple[int, str]:

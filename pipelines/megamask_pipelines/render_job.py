@@ -5,19 +5,22 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from megamask.config.dump import documents_to_yaml
 from megamask.config.load import load_train_config
 from megamask.config.schema.roots import TrainConfig
-from megamask.config.validate import validate_train
+from megamask.config.validate import refuse_first, validate_train
 from megamask.config.validate_launch import Target, validate_launch
 from megamask.errors import UsageError
 from megamask.launch import jobset, lint, slurm, trainjob
 from megamask.launch.from_config import job_from_config
 from megamask.launch.job import Job
+from megamask.planning.capability import planned
+from megamask.planning.capability import problems as capability_problems
+from megamask.planning.gpus import GPUS
 from megamask.storage.durable import storage_errors, write_atomic
 
 _ANSWER_S = 120.0
@@ -39,6 +42,8 @@ def render_job(
     loaded = load_train_config(path, overrides)
     validate_train(loaded.config, loaded.origins)
     validate_launch(loaded.config, loaded.origins, target)
+    if target == "slurm":
+        _check_gpu(loaded.config, loaded.origins)
     job = job_from_config(loaded.config, target, path=path, overrides=overrides)
     text = _text(job, target, loaded.config)
     answer: dict[str, Any] = {
@@ -63,6 +68,15 @@ def render_job(
         _refuse_missing_secrets(job)
         answer["submitted"] = _ask(_SUBMIT[scheduler], text, required=True)
     return answer
+
+
+def _check_gpu(config: TrainConfig, origins: Mapping[str, str]) -> None:
+    """Refuse number formats and layers that the GPUs of launch.slurm.gpu_type cannot run; other types are not known."""
+    gpu = GPUS.get((config.launch.slurm.gpu_type or "").lower())
+    if gpu is not None:
+        found = planned(gpu.architecture)
+        experts = config.model.num_experts
+        refuse_first(capability_problems(config.precision, config.device, found, num_experts=experts), config, origins)
 
 
 def _text(job: Job, target: Target, config: TrainConfig) -> str:

@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import sys
+from types import ModuleType
+
 import pytest
 import torch
 
+from megamask.config.load import load_train_config
+from megamask.engine import probes
 from megamask.engine.probes import device_name, peak_flops_per_second
+from megamask.errors import UsageError
+from megamask.planning.capability import planned
+from support.command import TINY
 
 
 @pytest.mark.parametrize(
@@ -43,3 +51,15 @@ def test_peak_of_another_format_is_unknown() -> None:
 
 def test_cpu_is_named_cpu() -> None:
     assert device_name(torch.device("cpu")) == "cpu"
+
+
+@pytest.mark.promise("a refused FP8 recipe names the reason, the allowed recipes and the key")
+def test_refusal_quotes_the_librarys_own_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    library = ModuleType("transformer_engine.pytorch.quantization")
+    library.check_mxfp8_support = lambda: (False, "not on this card, says the library")
+    monkeypatch.setitem(sys.modules, library.__name__, library)
+    monkeypatch.setattr(probes, "capability", lambda: planned((9, 0)))
+    config = load_train_config(str(TINY), ["precision.compute=bf16", "precision.fp8=mxfp8"]).config
+    with pytest.raises(UsageError, match=r"precision\.fp8 is 'mxfp8', but its kernels need .* 10\.0") as error:
+        probes.check_machine(config)
+    assert "not on this card, says the library" in str(error.value.hint)

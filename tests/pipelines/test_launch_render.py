@@ -137,6 +137,21 @@ def test_what_makes_no_job_ends_with_2(arguments: list[str], named: str, capsys:
     assert named in capsys.readouterr().err
 
 
+@pytest.mark.promise("a job for GPUs without the kernels of its FP8 recipe is refused before it is submitted (2)")
+def test_recipe_without_kernels_on_the_jobs_gpus_ends_with_2(scheduler, capsys: pytest.CaptureFixture[str]) -> None:
+    submitted = scheduler("sbatch")
+    job = ["launch", "slurm", str(TINY), "--submit", "precision.compute=bf16"]
+    shapes = ["model.hidden_size=256", "model.ffn_hidden_size=256"]  # what the recipes' kernels take
+    assert main([*job, *shapes, "precision.fp8=mxfp8", "launch.slurm.gpu_type=h100"]) == 2
+    told = capsys.readouterr().err
+    assert "precision.fp8 is 'mxfp8', but its kernels need compute capability 10.0" in told
+    assert "allowed: none, tensorwise, delayed, blockwise" in told
+    with pytest.raises(FileNotFoundError):
+        submitted()
+    for fits in ("launch.slurm.gpu_type=b200", "launch.slurm.gpu_type=unknown"):
+        assert main([*job, *shapes, "precision.fp8=mxfp8", fits]) == 0
+
+
 def test_output_that_cannot_be_written_leaves_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["launch", "slurm", str(TINY), "--output", str(tmp_path / "absent" / "job")]) != 0
     assert not (tmp_path / "absent").exists()

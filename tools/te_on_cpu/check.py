@@ -187,15 +187,10 @@ def check_capability() -> dict[str, Any]:
     """The table of planning/capability.py against the library's own checks, on five architectures or the GPU's own."""
     from transformer_engine.pytorch import quantization
 
-    from megamask.engine.probes import capability
+    from megamask.engine.probes import _LIBRARY_CHECKS, capability
     from megamask.planning.capability import refusal
 
-    questions = {
-        "tensorwise": quantization.check_fp8_support,
-        "delayed": quantization.check_fp8_support,
-        "blockwise": quantization.check_fp8_block_scaling_support,
-        "mxfp8": quantization.check_mxfp8_support,
-    }
+    questions = {recipe: getattr(quantization, name) for recipe, name in _LIBRARY_CHECKS.items()}
     differences, answers = [], {}
     architectures = (
         [(8, 0), (8, 9), (9, 0), (10, 0), (12, 0)]

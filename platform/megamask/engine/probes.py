@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import importlib.util
 import shutil
@@ -29,6 +30,14 @@ _PEAKS = {
         *(("H100 NVL", 835.5e12), ("H100 PCIe", 756e12), ("H100", 989.5e12)),
         ("A100", 312e12),
     ),
+}
+
+# the library's own check of each recipe
+_LIBRARY_CHECKS = {
+    "tensorwise": "check_fp8_support",
+    "delayed": "check_fp8_support",
+    "blockwise": "check_fp8_block_scaling_support",
+    "mxfp8": "check_mxfp8_support",
 }
 
 
@@ -67,11 +76,20 @@ def check_machine(config: TrainConfig) -> None:
     Raises:
         UsageError: key and value, reason, allowed values.
     """
-    for problem in problems(config.precision, config.device, capability(), num_experts=config.model.num_experts):
+    found = capability()
+    for problem in problems(config.precision, config.device, found, num_experts=config.model.num_experts):
+        told = own_reason(config.precision.fp8) if problem.key == "precision.fp8" and found.can_run_te else None
         raise UsageError(
             f"{problem.description(reduce(getattr, problem.key.split('.'), config))}. Nothing was started.",
-            hint=f"change {problem.key}",
+            hint=f"change {problem.key}" + ("" if told is None else f"; Transformer Engine itself answers: {told}"),
         )
+
+
+def own_reason(recipe: str) -> str | None:
+    """Transformer Engine's own words why a recipe cannot run on this GPU; None where it can, or says nothing."""
+    library = importlib.import_module("transformer_engine.pytorch.quantization")
+    is_supported, reason = getattr(library, _LIBRARY_CHECKS[recipe])()
+    return None if is_supported else reason or None
 
 
 def apex() -> Literal["present", "absent", "unrelated"]:

@@ -40,6 +40,11 @@ class Capability:
         return self.transformer_engine is not None and self.architecture is not None
 
 
+def planned(architecture: Version) -> Capability:
+    """The capability of a GPU that is planned, with the software that the extra `gpu` installs."""
+    return Capability(architecture=architecture, cuda=(12, 9), transformer_engine="assumed")
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Needs:
     """Requirements of the kernels of a recipe: architectures from `first` up to, but not including, `beyond`."""
