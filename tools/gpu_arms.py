@@ -9,6 +9,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib
+import itertools
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -173,6 +175,48 @@ def _without_cudnn() -> Iterator[None]:
     torch.backends.cuda.enable_cudnn_sdp(was_enabled)
 
 
+def _plain(part: str) -> Around:
+    """One of the compiled kernels is left out: "rotary", "swiglu" or "noise"."""
+
+    @contextlib.contextmanager
+    def around() -> Iterator[None]:
+        from megamask.engine.kernels import Kernels
+        from megamask.engine.layers import compiled
+        from megamask.engine.layers.feed_forward import FeedForward
+
+        install = Kernels.install
+
+        def installing(chosen: Any, networks: Any, backend: Any) -> None:
+            install(chosen, networks, backend)
+            for module in itertools.chain.from_iterable(network.modules() for network in networks):
+                is_left_out = {"swiglu": isinstance(module, FeedForward), "rotary": hasattr(module, "rotary_channels")}
+                if is_left_out.get(part):
+                    module.is_compiled = False
+            if part == "noise":
+                compiled.plain_noise(backend.device)
+
+        with mock.patch.object(Kernels, "install", installing):
+            yield
+
+    return around
+
+
+@contextlib.contextmanager
+def _collectives_apart() -> Iterator[None]:
+    """A step's sums, its norm and whether all of it is finite travel one after another."""
+    from megamask.engine.collectives import Collectives
+
+    together = Collectives.sum_doubles
+
+    def apart(collectives: Any, values: torch.Tensor) -> list[float]:
+        found = [*together(collectives, values[:-1]), *together(collectives, values[-1:])]
+        collectives.max_integer(int(not all(map(math.isfinite, found))))
+        return found
+
+    with mock.patch.object(Collectives, "sum_doubles", apart):
+        yield
+
+
 BASELINE = Arm(name="baseline", about="bf16 with everything on", precision={"compute": "bf16"})
 
 ABLATIONS = (
@@ -196,11 +240,9 @@ ABLATIONS = (
         device={"layers": "local"},
         lacks=_needs_te,
     ),
-    Arm(
-        name="plain kernels",
-        about="device.kernels=plain: rotary positions, SwiGLU and noise in several kernels each",
-        device={"kernels": "plain"},
-    ),
+    Arm(name="rotary plain", about="rotary positions in several kernels", around=_plain("rotary")),
+    Arm(name="SwiGLU plain", about="SwiGLU in several kernels each way", around=_plain("swiglu")),
+    Arm(name="noise plain", about="the noise's words in many kernels", around=_plain("noise")),
     Arm(
         name="keys repeated",
         about="device.grouped_queries=repeated: a copy of keys and values for each query head",
@@ -217,6 +259,11 @@ ABLATIONS = (
         about="device.attention=te",
         device={"attention": "te"},
         lacks=_needs_te,
+    ),
+    Arm(
+        name="collectives apart",
+        about="sums of the loss, norm and finite flag in a collective each",
+        around=_collectives_apart,
     ),
     Arm(name="recompute selective", about="training.recompute=selective", training={"recompute": "selective"}),
     Arm(name="recompute full", about="training.recompute=full", training={"recompute": "full"}),

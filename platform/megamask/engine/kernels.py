@@ -57,5 +57,5 @@ class Kernels:
             if hasattr(module, "fuse_wgrad_accumulation"):  # a linear module of Transformer Engine
                 # read in the forward pass
                 setattr(module, "fuse_wgrad_accumulation", self.adds_weight_gradients)  # noqa: B010
-        if self.is_compiled and backend.device.type == "cuda":
-            compiled.compile_noise(backend.device)
+        makes_noise = self.is_compiled and backend.device.type == "cuda"
+        (compiled.compile_noise if makes_noise else compiled.plain_noise)(backend.device)

@@ -45,6 +45,11 @@ def compile_noise(device: torch.device) -> None:
     philox.rounds_by_device[device.type] = _compiled(philox.rounds)
 
 
+def plain_noise(device: torch.device) -> None:
+    """Undo `compile_noise`, which holds for the process."""
+    philox.rounds_by_device.pop(device.type, None)
+
+
 @functools.cache
 def _compiled(formula: Callable[..., Any]) -> Callable[..., Any]:
     compiled: Callable[..., Any] = torch.compile(formula, backend=BACKEND)
