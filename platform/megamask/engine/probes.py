@@ -86,7 +86,7 @@ def check_machine(config: TrainConfig) -> None:
 
 
 def own_reason(recipe: str) -> str | None:
-    """Transformer Engine's own words why a recipe cannot run on this GPU; None where it can, or says nothing."""
+    """Transformer Engine's own words why a recipe cannot run on this GPU; None where it can or gives none."""
     library = importlib.import_module("transformer_engine.pytorch.quantization")
     is_supported, reason = getattr(library, _LIBRARY_CHECKS[recipe])()
     return None if is_supported else reason or None
