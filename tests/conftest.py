@@ -79,14 +79,27 @@ def journalled_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def job() -> Iterator[None]:
-    """A job of one process. Engines of one layout share its groups."""
-    from megamask.engine.backend import select_backend
-    from megamask.engine.process_group import destroy_process_group, init_process_group
+def job_of_the_session() -> Iterator[None]:
+    """Leave the job at the end, if a test has joined one."""
+    from megamask.engine.process_group import destroy_process_group
 
-    init_process_group(select_backend())
     yield
     destroy_process_group()
+
+
+@pytest.fixture
+def job(job_of_the_session: None) -> None:
+    """A job of one process. Engines of one layout share its groups.
+
+    Joined anew where a command that ran in this process has left it.
+    """
+    from megamask.engine.backend import select_backend
+    from megamask.engine.mesh import ProcessGroups
+    from megamask.engine.process_group import init_process_group, is_joined
+
+    if not is_joined():
+        ProcessGroups.release()
+        init_process_group(select_backend())
 
 
 @pytest.fixture

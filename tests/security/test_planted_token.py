@@ -58,6 +58,7 @@ from pathlib import Path
 import megamask.training.hooks as hooks
 from megamask_pipelines.cli.main import main
 
+folder = Path(sys.argv[-1])
 uri, word, token = os.environ["PLACE_OF_MLFLOW"], os.environ["SERVICE_PASSWORD"], os.environ["PLANTED"]
 journal = hooks.StepJournal.after_step
 
@@ -66,7 +67,7 @@ def after_step(self, progress, record):
     if progress.step == 2:
         deadline = time.monotonic() + 150  # the tracker needs seconds to come, and to find nobody
         while time.monotonic() < deadline and not any(
-            "mlflow_outage" in path.read_text() for path in Path(sys.argv[-1]).glob("journal/*")
+            "mlflow_outage" in path.read_text() for path in folder.glob("journal/*")
         ):
             time.sleep(0.1)
         log = logging.getLogger("third.party")
@@ -79,7 +80,8 @@ def after_step(self, progress, record):
         raise RuntimeError(f"robot:{token} is refused at {uri}, as is {word}")
 
 hooks.StepJournal.after_step = after_step
-sys.exit(main(sys.argv[1:-1]))
+del sys.argv[-1]
+sys.exit(main())
 """
 
 

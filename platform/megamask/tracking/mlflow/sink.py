@@ -15,6 +15,7 @@ from pathlib import Path
 
 from megamask.config.schema.tracking import MLflowConfig
 from megamask.errors import UsageError
+from megamask.resilience import daemon_threads
 from megamask.tracking.mlflow.session import Session
 from megamask.tracking.mlflow.state import BusyError
 from megamask.tracking.mlflow.store import prepare_environment, store_of, without_credentials
@@ -65,6 +66,7 @@ class MLflowSink:
         if self._thread is None:
             prepare_environment(timeout_s=_REQUEST_TIMEOUT_S, retries=_REQUEST_RETRIES)
             self._thread = threading.Thread(target=self._run, name="megamask-mlflow", daemon=True)
+            daemon_threads.watch(self._thread)
             self._thread.start()
 
     def drain(self, timeout_s: float) -> bool:
