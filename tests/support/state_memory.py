@@ -71,11 +71,13 @@ def measure(spec: ModelSpec, layout: dict[str, Any], *, source: str | None, targ
 
 def _rise(call: Callable[[], Any]) -> int:
     """Bytes that a call allocates: Python's at the peak, with every buffer that is read into, and all tensors'."""
-    tracemalloc.start()
+    if not tracemalloc.is_tracing():  # and never stop: threads of the process group may allocate just then, and crash
+        tracemalloc.start()
+    tracemalloc.reset_peak()
+    before = tracemalloc.get_traced_memory()[0]
     with _NewTensors() as tensors:
         call()
-    in_python = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
+    in_python = tracemalloc.get_traced_memory()[1] - before
     return in_python + tensors.num_bytes
 
 
