@@ -7,6 +7,7 @@ import dataclasses
 import pytest
 import torch
 
+from megamask.diffusion.sampling import Draw
 from megamask.engine.fp8 import FP8_HISTORY, FP8_SCALE, PRODUCTS
 from megamask.engine.layers.fp8_linear import Blockwise, Delayed, Emulated, Tensorwise
 from megamask.engine.state.index import read_index
@@ -61,13 +62,15 @@ def test_steps_are_near_those_without_fp8(build, recipe):
     assert rounded[0]["loss"] != plain[0]["loss"]
 
 
-@pytest.mark.promise("an evaluation between steps changes no bit of FP8 training")
+@pytest.mark.promise("an evaluation or a preview between steps changes no bit of FP8 training")
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_scoring_between_steps_changes_nothing(build, recipe):
+def test_scoring_and_predicting_between_steps_change_nothing(build, recipe):
     looked, plain = (build(cases.OPTIONS, fp8=emulated(recipe), micro_batch_size=2) for _ in range(2))
     for step in (1, 2, 3):
         before = scales_of(looked)
         cases.masked_scores(looked, *cases.probe_rows(3, cases.OPTIONS))
+        x_t, _, is_masked = cases.probe_rows(3, cases.OPTIONS)
+        looked.predict(cases.reading(x_t, is_masked), Draw(step=step, sequences=(0, 1, 2)))
         assert all(torch.equal(one, other) for one, other in zip(scales_of(looked), before, strict=True))
         assert steps(looked, step, step) == steps(plain, step, step)
     assert looked.parameter_digest() == plain.parameter_digest()
