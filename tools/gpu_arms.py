@@ -255,6 +255,12 @@ ABLATIONS = (
         lacks=_needs_te,
     ),
     Arm(
+        name="CUDA graphs of the feed-forward part",
+        about="device.cuda_graphs=true",
+        device={"cuda_graphs": True},
+        lacks=_needs_te,
+    ),
+    Arm(
         name="attention of Transformer Engine",
         about="device.attention=te",
         device={"attention": "te"},

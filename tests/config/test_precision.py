@@ -55,6 +55,26 @@ REFUSED = [
     (("device.overlap_parameter_gather=true",), "but device.overlap_gradient_reduce is false, so that all weights are"),
     (("device.overlap_gradient_reduce=true",), "but layout.data_parallel_size is 1, so that there is nothing to sum"),
     (("device.attention=te", "objective.name=block"), "device.attention is 'te', but objective.name is block"),
+    *(
+        (
+            ("device.cuda_graphs=true", *(() if key == "precision.compute" else (BF16,)), *settings),
+            f"device.cuda_graphs is true, which {key} rules out",
+        )
+        for key, *settings in (
+            ("precision.compute",),
+            ("device.layers", "device.layers=local"),
+            ("device.layers", "precision.fp8=tensorwise", EMULATE),
+            ("precision.fp8", "precision.fp8=delayed"),
+            ("training.recompute", "training.recompute=full"),
+            ("layout.pipeline_parallel_size", "layout.pipeline_parallel_size=2"),
+            ("layout.tensor_parallel_size", "layout.tensor_parallel_size=2"),
+            ("objective.complementary_until_tokens", "objective.complementary_until_tokens=100"),
+            (
+                "device.overlap_gradient_reduce",
+                *("device.overlap_gradient_reduce=true", "layout.data_parallel_size=2"),
+            ),
+        )
+    ),
 ]
 
 

@@ -76,6 +76,15 @@ def test_layers_of_transformer_engine_equal_the_local_ones(work: Any, name: str,
 
 
 @needs_te
+@pytest.mark.promise("device.cuda_graphs changes no bit of training (GPU)")
+def test_graphs_change_no_bit(work: Any) -> None:
+    graphed, plain = run_of(work, "te_graphs"), run_of(work, "te_bf16")
+    assert graphed["num_graphs"] == SPEC.num_layers and plain["num_graphs"] == 0
+    assert graphed["reports"] == plain["reports"] and graphed["digest"] == plain["digest"]
+    assert graphed["scores"] == plain["scores"]
+
+
+@needs_te
 @pytest.mark.parametrize("recipe", FP8)
 def test_fp8_really_ran(work: Any, recipe: str) -> None:
     """The loss is near that of bf16, and not equal to it."""

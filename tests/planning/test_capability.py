@@ -121,6 +121,7 @@ def test_layers_that_cannot_run_are_refused(capability):
     [
         ({"kernels": "compiled"}, Capability(missing_compiler="Triton is not installed"), "Triton is not installed"),
         ({"weight_gradients": "fused"}, Capability(), "the only ones that have a choice"),
+        ({"cuda_graphs": True}, Capability(), "the only ones that have graphs"),
     ],
 )
 def test_kernels_that_cannot_run_are_refused(device, capability, reason):

@@ -33,6 +33,7 @@ RUNS: dict[str, dict[str, Any]] = {
 WITH_TE: dict[str, dict[str, Any]] = {
     "te_fp32": {"layers": "te"},
     "te_bf16": {"layers": "te", "compute": "bf16"},
+    "te_graphs": {"layers": "te", "compute": "bf16", "device": {"cuda_graphs": True}},
     "te_attention": {"layers": "te", "compute": "bf16", "attention": "te"},
     "tensorwise": {"layers": "te", "compute": "bf16", "fp8": {"fp8": "tensorwise"}},
     "delayed": {"layers": "te", "compute": "bf16", "fp8": {"fp8": "delayed", "fp8_amax_history": 4}},
@@ -72,6 +73,7 @@ def train(folder: Path, *, is_filled: bool = False, **settings: Any) -> dict[str
         "arithmetic": engine.arithmetic,
         "formats": sorted({str(parameter.dtype) for parameter in network.parameters()}),
         "scores": scores,
+        "num_graphs": sum(len(getattr(layer, "cuda_graphs", [])) for layer in network.decoder.layers),
     }
     engine.close()
     for name, place in (("resumed", folder), ("resumed_late", later)):

@@ -26,10 +26,12 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent), *(str(HERE.parents[1] / name) for name in ("platform", "tests"))]
 
+import graphs  # noqa: E402
 import substitute  # noqa: E402
 import torch  # noqa: E402
 from bench_support import Report  # noqa: E402
 
+from megamask.diffusion.sampling import Draw  # noqa: E402
 from support import engine_cases as cases  # noqa: E402
 from support.gpu_worker import SPEC  # noqa: E402
 
@@ -39,14 +41,21 @@ RECIPES = ("tensorwise", "delayed", "blockwise")
 
 
 def build(
-    recipe: str = "none", *, layers: str = "te", emulate: bool = False, compute: str = "bf16", **more: Any
+    recipe: str = "none",
+    *,
+    layers: str = "te",
+    emulate: bool = False,
+    compute: str = "bf16",
+    has_graphs: bool = False,
+    **more: Any,
 ) -> Any:
     """An engine of one process. Shapes are small, and the kernels' rule of 128 is the config's, not the engine's."""
     fp8 = {"fp8": recipe} | ({"fp8_kernels": "emulate"} if emulate else {}) | more
     if recipe == "delayed":
         fp8["fp8_amax_history"] = 4
     layers = "auto" if emulate else layers
-    return cases.make_engine(SPEC, layers=layers, compute=compute, micro_batch_size=2, fp8=fp8)
+    device = {"cuda_graphs": has_graphs}
+    return cases.make_engine(SPEC, layers=layers, compute=compute, micro_batch_size=2, fp8=fp8, device=device)
 
 
 def steps(engine: Any, first: int, last: int) -> list[dict[str, Any]]:
@@ -150,12 +159,14 @@ def check_resume(recipe: str) -> dict[str, Any]:
 
 
 def check_evaluation(recipe: str) -> dict[str, Any]:
-    """An evaluation between steps changes no bit of training."""
+    """An evaluation and a preview between steps change no bit of training."""
     plain = build(recipe)
     wanted, digest = steps(plain, 1, 3), plain.parameter_digest()
     looked, found = build(recipe), list[dict[str, Any]]()
     for step in (1, 2, 3):
-        cases.masked_scores(looked, *cases.probe_rows(5, SPEC))
+        x_t, x_0, is_masked = cases.probe_rows(5, SPEC)
+        cases.masked_scores(looked, x_t, x_0, is_masked)
+        looked.predict(cases.reading(x_t, is_masked), Draw(step=step, sequences=tuple(range(5))))
         found += steps(looked, step, step)
     return {"passed": found == wanted and looked.parameter_digest() == digest}
 
@@ -181,6 +192,20 @@ def check_crossing() -> dict[str, Any]:
         local.load_state(Path(folder))
     ours, theirs = cases.canonical_weights(engine), cases.canonical_weights(local)
     return {"passed": all(torch.equal(ours[name], theirs[name]) for name in ours)}
+
+
+def check_graphs(recipe: str) -> dict[str, Any]:
+    """Steps with graphs are those without, bit for bit; evaluations between them compute without graphs."""
+    answers = []
+    for has_graphs in (False, True):
+        engine, before = build(recipe, has_graphs=has_graphs), graphs.REPLAYS[0]
+        found = steps(engine, 1, 2)
+        replays = graphs.REPLAYS[0] - before
+        scores = cases.masked_scores(engine, *cases.probe_rows(5, SPEC)).tolist()
+        answers.append((found + steps(engine, 3, 3), scores, engine.parameter_digest()))
+    # four micro-batches a step, and a graph each way of each layer
+    counted = not substitute.is_installed() or replays == 2 * 4 * 2 * SPEC.num_layers
+    return {"replays": replays, "passed": answers[0] == answers[1] and counted}
 
 
 def check_capability() -> dict[str, Any]:
@@ -217,6 +242,7 @@ CASES: dict[str, Callable[[], dict[str, Any]]] = {
     "calibration": check_calibration,
     **{f"resume_{recipe}": lambda recipe=recipe: check_resume(recipe) for recipe in ("none", *RECIPES)},
     **{f"evaluation_{recipe}": lambda recipe=recipe: check_evaluation(recipe) for recipe in RECIPES},
+    **{f"graphs_{recipe}": lambda recipe=recipe: check_graphs(recipe) for recipe in ("none", "tensorwise")},
     "first_layers": check_first_layers,
     "crossing": check_crossing,
     "capability": check_capability,

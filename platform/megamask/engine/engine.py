@@ -20,6 +20,7 @@ from megamask.engine import scoring
 from megamask.engine.backend import Backend, select_backend
 from megamask.engine.collectives import Collectives
 from megamask.engine.fp8 import Fp8
+from megamask.engine.graphs import FeedForwardGraphs
 from megamask.engine.head import ScoredRowHead
 from megamask.engine.initialization import read_weights, set_initial_weights
 from megamask.engine.kernels import Kernels
@@ -98,6 +99,7 @@ class Engine:
             routing=routing,
             recompute=training.recompute,
             attention="te" if device.attention == "te" else "sdpa",
+            has_graphs=device.cuda_graphs,
         )
         networks = [build(spec, mesh, precision, chunk=chunk) for chunk in range(mesh.virtual_pipeline_size)]
         Kernels.chosen(device, backend).install(networks, backend)
@@ -125,7 +127,9 @@ class Engine:
         )
         self._pass_clock, self.arithmetic = PassClock(chunks[0].config, backend.device), _arithmetic(precision, layers)
         # forward-only passes have the shape of training's, so that a layout that can train can score
-        self._rows_per_pass = training.micro_batch_size * objective.shape(training.sequence_length).num_views
+        shape = objective.shape(training.sequence_length)
+        self._rows_per_pass = training.micro_batch_size * shape.num_views
+        self._graphs = FeedForwardGraphs(chunks, (self._rows_per_pass, shape.input_length), is_on=device.cuda_graphs)
 
     @property
     def backend(self) -> Backend:
@@ -209,7 +213,7 @@ class Engine:
 
         Returns: float64 [r] on the CPU, nats, the same on all ranks of this data-parallel coordinate.
         """
-        with self._fp8.untouched():
+        with self._fp8.untouched(), self._graphs.set_aside():
             return scoring.score(
                 self._rank_model,
                 rows,
@@ -223,7 +227,7 @@ class Engine:
         Every rank of a data-parallel coordinate calls this with the same rows; no coordinate waits for another. The
         answer is on the CPU, the same on all those ranks.
         """
-        with self._fp8.untouched():
+        with self._fp8.untouched(), self._graphs.set_aside():
             return scoring.predict(self._rank_model, reading, draw, rows_per_pass=self._rows_per_pass)
 
     def max_over_ranks(self, value: int) -> int:

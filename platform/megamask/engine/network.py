@@ -26,6 +26,7 @@ from megamask.config.schema.precision import PrecisionConfig
 from megamask.engine.embedding import WideSumEmbedding
 from megamask.engine.embedding_noise import with_noise
 from megamask.engine.gradients import announce_gradients
+from megamask.engine.graphs import OPTIONS as GRAPH_OPTIONS
 from megamask.engine.layers.attention import RowContext
 from megamask.engine.layers.router import Routing
 from megamask.engine.mesh import Mesh
@@ -97,6 +98,7 @@ def build_network(
     routing: Routing | None = None,
     recompute: str = "none",
     attention: str = "sdpa",
+    has_graphs: bool = False,
 ) -> DiffusionNetwork:
     """Build one of this rank's stages; its weights are undefined until the optimizer's shards are published.
 
@@ -108,9 +110,11 @@ def build_network(
         routing: what the routers of this rank share; None for a dense network.
         recompute: training.recompute.
         attention: "sdpa" or "te".
+        has_graphs: device.cuda_graphs.
     """
     compute = _FORMATS[precision.compute]
-    config = _transformer_config(spec, mesh, compute, _recompute_options(recompute) | _fp8_options(precision))
+    options = _recompute_options(recompute) | _fp8_options(precision) | (GRAPH_OPTIONS if has_graphs else {})
+    config = _transformer_config(spec, mesh, compute, options)
     layers = mesh.layers(spec.num_layers, chunk)
     block = family.block_spec(
         config,

@@ -175,6 +175,12 @@ def problems(
             because="but the layers are not Transformer Engine's, the only ones that have a choice",
             allowed="auto; or another value with device.layers=te on a machine that has it",
         )
+    if device.cuda_graphs and chosen_layers(precision, device, capability, num_experts=num_experts) != "te":
+        yield Problem(
+            key="device.cuda_graphs",
+            because="but the layers are not Transformer Engine's, the only ones that have graphs",
+            allowed="false; or true on a machine that has the library and a GPU",
+        )
     if device.attention == "te" and chosen_layers(precision, device, capability, num_experts=num_experts) != "te":
         has_experts = num_experts > 0 and capability.can_run_te
         yield Problem(

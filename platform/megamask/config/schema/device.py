@@ -58,6 +58,11 @@ class DeviceConfig(Section):
         "needs device.overlap_gradient_reduce, which makes the parts",
         default=False,
     )
+    cuda_graphs: bool = operational(
+        "launch the kernels of each layer's feed-forward part together, as one CUDA graph each way; for Transformer "
+        "Engine's layers in bf16 on data-parallel ranks. No device has run it yet",
+        default=False,
+    )
     deterministic: bool = operational(
         "the same layout on the same GPU type repeats a run bit for bit; false lets the libraries choose faster "
         "kernels whose sums have no fixed order. On a CPU every run repeats itself, for either value",
@@ -99,6 +104,8 @@ class DeviceConfig(Section):
                 because="but device.overlap_gradient_reduce is false, so that all weights are one part",
                 allowed="false; or both true",
             )
+        if self.cuda_graphs:
+            yield from _graph_problems(self, config)
         if self.weight_gradients != "auto" and (self.layers == "local" or precision.fp8_kernels == "emulate"):
             yield Problem(
                 key="device.weight_gradients",
@@ -116,4 +123,30 @@ class DeviceConfig(Section):
                 key="device.attention",
                 because="but objective.name is block, whose rows need a mask that only sdpa takes",
                 allowed="auto, sdpa",
+            )
+
+
+def _graph_problems(device: DeviceConfig, config: TrainConfig) -> Iterator[Problem]:
+    """Settings under which a captured graph would compute something else, or was never tried."""
+    layout, objective = config.layout, config.objective
+    shared = ("tensor", "pipeline", "context")
+    sizes = {f"layout.{axis}_parallel_size": getattr(layout, f"{axis}_parallel_size") for axis in shared}
+    reasons = {
+        "device.layers": device.layers == "local" or config.precision.fp8_kernels == "emulate",
+        "precision.compute": config.precision.compute != "bf16",
+        "precision.fp8": config.precision.fp8 == "delayed",
+        "training.recompute": config.training.recompute != "none",
+        "model.num_experts": config.model.num_experts > 0,
+        "device.overlap_gradient_reduce": device.overlap_gradient_reduce,
+        "objective.block_schedule": bool(objective.block_schedule),
+        "objective.complementary_until_tokens": objective.complementary_until_tokens is not None,
+        **{name: size > 1 for name, size in sizes.items()},
+    }
+    for name, is_in_the_way in reasons.items():
+        if is_in_the_way:
+            yield Problem(
+                key="device.cuda_graphs",
+                because=f"which {name} rules out: graphs are of Transformer Engine's layers in bf16, without delayed "
+                "scaling, on data-parallel ranks alone, and of one shape",
+                allowed=f"false; or another {name}",
             )
