@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import signal
 import socket
+import threading
+import time
+from pathlib import Path
 
 import pytest
 
+from megamask.config.load import load_train_config
 from megamask.errors import MegamaskError, UsageError
 from megamask.launch import meeting
+from megamask.launch import node as launch_node
 from megamask.launch.placement import NodePlace
+from megamask.launch.verdict import launch_folder, read_codes, wait_until, write_codes
 from megamask.resilience.signals import StopRequest
+
+TESTS = Path(__file__).parents[1]
+TINY = TESTS.parent / "configs" / "run" / "tiny.yaml"
 
 
 def _unpublished(monkeypatch: pytest.MonkeyPatch, times: int) -> list[str]:
@@ -64,3 +73,34 @@ def test_run_on_one_machine_is_met_on_the_loopback_interface_alone(
     place = NodePlace(node=0, num_nodes=num_nodes, address="node1", token="job-1.0")
     with meeting.listening(place) as listener:
         assert listener.getsockname()[0] == address
+
+
+@pytest.mark.multiprocess
+def test_node_that_is_slow_to_close_after_an_agreed_end_is_not_taken_for_dead(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(TESTS))
+    monkeypatch.delenv("MASTER_PORT", raising=False)
+    monkeypatch.setattr(launch_node, "_CODES_S", 0.05)
+    place = NodePlace(node=0, num_nodes=2, address="127.0.0.1", token="job-1.0")
+    folder = launch_folder(tmp_path / "run", place.token)
+
+    def end_of_the_other() -> None:
+        wait_until(lambda: read_codes(folder, 0) is not None, 60)
+        time.sleep(0.4)
+        write_codes(folder, 1, [75])
+
+    other = threading.Thread(target=end_of_the_other)
+    other.start()
+    with StopRequest() as signals:
+        verdict, _ = launch_node.run_node(
+            ["raise SystemExit(75)"],
+            place,
+            tmp_path / "run",
+            ranks_per_node=1,
+            signals=signals,
+            launch=load_train_config(TINY, ["launch.preflight=false"]).config.launch,
+            module="support.rank_script",
+        )
+    other.join()
+    assert verdict.code == 75

@@ -143,6 +143,7 @@ class _Job:
         monkeypatch.delenv("MASTER_PORT", raising=False)
         monkeypatch.setattr(launch_node, "_VERDICT_S", 0.1)
         monkeypatch.setattr(launch_node, "_CODES_S", 0.1)
+        monkeypatch.setattr(launch_node, "_AGREED_CODES_S", 0.1)
         monkeypatch.setattr(launch_watch, "REFUSAL_GRACE_S", 0.1)
 
     def node(

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from megamask.config.schema.launch import LaunchConfig
 from megamask.errors import ExitCode, MegamaskError, error_with_code
-from megamask.launch.failures import RankExit, failure_of
+from megamask.launch.failures import AGREED, RankExit, failure_of
 from megamask.launch.job_observer import JobObserver
 from megamask.launch.meeting import listening, meeting, wait_for_name
 from megamask.launch.metrics_file import MetricsFile
@@ -43,7 +43,10 @@ from megamask.runs.rank_files import read_rank_failures
 from megamask.runs.status import Status, read_status, write_status
 
 _CODES_S = 5.0
-_VERDICT_S = 20.0
+# After an end that all ranks agreed on, the other nodes are on their way out: one that is slow to close is not dead.
+_AGREED_CODES_S = 20.0
+# Node 0 gives its ranks half a minute to notice that another node's have failed, and then waits for the codes.
+_VERDICT_S = 45.0
 _SUSPECT_CODES = (ExitCode.MEGATRON_RERUN_RESUME, ExitCode.MEGATRON_RERUN_FAILED, ExitCode.HARDWARE)
 
 
@@ -140,7 +143,8 @@ def _gang(place: NodePlace, ranks_per_node: int, address: str, port: int, listen
 def _judge(folder: Path, place: NodePlace, run_dir: Path, attempt: int | None, own: int, first: RankExit) -> Verdict:
     """The verdict of node 0, from all nodes' codes and the failure records of the attempt that its rank 0 claimed."""
     others = range(1, place.num_nodes)
-    wait_until(lambda: all(read_codes(folder, node) is not None for node in others), _CODES_S)
+    seconds = _AGREED_CODES_S if own in AGREED else _CODES_S
+    wait_until(lambda: all(read_codes(folder, node) is not None for node in others), seconds)
     failures = {} if attempt is None else read_rank_failures(run_dir, attempt)
     answers = [read_codes(folder, node) for node in others]
     code = job_code(own, answers, [failure.exit_code for failure in failures.values()])
