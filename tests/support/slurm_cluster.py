@@ -123,7 +123,7 @@ class Cluster:
         path = f"{kept.get('PATH', '')}:{_PATH}"
         return {**kept, "PATH": path, "SLURM_CONF": str(self.base / "slurm.conf"), "OMP_NUM_THREADS": "1"}
 
-    def call(self, *arguments: object, timeout: float = 60) -> subprocess.CompletedProcess[str]:
+    def call(self, *arguments: object, timeout: float = 300) -> subprocess.CompletedProcess[str]:
         """Run a command as a user of this cluster."""
         words = [str(argument) for argument in arguments]
         return subprocess.run(words, env=self.environment, capture_output=True, text=True, timeout=timeout, check=False)
@@ -134,9 +134,12 @@ class Cluster:
         return dict(word.split("=", 1) for word in told.split() if "=" in word)
 
     def start_now(self, number: str) -> None:
-        """End the fixed wait of a requeued job."""
-        wait_for("the requeued job", lambda: self.job(number)["JobState"] == "PENDING", 120)
-        self.call("scontrol", "update", f"JobId={number}", "StartTime=now")
+        """Shorten the fixed wait of a requeued job.
+
+        Not to nothing: slurmd refuses a start within the second in which it ended the job ("credential revoked").
+        """
+        wait_for("the requeued job", lambda: self.job(number)["JobState"] == "PENDING", 600)
+        self.call("scontrol", "update", f"JobId={number}", "StartTime=now+10")
 
     def kill_node(self, node: str) -> None:
         """Kill every process of a node, as a power cut does."""
@@ -166,8 +169,8 @@ class Cluster:
             self.network(node, "up")
             if not self.pids(node):
                 self.start_node(node)
-        wait_for("the jobs to end", lambda: not self.call("squeue", "-h").stdout.strip(), 120 + self.kill_wait)
-        wait_for("the nodes to be idle", self.idle, 120)
+        wait_for("the jobs to end", lambda: not self.call("squeue", "-h").stdout.strip(), 300 + self.kill_wait)
+        wait_for("the nodes to be idle", self.idle, 300)
 
     def up(self) -> None:
         """Start the daemons."""
@@ -194,12 +197,12 @@ class Cluster:
         places = [f"--socket={socket_path}", f"--key-file={key}"]
         places += [f"--{name}-file={self.base}/munged.{name}" for name in ("pid", "log", "seed")]
         self._spawn("munged", ["munged", "--foreground", "--force", *places])
-        wait_for("munged", socket_path.exists, 30)
+        wait_for("munged", socket_path.exists, 120)
         self._spawn("slurmctld", ["slurmctld", "-D"])
-        wait_for("slurmctld", lambda: "is UP" in self.call("scontrol", "ping").stdout, 60)
+        wait_for("slurmctld", lambda: "is UP" in self.call("scontrol", "ping").stdout, 120)
         for node in self.nodes:
             self.start_node(node)
-        wait_for("the nodes to be idle", self.idle, 120)
+        wait_for("the nodes to be idle", self.idle, 300)
 
     def down(self) -> None:
         """End the jobs, the daemons and the networks."""
