@@ -1,4 +1,3 @@
-import copy
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +10,7 @@ from kubeflow_trainer_api import models
 from megamask.launch import jobset, lint, trainjob
 from megamask.launch.job import COUNTED_CODES, FREE_CODES, STOP_CODES
 from support.launch_jobs import FULL, SMALL
+from support.trainjob_emulation import jobset_of
 
 GOLDEN = Path(__file__).parent / "golden"
 CORE_VERSION = "1.34"
@@ -166,6 +166,14 @@ def test_lint_names_what_no_schema_finds(change, named):
     assert any(named in problem for problem in lint.problems(objects, stop_s=90)), lint.problems(objects, stop_s=90)
 
 
+@pytest.mark.parametrize("pattern", ["(?=2)", "(?<!1)2", r"(2)\1", "(2)?(?(1)3|4)", "2(?#two)", "(?>2)", "2++", r"2\Z"])
+def test_lint_finds_what_go_does_not_compile(pattern):
+    objects = jobset.render(SMALL)
+    objects[1]["spec"]["failurePolicy"]["rules"][0]["onJobFailureMessagePatterns"] = [pattern]
+    (problem,) = lint.problems(objects, stop_s=90)
+    assert "it would never match" in problem
+
+
 def test_lint_counts_the_characters_of_a_pods_name():
     longest = replace(SMALL, name="a" * 48)
     assert lint.problems(jobset.render(longest), stop_s=90) == []
@@ -173,32 +181,12 @@ def test_lint_counts_the_characters_of_a_pods_name():
     assert "the name of the job may have 48" in problem
 
 
-def _jobset_of(trainjob_document, runtime_document):
-    """The JobSet that Kubeflow Trainer makes: the runtime's template, the trainer's fields, then the patches."""
-    spec = copy.deepcopy(runtime_document["spec"]["template"]["spec"])
-    (replicated,) = spec["replicatedJobs"]
-    job, trainer = replicated["template"]["spec"], trainjob_document["spec"]["trainer"]
-    (container,) = job["template"]["spec"]["containers"]
-    job["parallelism"] = job["completions"] = trainer["numNodes"]
-    container |= {key: trainer[key] for key in ("image", "command", "env")} | {"resources": trainer["resourcesPerNode"]}
-    for patch in trainjob_document["spec"]["runtimePatches"]:
-        (changed,) = patch["trainingRuntimeSpec"]["template"]["spec"]["replicatedJobs"]
-        assert changed["name"] == replicated["name"]
-        template = changed["template"]["spec"]["template"]
-        job["template"]["metadata"] = template["metadata"]
-        (own,) = template["spec"].pop("containers")
-        assert own.pop("name") == container["name"]
-        container |= own
-        job["template"]["spec"] |= template["spec"]
-    return spec
-
-
 @pytest.mark.parametrize("job", [SMALL, FULL])
 @pytest.mark.promise("A TrainJob on the shipped runtime makes the pods of the JobSet")
 def test_trainjob_makes_the_pods_of_the_jobset(job):
     # a TrainJob is refused with a priority class or a working folder
     job = replace(job, workdir=None, kubernetes=replace(job.kubernetes, priority_class=None))
-    made = _jobset_of(copy.deepcopy(trainjob.render(job)[1]), trainjob.runtime("megamask"))
+    made = jobset_of(trainjob.render(job)[1], trainjob.runtime("megamask"))["spec"]
     expected = jobset.render(job)[1]["spec"]
     (replicated,), (own,) = made["replicatedJobs"], expected["replicatedJobs"]
     assert replicated["template"]["spec"] == own["template"]["spec"]

@@ -17,8 +17,9 @@ _DNS_LABEL = re.compile(r"[a-z]([a-z0-9-]*[a-z0-9])?")
 _MAX_CHARACTERS = 63
 _RANDOM_SUFFIX = len("-abcde")
 _NOT_SECRET = frozenset({"MEGAMASK_LAUNCH_TOKEN"})
-# Go's RE2, which the controller uses, has neither look-around nor back-references; Python's module has both.
-_NOT_RE2 = re.compile(r"\(\?(=|!|<=|<!|P=)|\\[1-9]")
+# Go's RE2, which the controller uses, has no look-around, back-reference, condition, comment, atomic group, possessive
+# repetition or \Z; Python's module has them all.
+_NOT_RE2 = re.compile(r"\(\?(=|!|<=|<!|P=|\(|#|>)|\\[1-9Z]|[*+?}]\+")
 
 
 def problems(objects: Sequence[Mapping[str, Any]], *, stop_s: float) -> list[str]:
