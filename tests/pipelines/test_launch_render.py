@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from megamask_pipelines.cli.main import main
-from support.command import TINY
+from support.command import ROOT, TINY
 
 PODS = (
     "launch.image=images.example/megamask@sha256:" + "0" * 64,
@@ -46,6 +46,25 @@ def test_job_is_printed_and_nothing_else(capsys: pytest.CaptureFixture[str]) -> 
     printed = capsys.readouterr().out
     assert printed.startswith("#!/bin/bash\n")
     assert printed.endswith('exit "$code"\n')
+
+
+@pytest.mark.promise("The config of each scheduler's guide makes a job as it stands there")
+@pytest.mark.parametrize(
+    ("guide", "fence", "target"),
+    [
+        ("slurm.md", "cat > job.yaml <<'END'\n", "slurm"),
+        ("kubernetes.md", "```yaml\n", "jobset"),
+        ("kubernetes.md", "```yaml\n", "trainjob"),
+    ],
+)
+def test_config_of_a_guide_makes_a_job(
+    guide: str, fence: str, target: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = (ROOT / "docs" / "guides" / guide).read_text().partition(fence)[2]
+    shown = text.partition("END\n" if target == "slurm" else "```")[0]
+    config = tmp_path / "run.yaml"
+    config.write_text(shown.replace("- configs/", f"- {ROOT}/configs/").replace(":DIGEST", ":" + "0" * 64))
+    assert main(["launch", target, str(config)]) == 0, capsys.readouterr().err
 
 
 @pytest.mark.parametrize("target", ["jobset", "trainjob"])
