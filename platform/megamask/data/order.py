@@ -12,14 +12,14 @@ of an epoch are never listed as a whole.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
+from megamask.data.block_rows import SplitBlocks
 from megamask.data.lru import LeastRecentlyUsed
-from megamask.diffusion.philox import Purpose, philox4x32
+from megamask.diffusion.philox import Purpose
+from megamask.diffusion.philox_sort import sort_by_words
 from megamask.errors import UsageError
 from megamask.storage.hashing import hash_of, key_of
 
@@ -27,9 +27,6 @@ ORDER_LAW_VERSION = 1
 
 Int64Array = npt.NDArray[np.int64]
 
-_LOW_WORD = 0xFFFFFFFF
-_PIECE = 1 << 18  # indices per Philox call: bounds the temporaries of a corpus with millions of blocks
-_CACHED_EPOCHS = 2
 _CACHED_WINDOWS = 4
 
 
@@ -38,19 +35,11 @@ def order_key(data_seed: int, source_digest: str, split: str) -> tuple[int, int]
     return key_of(hash_of(data_seed, source_digest, split))
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Epoch:
-    """Blocks of one epoch in their order, and the place at which each begins (one more: the end)."""
-
-    blocks: Int64Array  # [num_blocks]
-    first_place: Int64Array  # [num_blocks + 1]
-
-
 class SourceOrder:
     """The endless sequence of rows that one split of one corpus gives.
 
     Args:
-        block_rows: rows of each block of the split, blocks in order through the shards in name order; all >= 1.
+        blocks: of the split, or the rows of each block in order through the shards in name order; all >= 1.
         key: the source's order key, of `order_key`.
         window_blocks: blocks per shuffle window (`data.shuffle_window_blocks`).
 
@@ -58,17 +47,19 @@ class SourceOrder:
         UsageError: the split has no rows, or the window is below 1.
     """
 
-    def __init__(self, block_rows: Sequence[int] | Int64Array, *, key: tuple[int, int], window_blocks: int) -> None:
-        rows = np.asarray(block_rows, dtype=np.int64)
-        if rows.size == 0 or int(rows.min()) < 1:
+    def __init__(
+        self, blocks: SplitBlocks | Sequence[int] | Int64Array, *, key: tuple[int, int], window_blocks: int
+    ) -> None:
+        if not isinstance(blocks, SplitBlocks):
+            blocks = SplitBlocks(np.array(blocks, dtype=np.int64))
+        if not blocks.has_rows:
             raise UsageError("an order needs at least one block and at least one row in each; nothing was read")
         if window_blocks < 1:
             raise UsageError(f"data.shuffle_window_blocks is {window_blocks}; allowed: >= 1. Nothing was read")
-        self._block_rows = rows
-        self._block_first_row = np.concatenate(([0], np.cumsum(rows)))
+        self._split = blocks
+        self._block_rows, self._block_first_row = blocks.rows, blocks.first_row
         self._key = key
         self._window_blocks = window_blocks
-        self._epochs: LeastRecentlyUsed[int, _Epoch] = LeastRecentlyUsed(_CACHED_EPOCHS)
         self._windows: LeastRecentlyUsed[tuple[int, int], Int64Array] = LeastRecentlyUsed(_CACHED_WINDOWS)
 
     @property
@@ -106,7 +97,7 @@ class SourceOrder:
         """
         if not 0 <= row < self.num_rows:
             raise UsageError(f"row {row} of a split that has {self.num_rows} rows; nothing was read")
-        order = self._epochs.get(epoch, self._order_blocks)
+        order = self._split.epoch(epoch, self._key)
         block = int(np.searchsorted(self._block_first_row, row, side="right")) - 1
         place = int(order.first_place[int(np.flatnonzero(order.blocks == block)[0])])
         rows, first = self._window_of(epoch, place)
@@ -114,7 +105,7 @@ class SourceOrder:
 
     def _window_of(self, epoch: int, place: int) -> tuple[Int64Array, int]:
         """The shuffled rows of the window that holds a place of an epoch, and the window's first place."""
-        order = self._epochs.get(epoch, self._order_blocks)
+        order = self._split.epoch(epoch, self._key)
         position = int(np.searchsorted(order.first_place, place, side="right")) - 1
         window = position // self._window_blocks
         first = window * self._window_blocks
@@ -122,29 +113,9 @@ class SourceOrder:
         rows = self._windows.get((epoch, window), lambda _: self._shuffle_rows(blocks, epoch))
         return rows, int(order.first_place[first])
 
-    def _order_blocks(self, epoch: int) -> _Epoch:
-        blocks = _sort_by_words(np.arange(len(self._block_rows)), epoch, Purpose.BLOCK_ORDER, self._key)
-        first_place = np.concatenate(([0], np.cumsum(self._block_rows[blocks])))
-        return _Epoch(blocks=blocks, first_place=first_place)
-
     def _shuffle_rows(self, blocks: Int64Array, epoch: int) -> Int64Array:
         counts = self._block_rows[blocks]
         ends = np.cumsum(counts)
         in_block = np.arange(int(ends[-1])) - np.repeat(ends - counts, counts)
         rows = np.repeat(self._block_first_row[blocks], counts) + in_block
-        return _sort_by_words(rows, epoch, Purpose.ROW_ORDER, self._key)
-
-
-def _sort_by_words(indices: Int64Array, epoch: int, purpose: Purpose, key: tuple[int, int]) -> Int64Array:
-    """Indices sorted by (word0, word1, index) of philox((index_lo, index_hi, epoch, purpose), key)."""
-    words = np.empty(len(indices), dtype=np.uint64)
-    for start in range(0, len(indices), _PIECE):
-        piece = torch.from_numpy(np.ascontiguousarray(indices[start : start + _PIECE]))
-        word0, word1, _, _ = philox4x32((piece & _LOW_WORD, piece >> 32, epoch, int(purpose)), key)
-        high, low = word0.numpy().astype(np.uint64), word1.numpy().astype(np.uint64)
-        words[start : start + _PIECE] = (high << np.uint64(32)) | low
-    order = np.argsort(words)
-    ordered = words[order]
-    if np.any(ordered[1:] == ordered[:-1]):  # about never, and the only case in which the index decides
-        order = np.lexsort((indices, words))
-    return indices[order]
+        return sort_by_words(rows, epoch, Purpose.ROW_ORDER, self._key)

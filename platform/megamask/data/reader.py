@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 from crc32c import crc32c
 
-from megamask.data.block_rows import block_rows
+from megamask.data.block_rows import split_blocks
 from megamask.data.index import DOCS_COLUMNS, ShardIndex, block_name, index_bytes
 from megamask.data.lru import LeastRecentlyUsed
 from megamask.data.manifest import Manifest, ShardEntry
@@ -74,10 +74,11 @@ class SplitReader:
         self._documents: LeastRecentlyUsed[int, BlockDocuments] = LeastRecentlyUsed(window_blocks + _MORE_THAN_A_WINDOW)
         self._first_row = _starts([entry.rows for entry in self._shards])
         self._first_block = _starts([entry.blocks for entry in self._shards])
-        self.block_rows: Int64Array = block_rows(
+        self.blocks = split_blocks(
             manifest, split, lambda shard: self._load_index(shard).blocks["rows"].astype(np.int64)
         )
-        self._first_row_of_block = _starts(self.block_rows)
+        self.block_rows: Int64Array = self.blocks.rows
+        self._first_row_of_block = self.blocks.first_row
 
     @property
     def num_rows(self) -> int:
@@ -91,9 +92,12 @@ class SplitReader:
     def read_rows(self, rows: Sequence[int] | Int64Array) -> RowBatch:
         """Rows by number, checked: read in the order of the files, returned in the order given.
 
+        The document tables of their blocks are read and checked when the batch is first asked for documents, by the
+        same thread; that raises as this.
+
         Raises:
             IndexError: the split has no such row.
-            DataIntegrityError: a row or its document table is damaged, or the index of its shard.
+            DataIntegrityError: a row is damaged, or the index of its shard.
             StorageError: the device does not answer.
         """
         places = self._locate(rows)
@@ -105,15 +109,14 @@ class SplitReader:
             raise self._cut_off(int(places.blocks[len(found)]), offsets[len(found)])
         if found != expected:
             raise self._damaged_row(places, np.array(found), np.array(expected))
-        checksums, in_block = [0] * count, [0] * count
-        tables: list[BlockDocuments | None] = [None] * count
-        members = zip(places.order.tolist(), places.blocks.tolist(), places.in_block.tolist(), found, strict=True)
-        last, table = -1, None
-        for member, block, row, checksum in members:
-            if block != last:
-                table, last = self._documents.get(block, self._read_documents), block
-            tables[member], in_block[member], checksums[member] = table, row, checksum
-        return RowBatch(tokens, checksums, tables, in_block)
+        in_order = np.empty((3, count), dtype=np.int64)
+        in_order[0, places.order] = found
+        in_order[1, places.order] = places.blocks
+        in_order[2, places.order] = places.in_block
+        return RowBatch(tokens, *in_order, table_of=self._table_of)
+
+    def _table_of(self, block: int) -> BlockDocuments:
+        return self._documents.get(block, self._read_documents)
 
     def will_need(self, rows: Iterable[int] | Int64Array) -> None:
         """Announce rows that are read soon, so that the system fetches them all at once; reads no row itself."""
@@ -126,11 +129,11 @@ class SplitReader:
 
     def _locate(self, rows: Sequence[int] | Int64Array) -> _Places:
         wanted = np.asarray(rows, dtype=np.int64)
-        if len(wanted) and not 0 <= int(wanted.min()) <= int(wanted.max()) < self.num_rows:
-            outside = wanted[(wanted < 0) | (wanted >= self.num_rows)]
-            raise IndexError(f"row {outside[0]} of split {self._split}, which has {self.num_rows} rows")
         order = wanted.argsort(kind="stable")
         ordered = wanted[order]
+        if len(wanted) and not 0 <= ordered[0] <= ordered[-1] < self.num_rows:
+            outside = wanted[(wanted < 0) | (wanted >= self.num_rows)]
+            raise IndexError(f"row {outside[0]} of split {self._split}, which has {self.num_rows} rows")
         blocks = self._first_row_of_block.searchsorted(ordered, "right") - 1
         shards = self._first_block.searchsorted(blocks, "right") - 1
         return _Places(
@@ -285,5 +288,5 @@ def load_index(corpus_dir: Path, manifest: Manifest, entry: ShardEntry, first_bl
     return index
 
 
-def _starts(counts: Sequence[int] | Int64Array) -> npt.NDArray[np.int64]:
+def _starts(counts: Sequence[int]) -> npt.NDArray[np.int64]:
     return np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import os
 import stat
+from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,9 +17,11 @@ from megamask.data.lru import LeastRecentlyUsed
 from megamask.data.manifest import ShardEntry
 from megamask.errors import DataIntegrityError
 from megamask.storage.durable import storage_errors
+from megamask.storage.file_marks import settled_mark
 from megamask.storage.plain_files import NotPlainError, open_plain
 
 _OPEN_SHARDS = 128  # file descriptors
+_compared: deque[tuple[Path, tuple[int, ...], Sequence[ShardEntry]]] = deque(maxlen=8)  # of the last splits opened
 
 
 class ShardFiles:
@@ -36,7 +39,7 @@ class ShardFiles:
         self._folder = folder
         self._shards = shards
         self._descriptors: LeastRecentlyUsed[int, int] = LeastRecentlyUsed(_OPEN_SHARDS, on_drop=os.close)
-        self._check_sizes()
+        _check_sizes(folder, shards)
 
     def path(self, shard: int) -> Path:
         """Return the path of a shard."""
@@ -108,20 +111,6 @@ class ShardFiles:
         """Close the shards; a later read opens them again."""
         self._descriptors.clear()
 
-    def _check_sizes(self) -> None:
-        """Compare the size of each file without opening it; one that is not plain is refused when it is read."""
-        with storage_errors(f"looking at the shards of {self._folder}"):
-            for entry in self._shards:
-                sizes = {entry.name: entry.bytes, entry.index_name: index_bytes(entry.blocks, entry.rows)}
-                for name, expected in sizes.items():
-                    path = f"{self._folder}/{name}"
-                    try:
-                        found = os.lstat(path)
-                    except (FileNotFoundError, NotADirectoryError):
-                        raise missing(Path(path)) from None
-                    if stat.S_ISREG(found.st_mode) and found.st_size != expected:
-                        raise _wrong_size(Path(path), found.st_size, expected)
-
     def _open(self, shard: int) -> int:
         path, entry = self.path(shard), self._shards[shard]
         try:
@@ -136,6 +125,29 @@ class ShardFiles:
             os.close(descriptor)
             raise _wrong_size(path, size, entry.bytes)
         return descriptor
+
+
+def _check_sizes(folder: Path, shards: Sequence[ShardEntry]) -> None:
+    """Compare the size of each file without opening it, once in a process while no file is added or removed.
+
+    A shard that is cut later, or is not a plain file, is refused when it is first read.
+    """
+    mark = settled_mark(folder / "shards")
+    if any(where == folder and seen == mark and entries is shards for where, seen, entries in _compared):
+        return
+    with storage_errors(f"looking at the shards of {folder}"):
+        for entry in shards:
+            sizes = {entry.name: entry.bytes, entry.index_name: index_bytes(entry.blocks, entry.rows)}
+            for name, expected in sizes.items():
+                path = f"{folder}/{name}"
+                try:
+                    found = os.lstat(path)
+                except (FileNotFoundError, NotADirectoryError):
+                    raise missing(Path(path)) from None
+                if stat.S_ISREG(found.st_mode) and found.st_size != expected:
+                    raise _wrong_size(Path(path), found.st_size, expected)
+    if mark is not None:
+        _compared.append((folder, mark, shards))
 
 
 def missing(path: Path) -> DataIntegrityError:

@@ -20,6 +20,12 @@ def local_folder(folder: str, data: DataConfig) -> Path:
     return RemoteCorpus(folder, data.cache_dir, data.cache_bytes).folder if is_remote(folder) else Path(folder)
 
 
+def has_split(name: str, folder: str, data: DataConfig, split: str) -> bool:
+    """Return whether a corpus of `data.corpora` has rows of a split; raises as `Source`."""
+    splits = open_corpus(local_folder(folder, data), f"data.corpora.{name}").splits
+    return split in splits and splits[split].num_rows > 0
+
+
 class Source:
     """An entry of `data.corpora`, opened; for one thread at a time.
 
@@ -60,7 +66,7 @@ class Source:
             self.folder, self.manifest, split, window_blocks=data.shuffle_window_blocks, remote=remote
         )
         key = order_key(data.seed, self.digest, split)
-        self.order = SourceOrder(self.reader.block_rows, key=key, window_blocks=data.shuffle_window_blocks)
+        self.order = SourceOrder(self.reader.blocks, key=key, window_blocks=data.shuffle_window_blocks)
 
     @cached_property
     def tokenizer(self) -> CorpusTokenizer:

@@ -190,9 +190,10 @@ class Step(JournalRecord):
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation(JournalRecord):
-    """The bound on held-out text, measured during training.
+    """The bound on held-out text, measured during training: that of the first corpus.
 
     Args:
+        by_source: the same figures of each corpus of a mixture, by name.
         pair_variance: ratio, low, high (of its 95 % interval) and num_pairs, where they were asked for.
         clip_search: low, high, variance, full_variance and num_blocks, where they were asked for.
     """
@@ -205,6 +206,7 @@ class Evaluation(JournalRecord):
     num_tokens: int | None = None
     num_bytes: int | None = None
     num_samples: int | None = None
+    by_source: dict[str, Any] | None = None
     pair_variance: dict[str, Any] | None = None
     clip_search: dict[str, Any] | None = None
     seconds: dict[str, Any] | None = None

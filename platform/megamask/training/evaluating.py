@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -15,6 +14,7 @@ from torch import Tensor
 from megamask.config.schema.evaluation import EvaluationConfig
 from megamask.config.schema.roots import TrainConfig
 from megamask.data.loader import Loader
+from megamask.data.source import has_split
 from megamask.diffusion.philox import run_key
 from megamask.evaluation.clip_search import clip_search_on_engine
 from megamask.evaluation.on_engine import EvaluationEngine, evaluate_on_engine
@@ -34,15 +34,19 @@ Measure = Callable[[], dict[str, Any] | None]
 
 
 def open_validation(config: TrainConfig) -> Loader | None:
-    """The validation split, when evaluation during training is asked for.
+    """The validation splits of all corpora that have one, when evaluation during training is asked for.
 
     Raises:
-        UsageError: evaluation.every_steps is set and the corpus has no validation split.
+        UsageError: evaluation.every_steps is set and the first corpus has no validation split.
     """
     if config.evaluation.every_steps is None:
         return None
-    corpora = dict(itertools.islice(config.data.corpora.items(), 1))  # of a mixture, the first corpus
-    return Loader(corpora, replace(config.data, mixture=[]), config.training.sequence_length, split="validation")
+    first, *others = config.data.corpora
+    names = [first, *(name for name in others if has_split(name, config.data.corpora[name], config.data, "validation"))]
+    mixture = [{"weights": dict.fromkeys(names, 1)}] if others else []  # rows are read by number: weights say nothing
+    corpora = {name: config.data.corpora[name] for name in names}
+    data = replace(config.data, mixture=mixture)
+    return Loader(corpora, data, config.training.sequence_length, split="validation")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +80,22 @@ class InterruptibleEngine:
         return self.engine.broadcast_object(value)
 
 
+@dataclass(frozen=True, kw_only=True)
+class _HeldOut:
+    """Rows of one corpus: tokens int64 and is_eligible bool [rows, L]."""
+
+    tokens: Tensor
+    is_eligible: Tensor
+
+    @classmethod
+    def read(cls, loader: Loader, source: str, num_rows: int) -> _HeldOut:
+        """The first rows of a source, at most `num_rows`."""
+        count = min(num_rows, loader.sources[source].order.num_rows)
+        read = [loader.read(source, row) for row in range(count)]
+        tokens = torch.from_numpy(np.stack([row.tokens for row in read]).astype(np.int64))
+        return cls(tokens=tokens, is_eligible=loader.eligible(read))
+
+
 def validation_measure(
     config: TrainConfig,
     engine: Engine,
@@ -84,56 +104,48 @@ def validation_measure(
     check: Callable[[], None] = lambda: None,
     step: Callable[[], int] = lambda: 0,
 ) -> Measure:
-    """Return a function that scores the first evaluation.rows validation rows.
+    """Return a function that scores the first evaluation.rows validation rows of every source of the loader.
 
-    It is collective and gives the same answer on every rank; None if `check` cut it short.
+    Its answer is that of the first source; of several sources it also holds each one's, under `by_source`. It is
+    collective and gives the same answer on every rank; None if `check` cut it short.
     """
     evaluation = config.evaluation
-    num_rows = min(evaluation.rows, loader.num_rows)
-    read = [loader.read(loader.source, row) for row in range(num_rows)]
-    tokens = torch.from_numpy(np.stack([row.tokens for row in read]).astype(np.int64))
-    is_eligible = loader.eligible(read)
+    held_out = {name: _HeldOut.read(loader, name, evaluation.rows) for name in loader.sources}
     token_bytes = torch.tensor(loader.tokenizer.token_bytes)
     num_views = objective.shape(config.training.sequence_length).num_views
     seed = config.run.seed if evaluation.seed is None else evaluation.seed
+    watched = InterruptibleEngine(engine=engine, check=check)
+
+    def bound_of(rows: _HeldOut) -> dict[str, Any]:
+        bound = at_step(objective, step()).bound
+        report = evaluate_on_engine(
+            watched,
+            bound,
+            rows.tokens,
+            rows.is_eligible,
+            draws=evaluation.draws,
+            replicates=evaluation.replicates,
+            key=run_key(seed),
+            batch_rows=config.training.micro_batch_size * num_views,
+            num_bytes=int(token_bytes[rows.tokens[bound.scored(rows.tokens, rows.is_eligible)]].sum()),
+        )
+        names = ("nelbo_nats_per_token", "standard_error", "bits_per_byte", "num_tokens", "num_bytes", "num_samples")
+        return {name: getattr(report, name) for name in names}
 
     def measure() -> dict[str, Any] | None:
         """Score the rows under the network's present weights."""
-        started = time.monotonic()
-        bound = at_step(objective, step()).bound
+        started, first = time.monotonic(), held_out[loader.source]
         try:
-            report = evaluate_on_engine(
-                InterruptibleEngine(engine=engine, check=check),
-                bound,
-                tokens,
-                is_eligible,
-                draws=evaluation.draws,
-                replicates=evaluation.replicates,
-                key=run_key(seed),
-                batch_rows=config.training.micro_batch_size * num_views,
-                num_bytes=int(token_bytes[tokens[bound.scored(tokens, is_eligible)]].sum()),
-            )
+            found = {name: bound_of(rows) for name, rows in held_out.items()}
+            rows = {"tokens": first.tokens, "is_eligible": first.is_eligible}
             extra = _asked_for(
-                InterruptibleEngine(engine=engine, check=check),
-                objective,
-                evaluation,
-                seed,
-                tokens=tokens,
-                is_eligible=is_eligible,
-                batch_samples=config.training.micro_batch_size,
+                watched, objective, evaluation, seed, batch_samples=config.training.micro_batch_size, **rows
             )
         except CutShort:
             return None
-        return {
-            "nelbo_nats_per_token": report.nelbo_nats_per_token,
-            "standard_error": report.standard_error,
-            "bits_per_byte": report.bits_per_byte,
-            "num_tokens": report.num_tokens,
-            "num_bytes": report.num_bytes,
-            "num_samples": report.num_samples,
-            **extra,
-            "seconds": {"evaluation": round(time.monotonic() - started, 6)},
-        }
+        if len(found) > 1:
+            extra["by_source"] = found
+        return {**found[loader.source], **extra, "seconds": {"evaluation": round(time.monotonic() - started, 6)}}
 
     return measure
 

@@ -21,7 +21,7 @@ class DataConfig(Section):
     corpora: dict[str, str] = extendable(
         "name -> folder of a prepared corpus, or URL of one in an object store (s3, gs, az, http, https); name and "
         "corpus id are identity, the folder is operational. The likelihood bound during training is of the validation "
-        "split of the first one",
+        "split of the first one; of the others that have one it is recorded beside it",
         is_path=True,
     )
     seed: int = identity("seed of the order of rows", default=1, minimum=0, maximum=2**64 - 1)

@@ -28,7 +28,10 @@ class EvaluationConfig(Section):
         unit="steps",
     )
     rows: int = operational(
-        "validation rows to score, from the first on; at most as many as there are", default=16, minimum=1, unit="rows"
+        "validation rows of each corpus to score, from the first on; at most as many as there are",
+        default=16,
+        minimum=1,
+        unit="rows",
     )
     draws: int = operational("masks per row in one replicate", default=4, minimum=1, unit="masks")
     replicates: int = operational(

@@ -9,7 +9,7 @@ A name before the last "/" is the section in which MLflow draws a metric.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -69,7 +69,7 @@ class Memory:
     Args:
         sent_through: highest step already sent, by kind of record.
         is_completed: the last record on the state of the run was run_completed.
-        bytes_per_token, rows: of the training split, for bits per byte and epochs.
+        bytes_per_token, rows: of the training splits together, for bits per byte and epochs.
         validation: name and digest of the dataset that bounds are measured on.
         attempts, datasets, facts, best, latest: what the description is made of.
         notes: sha256 of the descriptions that were sent.
@@ -225,12 +225,13 @@ def _add_start(update: Update, record: AttemptStarted, memory: Memory) -> None:
     update.tags |= {f"library.{name}": str(version) for name, version in libraries.items()}
     update.datasets.extend(datasets_of(record))
     update.points.extend(_start_points(record))
-    for dataset in record.datasets or []:
-        if dataset.get("split") == "validation":
-            memory.validation = list(dataset_key(dataset))
-        else:
-            memory.rows, tokens, size = dataset.get("rows"), dataset.get("tokens"), dataset.get("text_bytes")
-            memory.bytes_per_token = size / tokens if size and tokens else None
+    held_out = [each for each in record.datasets or [] if each.get("split") == "validation"]
+    trained = [each for each in record.datasets or [] if each.get("split") != "validation"]
+    if held_out:
+        memory.validation = list(dataset_key(held_out[0]))  # of several, the first corpus' bound is the run's
+    if trained:
+        memory.rows, tokens, size = (_total(trained, name) for name in ("rows", "tokens", "text_bytes"))
+        memory.bytes_per_token = size / tokens if size and tokens else None
     memory.datasets = record.datasets or memory.datasets
     memory.facts |= {"parameters": record.num_parameters}
     memory.attempts.append(
@@ -287,12 +288,21 @@ def _step_points(record: Step, memory: Memory) -> list[Point]:
     return _numbers(values, record, record.step)
 
 
+def _total(datasets: Sequence[Mapping[str, Any]], name: str) -> int | None:
+    """Sum of a count over datasets; None where one lacks it."""
+    counts = [count for each in datasets if isinstance(count := each.get(name), int)]
+    return sum(counts) if len(counts) == len(datasets) else None
+
+
 def _evaluation_points(record: Evaluation, memory: Memory) -> list[Point]:
     values: dict[str, Any] = {
         BOUND: record.nelbo_nats_per_token,
         "evaluation/standard_error_nats_per_token": record.standard_error,
         "evaluation/bits_per_byte": record.bits_per_byte,
     }
+    for name, found in (record.by_source or {}).items():
+        values[f"evaluation/{name}/bound_nats_per_token"] = found.get("nelbo_nats_per_token")
+        values[f"evaluation/{name}/bits_per_byte"] = found.get("bits_per_byte")
     values |= {f"evaluation/pair_variance_{name}": value for name, value in (record.pair_variance or {}).items()}
     values |= {f"evaluation/clip_search_{name}": value for name, value in (record.clip_search or {}).items()}
     values |= {f"evaluation/{phase}_s": value for phase, value in (record.seconds or {}).items()}
