@@ -43,7 +43,7 @@ def open_validation(config: TrainConfig) -> Loader | None:
         return None
     first, *others = config.data.corpora
     names = [first, *(name for name in others if has_split(name, config.data.corpora[name], config.data, "validation"))]
-    mixture = [{"weights": dict.fromkeys(names, 1)}] if others else []  # rows are read by number: weights say nothing
+    mixture = [{"weights": dict.fromkeys(names, 1)}] if others else []  # rows are read by number: weights are unused
     corpora = {name: config.data.corpora[name] for name in names}
     data = replace(config.data, mixture=mixture)
     return Loader(corpora, data, config.training.sequence_length, split="validation")
