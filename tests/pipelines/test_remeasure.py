@@ -18,6 +18,7 @@ from support.command import checkpoints, megamask, tiny
 from support.tiny_run import write_corpus, write_run
 
 PROMISE = pytest.mark.promise("`megamask verify run --evaluate` repeats the newest bound exactly on the same machine")
+SLOW = (pytest.mark.slow, pytest.mark.timeout(900))
 STEPS = ("training.steps=3", "optimizer.warmup_steps=1", "evaluation.every_steps=3", "evaluation.rows=3")
 
 
@@ -33,8 +34,8 @@ def train(corpus: Path, folder: Path, *overrides: str) -> Path:
     "layout",
     [
         (),
-        pytest.param(("layout.data_parallel_size=2",), marks=pytest.mark.slow),
-        pytest.param(("layout.tensor_parallel_size=2", "precision.compute=bf16"), marks=pytest.mark.slow),
+        pytest.param(("layout.data_parallel_size=2",), marks=SLOW),
+        pytest.param(("layout.tensor_parallel_size=2", "precision.compute=bf16"), marks=SLOW),
     ],
 )
 def test_bound_is_measured_again_to_the_bit(
