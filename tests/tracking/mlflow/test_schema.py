@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import sqlite3
+import sys
+import threading
 from pathlib import Path
 
 import pytest
 
 from megamask.errors import UsageError
-from megamask.tracking.mlflow.schema import check_schema, known_revisions, stored_revision
+from megamask.tracking.mlflow import schema
+from megamask.tracking.mlflow.schema import check_schema, check_server_schema, known_revisions, stored_revision
 from megamask.tracking.mlflow.sync import hint_of
 from megamask_pipelines.cli.main import main
 from support.command import tiny
@@ -53,6 +56,37 @@ def test_older_and_newer_schemas_are_refused_with_what_to_do(tmp_path: Path) -> 
     with pytest.raises(UsageError, match="made by a newer MLflow") as found:
         check_schema(new, after="Nothing was started.")
     assert "install the MLflow that made it" in str(found.value.hint)
+
+
+@PROMISE
+@pytest.mark.parametrize(("revision", "fix"), [(-2, "mlflow db upgrade DATABASE"), ("f" * 12, "install the MLflow")])
+def test_database_of_any_kind_is_asked_for_its_schema(tmp_path: Path, revision: int | str, fix: str) -> None:
+    """A URI with a driver's name goes through SQLAlchemy, as those of PostgreSQL and MySQL do."""
+    found = known_revisions()[revision] if isinstance(revision, int) else revision
+    uri = f"sqlite+pysqlite:///{database(tmp_path / 'other.db', found)}"
+    with pytest.raises(UsageError, match=r"^DATABASE was made by .* Nothing was started\.") as refused:
+        check_server_schema(uri, "DATABASE", after="Nothing was started.")
+    assert fix in str(refused.value.hint)
+
+
+@PROMISE
+def test_database_that_is_current_empty_or_does_not_answer_passes(tmp_path: Path) -> None:
+    current = database(tmp_path / "current.db", known_revisions()[-1])
+    for uri in (f"sqlite+pysqlite:///{current}", f"sqlite+pysqlite:///{tmp_path}/empty.db", "http://h:5000"):
+        check_server_schema(uri, "DATABASE", after="Nothing was started.")
+    unanswered = threading.Event()
+    assert schema.within(0.01, lambda: str(unanswered.wait(60))) is None
+    unanswered.set()
+
+
+@PROMISE
+def test_database_whose_driver_is_missing_is_refused_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "psycopg2", None)
+    with pytest.raises(
+        UsageError, match=r"postgresql://h/db needs the Python module psycopg2, .* Nothing was"
+    ) as found:
+        check_server_schema("postgresql+psycopg2://u:hush@h/db", "postgresql://h/db", after="Nothing was started.")
+    assert "hush" not in f"{found.value} {found.value.hint}"
 
 
 @PROMISE

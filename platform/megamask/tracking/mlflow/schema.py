@@ -1,6 +1,7 @@
-"""Schema of a local MLflow database, compared with the installed MLflow without importing it.
+"""Schema of an MLflow database, compared with the installed MLflow without importing it.
 
 MLflow refuses a database that another version made. During training that would look like an outage that never ends.
+A SQLite file is read directly; any other database through SQLAlchemy, which MLflow itself uses.
 """
 
 from __future__ import annotations
@@ -8,6 +9,8 @@ from __future__ import annotations
 import contextlib
 import re
 import sqlite3
+import threading
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -15,10 +18,13 @@ from megamask.errors import UsageError
 
 _REVISION = re.compile(r"^revision(?:: \w+)? = ['\"](\w+)['\"]", re.MULTILINE)
 _BEFORE = re.compile(r"^down_revision(?:: [^=]+)? = ['\"](\w+)['\"]", re.MULTILINE)
+_QUERY = "SELECT version_num FROM alembic_version"
+_SQL_URI = re.compile(r"(?:postgresql|mysql|sqlite|mssql)(?:\+\w+)?://")  # the kinds that MLflow takes
+_ANSWER_TIMEOUT_S = 10.0  # a server that does not answer is an outage, which training does not wait for
 
 
 def check_schema(database: Path, *, after: str) -> None:
-    """Refuse a database whose schema is not that of the installed MLflow; one that is not there yet passes.
+    """Refuse a SQLite file whose schema is not that of the installed MLflow; one that is not there yet passes.
 
     Args:
         after: what has not happened.
@@ -26,17 +32,37 @@ def check_schema(database: Path, *, after: str) -> None:
     Raises:
         UsageError: names the command that migrates it.
     """
-    stored, known = stored_revision(database), known_revisions()
+    compare_revision(stored_revision(database), str(database), f"sqlite:///{database}", after=after)
+
+
+def check_server_schema(uri: str, shown: str, *, after: str) -> None:
+    """Refuse a database of another kind than `check_schema`'s; one that is empty or does not answer passes.
+
+    Args:
+        uri: as SQLAlchemy takes it; anything else passes.
+        shown: the same without a credential.
+        after: what has not happened.
+
+    Raises:
+        UsageError: names the command that migrates it, or the driver that is not installed.
+    """
+    if _SQL_URI.match(uri):
+        compare_revision(revision_at(uri, shown, after=after), shown, shown, after=after)
+
+
+def compare_revision(stored: str | None, name: str, shown_uri: str, *, after: str) -> None:
+    """Refuse a revision that is not the newest of the installed MLflow; raises as `check_schema`."""
+    known = known_revisions()
     if stored is None or not known or stored == known[-1]:
         return
     if stored in known:
         raise UsageError(
-            f"{database} was made by an older MLflow: its schema is {stored}, the installed MLflow has {known[-1]}. "
+            f"{name} was made by an older MLflow: its schema is {stored}, the installed MLflow has {known[-1]}. "
             f"{after}",
-            hint=f"copy the file, then run `mlflow db upgrade sqlite:///{database}`",
+            hint=f"copy the database, then run `mlflow db upgrade {shown_uri}`",
         )
     raise UsageError(
-        f"{database} was made by a newer MLflow: the installed one does not know its schema {stored}. {after}",
+        f"{name} was made by a newer MLflow: the installed one does not know its schema {stored}. {after}",
         hint="install the MLflow that made it, or name another store with tracking.mlflow.uri",
     )
 
@@ -47,9 +73,47 @@ def stored_revision(database: Path) -> str | None:
         return None
     with contextlib.suppress(sqlite3.Error):  # MLflow itself reports a file that is damaged or locked
         with contextlib.closing(sqlite3.connect(f"{database.absolute().as_uri()}?mode=ro", uri=True)) as connection:
-            row = connection.execute("SELECT version_num FROM alembic_version").fetchone()
+            row = connection.execute(_QUERY).fetchone()
         return None if row is None else str(row[0])
     return None
+
+
+def revision_at(uri: str, shown: str, *, after: str) -> str | None:
+    """Return the schema revision of any database that SQLAlchemy opens; None where it is empty or does not answer.
+
+    Raises:
+        UsageError: the driver of such a database is not installed.
+    """
+    from sqlalchemy import create_engine, text
+    from sqlalchemy.exc import SQLAlchemyError
+    from sqlalchemy.pool import NullPool
+
+    try:
+        engine = create_engine(uri, poolclass=NullPool)
+    except ModuleNotFoundError as error:
+        raise UsageError(
+            f"the database {shown} needs the Python module {error.name}, which is not installed. {after}",
+            hint=f"install its driver ({error.name}), or name another store with tracking.mlflow.uri",
+        ) from error
+    except SQLAlchemyError:  # MLflow reports a URI that it cannot read
+        return None
+
+    def ask() -> str | None:
+        with contextlib.suppress(SQLAlchemyError, OSError), engine.connect() as connection:
+            found = connection.execute(text(_QUERY)).scalar()
+            return None if found is None else str(found)
+        return None
+
+    return within(_ANSWER_TIMEOUT_S, ask)
+
+
+def within(seconds: float, ask: Callable[[], str | None]) -> str | None:
+    """Return an answer, or None if it takes longer; a driver's own timeouts are of minutes."""
+    answers: list[str | None] = []
+    thread = threading.Thread(target=lambda: answers.append(ask()), name="megamask-schema", daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return answers[0] if answers else None
 
 
 def known_revisions() -> list[str]:

@@ -16,7 +16,7 @@ from urllib.parse import parse_qsl, unquote, urlsplit
 from megamask.config.schema.tracking import MLflowConfig
 from megamask.config.secrets import resolve_secret, shown
 from megamask.errors import UsageError
-from megamask.tracking.mlflow.schema import check_schema
+from megamask.tracking.mlflow.schema import check_schema, check_server_schema
 
 URI_KEY = "tracking.mlflow.uri"
 _SQLITE = "sqlite:///"
@@ -76,6 +76,8 @@ def check_target(key: str, run_dir: Path, config: MLflowConfig, *, after: str) -
     store = store_of(run_dir, config)
     if store.database is not None:
         check_schema(store.database, after=after)
+    else:
+        check_server_schema(store.uri, shown_uri(store.uri), after=after)
 
 
 def check_uri(key: str, uri: str, *, after: str) -> None:
