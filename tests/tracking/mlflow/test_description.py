@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from megamask.tracking.mlflow.description import description_of
+from megamask.config.schema.objective import NAMES
+from megamask.tracking.mlflow.description import _KINDS, description_of
 from megamask.tracking.mlflow.points import Memory, update_of
 
 RUN = {
@@ -94,3 +95,40 @@ def test_description_has_model_corpora_masks_tokens_attempts_best_and_checks() -
     assert first == "| 1 | node-1 | ada | cuda | 1 process | 1-2 | preempted |"
     assert second == "| 2 | node-2 | ada | cuda | 2 processes, data 2 | 3-4 | all steps are done |"
     assert "megamask verify run RUN --against-mlflow" in "\n".join(checks)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({}, "masked with complementary no, noise_schedule linear, weight nelbo."),
+        ({"weight": "cart"}, "masked with cart_p 0.3, complementary no, noise_schedule linear, weight cart."),
+        (
+            {"noise_schedule": "spindle"},
+            "masked with complementary no, noise_schedule spindle, spindle_strength 0.3.",
+        ),
+        ({"recipe": "mdlm"}, "masked with complementary no, recipe mdlm."),
+    ],
+)
+def test_description_leaves_out_settings_that_are_not_in_force(given: dict[str, Any], words: str) -> None:
+    settings = {"name": "masked", "cart_p": 0.3, "complementary": False, "noise_exponent": 1.0}
+    settings |= {"noise_schedule": "linear", "recipe": None, "spindle_strength": 0.3, "weight": "nelbo"}
+    settings |= {"z_loss_weight": 0.0, "block_schedule": []} | given
+    identity = {f"objective.{key}": value for key, value in sorted(settings.items())}
+    assert f"Objective: {words}" in description_of({"identity": identity}, Memory())
+
+
+@pytest.mark.promise(
+    "the run's page in MLflow answers an auditor: model, corpora, masks, tokens, attempts, best, checks"
+)
+def test_description_names_the_objective_and_the_first_weights() -> None:
+    memory = two_attempts()
+    assert description_of(RUN, memory).startswith("A masked-diffusion language model of")
+    assert ", pretrained with megamask." in description_of(RUN, memory)
+    identity: dict[str, Any] = {**RUN["identity"], "objective.name": "autoregressive"}
+    text = description_of(
+        {"identity": identity, "parent_checkpoint": {"source": "hf:llama", "digest": "ab" * 32}}, memory
+    )
+    assert text.startswith("An autoregressive language model of")
+    assert "diffusion" not in text and "at most" not in text
+    assert "trained from `hf:llama` (abababababab) with megamask." in text
+    assert set(NAMES) == set(_KINDS)

@@ -7,6 +7,20 @@ from typing import Any
 
 from megamask.tracking.mlflow.points import Memory
 
+_KINDS = {
+    "masked": "A masked-diffusion language model",
+    "block": "A block-diffusion language model",
+    "uniform": "A language model of uniform diffusion",
+    "mixed": "A language model of diffusion with mixed noise",
+    "autoregressive": "An autoregressive language model",
+}
+# Settings of the objective that do nothing unless another one has this value.
+_ONLY_WITH = {
+    "cart_p": ("weight", "cart"),
+    "noise_exponent": ("noise_schedule", "polynomial"),
+    "spindle_strength": ("noise_schedule", "spindle"),
+}
+_OF_RECIPES = frozenset({"noise_schedule", "weight", "mask_counts", "time_sampling"})
 _HOW_TO_CHECK = """To check this page against the run directory (tag `run_dir`):
 
 - `megamask verify run RUN --against-mlflow` compares every parameter, point and digest with the journal;
@@ -22,8 +36,7 @@ def description_of(run: Mapping[str, Any], memory: Memory) -> str:
         run: content of run.json.
         memory: of the journal so far.
     """
-    identity = run.get("identity", {})
-    parts = [_paragraph(identity, memory)]
+    parts = [_paragraph(run, memory)]
     corpora = [dataset for dataset in memory.datasets if dataset.get("split") == "train"]
     if corpora:
         rows = [
@@ -37,7 +50,8 @@ def description_of(run: Mapping[str, Any], memory: Memory) -> str:
     return "\n\n".join([*parts, _HOW_TO_CHECK])
 
 
-def _paragraph(identity: Mapping[str, Any], memory: Memory) -> str:
+def _paragraph(run: Mapping[str, Any], memory: Memory) -> str:
+    identity = run.get("identity", {})
     shape = ", ".join(
         f"{identity[key]} {words}"
         for key, words in (
@@ -49,24 +63,35 @@ def _paragraph(identity: Mapping[str, Any], memory: Memory) -> str:
     )
     parameters = memory.facts.get("parameters")
     size = "" if parameters is None else f" of {parameters:,} parameters"
-    text = f"A masked-diffusion language model{size} ({shape}), pretrained with megamask. {_objective(identity)}"
+    objective = str(identity.get("objective.name", "masked"))  # runs of 0.1.0 have no other
+    parent = run.get("parent_checkpoint")
+    start = "pretrained" if not parent else f"trained from `{parent.get('source')}` ({str(parent.get('digest'))[:12]})"
+    text = f"{_KINDS.get(objective, 'A language model')}{size} ({shape}), {start} with megamask. {_objective(identity)}"
     if (tokens := memory.facts.get("tokens")) is not None:
         text += f" It has seen {tokens:,} tokens."
     if memory.best is not None:
         best = memory.best
-        text += (
-            f" Best checkpoint: `{best['checkpoint']}`, at most {best['bound']:.4f} nats per token on held-out text."
-        )
+        most = "" if objective == "autoregressive" else "at most "  # whose likelihood is exact
+        text += f" Best checkpoint: `{best['checkpoint']}`, {most}{best['bound']:.4f} nats per token on held-out text."
     return text
 
 
 def _objective(identity: Mapping[str, Any]) -> str:
-    """Describe how text is masked: every setting of the objective that has a value."""
+    """Describe how text is masked: every setting of the objective that is in force."""
     settings = {
         key.removeprefix("objective."): value for key, value in identity.items() if key.startswith("objective.")
     }
     name = settings.pop("name", "not recorded")
-    facts = [f"{key} {_word(value)}" for key, value in settings.items() if value is not None]
+    idle = {key for key, (other, value) in _ONLY_WITH.items() if settings.get(other) != value}
+    if settings.get("recipe") is not None:
+        idle |= _OF_RECIPES
+    if settings.get("noise_schedule") == "spindle":
+        idle |= {"weight", "mask_counts"}  # which it has for each token
+    facts = [
+        f"{key} {_word(value)}"
+        for key, value in settings.items()
+        if key not in idle and (value is False or value not in (None, 0, []))
+    ]
     return f"Objective: {name}{' with ' if facts else ''}{', '.join(facts)}."
 
 
