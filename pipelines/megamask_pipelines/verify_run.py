@@ -43,7 +43,9 @@ class RunChecks:
             head = int(match[1]), match[2]
         corpora = corpora_of(arguments.corpus, outcome="Nothing was checked.")
         return cls(
-            request=AuditRequest(corpora=corpora, head=head, checks_data=arguments.data),
+            request=AuditRequest(
+                corpora=corpora, head=head, checks_data=arguments.data, is_in_mlflow=arguments.against_mlflow
+            ),
             evaluates=arguments.evaluate,
             compares_mlflow=arguments.against_mlflow,
             uri=arguments.uri,

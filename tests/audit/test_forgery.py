@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import shutil
+import sqlite3
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from megamask.errors import CheckpointIntegrityError
+from megamask.runs.record import read_run
 from megamask.storage.hashing import sha256_bytes
+from megamask.training.resuming import recorded_schedule
 from megamask_pipelines.cli.main import main
 from support.stored_run import unpack
 
@@ -119,6 +123,30 @@ def test_last_lines_cut_off_are_found(run_dir: Path, check: Check, num_lines: in
 
 
 @FORGED
+def test_last_line_of_a_failed_attempt_that_is_cut_is_found(run_dir: Path, check: Check) -> None:
+    """No number tells an end that the attempt journalled from one that its launcher saw: status.json names the line."""
+    status = json.loads((run_dir / "status.json").read_bytes())
+    status |= {"phase": "failed", "exit_code": 66, "step": 6}
+    path = last_journal(run_dir)
+    kept = path.read_text().splitlines(keepends=True)
+    ended = next(n for n, line in enumerate(kept) if '"kind":"attempt_ended"' in line)
+    path.write_text("".join(kept[:ended]))
+    (run_dir / "status.json").write_text(json.dumps({**status, "journal": None}))
+    check(run_dir, 0)
+    (run_dir / "status.json").write_text(json.dumps(status))
+    assert f"ended with line {status['journal'][0]}, which the journal lacks" in problems(check(run_dir, 65))
+
+
+@FORGED
+def test_record_that_was_changed_with_its_digest_is_not_resumed(run_dir: Path) -> None:
+    record = read_run(run_dir)
+    assert recorded_schedule(record)[1] == 6
+    forge_record(run_dir, optimizer__learning_rate=0.002)
+    with pytest.raises(CheckpointIntegrityError, match=r"it was changed since\. Nothing was started"):
+        recorded_schedule(read_run(run_dir))
+
+
+@FORGED
 def test_steps_of_the_newest_config_are_those_that_were_taken(run_dir: Path, check: Check) -> None:
     path = run_dir / "config" / "attempt-0002.yaml"
     path.write_text(path.read_text().replace("steps: 6", "steps: 9"))
@@ -169,14 +197,21 @@ def test_shard_replaced_under_an_old_manifest_is_found_with_data(tmp_path: Path,
     corpus = f"--corpus=main={tmp_path / 'corpus'}"
     answer = check(run_dir, 0, corpus)
     assert "the corpora's shards (--data)" in answer["not_covered"]
-    assert check(run_dir, 64, corpus, "--data")["findings"]
+    damaged = check(run_dir, 64, corpus, "--data")
+    assert damaged["findings"]
+    assert not any("every byte" in what or "content" in what for what in damaged["covered"])
+    shard.parent.rename(tmp_path / "away")
+    (tmp_path / "corpus" / "manifest.json").unlink()
+    away = check(run_dir, 0, corpus, "--data")
+    assert not any("corpora" in what or "content" in what for what in away["covered"])
+    assert "corpus main (not reachable; --corpus main=FOLDER)" in away["not_covered"]
 
 
 @FORGED
 def test_content_of_every_step_is_recomputed_with_data(tmp_path: Path, check: Check) -> None:
     run_dir = unpack(tmp_path)
     corpus = f"--corpus=main={tmp_path / 'corpus'}"
-    assert "every byte of the corpora and the content of 6 steps" in check(run_dir, 0, corpus, "--data")["covered"]
+    assert {"every byte of corpus main", "the content of 6 steps"} <= {*check(run_dir, 0, corpus, "--data")["covered"]}
     path = run_dir / "journal" / "attempt-0002-000.jsonl"
     lines = path.read_text().splitlines(keepends=True)
     [number] = [n for n, line in enumerate(lines) if json.loads(line).get("step") == 6 and '"kind":"step"' in line]
@@ -200,6 +235,7 @@ def test_last_line_names_what_was_not_checked(run_dir: Path, capsys: pytest.Capt
     last = capsys.readouterr().out.splitlines()[-1]
     assert last.startswith("everything agrees. Checked: run.json, attempts, journal, checkpoints")
     assert "Not checked: " in last and "--data" in last and "--evaluate" in last and "--expect-head" in last
+    assert "losses and gradient norms of the steps (nothing computes them again)" in last
 
 
 @pytest.fixture(scope="module")
@@ -219,6 +255,7 @@ def test_run_and_mlflow_are_compared_and_a_changed_journal_is_found(
     uri = f"sqlite:///{synced}/mlflow.db"
     answer = check(synced / "run", 0, "--against-mlflow", "--uri", uri)
     assert "MLflow's parameters, points, digests and COMMIT.json artifacts" in answer["covered"]
+    assert not any("--against-mlflow" in what for what in answer["not_covered"])
     forged = Path(shutil.copytree(synced / "run", tmp_path / "run"))
     path = forged / "journal" / "attempt-0001-000.jsonl"
     first = next(json.loads(line) for line in path.read_text().splitlines() if '"kind":"step"' in line)
@@ -229,6 +266,28 @@ def test_run_and_mlflow_are_compared_and_a_changed_journal_is_found(
     assert main(["sync", str(forged), "--uri", uri]) == 65
     assert "Nothing was sent" in capsys.readouterr().err
     assert (synced / "mlflow.db").read_bytes() == before
+
+
+@pytest.mark.multiprocess
+@FORGED
+def test_tag_head_and_artifact_that_differ_from_mlflow_are_found(synced: Path, tmp_path: Path, check: Check) -> None:
+    store = shutil.copy(synced / "mlflow.db", tmp_path / "mlflow.db")
+    with sqlite3.connect(store) as connection:
+        connection.execute("UPDATE tags SET value = '3:0' WHERE key = 'journal_head'")
+        connection.execute("UPDATE tags SET value = 'none' WHERE key = 'tokenizer_digest'")
+        connection.execute("UPDATE params SET value = 'elsewhere' WHERE key = 'attempt_1.host'")
+    kept = [(path, path.rename(path.with_name("away"))) for path in synced.glob("mlartifacts/**/COMMIT.json")]
+    uri = ("--uri", f"sqlite:///{store}")
+    try:
+        found = problems(check(synced / "run", 65, "--against-mlflow", *uri))
+    finally:
+        for path, away in kept:
+            away.rename(path)
+    assert "tag journal_head is 3:0, and the journal has no such line" in found
+    assert "tag tokenizer_digest is 'none'; run.json has" in found
+    assert "parameter attempt_1.host is 'elsewhere'; the journal has" in found
+    assert found.count("the artifact COMMIT.json is missing or cannot be read") == len(kept) > 0
+    assert main(["sync", str(synced / "run"), *uri]) == 65
 
 
 @pytest.mark.multiprocess

@@ -8,10 +8,14 @@ import pytest
 from megamask.errors import UsageError
 from megamask.runs.status import Status, read_status, write_status
 
+WRONG = b'{"format":"megamask-status","version":1,"attempt":1,"phase":"done","journal":5}'
+
 
 def test_status_reads_back_what_was_written(tmp_path: Path) -> None:
     write_status(tmp_path, Status(attempt=1, phase="running", step=3))
-    status = Status(attempt=2, phase="preempted", exit_code=75, step=7, node="n1", reason="SIGTERM", time="t")
+    status = Status(
+        attempt=2, phase="preempted", exit_code=75, step=7, node="n1", reason="SIGTERM", journal=[9, "ab"], time="t"
+    )
     write_status(tmp_path, status)
     assert read_status(tmp_path) == status
     assert [path.name for path in tmp_path.iterdir()] == ["status.json"]
@@ -31,7 +35,9 @@ def test_status_refuses_an_unknown_phase(tmp_path: Path) -> None:
     assert read_status(tmp_path) is None
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"format":"x"}', b'{"format":"megamask-status","version":1}'])
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"[]", b'{"format":"x"}', b'{"format":"megamask-status","version":1}', WRONG]
+)
 def test_damaged_status_reads_as_none(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "status.json").write_bytes(content)
     assert read_status(tmp_path) is None

@@ -54,24 +54,25 @@ def check_corpora(record: RunRecord, folders: Mapping[str, str], report: Report)
             report.find_corpus(name, f"its tokenizer is {manifest.tokenizer_digest}; the run was started with another")
         else:
             agreeing[name] = folder
+    if agreeing:
+        report.covered.append(f"ids of the corpora ({', '.join(agreeing)})")
     return agreeing
 
 
-def check_data(run_dir: Path, folders: Mapping[str, Path], report: Report) -> int:
-    """Read every byte of the corpora, and recompute the content digest of every journalled step.
-
-    Returns: steps that were recomputed.
-    """
+def check_data(run_dir: Path, folders: Mapping[str, Path], report: Report) -> None:
+    """Read every byte of the corpora that agree, and recompute the content digest of every journalled step."""
     for name, folder in folders.items():
         try:
             verify_corpus(folder)
         except DataIntegrityError as error:
             report.find_corpus(name, error.message)
-            return 0
+            report.not_covered.append(f"content digests (corpus {name} is damaged)")
+            return
+        report.covered.append(f"every byte of corpus {name}")
     run = recorded_run(run_dir, {name: str(folder) for name, folder in folders.items()})
     if set(run.corpora) - set(folders):
-        report.not_covered.append("content digests (a corpus is not reachable)")
-        return 0
+        report.not_covered.append("content digests (a corpus is not reachable, or another one)")
+        return
     num_steps = 0
     with open_loader(run) as loader:
         for step, (attempt, line) in steps_with_attempts(run_dir).items():
@@ -80,7 +81,7 @@ def check_data(run_dir: Path, folders: Mapping[str, Path], report: Report) -> in
             if (recomputed := content_digest_of(run, loader, step)) != line.get("content_digest"):
                 problem = f"the journal has {line.get('content_digest')}; the corpus gives {recomputed}"
                 report.find("journal", f"content_digest of step {step}: {problem}")
-    return num_steps
+    report.covered.append(f"the content of {num_steps} steps")
 
 
 def score_of(commit: Commit) -> str:

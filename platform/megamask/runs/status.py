@@ -33,6 +33,7 @@ class Status:
         step: completed updates.
         node: this node, or the suspect's for hardware codes.
         reason: one sentence for a person, or None.
+        journal: [seq, sha256] of the flushed line that ended the attempt; None while it runs, and from the launcher.
         time: when it was written; filled in by `write_status`.
     """
 
@@ -42,6 +43,7 @@ class Status:
     step: int | None = None
     node: str | None = None
     reason: str | None = None
+    journal: list[int | str] | None = None
     time: str | None = None
 
 
@@ -70,4 +72,5 @@ def read_status(run_dir: Path) -> Status | None:
         return None
     known = {field.name: content[field.name] for field in fields(Status) if field.name in content}
     is_complete = isinstance(known.get("attempt"), int) and known.get("phase") in get_args(Phase)
+    is_complete &= isinstance(known.get("journal"), list | None)
     return Status(**known) if is_complete else None

@@ -257,15 +257,12 @@ class Attempt(FollowerAttempt):
         """Replace status.json by phase running at this step."""
         self.write_status("running", step=step)
 
-    def write_status(
-        self, phase: Phase, *, step: int | None, exit_code: int | None = None, reason: str | None = None
-    ) -> None:
+    def write_status(self, phase: Phase, *, reason: str | None = None, **facts: Any) -> None:
         """Replace status.json, unless a newer attempt has claimed the run: then it is that one's."""
         if is_superseded(self.run_dir, self.number):
             return
         told = None if reason is None else redact(reason)
-        status = Status(attempt=self.number, phase=phase, exit_code=exit_code, step=step, node=self._node, reason=told)
-        write_status(self.run_dir, status)
+        write_status(self.run_dir, Status(attempt=self.number, phase=phase, node=self._node, reason=told, **facts))
 
     def close(self, reason: StopReason, progress: Progress) -> None:
         """Record an end that all ranks agreed on; a superseded attempt writes to its own folder only."""
@@ -295,8 +292,8 @@ class Attempt(FollowerAttempt):
 
     def _end(self, phase: Phase, exit_code: int, step: int, reason: str) -> None:
         self.write(AttemptEnded(attempt=self.number, phase=phase, exit_code=exit_code, step=step, reason=reason))
-        self.journal.sync()
-        self.write_status(phase, step=step, exit_code=exit_code, reason=reason)
+        head = self.journal.durable_head()
+        self.write_status(phase, step=step, exit_code=exit_code, reason=reason, journal=[*head])
 
     def _shut(self, *, is_hasty: bool) -> None:
         self.console.close()
@@ -304,5 +301,7 @@ class Attempt(FollowerAttempt):
         if is_hasty:
             patience = min(patience, _HASTY_DRAIN_S)
         if self._is_tracked and self.sink is not None and not self.sink.drain(patience):
-            _log.warning("MLflow did not receive everything within %g s; the journal has", patience)
+            _log.warning(
+                "MLflow did not receive everything within %g s; the journal has it, `megamask sync` sends it", patience
+            )
         self.journal.close()

@@ -58,6 +58,7 @@ def recorded_schedule(record: RunRecord) -> tuple[int, int]:
 
     Raises:
         UsageError: the newest readable checkpoint belongs to another run.
+        CheckpointIntegrityError: run.json was changed since that checkpoint was written.
     """
     for folder in candidates(record.path.parent):
         commit, state = None, None

@@ -46,6 +46,7 @@ class MLflowRun:
         self._client = client
         self._registry = registry
         self.params: Mapping[str, str] = dict(run.data.params)
+        self.tags: Mapping[str, str] = dict(run.data.tags)
         self._known_params = set(self.params)
         self._models: dict[str, Any] | None = None
         self.run_id = str(run.info.run_id)

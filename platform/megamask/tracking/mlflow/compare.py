@@ -12,21 +12,25 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from megamask.tracking.journal.lines import Record, read_journal
+from megamask.tracking.journal.lines import Record, read_journal, read_lines
 from megamask.tracking.mlflow.client import MLflowRun, text_of
 from megamask.tracking.mlflow.entries import CheckpointEntry
-from megamask.tracking.mlflow.points import Memory, update_of
+from megamask.tracking.mlflow.points import HEAD_TAG, Memory, update_of
 
 _LARGEST = 1.7976931348623157e308  # MLflow's databases store infinity as the largest float
 
 
-def contradictions(run: MLflowRun, run_dir: Path, identity: Mapping[str, Any]) -> Iterator[str]:
-    """Yield a sentence for each parameter, point and commit in MLflow that run.json and the journal contradict."""
-    for key, value in identity.items():
-        stored = run.params.get(key)
-        if stored is not None and stored != text_of(value):
-            yield f"parameter {key} is {stored!r}; run.json has {text_of(value)!r}"
+def contradictions(run: MLflowRun, run_dir: Path, record: Mapping[str, Any]) -> Iterator[str]:
+    """Yield a sentence for each parameter, tag, point and commit in MLflow that the run's records contradict.
+
+    Args:
+        record: content of run.json.
+    """
     records = list(read_journal(run_dir))
+    attempts = {key: value for line in records for key, value in update_of([line], Memory()).params.items()}
+    yield from _unequal("parameter", run.params, record["identity"], "run.json")
+    yield from _unequal("parameter", run.params, attempts, "the journal")
+    yield from _unequal("tag", run.tags, _tags(record), "run.json")
     journalled = _journalled(records)
     for key, values in journalled.items():
         for point in run.history(key):
@@ -41,8 +45,10 @@ def contradictions(run: MLflowRun, run_dir: Path, identity: Mapping[str, Any]) -
 
 
 def missing_and_foreign(run: MLflowRun, run_dir: Path) -> Iterator[str]:
-    """Yield a sentence for each point and commit that only one side has, and each COMMIT.json artifact that differs."""
+    """Yield a sentence for what only one side has: points, commits, COMMIT.json artifacts, the journal's head."""
     records = list(read_journal(run_dir))
+    if (head := run.tags.get(HEAD_TAG)) is not None and head not in set(_heads(run_dir)):
+        yield f"tag {HEAD_TAG} is {head}, and the journal has no such line"
     for key, values in _journalled(records).items():
         stored = {point.step for point in run.history(key)}
         if missing := values.keys() - stored:
@@ -57,8 +63,28 @@ def missing_and_foreign(run: MLflowRun, run_dir: Path) -> Iterator[str]:
         yield f"checkpoint {name} is missing"
     for name in sorted(entries.keys() & entered.keys()):
         data = run.commit_artifact(name)
+        if data is None and (run_dir / entries[name].location / "COMMIT.json").exists():
+            yield f"checkpoint {name}: the artifact COMMIT.json is missing or cannot be read"
         if data is not None and hashlib.sha256(data).hexdigest() != entries[name].params["digest"]:
             yield f"checkpoint {name}: the artifact COMMIT.json does not have the digest of the journal"
+
+
+def _unequal(kind: str, stored: Mapping[str, str], expected: Mapping[str, Any], where: str) -> Iterator[str]:
+    for key, value in expected.items():
+        if key in stored and stored[key] != text_of(value):
+            yield f"{kind} {key} is {stored[key]!r}; {where} has {text_of(value)!r}"
+
+
+def _tags(record: Mapping[str, Any]) -> dict[str, Any]:
+    """What run.json has that MLflow shows as tags."""
+    tags = {key: record[key] for key in ("code_version", "tokenizer_digest") if key in record}
+    return tags | {f"corpus.{name}": corpus_id for name, corpus_id in record.get("corpora", {}).items()}
+
+
+def _heads(run_dir: Path) -> Iterator[str]:
+    for line in read_lines(run_dir):
+        if (record := line.record()) is not None:
+            yield f"{record['seq']}:{hashlib.sha256(line.data).hexdigest()}"
 
 
 def _entries(records: Iterable[Record]) -> dict[str, CheckpointEntry]:

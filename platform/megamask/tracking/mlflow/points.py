@@ -59,6 +59,7 @@ _STEP_METRICS = {
     "speed/mfu": "mfu",
     "memory/peak_bytes": "peak_memory_bytes",
 }
+HEAD_TAG = "journal_head"
 _ASKED_TO_STOP = frozenset({75, 93, 130})
 
 
@@ -184,7 +185,7 @@ def _add_commit(update: Update, record: CheckpointCommitted, head: str, memory: 
     update.tags |= {
         "last_commit.step": str(record.step),
         "last_commit.digest": str(record.digest),
-        "journal_head": f"{record.seq - 1}:{head}",
+        HEAD_TAG: f"{record.seq - 1}:{head}",
     }
     _alias(update, memory.latest, entry.checkpoint, "latest")
     memory.latest = entry.checkpoint

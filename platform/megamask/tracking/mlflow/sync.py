@@ -125,7 +125,7 @@ def compare(run_dir: Path, config: MLflowConfig) -> list[str]:
         run = find_run(run_dir, config, run_id=record.run_id)
         if run is None:
             return [f"{_shown(run_dir, config)} has no run with the tag megamask.run_id = {record.run_id}"]
-        return [*contradictions(run, run_dir, record.content["identity"]), *missing_and_foreign(run, run_dir)]
+        return [*contradictions(run, run_dir, record.content), *missing_and_foreign(run, run_dir)]
     except Exception as error:
         if isinstance(error, MegamaskError) or not is_refusal(error):
             raise
@@ -140,7 +140,7 @@ def _refuse_contradictions(run_dir: Path, config: MLflowConfig) -> None:
     """
     record = read_run(run_dir)
     run = find_run(run_dir, config, run_id=record.run_id)
-    found = [] if run is None else list(contradictions(run, run_dir, record.content["identity"]))
+    found = [] if run is None else list(contradictions(run, run_dir, record.content))
     if found:
         more = f" and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
         raise CheckpointIntegrityError(
