@@ -63,6 +63,7 @@ def render_check(facts: dict[str, Any]) -> str:
     rank = facts["per_rank"]
     causes = ("parameters", "gradients", "optimizer", "activations", "logits")
     memory = ", ".join(f"{cause} {rank[f'{cause}_bytes'] / 1e6:,.1f}" for cause in causes)
+    processes = "1 process" if facts["processes"] == 1 else f"{facts['processes']} processes"
     return "\n".join(
         (
             f"{facts['run_dir']} can be trained; nothing was started",
@@ -70,8 +71,7 @@ def render_check(facts: dict[str, Any]) -> str:
             f"  corpus       {facts['rows']:,} rows, {facts['tokens']:,} tokens for training",
             f"  run          {facts['steps']:,} steps of {facts['flops_per_step']:.3g} FLOPs, "
             f"{facts['steps_per_epoch']:,.1f} steps per epoch, {facts['epochs']:.2f} epochs",
-            f"  layout       {facts['processes']} processes, {facts['micro_batches']} micro-batches per step on each "
-            "data-parallel rank",
+            f"  layout       {processes}, {facts['micro_batches']} micro-batches per step on each data-parallel rank",
             f"  memory       {rank['total_bytes'] / 1e6:,.1f} MB on rank {rank['rank']}, the fullest ({memory})",
             f"  checkpoint   {facts['checkpoint_bytes'] / 1e6:,.1f} MB",
         )
