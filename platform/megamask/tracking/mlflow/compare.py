@@ -76,7 +76,7 @@ def _unequal(kind: str, stored: Mapping[str, str], expected: Mapping[str, Any], 
 
 
 def _tags(record: Mapping[str, Any]) -> dict[str, Any]:
-    """What run.json has that MLflow shows as tags."""
+    """Return the tags that MLflow shows of run.json."""
     tags = {key: record[key] for key in ("code_version", "tokenizer_digest") if key in record}
     return tags | {f"corpus.{name}": corpus_id for name, corpus_id in record.get("corpora", {}).items()}
 
