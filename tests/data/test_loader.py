@@ -245,6 +245,24 @@ def test_content_digest_changes_when_two_samples_change_places(loader: Loader, m
     assert loader.batch(0, 8, range(8)).content_sum != truth.content_sum
 
 
+def test_batch_is_in_pinned_memory_where_a_cuda_device_asks_for_it(
+    loader: Loader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads: list[str] = []
+
+    def pin_memory(self: torch.Tensor) -> torch.Tensor:
+        threads.append(threading.current_thread().name)
+        return self
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin_memory)
+    plain = loader.batch(0, 4, [2, 3])
+    assert threads == []
+    loader.pins_memory = True
+    loader.prefetch(0, 4, [2, 3])
+    assert same(loader.batch(0, 4, [2, 3]), plain)
+    assert len(threads) == 3 and {name.startswith("megamask-loader") for name in threads} == {True}
+
+
 def test_empty_share_is_an_empty_batch(loader: Loader) -> None:
     batch = loader.batch(0, 4, [])
     assert (batch.tokens.shape, batch.rows, batch.content_sum) == ((0, 16), [], 0)

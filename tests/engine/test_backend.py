@@ -65,6 +65,11 @@ def test_a_wrong_store_descriptor_is_refused(tmp_path, is_socket):
         assert listening.getsockname()[1] > 0  # still open: it is not ours to close
 
 
+@pytest.mark.parametrize(("name", "pins"), [("cpu", False), ("cuda", True)])
+def test_batches_are_pinned_for_a_cuda_device_alone(name, pins):
+    assert backend.Backend(name=name, device=torch.device(name), collectives="", adam="").pins_batches is pins
+
+
 def test_our_adam_stands_in_for_fused_adam_where_that_is_missing():
     assert backend.select_backend().adam == "megamask.engine.adam.Adam"
     distributed = importlib.import_module("megatron.core.optimizer.distrib_optimizer")

@@ -64,6 +64,8 @@ class Loader:
     Attributes:
         sources: by name, in the order of `corpora`.
         mixture: which source and draw each sample index has.
+        pins_memory: batches are made in pinned memory, by the thread that reads ahead, so that the device copies them
+            beside its work; for a CUDA device alone.
 
     Raises:
         UsageError: no such folder, not a corpus, another sequence length, no such split, corpora of different
@@ -91,6 +93,7 @@ class Loader:
         self.mixture = Mixture(list(corpora), stages, data.seed)
         self._accounts = Mixture(list(corpora), stages, data.seed)  # for the training thread, which waits for no lock
         self.skipped = SKIPS_NOTHING
+        self.pins_memory = False
         self.quarantined = quarantined_rows(data.quarantine, self.sources) if split == "train" else {}
         self._scores_answers = data.score == "answers"
         for name, source in self.sources.items():
@@ -278,10 +281,13 @@ class Loader:
         if answers is not None:
             is_eligible &= answers
         names = [source.name for source in self._by_number]
+        on_host = [torch.from_numpy(values) for values in (tokens, is_eligible, indices)]
+        if self.pins_memory:
+            on_host = [values.pin_memory() for values in on_host]
         return Batch(
-            tokens=torch.from_numpy(tokens),
-            is_eligible=torch.from_numpy(is_eligible),
-            sample_index=torch.from_numpy(indices),
+            tokens=on_host[0],
+            is_eligible=on_host[1],
+            sample_index=on_host[2],
             batch_position=torch.from_numpy(places),
             rows=[(names[number], row) for number, row in zip(numbers.tolist(), rows.tolist(), strict=True)],
             content_sum=add_content(*hashes),

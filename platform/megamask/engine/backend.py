@@ -84,6 +84,11 @@ class Backend:
             # gloo takes the sizes of an exchange as numbers; megatron-core makes them such only on their way from a GPU
             _replace("megatron.core.transformer.moe.token_dispatcher", maybe_move_tensor_to_cpu=_sizes_on_host)
 
+    @property
+    def pins_batches(self) -> bool:
+        """Whether batches are read into pinned memory: a device that computes on host memory gains nothing by it."""
+        return self.device.type == "cuda"
+
     def pin(self, memory: torch.Tensor) -> None:
         """Lock host memory so that the device copies to it at full speed; torch's own way takes a power of two of it.
 

@@ -143,9 +143,9 @@ class StepShare:
         mesh, device = rank_model.mesh, rank_model.backend.device
         self._objective = objective = rank_model.objective.at(step)
         samples = Samples(
-            tokens=batch.tokens.to(device).to(torch.int64),  # stored as 2 or 4 bytes until here
-            is_eligible=batch.is_eligible.to(device),
-            sample_index=batch.sample_index.to(device),
+            tokens=batch.tokens.to(device, non_blocking=True).to(torch.int64),  # stored as 2 or 4 bytes until here
+            is_eligible=batch.is_eligible.to(device, non_blocking=True),
+            sample_index=batch.sample_index.to(device, non_blocking=True),
             batch_position=batch.batch_position.tolist(),
             global_batch_size=len(batch.batch_position) * mesh.data_parallel_size,
         )

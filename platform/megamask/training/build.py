@@ -70,6 +70,7 @@ def build_run(
     backend = _join(config, signals, startup, heartbeat)
     reached("rendezvous.joined")
     engine = _engine(config, data, startup)
+    data.train.pins_memory = backend.pins_batches
     attempt = scope.share(engine)
     heartbeat.enter("restore")
     model = ModelDocument(
