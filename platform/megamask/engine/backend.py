@@ -86,7 +86,7 @@ class Backend:
 
     @property
     def pins_batches(self) -> bool:
-        """Whether batches are read into pinned memory: a device that computes on host memory gains nothing by it."""
+        """True where batches are read into pinned memory: a device that computes on host memory gains nothing by it."""
         return self.device.type == "cuda"
 
     def pin(self, memory: torch.Tensor) -> None:
