@@ -21,6 +21,8 @@ ACCEPTED = [
     fp8("blockwise", EMULATE, "device.layers=local", "training.recompute=full"),
     fp8("delayed", BF16),
     fp8("tensorwise", BF16, "device.layers=te", "device.attention=te", "training.recompute=selective"),
+    ("device.attention=te", "layout.context_parallel_size=2"),
+    ("device.attention=te", "data.isolate_documents=true"),
     fp8("mxfp8", BF16, "layout.tensor_parallel_size=2"),
 ]
 REFUSED = [
@@ -69,11 +71,16 @@ REFUSED = [
             ("layout.pipeline_parallel_size", "layout.pipeline_parallel_size=2"),
             ("layout.tensor_parallel_size", "layout.tensor_parallel_size=2"),
             ("objective.complementary_until_tokens", "objective.complementary_until_tokens=100"),
+            ("data.isolate_documents", "data.isolate_documents=true", "device.attention=te"),
             (
                 "device.overlap_gradient_reduce",
                 *("device.overlap_gradient_reduce=true", "layout.data_parallel_size=2"),
             ),
         )
+    ),
+    (
+        ("device.attention=te", "layout.context_parallel_size=2", "objective.random_length_fraction=0.01"),
+        "its ring takes undivided rows only: objective.random_length_fraction is above 0",
     ),
 ]
 

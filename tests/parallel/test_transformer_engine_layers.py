@@ -107,11 +107,55 @@ def test_delayed_state_inside_the_library_is_saved_and_restored(recipes: dict[st
 
 
 @pytest.mark.promise("device.attention=te computes what torch's attention does, on every objective that it takes")
+@pytest.mark.promise("packed documents reach Transformer Engine by their bounds (substitute)")
+@pytest.mark.promise(
+    "with device.attention=te context parallelism is a ring, whose loss is that of gathering (substitute)"
+)
 @pytest.mark.parametrize("size", [1, 2])
 def test_attention_of_the_library_is_torchs(size: int, tmp_path: Path) -> None:
+    ring = " ring" if size > 1 else ""
+    masks = {
+        "tensor masked": "no_mask",
+        "tensor autoregressive": "causal",
+        "tensor packed masked": "padding",
+        "tensor packed autoregressive": "padding_causal",
+        "context masked": f"no_mask{ring}",
+        "context autoregressive": f"causal{ring}",
+    }
     for rank in run_gloo(size, worker.__file__, "run_attention", root=str(tmp_path)):
-        for objective, mask in (("masked", "no_mask"), ("autoregressive", "causal")):
-            theirs, ours = rank[f"{objective} te"], rank[f"{objective} sdpa"]
+        for case, mask in masks.items():
+            theirs, ours = rank[f"{case} te"], rank[f"{case} sdpa"]
             assert theirs["masks"] == [mask] and ours["masks"] == []
             assert theirs["loss"] == pytest.approx(ours["loss"], rel=1e-6)
             assert theirs["grad_norm"] == pytest.approx(ours["grad_norm"], rel=1e-5)
+        assert rank["tensor packed masked te"]["loss"] != pytest.approx(rank["tensor masked te"]["loss"], rel=1e-4)
+
+
+EXPERTS: dict[int, list[dict[str, Any]]] = {
+    1: [{}],
+    2: [
+        {"data_parallel_size": 2, "expert_parallel_size": 2},
+        TENSOR | {"sequence_parallel": True, "expert_tensor_parallel_size": 2},
+    ],
+}
+
+
+@pytest.mark.promise(
+    "grouped experts of Transformer Engine train as those one after another, from the same checkpoints"
+)
+@pytest.mark.parametrize("size", EXPERTS)
+def test_grouped_experts_are_those_one_after_another(size: int, tmp_path: Path) -> None:
+    for rank in run_gloo(size, worker.__file__, "run_experts", root=str(tmp_path), layouts=EXPERTS[size]):
+        for layout, answer in zip(EXPERTS[size], rank, strict=True):
+            assert answer["groups"] == [4 // layout.get("expert_parallel_size", 1)]
+            assert answer["is_state_equal"]
+            for one, two in zip(answer["reports"]["grouped"], answer["reports"]["sequential"], strict=True):
+                assert one["loss"] == pytest.approx(two["loss"], rel=1e-5)
+                assert one["grad_norm"] == pytest.approx(two["grad_norm"], rel=1e-4)
+                assert one["expert_counts"] == two["expert_counts"]
+
+
+def test_grouped_experts_that_cannot_run_here_are_refused() -> None:
+    with pytest.raises(UsageError, match=r"device\.experts is 'grouped', but .*; allowed here: auto, sequential"):
+        families.groups_experts("grouped", select_backend())
+    assert not families.groups_experts("auto", select_backend())

@@ -107,11 +107,11 @@ BAD = {
         "device.attention is 'te'",
         "allowed: auto, sdpa",
     ),
-    "rows that the kernel cannot split": (
+    "documents that the kernel's ring cannot split": (
         DENSE,
-        ["device.layers=te", "device.attention=te", "layout.context_parallel_size=2"],
+        ["device.layers=te", "device.attention=te", "layout.context_parallel_size=2", "data.isolate_documents=true"],
         "device.attention is 'te'",
-        "allowed: auto, sdpa",
+        "allowed: auto, sdpa; or data.isolate_documents=false",
     ),
     "balance of micro-batches": (
         MOE,

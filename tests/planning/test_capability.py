@@ -112,6 +112,8 @@ def test_features_of_a_machine_are_those_that_its_runs_may_use(capability, off):
 
 @pytest.mark.parametrize("capability", [Capability(), machine(None)])
 def test_layers_that_cannot_run_are_refused(capability):
+    [message] = messages(capability, DeviceConfig(experts="grouped"))
+    assert "device.experts is" in message and "allowed: auto, sequential" in message
     [message] = messages(capability, DeviceConfig(layers="te"))
     assert "allowed: auto, local" in message
 

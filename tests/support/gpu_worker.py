@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from megamask.models.experts import ExpertSpec
 from support import engine_cases as cases
 
 HAS_TE = importlib.util.find_spec("transformer_engine") is not None
@@ -225,6 +226,20 @@ def capability(folder: Path) -> dict[str, Any]:
     asked = PrecisionConfig(compute="bf16", fp8="mxfp8")
     refused = [problem.because for problem in problems(asked, DeviceConfig(), here)]
     return {"different": different, "mxfp8": refused, "architecture": here.architecture}
+
+
+def run_choices(layout: dict[str, Any], choices: dict[str, dict[str, Any]], *, has_experts: bool) -> dict[str, Any]:
+    """Loss and gradient norm of a first step in bf16, by choice of settings; in the processes of support/gloo.py."""
+    experts = ExpertSpec(num_experts=8, topk=2, ffn_hidden_size=128) if has_experts else None
+    found = {}
+    for name, settings in choices.items():
+        engine = cases.make_engine(
+            dataclasses.replace(SPEC, experts=experts), layout, compute="bf16", micro_batch_size=2, **settings
+        )
+        report = cases.take_step(engine, 1, 3e-3)
+        found[name] = [report.loss, report.grad_norm]
+        engine.close()
+    return found
 
 
 def _device() -> torch.device:

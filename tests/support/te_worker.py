@@ -14,7 +14,9 @@ import torch
 
 from megamask.engine.specs import families
 from megamask.engine.state.restore import read_canonical_weights
+from megamask.models.experts import ExpertSpec
 from megamask.objectives.autoregressive import AutoregressiveObjective
+from megamask.objectives.wrapped import Wrapped
 from support import engine_cases as cases
 
 SPECS = {"plain": cases.PLAIN, "options": cases.OPTIONS}
@@ -22,7 +24,7 @@ SPECS = {"plain": cases.PLAIN, "options": cases.OPTIONS}
 
 def run_layouts(root: str, runs: list[list[Any]]) -> list[dict[str, Any]]:
     """Each run: name of a spec and a layout."""
-    families.check_transformer_engine = lambda backend: None  # the substitute needs no device
+    families.check_transformer_engine = lambda *arguments, **options: None  # the substitute needs no device
     return [run_layout(Path(root), number, spec, layout) for number, (spec, layout) in enumerate(runs)]
 
 
@@ -56,28 +58,70 @@ def run_attention(root: str) -> dict[str, Any]:
     """First loss and gradient norm with both kinds of attention, by layout; the masks that the library's was given."""
     import transformer_engine
 
-    families.check_transformer_engine = lambda backend: None
+    families.check_transformer_engine = lambda *arguments, **options: None
     answers: dict[str, Any] = {}
-    for name, goal in {"masked": cases.objective(), "autoregressive": autoregressive()}.items():
-        for attention in ("sdpa", "te"):
-            transformer_engine.MASKS_USED.clear()
-            size = torch.distributed.get_world_size()
-            engine = cases.make_engine(
-                cases.OPTIONS,
-                {"tensor_parallel_size": size},
-                layers="te",
-                attention=attention,
-                goal=goal,
-                micro_batch_size=2,
-            )
-            report = cases.take_step(engine, 1)
-            answers[f"{name} {attention}"] = {
-                "loss": report.loss,
-                "grad_norm": report.grad_norm,
-                "masks": sorted(set(transformer_engine.MASKS_USED)),
-            }
-            engine.close()
+    size = torch.distributed.get_world_size()
+    layouts = {"tensor": {"tensor_parallel_size": size}, "context": {"context_parallel_size": size}}
+    goals = {"masked": cases.objective(), "autoregressive": autoregressive()}
+    packed = {f"packed {name}": isolated(goal) for name, goal in goals.items()}
+    for axis, layout in layouts.items():
+        for name, goal in (goals if axis == "context" else goals | packed).items():
+            for attention in ("sdpa", "te"):
+                transformer_engine.MASKS_USED.clear()
+                engine = cases.make_engine(
+                    cases.OPTIONS, layout, layers="te", attention=attention, goal=goal, micro_batch_size=2
+                )
+                report = cases.take_step(engine, 1)
+                answers[f"{axis} {name} {attention}"] = {
+                    "loss": report.loss,
+                    "grad_norm": report.grad_norm,
+                    "masks": sorted(set(transformer_engine.MASKS_USED)),
+                }
+                engine.close()
     return answers
+
+
+EXPERTS = dataclasses.replace(
+    cases.PLAIN, experts=ExpertSpec(num_experts=4, topk=2, ffn_hidden_size=24, num_shared=1, balance_weight=0.01)
+)
+
+
+def run_experts(root: str, layouts: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Steps with experts one after another and grouped; the state of the grouped ones, read by the others."""
+    import transformer_engine
+
+    families.check_transformer_engine = lambda *arguments, **options: None
+    return [_experts_of(Path(root), number, layout, transformer_engine) for number, layout in enumerate(layouts)]
+
+
+def _experts_of(root: Path, number: int, layout: dict[str, Any], library: Any) -> dict[str, Any]:
+    reports, engines = {}, {}
+    for choice in ("sequential", "grouped"):
+        library.GROUPS_USED.clear()
+        engine = cases.make_engine(EXPERTS, layout, micro_batch_size=2, layers="local", device={"experts": choice})
+        reports[choice] = [cases.report_fields(cases.take_step(engine, step, 3e-3)) for step in (1, 2, 3)]
+        engines[choice] = engine
+    groups = sorted(set(library.GROUPS_USED))
+    folders = [root / f"{engine.world_size}-{number}-{choice}" for choice in engines]
+    for folder in folders if engine.is_main else ():
+        folder.mkdir()
+    engine.barrier()
+    cases.save_state(engines["grouped"], folders[0])
+    engines["sequential"].load_state(folders[0])
+    cases.save_state(engines["sequential"], folders[1])
+    first, second = (read_canonical_weights(folder, EXPERTS) for folder in folders)
+    engine.close()
+    return {
+        "reports": reports,
+        "groups": groups,
+        "is_state_equal": all(torch.equal(first[name], second[name]) for name in first),
+    }
+
+
+def isolated(goal: Any) -> Wrapped:
+    """The objective on isolated documents, which end with an id that the rows of the tests have."""
+    vocabulary = dataclasses.replace(cases.vocabulary(cases.OPTIONS), eod_token_id=7)
+    return Wrapped(inner=dataclasses.replace(goal, vocabulary=vocabulary, isolate_documents=True))
 
 
 def autoregressive() -> AutoregressiveObjective:
@@ -86,7 +130,7 @@ def autoregressive() -> AutoregressiveObjective:
 
 def run_weight_gradients() -> dict[str, Any]:
     """Steps with weight gradients added within the products and by hooks, on two data-parallel ranks."""
-    families.check_transformer_engine = lambda backend: None
+    families.check_transformer_engine = lambda *arguments, **options: None
     answers: dict[str, Any] = {}
     for choice in ("fused", "separate"):
         for overlap in (False, True):
@@ -117,7 +161,7 @@ def run_recipes(root: str) -> dict[str, Any]:
     """The recipe of every linear forward pass of one step, by the precision settings; and a state that comes back."""
     import transformer_engine
 
-    families.check_transformer_engine = lambda backend: None
+    families.check_transformer_engine = lambda *arguments, **options: None
     answers: dict[str, Any] = {}
     for name, fp8 in RECIPES.items():
         engine = cases.make_engine(DEEP, layers="te", compute="bf16", micro_batch_size=8, fp8=fp8)

@@ -32,7 +32,7 @@ from megamask.engine.own_time import PassClock
 from megamask.engine.parameters import mark_parameters, parameter_table
 from megamask.engine.passes import RankModel
 from megamask.engine.probes import capability
-from megamask.engine.specs.families import layer_family
+from megamask.engine.specs.families import groups_experts, layer_family
 from megamask.engine.state import restore
 from megamask.engine.state.digest import weights_digest
 from megamask.engine.state.host_copy import HostCopy
@@ -88,7 +88,7 @@ class Engine:
         mesh = Mesh.from_layout(layout, rank=self._collectives.rank, world_size=self._collectives.world_size)
         num_experts = 0 if spec.experts is None else spec.experts.num_experts
         layers = chosen_layers(precision, device, capability(), num_experts=num_experts)
-        family = layer_family(layers, backend)
+        family, are_grouped = layer_family(layers, backend), groups_experts(device.experts, backend)
         groups = ProcessGroups(mesh)
         self._spec, self._host_copy = spec, HostCopy(backend)
         routing = routing_of(spec, groups, backend, balances_rows=training.router_balance_over == "row")
@@ -100,13 +100,16 @@ class Engine:
             recompute=training.recompute,
             attention="te" if device.attention == "te" else "sdpa",
             has_graphs=device.cuda_graphs,
+            are_experts_grouped=are_grouped,
         )
         networks = [build(spec, mesh, precision, chunk=chunk) for chunk in range(mesh.virtual_pipeline_size)]
         Kernels.chosen(device, backend).install(networks, backend)
         self._fp8 = Fp8(
             networks, precision, mesh, num_layers=spec.num_layers, group=groups.replicas, device=backend.device
         )
-        self.parameters = parameter_table(networks, spec, mesh, family.layer_parameters(spec), optimizer)
+        self.parameters = parameter_table(
+            networks, spec, mesh, family.layer_parameters(spec), optimizer, are_experts_grouped=are_grouped
+        )
         mark_parameters(networks, self.parameters)
         chunks = tuple(wrap_data_parallel(network, device, chunk=number) for number, network in enumerate(networks))
         self._optimizer = ShardedAdamW(chunks, self.parameters, optimizer)

@@ -99,6 +99,7 @@ def build_network(
     recompute: str = "none",
     attention: str = "sdpa",
     has_graphs: bool = False,
+    are_experts_grouped: bool = False,
 ) -> DiffusionNetwork:
     """Build one of this rank's stages; its weights are undefined until the optimizer's shards are published.
 
@@ -111,6 +112,7 @@ def build_network(
         recompute: training.recompute.
         attention: "sdpa" or "te".
         has_graphs: device.cuda_graphs.
+        are_experts_grouped: a layer's experts on this rank are one grouped matrix product.
     """
     compute = _FORMATS[precision.compute]
     options = _recompute_options(recompute) | _fp8_options(precision) | (GRAPH_OPTIONS if has_graphs else {})
@@ -124,7 +126,7 @@ def build_network(
         attention=attention,
     )
     if routing is not None:
-        block = _experts().with_experts(block, layers, spec, routing)
+        block = _experts().with_experts(block, layers, spec, routing, are_grouped=are_experts_grouped)
     network = DiffusionNetwork(
         config=config,
         transformer_layer_spec=block,

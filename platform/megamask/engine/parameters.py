@@ -18,7 +18,7 @@ from megamask.config.schema.optimizer import OptimizerConfig
 from megamask.engine.canonical import TensorSlice, layer_slices, replicated, vocabulary_slices
 from megamask.engine.mesh import Mesh
 from megamask.engine.multipliers import check_patterns, multiplier_of
-from megamask.engine.specs.base import EMBEDDING, FINAL_NORM, OUTPUT_LAYER, LayerPart, Part
+from megamask.engine.specs.base import EMBEDDING, FINAL_NORM, OUTPUT_LAYER, LayerPart, Part, expert_parameters
 from megamask.models.shapes import EMBEDDING_NAME, FINAL_NORM_NAME, HEAD_NAME, TensorKind, layer_prefix
 from megamask.models.spec import ModelSpec
 
@@ -99,6 +99,8 @@ def parameter_table(
     mesh: Mesh,
     parts: Mapping[str, Part],
     optimizer: OptimizerConfig,
+    *,
+    are_experts_grouped: bool = False,
 ) -> ParameterTable:
     """Describe every parameter of a rank's network.
 
@@ -106,6 +108,7 @@ def parameter_table(
         chunks: the rank's stages.
         parts: of a layer's parameters, from the family that built the layers; of a layer without experts.
         optimizer: which kinds of tensors decay.
+        are_experts_grouped: whether the experts of a layer are parameters of one module (specs/experts.py).
 
     Raises:
         KeyError: the network has a parameter that the family does not describe.
@@ -115,7 +118,7 @@ def parameter_table(
     infos: dict[str, ParameterInfo] = {}
     for number, chunk in enumerate(chunks):
         layers, prefix = mesh.layers(spec.num_layers, number), _prefix(number, len(chunks))
-        stage = [(layer, _layer_parts(layer, spec, mesh, parts)) for layer in layers]
+        stage = [(layer, _layer_parts(layer, spec, mesh, parts, are_grouped=are_experts_grouped)) for layer in layers]
         for name, tensor in (*chunk.named_parameters(), *chunk.named_buffers()):
             info = _info(name, tuple(tensor.shape), spec, mesh, stage, optimizer)
             infos[prefix + name] = replace(info, name=prefix + name)
@@ -139,7 +142,9 @@ def named_buffers(chunks: Sequence[torch.nn.Module]) -> Iterator[tuple[str, torc
             yield _prefix(number, len(chunks)) + name, buffer
 
 
-def _layer_parts(layer: int, spec: ModelSpec, mesh: Mesh, dense: Mapping[str, Part]) -> Mapping[str, LayerPart]:
+def _layer_parts(
+    layer: int, spec: ModelSpec, mesh: Mesh, dense: Mapping[str, Part], *, are_grouped: bool
+) -> Mapping[str, LayerPart]:
     """Parts of a layer's parameters and buffers, by their names in the layer."""
     experts = spec.experts
     if experts is None or not spec.has_experts(layer):
@@ -149,9 +154,8 @@ def _layer_parts(layer: int, spec: ModelSpec, mesh: Mesh, dense: Mapping[str, Pa
     if experts.has_bias:
         parts["mlp.router.expert_bias"] = Part.EXPERT_BIAS
     for local, expert in enumerate(mesh.experts(experts.num_experts)):
-        prefix = f"mlp.experts.local_experts.{local}."
-        parts[f"{prefix}linear_fc1.weight"] = (Part.EXPERT_GATE_AND_UP, expert)
-        parts[f"{prefix}linear_fc2.weight"] = (Part.EXPERT_DOWN, expert)
+        first, second = expert_parameters(local, are_grouped=are_grouped)
+        parts[first], parts[second] = (Part.EXPERT_GATE_AND_UP, expert), (Part.EXPERT_DOWN, expert)
     if experts.num_shared:
         parts["mlp.shared_experts.linear_fc1.weight"] = Part.SHARED_GATE_AND_UP
         parts["mlp.shared_experts.linear_fc2.weight"] = Part.SHARED_DOWN

@@ -230,3 +230,10 @@ def _inside_a_document(
     clean_past = is_noised_query & ~is_noised_key & (key_block < query_block)
     is_past = key_block <= query_block if pattern.clean_half == "block_causal" else key_position <= query_position
     return own_noise | clean_past | (~is_noised_query & ~is_noised_key & is_past)
+
+
+def first_tokens(documents: Tensor) -> Tensor:
+    """Bool [b, s]: the first token of each document in its row."""
+    is_start = torch.ones_like(documents, dtype=torch.bool)
+    is_start[:, 1:] = documents[:, 1:] != documents[:, :-1]
+    return is_start

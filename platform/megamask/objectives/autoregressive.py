@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from megamask.errors import UsageError
-from megamask.models.context import Causal, Context
+from megamask.models.context import Causal, Context, first_tokens
 from megamask.models.vocabulary import NO_ID, Vocabulary
 from megamask.objectives.base import BoundRows, Key, OnePhase, Reading, Rows, Samples, scored_rows, softmax_without
-from megamask.objectives.documents import document_numbers, first_tokens, isolated, places_in_documents
+from megamask.objectives.documents import document_numbers, isolated, places_in_documents
 from megamask.objectives.shapes import ObjectiveShape, shape_of
 from megamask.objectives.terms import PerScoredToken, Term, cross_entropy_and_z_loss
 

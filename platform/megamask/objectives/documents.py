@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from megamask.diffusion.philox import Purpose, philox4x32
+from megamask.models.context import first_tokens
 from megamask.models.vocabulary import Vocabulary
 from megamask.objectives.base import Key, Samples
 
@@ -34,13 +35,6 @@ def places_in_documents(documents: Tensor) -> Tensor:
     is_start = first_tokens(documents)
     place = torch.arange(documents.size(1), device=documents.device).expand_as(documents)
     return place - torch.where(is_start, place, 0).cummax(dim=1).values
-
-
-def first_tokens(documents: Tensor) -> Tensor:
-    """Bool [b, s]: the first token of each document in its row."""
-    is_start = torch.ones_like(documents, dtype=torch.bool)
-    is_start[:, 1:] = documents[:, 1:] != documents[:, :-1]
-    return is_start
 
 
 def isolated(samples: Samples, vocabulary: Vocabulary) -> Samples:

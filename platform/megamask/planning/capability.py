@@ -123,6 +123,7 @@ def features(capability: Capability) -> list[Feature]:
         "GPU": None if capability.architecture is not None else "no GPU is visible to torch",
         "Transformer Engine layers (device.layers=auto)": te_reason,
         "Transformer Engine attention (device.attention=te)": te_reason,
+        "Transformer Engine grouped experts (device.experts=grouped)": te_reason,
         "fused Adam": te_reason,
         **{f"FP8 {recipe} (precision.fp8={recipe})": refusal(recipe, capability) for recipe in RECIPES},
         "FP8 emulated (precision.fp8_kernels=emulate)": None,
@@ -151,15 +152,15 @@ def problems(
                 allowed=", ".join(["none", *allowed_recipes(capability)])
                 + f"; or {', '.join(EMULATED)} with precision.fp8_kernels=emulate",
             )
-    if device.layers == "te" and not capability.can_run_te:
-        missing = "Transformer Engine is not installed"
-        if capability.transformer_engine is not None:
-            missing = "there is no GPU, and Transformer Engine computes on nothing else"
-        yield Problem(
-            key="device.layers",
-            because=f"but {missing}",
-            allowed="auto, local; checkpoints of both kinds of layers load into each other",
-        )
+    for key, is_asked, others in (
+        ("device.layers", device.layers == "te", "auto, local; checkpoints of both kinds of layers"),
+        ("device.experts", device.experts == "grouped", "auto, sequential; checkpoints of both"),
+    ):
+        if is_asked and not capability.can_run_te:
+            missing = "Transformer Engine is not installed"
+            if capability.transformer_engine is not None:
+                missing = "there is no GPU, and Transformer Engine computes on nothing else"
+            yield Problem(key=key, because=f"but {missing}", allowed=f"{others} load into each other")
     if device.kernels == "compiled" and capability.missing_compiler is not None:
         yield Problem(
             key="device.kernels",

@@ -25,10 +25,17 @@ class DeviceConfig(Section):
         choices=("auto", "te", "local"),
     )
     attention: str = operational(
-        "kernels of attention: sdpa are torch's, te are Transformer Engine's and need its layers and an objective "
-        "whose rows need no mask; auto is sdpa",
+        "kernels of attention: sdpa are torch's, te are Transformer Engine's and need its layers and rows whose "
+        "positions see one another completely or causally inside a document. Under context parallelism sdpa gathers "
+        "keys and values, te hands them round in a ring; auto is sdpa",
         default="auto",
         choices=("auto", "sdpa", "te"),
+    )
+    experts: str = operational(
+        "matrix products of a rank's experts: sequential are one after another, grouped are one call of Transformer "
+        "Engine for all experts of a layer and need a GPU; auto is sequential. Checkpoints load into both",
+        default="auto",
+        choices=("auto", "sequential", "grouped"),
     )
     kernels: str = operational(
         "rotary positions, SwiGLU and noise: compiled makes one kernel of each by torch.compile and needs a GPU, "
@@ -92,12 +99,6 @@ class DeviceConfig(Section):
                 because="but layout.virtual_pipeline_parallel_size is above 1, whose schedule sums at its own times",
                 allowed="false",
             )
-        if self.attention == "te" and config.layout.context_parallel_size > 1:
-            yield Problem(
-                key="device.attention",
-                because="but layout.context_parallel_size is above 1, which only sdpa knows",
-                allowed="auto, sdpa",
-            )
         if self.overlap_parameter_gather and not self.overlap_gradient_reduce:
             yield Problem(
                 key="device.overlap_parameter_gather",
@@ -112,18 +113,33 @@ class DeviceConfig(Section):
                 because="but the layers are not Transformer Engine's, the only ones that have a choice",
                 allowed="auto; or another value with device.layers=te",
             )
-        if self.attention == "te" and self.layers == "local":
+        if self.experts == "grouped" and config.model.num_experts == 0:
             yield Problem(
-                key="device.attention",
-                because="but device.layers is local",
-                allowed="auto, sdpa; or te with device.layers=te",
+                key="device.experts",
+                because="but model.num_experts is 0, a dense network",
+                allowed="auto, sequential",
             )
-        if self.attention == "te" and config.objective.name == "block":
-            yield Problem(
-                key="device.attention",
-                because="but objective.name is block, whose rows need a mask that only sdpa takes",
-                allowed="auto, sdpa",
-            )
+        if self.attention == "te":
+            yield from self._problems_of_te_attention(config)
+
+    def _problems_of_te_attention(self, config: TrainConfig) -> Iterator[Problem]:
+        """Layers that do not have it, and rows that its kernels do not take."""
+        reason, more = None, ""
+        if self.layers == "local":
+            reason, more = "device.layers is local", "; or te with device.layers=te"
+        elif config.objective.name == "block":
+            reason = "objective.name is block, whose rows need a mask that only sdpa takes"
+        elif config.initialise.attention_annealing_steps > 0:
+            reason = "initialise.attention_annealing_steps is above 0: such rows need a mask that only sdpa takes"
+        elif config.layout.context_parallel_size > 1:
+            # its ring cuts each document in pieces, context-parallel ranks here have the same pieces of every row
+            parts = "layout.context_parallel_size is above 1, and its ring takes undivided rows only"
+            if config.data.isolate_documents:
+                reason, more = f"{parts}: data.isolate_documents is true", "; or data.isolate_documents=false"
+            elif config.objective.random_length_fraction > 0:
+                reason = f"{parts}: objective.random_length_fraction is above 0"
+        if reason is not None:
+            yield Problem(key="device.attention", because=f"but {reason}", allowed=f"auto, sdpa{more}")
 
 
 def _graph_problems(device: DeviceConfig, config: TrainConfig) -> Iterator[Problem]:
@@ -138,6 +154,9 @@ def _graph_problems(device: DeviceConfig, config: TrainConfig) -> Iterator[Probl
         "training.recompute": config.training.recompute != "none",
         "model.num_experts": config.model.num_experts > 0,
         "device.overlap_gradient_reduce": device.overlap_gradient_reduce,
+        # how many documents rows have is data, and Transformer Engine's attention is told it
+        "data.isolate_documents": config.data.isolate_documents and device.attention == "te",
+        "objective.random_length_fraction": objective.random_length_fraction > 0 and device.attention == "te",
         "objective.block_schedule": bool(objective.block_schedule),
         "objective.complementary_until_tokens": objective.complementary_until_tokens is not None,
         **{name: size > 1 for name, size in sizes.items()},

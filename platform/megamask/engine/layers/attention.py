@@ -16,7 +16,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megamask.engine.layers.operators import rotary_angles, rotate
 from megamask.engine.sequence import SequencePart
-from megamask.models.context import Causal, Context, visible_mask
+from megamask.models.context import AttentionPattern, Causal, Context, first_tokens, visible_mask
 
 
 class RowContext(PackedSeqParams):  # type: ignore[misc]
@@ -37,26 +37,57 @@ class RowContext(PackedSeqParams):  # type: ignore[misc]
         self.part = part
         self._angles: dict[torch.dtype, tuple[torch.Tensor, torch.Tensor]] = {}
         self._mask: torch.Tensor | None = None
+        self._bounds: torch.Tensor | None = None
 
     @property
     def is_causal(self) -> bool:
         """True if a kernel's own causal mask implements the pattern: it takes complete rows."""
         return isinstance(self._context.pattern, Causal) and self._context.documents is None and self.part is None
 
+    @property
+    def pattern(self) -> AttentionPattern:
+        """Return which position sees which, inside a document."""
+        return self._context.pattern
+
+    def bounds(self, device: torch.device) -> torch.Tensor | None:
+        """Return where documents begin in the rows laid end to end, and the end of the last row: int32 [n].
+
+        None where rows are not divided. The end is repeated until n - 1 is a power of two, so that kernels see few
+        different numbers of documents.
+        """
+        documents = self._context.documents
+        if documents is None:
+            return None
+        if self._bounds is None:
+            starts = first_tokens(documents).flatten().nonzero().flatten()
+            count = 1 << (len(starts) - 1).bit_length()
+            bounds = torch.full((count + 1,), documents.numel(), dtype=torch.int32, device=device)
+            bounds[: len(starts)] = starts
+            self._bounds = bounds
+        return self._bounds
+
     def angles(
-        self, x: torch.Tensor, theta: float, channels: int, *, is_compiled: bool = False
+        self, x: torch.Tensor, theta: float, channels: int, *, is_compiled: bool = False, length: int | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Cosine and sine for the first channels of keys x [s, b, h, d], as `rotary_angles` returns them.
 
         Args:
             is_compiled: for the kernel of compiled.py.
+            length: of complete rows; None where x has all of them.
         """
-        dtype = torch.float32 if is_compiled else x.dtype
+        dtype, length = torch.float32 if is_compiled else x.dtype, x.size(0) if length is None else length
         if dtype not in self._angles:
             self._angles[dtype] = rotary_angles(
-                self._context.positions, x.size(0), channels=channels, theta=theta, device=x.device, dtype=dtype
+                self._context.positions, length, channels=channels, theta=theta, device=x.device, dtype=dtype
             )
         return self._angles[dtype]
+
+    def own_angles(
+        self, x: torch.Tensor, theta: float, channels: int, *, is_compiled: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `angles`, for the positions of this rank alone, which x has."""
+        length = x.size(0) if self.part is None else len(self.part.order)
+        return self.own(self.angles(x, theta, channels, is_compiled=is_compiled, length=length))
 
     def own(self, angles: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """The angles of this rank's positions, from those of complete rows."""

@@ -44,3 +44,11 @@ class Part(Enum):
 
 LayerPart = Part | tuple[Part, int]
 """A part of a layer; with its global number for an expert's."""
+
+
+def expert_parameters(local: int, *, are_grouped: bool) -> tuple[str, str]:
+    """Names in a layer of both matrices of a rank's expert; what the state on disk calls them does not depend on it."""
+    if are_grouped:
+        return f"mlp.experts.linear_fc1.weight{local}", f"mlp.experts.linear_fc2.weight{local}"
+    prefix = f"mlp.experts.local_experts.{local}."
+    return f"{prefix}linear_fc1.weight", f"{prefix}linear_fc2.weight"

@@ -1,6 +1,7 @@
 """Layers with experts: the attention of any layer family, and megatron-core's dispatch of tokens to experts.
 
-Experts are computed one after another on a CPU, with megatron-core's linear modules; the router is megamask's.
+Experts are computed one after another with megatron-core's linear modules, or together with Transformer Engine's
+grouped ones (device.experts); the router is megamask's.
 """
 
 from __future__ import annotations
@@ -22,32 +23,50 @@ from megamask.models.spec import ModelSpec
 
 
 def with_experts(
-    block: TransformerBlockSubmodules, layers: range, spec: ModelSpec, routing: Routing
+    block: TransformerBlockSubmodules, layers: range, spec: ModelSpec, routing: Routing, *, are_grouped: bool
 ) -> TransformerBlockSubmodules:
     """Replace the dense feed-forward part of the layers that have experts.
 
     Args:
         block: of a stage, as a layer family specifies it.
         layers: global numbers of its layers.
+        are_grouped: a layer's experts on this rank are one grouped matrix product, by Transformer Engine.
     """
-    specs = []
+    expert_layer, specs = _expert_layer(routing, _grouped_experts() if are_grouped else _sequential_experts()), []
     for layer, dense in zip(layers, block.layer_specs, strict=True):
         found = dense
         if spec.has_experts(layer):
             found = copy.copy(dense)
             found.submodules = copy.copy(dense.submodules)
-            found.submodules.mlp = _expert_layer(routing)
+            found.submodules.mlp = expert_layer
         specs.append(found)
     return TransformerBlockSubmodules(layer_specs=specs, layer_norm=block.layer_norm)
 
 
-def _expert_layer(routing: Routing) -> ModuleSpec:
-    matrices = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+_MATRICES = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+
+
+def _sequential_experts() -> ModuleSpec:
+    return ModuleSpec(module=SequentialMLP, submodules=_MATRICES)
+
+
+def _grouped_experts() -> ModuleSpec:
+    from megatron.core.extensions.transformer_engine import (
+        TEColumnParallelGroupedLinear,
+        TERowParallelGroupedLinear,
+    )
+    from megatron.core.transformer.moe.experts import TEGroupedMLP
+
+    matrices = MLPSubmodules(linear_fc1=TEColumnParallelGroupedLinear, linear_fc2=TERowParallelGroupedLinear)
+    return ModuleSpec(module=TEGroupedMLP, submodules=matrices)
+
+
+def _expert_layer(routing: Routing, experts: ModuleSpec) -> ModuleSpec:
     return ModuleSpec(
         module=MoELayer,
         submodules=MoESubmodules(
-            experts=ModuleSpec(module=SequentialMLP, submodules=matrices),
-            shared_experts=ModuleSpec(module=SharedExpertMLP, submodules=matrices),
+            experts=experts,
+            shared_experts=ModuleSpec(module=SharedExpertMLP, submodules=_MATRICES),
             router=router_of(routing),
         ),
     )

@@ -35,12 +35,36 @@ def layer_family(name: str, backend: Backend) -> LayerFamily:
         UsageError: it cannot run on this machine.
     """
     if name == "te":
-        check_transformer_engine(backend)
+        check_transformer_engine(
+            backend,
+            "device.layers is 'te'",
+            allowed="local",
+            hint="set device.layers=local; checkpoints of the two kinds of layers load into each other",
+        )
     return cast(LayerFamily, importlib.import_module(f"megamask.engine.specs.{name}"))
 
 
-def check_transformer_engine(backend: Backend) -> None:
-    """Refuse Transformer Engine's layers where they cannot run.
+def groups_experts(choice: str, backend: Backend) -> bool:
+    """Return whether the experts of a layer are one grouped matrix product, by device.experts.
+
+    Raises:
+        UsageError: they are to be, and cannot on this machine.
+    """
+    if choice != "grouped":
+        return False
+    check_transformer_engine(
+        backend, "device.experts is 'grouped'", allowed="auto, sequential", hint="set device.experts=sequential"
+    )
+    return True
+
+
+def check_transformer_engine(backend: Backend, setting: str, *, allowed: str, hint: str) -> None:
+    """Refuse Transformer Engine's modules where they cannot run.
+
+    Args:
+        setting: what asks for them, as the start of a sentence.
+        allowed: values of the setting that can run here.
+        hint: what to set instead.
 
     Raises:
         UsageError: the library is not installed, or the process computes on the CPU.
@@ -52,6 +76,6 @@ def check_transformer_engine(backend: Backend) -> None:
         reason = "this process sees no GPU, and Transformer Engine computes on nothing else"
     if reason:
         raise UsageError(
-            f"device.layers is 'te', but {reason}; allowed here: local. Nothing was trained.",
-            hint="set device.layers=local; checkpoints of the two kinds of layers load into each other",
+            f"{setting}, but {reason}; allowed here: {allowed}. Nothing was trained.",
+            hint=hint,
         )

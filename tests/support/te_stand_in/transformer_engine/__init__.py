@@ -21,7 +21,10 @@ RECIPES_USED: list[tuple[str, str | None]] = []
 """(class of the module, recipe of the context) of every linear forward pass."""
 
 MASKS_USED: list[str] = []
-"""Mask of every pass through attention."""
+"""Mask of every pass through attention, with "ring" where ranks share the rows."""
+
+GROUPS_USED: list[int] = []
+"""Number of the matrices of every pass through a grouped linear layer."""
 
 _state: dict[str, Any] = {"recipe": None}
 
@@ -168,7 +171,7 @@ class RMSNorm(torch.nn.Module):
 
 
 class DotProductAttention(torch.nn.Module):
-    """Attention of complete rows, without a mask or causal."""
+    """Attention without a mask or causal: of rows, of documents laid end to end, and of rows that ranks share."""
 
     def __init__(
         self,
@@ -184,10 +187,15 @@ class DotProductAttention(torch.nn.Module):
         layer_number: int | None = None,
         attention_type: str = "self",
         softmax_scale: float | None = None,
+        cp_group: Any = None,
+        cp_global_ranks: Any = None,
+        cp_stream: Any = None,
+        cp_comm_type: str = "p2p",
     ) -> None:
         super().__init__()
+        assert cp_comm_type == "p2p"
         self.heads, self.channels = num_attention_heads // tp_size, kv_channels
-        self.scale, self.attn_mask_type = softmax_scale, attn_mask_type
+        self.scale, self.attn_mask_type, self.cp_group = softmax_scale, attn_mask_type, cp_group
 
     def forward(
         self,
@@ -196,16 +204,96 @@ class DotProductAttention(torch.nn.Module):
         value_layer: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         attn_mask_type: str | None = None,
+        qkv_format: str = "sbhd",
+        cu_seqlens_q: torch.Tensor | None = None,
+        cu_seqlens_kv: torch.Tensor | None = None,
+        max_seqlen_q: int | None = None,
+        max_seqlen_kv: int | None = None,
         **options: Any,
     ) -> torch.Tensor:
-        """[s, b, h, d], [s, b, g, d] twice -> [s, b, h*d]; contiguous, as the library's kernels take them."""
+        """[s, b, h, d], [s, b, g, d] twice -> [s, b, h*d]; contiguous, as the library's kernels take them.
+
+        With qkv_format "thd" [t, h, d], [t, g, d] twice -> [t, h*d].
+        """
         assert attention_mask is None and all(x.is_contiguous() for x in (query_layer, key_layer, value_layer))
-        assert query_layer.shape[2:] == (self.heads, self.channels)
-        MASKS_USED.append(attn_mask_type or self.attn_mask_type)
-        q, k, v = (x.permute(1, 2, 0, 3) for x in (query_layer, key_layer, value_layer))
+        assert query_layer.shape[-2:] == (self.heads, self.channels)
+        mask_type = attn_mask_type or self.attn_mask_type
+        MASKS_USED.append(mask_type if self.cp_group is None else f"{mask_type} ring")
+        if qkv_format == "thd":
+            assert cu_seqlens_q is cu_seqlens_kv and cu_seqlens_q is not None and self.cp_group is None
+            assert cu_seqlens_q.dtype == torch.int32 and mask_type in ("padding", "padding_causal")
+            bounds = cu_seqlens_q.tolist()
+            assert bounds[0] == 0 and bounds[-1] == len(query_layer)
+            assert max_seqlen_q is not None and cu_seqlens_q.diff().max() <= max_seqlen_q
+            document = torch.bucketize(torch.arange(len(query_layer)), cu_seqlens_q[1:], right=True)
+            visible = document[:, None] == document[None]
+            if mask_type == "padding_causal":
+                visible = visible & torch.ones_like(visible).tril()
+            rows = (x[:, None] for x in (query_layer, key_layer, value_layer))
+            return self._attend(*rows, visible)[:, 0]
+        visible = None
+        if self.cp_group is not None:
+            from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
+
+            size, rank, length = self.cp_group.size(), self.cp_group.rank(), query_layer.size(0)
+            piece = torch.arange(size * length).view(2 * size, -1)
+            order = torch.cat([torch.cat((piece[r], piece[2 * size - 1 - r])) for r in range(size)])
+            key_layer, value_layer = (
+                gather_from_sequence_parallel_region(x, group=self.cp_group)[order.argsort()]
+                for x in (key_layer, value_layer)
+            )
+            if mask_type == "causal":
+                visible = order[rank * length : (rank + 1) * length, None] >= torch.arange(size * length)
+        elif mask_type == "causal":
+            visible = torch.ones(len(query_layer), len(query_layer), dtype=torch.bool).tril()
+        return self._attend(query_layer, key_layer, value_layer, visible)
+
+    def _attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, visible: Any) -> torch.Tensor:
+        q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         k, v = (x.repeat_interleave(q.size(1) // x.size(1), dim=1) for x in (k, v))
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=MASKS_USED[-1] == "causal", scale=self.scale)
-        return y.permute(2, 0, 1, 3).reshape(*query_layer.shape[:2], -1)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=self.scale)
+        return y.permute(2, 0, 1, 3).reshape(*query.shape[:2], -1)
+
+
+class GroupedLinear(torch.nn.Module):
+    """Linear layers of the same sizes, one for each of the parts that the rows are split into."""
+
+    def __init__(
+        self,
+        num_gemms: int,
+        in_features: int,
+        out_features: int,
+        *,
+        sequence_parallel: bool = False,
+        fuse_wgrad_accumulation: bool = False,
+        tp_group: Any = None,
+        tp_size: int = 1,
+        get_rng_state_tracker: Any = None,
+        rng_tracker_name: str | None = None,
+        init_method: Any = None,
+        bias: bool = True,
+        return_bias: bool = False,
+        params_dtype: torch.dtype | None = None,
+        parallel_mode: str | None = None,
+        device: Any = "cuda",
+        ub_name: str | None = None,
+    ) -> None:
+        super().__init__()
+        assert tp_size == 1 and not bias  # the ranks of an expert are the dispatcher's business
+        self.num_gemms, self.fuse_wgrad_accumulation = num_gemms, fuse_wgrad_accumulation
+        for number in range(num_gemms):
+            weight = torch.nn.Parameter(torch.empty(out_features, in_features, dtype=params_dtype, device=device))
+            self.register_parameter(f"weight{number}", weight)
+
+    def forward(self, x: torch.Tensor, m_splits: list[int], is_first_microbatch: bool | None = None) -> torch.Tensor:
+        """[t, in] -> [t, out]; the first m_splits[0] rows by weight0, the next by weight1, and so on."""
+        assert isinstance(m_splits, list) and len(m_splits) == self.num_gemms and sum(m_splits) == len(x)
+        GROUPS_USED.append(len(m_splits))
+        weights = [getattr(self, f"weight{number}") for number in range(self.num_gemms)]
+        if self.fuse_wgrad_accumulation:
+            weights = [_AddedWithin.apply(weight) for weight in weights]
+        parts = x.split(m_splits)
+        return torch.cat([F.linear(part, weight) for part, weight in zip(parts, weights, strict=True)])
 
 
 @contextlib.contextmanager
@@ -274,7 +362,7 @@ _module(
     LayerNormLinear=LayerNormLinear,
     RMSNorm=RMSNorm,
     LayerNorm=RMSNorm,
-    GroupedLinear=_plain("GroupedLinear", torch.nn.Module),
+    GroupedLinear=GroupedLinear,
     DotProductAttention=DotProductAttention,
     fp8_autocast=fp8_autocast,
     fp8_model_init=fp8_autocast,
