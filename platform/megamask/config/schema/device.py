@@ -154,7 +154,7 @@ def _graph_problems(device: DeviceConfig, config: TrainConfig) -> Iterator[Probl
         "training.recompute": config.training.recompute != "none",
         "model.num_experts": config.model.num_experts > 0,
         "device.overlap_gradient_reduce": device.overlap_gradient_reduce,
-        # how many documents rows have is data, and Transformer Engine's attention is told it
+        # the number of documents, which Transformer Engine's attention takes, is data
         "data.isolate_documents": config.data.isolate_documents and device.attention == "te",
         "objective.random_length_fraction": objective.random_length_fraction > 0 and device.attention == "te",
         "objective.block_schedule": bool(objective.block_schedule),

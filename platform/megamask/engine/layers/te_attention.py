@@ -22,7 +22,7 @@ _MASKS = {Bidirectional: AttnMaskType.no_mask, Causal: AttnMaskType.causal}
 class RotaryTEAttention(TEDotProductAttention):  # type: ignore[misc]
     """Rotary positions, then the library's kernels; positions of a document see one another completely or causally.
 
-    Documents are told to the kernels by their bounds. Under context parallelism keys and values go round the ranks in a
+    The kernels get documents by their bounds. Under context parallelism keys and values go round the ranks in a
     ring: a rank's part of each row is the one that the library expects (engine/sequence.py), and no rank gathers rows.
 
     Args:
