@@ -107,9 +107,8 @@ class Engine:
         self._fp8 = Fp8(
             networks, precision, mesh, num_layers=spec.num_layers, group=groups.replicas, device=backend.device
         )
-        self.parameters = parameter_table(
-            networks, spec, mesh, family.layer_parameters(spec), optimizer, are_experts_grouped=are_grouped
-        )
+        parts = family.layer_parameters(spec)
+        self.parameters = parameter_table(networks, spec, mesh, parts, optimizer, are_experts_grouped=are_grouped)
         mark_parameters(networks, self.parameters)
         chunks = tuple(wrap_data_parallel(network, device, chunk=number) for number, network in enumerate(networks))
         self._optimizer = ShardedAdamW(chunks, self.parameters, optimizer)
@@ -125,9 +124,7 @@ class Engine:
             vocabulary=objective.vocabulary,
             objective=objective,
         )
-        self._settings = StepSettings(
-            micro_batch_size=training.micro_batch_size, head_chunk_rows=training.head_chunk_rows, seed=seed
-        )
+        self._settings = _step_settings(training, seed)
         self._pass_clock, self.arithmetic = PassClock(chunks[0].config, backend.device), _arithmetic(precision, layers)
         # forward-only passes have the shape of training's, so that a layout that can train can score
         shape = objective.shape(training.sequence_length)
@@ -286,6 +283,10 @@ class Engine:
     def close(self) -> None:
         """Forget the groups of this layout, so that an engine of another one can be made; the process group stays."""
         ProcessGroups.release()
+
+
+def _step_settings(training: TrainingConfig, seed: int) -> StepSettings:
+    return StepSettings(micro_batch_size=training.micro_batch_size, head_chunk_rows=training.head_chunk_rows, seed=seed)
 
 
 def _arithmetic(precision: PrecisionConfig, layers: str) -> dict[str, str]:
