@@ -55,7 +55,13 @@ def prepare_torch() -> None:
     if apex() == "unrelated":
         sys.modules["apex"] = None  # type: ignore[assignment]  # megatron-core takes any package of that name for NVIDIA's
     if not torch.cuda.is_available():
+        logging.getLogger("torch.utils.cpp_extension").addFilter(_is_news)
         cpu_backend.install()
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """False for what a torch that was built for CUDA tells on a machine without a GPU, where it finds a compiler."""
+    return not record.getMessage().startswith("No CUDA runtime is found")
 
 
 @dataclass(frozen=True, kw_only=True)
