@@ -201,6 +201,10 @@ def _plain(part: str) -> Around:
     return around
 
 
+def _added(rows: torch.Tensor, places: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+    return rows.new_zeros(shape[0] * shape[1], shape[2]).index_add_(0, places, rows).view(shape)
+
+
 @contextlib.contextmanager
 def _collectives_apart() -> Iterator[None]:
     """A step's sums, its norm and whether all of it is finite travel one after another."""
@@ -224,6 +228,11 @@ ABLATIONS = (
         name="head without chunks",
         about="training.head_chunk_rows of all rows: logits of a micro-batch exist at once",
         training={"head_chunk_rows": ALL_ROWS},
+    ),
+    Arm(
+        name="head gradient added",
+        about="rows of the head are added to their positions, as index_select's own backward pass does",
+        around=Switch(module="megamask.engine.head", attribute="spread", replacement=_added),
     ),
     Arm(
         name="embedding gradient of megatron-core",

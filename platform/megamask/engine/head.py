@@ -150,13 +150,7 @@ class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, None, None, None, None]:
         of_rows, of_weight, indices = ctx.saved_tensors
-        sequence_length, num_rows, width = ctx.shape
-        # The inverse permutation: each position reads its row of the head, so no order of sums is involved.
-        place = torch.full((sequence_length * num_rows,), len(indices), device=indices.device)
-        place[_in_sequence_order(indices, ctx.shape)] = torch.arange(len(indices), device=indices.device)
-        is_computed = (place < len(indices)).unsqueeze(-1)
-        of_hidden = of_rows.mul_(scale).index_select(0, place.clamp_(max=len(indices) - 1))
-        of_hidden = torch.where(is_computed, of_hidden, 0.0).view(sequence_length, num_rows, width)
+        of_hidden = spread(of_rows.mul_(scale), _in_sequence_order(indices, ctx.shape), ctx.shape)
         weight = ctx.weight
         if weight.dtype == torch.float32:
             return of_hidden, of_weight.mul_(scale), None, None, None, None
@@ -164,6 +158,18 @@ class _ChunkedLoss(torch.autograd.Function):
             weight.main_grad.addcmul_(of_weight, scale)
             return of_hidden, taken(weight), None, None, None, None
         return of_hidden, of_weight.mul_(scale).to(weight.dtype), None, None, None, None
+
+
+def spread(rows: torch.Tensor, places: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+    """Put rows at their places and zeros elsewhere. Shapes: rows [m, h], int64 [m] -> shape [i, r, h].
+
+    By the inverse permutation: each position reads its row, so that no order of sums is involved.
+    """
+    num_rows, num_places = len(places), shape[0] * shape[1]
+    source = torch.full((num_places,), num_rows, device=places.device)
+    source[places] = torch.arange(num_rows, device=places.device)
+    is_given = (source < num_rows).unsqueeze(-1)
+    return torch.where(is_given, rows.index_select(0, source.clamp_(max=num_rows - 1)), 0.0).view(shape)
 
 
 def _differentiate(share: Share, scores: Scores) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
