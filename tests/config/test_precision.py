@@ -57,6 +57,10 @@ REFUSED = [
     (("device.overlap_parameter_gather=true",), "but device.overlap_gradient_reduce is false, so that all weights are"),
     (("device.overlap_gradient_reduce=true",), "but layout.data_parallel_size is 1, so that there is nothing to sum"),
     (("device.attention=te", "objective.name=block"), "device.attention is 'te', but objective.name is block"),
+    (
+        ("device.grouped_queries=shared", "model.num_query_groups=4"),
+        "device.grouped_queries is 'shared', but each query head has keys and values of its own",
+    ),
     *(
         (
             ("device.cuda_graphs=true", *(() if key == "precision.compute" else (BF16,)), *settings),

@@ -105,6 +105,12 @@ class DeviceConfig(Section):
                 because="but device.overlap_gradient_reduce is false, so that all weights are one part",
                 allowed="false; or both true",
             )
+        if self.grouped_queries != "auto" and config.model.effective_query_groups == config.model.num_attention_heads:
+            yield Problem(
+                key="device.grouped_queries",
+                because="but each query head has keys and values of its own (model.num_query_groups)",
+                allowed="auto",
+            )
         if self.cuda_graphs:
             yield from _graph_problems(self, config)
         if self.weight_gradients != "auto" and (self.layers == "local" or precision.fp8_kernels == "emulate"):
