@@ -13,6 +13,7 @@ PREPARE_REFUSED = {
     ("corpus.tokenizer.path=t.json",): "both are set",
     ("corpus.tokenizer.eod_token=''",): "corpus.tokenizer.eod_token is '', which is empty",
     ("corpus.tokenizer.mask_token=<|pad|>",): "which corpus.tokenizer.pad_token is too",
+    ("corpus.output_dir=s3://bucket/corpus",): "copy the finished corpus to a store, manifest.json last",
     ("corpus.jsonl_text_key=''",): "corpus.jsonl_text_key is ''",
 }
 

@@ -121,6 +121,8 @@ def test_explaining_an_unknown_key_names_the_nearest(refuse: Refuse) -> None:
         ("model.num_query_groups=3", ("model.num_query_groups is 3", "num_attention_heads is 4", "1, 2, 4")),
         ("data.corpora.more=x", ("data.corpora", "2 entries", "data.mixture has no stage")),
         ("data.corpora.main=null", ("does not set data.corpora",)),
+        ("run.output_dir=s3://bucket/runs", ("run.output_dir is 's3://bucket/runs'", "no appends", "COMMIT.json last")),
+        ("data.cache_dir=gs://bucket/cache", ("data.cache_dir is", "an object store, which has no renames")),
         ("training.head_chunk_rows=0", ("training.head_chunk_rows is 0", ">= 1")),
     ],
 )

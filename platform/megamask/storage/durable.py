@@ -1,7 +1,7 @@
 """Small files that survive a crash: written, flushed, then made visible by one atomic act.
 
 Safe on local disks and on NFS (link and rename are atomic there; O_APPEND is not relied upon). Every function takes
-plain paths; an object store would implement the same four verbs with conditional puts.
+plain paths.
 """
 
 from __future__ import annotations

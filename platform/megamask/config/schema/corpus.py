@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from megamask.config.rules.folders import folder_problems
 from megamask.config.rules.layout import length_problems
 from megamask.config.rules.problem import Problem
 from megamask.config.schema.field import identity, operational, section
@@ -158,5 +159,11 @@ class CorpusConfig(Section):
         if not self.inputs:
             yield Problem(key="corpus.inputs", because="which names no text", allowed="at least one path or glob")
         yield from length_problems("corpus.sequence_length", self.sequence_length)
+        yield from folder_problems(
+            "corpus.output_dir",
+            self.output_dir,
+            needs="rename, by which a corpus is published",
+            instead="copy the finished corpus to a store, manifest.json last, and give data.corpora its URL",
+        )
         if not self.jsonl_text_key:
             yield Problem(key="corpus.jsonl_text_key", because="which is empty", allowed="a key of the .jsonl lines")

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from megamask.config.rules.folders import folder_problems
 from megamask.config.rules.problem import Problem
 from megamask.config.schema.field import extendable, identity, operational
 from megamask.config.schema.section import Section
@@ -87,6 +88,12 @@ class DataConfig(Section):
                 because=f"which has {len(self.corpora)} entries, and data.mixture has no stage",
                 allowed="one entry, or weights of all in data.mixture, as [{weights: {NAME: 1, OTHER: 1}}]",
             )
+        yield from folder_problems(
+            "data.cache_dir",
+            self.cache_dir,
+            needs="renames, by which processes share the cache",
+            instead="one on the node's own disk",
+        )
         yield from _mixture_problems(self.mixture, self.corpora)
 
 
