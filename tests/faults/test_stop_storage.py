@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from megamask.audit.run import verify_run
 from support.command import checkpoints, command, environment, tiny
 from support.faulty_main import start_with_fault
 
@@ -47,6 +48,8 @@ def test_restore_that_hangs_ends_on_a_signal_with_75(small_corpus: Path, tmp_pat
     code, stderr, status = _signalled_while_held(arguments, tmp_path, "checkpoint.verified")
     assert (code, status["phase"], status["exit_code"]) == (75, "preempted", 75), stderr
     assert "asked for an end before training began (restore); nothing was lost" in stderr
+    assert status["step"] is None, "the run had come to step 2"
+    assert verify_run(tmp_path / "run")["findings"] == []
 
 
 @pytest.mark.promise("a rank that waits for the storage ends on SIGTERM: in a restore with 75, in a save with 71")

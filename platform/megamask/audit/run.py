@@ -262,14 +262,19 @@ def _check_end(
         report.notes.append("status.json is missing or damaged; it is only a hint")
         return
     named = audit.attempts.get(status.attempt)
+    # an end that a rank recorded by itself, as one that a signal met before training, has no line
+    is_recorded = status.exit_code in {
+        found.exit_code for found in read_rank_failures(run_dir, status.attempt).values()
+    }
     if named is None:
-        if status.step is not None or status.exit_code in _JOURNALLED_ENDS:
+        if status.step is not None or (status.exit_code in _JOURNALLED_ENDS and not is_recorded):
             report.find(_STATUS, f"it names attempt {status.attempt}, which the journal does not have")
         return
     if status.exit_code is None or is_alive:
         return
     if named.ended is None:
-        if status.exit_code in _JOURNALLED_ENDS:  # a crash is written by the launcher, and has no line
+        # a crash is written by the launcher, and has no line
+        if status.exit_code in _JOURNALLED_ENDS and not is_recorded:
             problem = f"attempt {status.attempt} ended with {status.exit_code}, but the journal has no line of its end"
             report.find(_STATUS, problem)
         return

@@ -114,7 +114,8 @@ class AttemptScope:
             return
         write_rank_failure(self.run_dir, self.known.number, rank=self.rank, exit_code=code, reason=reason)
         if self.rank == 0:
-            record_failure(self.known, error_with_code(code, reason), code, step=self.progress.step)
+            # 0 before a restore; how far the run had come is not known then
+            record_failure(self.known, error_with_code(code, reason), code, step=self.progress.step or None)
 
     def failed(self, error: BaseException) -> BaseException:
         """Write this rank's failure record. Return the error to raise: a peer's if it is more specific."""
