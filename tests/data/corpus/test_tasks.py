@@ -275,3 +275,25 @@ def test_steps_that_leave_nothing_are_refused(tmp_path: Path) -> None:
     )
     with pytest.raises(UsageError, match="hold no text at all that the steps min_characters leave"):
         build(config)
+
+
+@pytest.mark.parametrize("num_tasks", [0, 2])
+def test_broken_unicode_is_left_out_and_counted_where_that_is_asked_for(tmp_path: Path, num_tasks: int) -> None:
+    from megamask.config.schema.corpus import FilterConfig
+
+    folder = tmp_path / "in"
+    pattern = write_lines(folder, [WORDS[0], WORDS[1], "half a pair: \ud800"])
+    with next(folder.glob("*.jsonl")).open("ab") as file:
+        file.write(b'{"text": "not UTF-8: \xff\xfe"}\n' + json.dumps({"text": WORDS[2]}).encode() + b"\n")
+    (folder / "broken.txt").write_bytes(b"caf\xe9 and more text of another encoding")
+    config = corpus_config([pattern, f"{folder}/*.txt"], tmp_path / "corpus", validation_fraction=0.0)
+    with pytest.raises(DataIntegrityError, match=r"half a surrogate pair|is not UTF-8"):
+        build(config)
+    config = replace(config, filters=FilterConfig(broken_unicode=True))
+    for task in range(num_tasks):
+        run_task(config, task, num_tasks)
+    report = merge(config) if num_tasks else build(config)
+    manifest = json.loads((tmp_path / "corpus" / "manifest.json").read_bytes())
+    assert report.documents == 3
+    assert [(step["name"], step["documents"]) for step in manifest["steps"]] == [("broken_unicode", 3)]
+    assert manifest["options"]["filters"] == {"broken_unicode": "1"}

@@ -83,6 +83,11 @@ class TokenizerConfig(Section):
 class FilterConfig(Section):
     """Documents to leave out, by their text alone; null asks for no such filter."""
 
+    broken_unicode: bool = identity(
+        "leave out documents with bytes that are not UTF-8 or with half a surrogate pair, and count them; false "
+        "refuses the input that has one",
+        default=False,
+    )
     min_characters: int | None = identity(
         "leave out documents with fewer characters", default=None, minimum=1, unit="characters"
     )

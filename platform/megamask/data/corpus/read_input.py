@@ -85,6 +85,8 @@ class InputReader:
         jsonl_text_key: `corpus.jsonl_text_key`, for inputs without a text key of their own.
         on_bytes: called with the number of bytes read, for progress.
         part: read only the documents whose lines begin in these bytes of a file of lines; the digest is of the bytes.
+        keeps_broken: return text that is not Unicode with half surrogate pairs in the places of what is wrong, instead
+            of raising.
     """
 
     def __init__(
@@ -94,8 +96,10 @@ class InputReader:
         on_bytes: Callable[[int], None] = lambda count: None,
         *,
         part: range | None = None,
+        keeps_broken: bool = False,
     ) -> None:
         self._part = part
+        self._keeps_broken = keeps_broken
         self._file = file
         self._where = str(file.path)
         own_keys = {"webdataset": "txt", "messages": "messages"}
@@ -135,7 +139,7 @@ class InputReader:
                 case _:
                     with self._unpacked() as file:
                         data = file.read()
-                    yield RawDocument(text=_decode(data, self._where), offset=0, bytes=len(data))
+                    yield RawDocument(text=self._decode(data, self._where), offset=0, bytes=len(data))
 
     def _count(self, data: bytes) -> None:
         self._sha256.update(data)
@@ -172,7 +176,7 @@ class InputReader:
             raw = line.removesuffix(b"\n")
             if raw.strip():
                 where = f"{self._where}:{number}"
-                text = self._text_of(_parse(_decode(raw, where), where), where, "line")
+                text = self._text_of(_parse(self._decode(raw, where), where), where, "line")
                 yield RawDocument(text=text, offset=offset, bytes=len(raw))
             offset += len(line)
 
@@ -187,11 +191,11 @@ class InputReader:
                 raw = file.readline().removesuffix(b"\n")
                 if raw.strip():
                     where = f"{self._where}, byte {offset}"
-                    text = self._text_of(_parse(_decode(raw, where), where), where, "line")
+                    text = self._text_of(_parse(self._decode(raw, where), where), where, "line")
                     yield RawDocument(text=text, offset=offset, bytes=len(raw))
 
     def _json(self, data: bytes) -> Iterator[RawDocument]:
-        value = _parse(_decode(data, self._where), self._where)
+        value = _parse(self._decode(data, self._where), self._where)
         for number, item in enumerate(value if isinstance(value, list) else [value]):
             where = f"{self._where}, item {number}"
             if isinstance(item, dict) and isinstance(item.get(self._key), list):
@@ -199,7 +203,7 @@ class InputReader:
                 if all(isinstance(part, str) for part in parts):
                     item = item | {self._key: "\n".join(parts)}  # noqa: PLW2901
             text = self._text_of(item, where, "item")
-            yield RawDocument(text=text, offset=number, bytes=len(text.encode()))
+            yield RawDocument(text=text, offset=number, bytes=len(text_bytes(text)))
 
     def _parquet(self) -> Iterator[RawDocument]:
         with self._file.path.open("rb") as plain:  # the footer is at the end: hash first, then read in any order
@@ -215,7 +219,7 @@ class InputReader:
                 for batch in file.iter_batches(_PARQUET_ROWS, columns=[self._key]):
                     for value in batch.column(0).to_pylist():
                         text = self._text_of({self._key: value}, f"{self._where}, row {row}", "row")
-                        yield RawDocument(text=text, offset=row, bytes=len(text.encode()))
+                        yield RawDocument(text=text, offset=row, bytes=len(text_bytes(text)))
                         row += 1
         except (pa.ArrowException, ValueError) as error:
             raise _bad(f"{self._where}: the Parquet file cannot be read ({error})") from error
@@ -229,7 +233,7 @@ class InputReader:
             plain.seek(0)
             try:
                 for member in tar_documents(plain, self._key):
-                    text = _decode(member.data, f"{self._where}, sample {member.key}")
+                    text = self._decode(member.data, f"{self._where}, sample {member.key}")
                     yield RawDocument(text=text, offset=member.offset, bytes=len(member.data))
             except TarError as error:
                 raise _bad(f"{self._where}: {error}") from error
@@ -261,8 +265,17 @@ class InputReader:
         try:
             text.encode()
         except UnicodeEncodeError as error:
-            raise _bad(f"{where}: the text holds half a surrogate pair at character {error.start}") from error
+            if not self._keeps_broken:
+                raise _bad(f"{where}: the text holds half a surrogate pair at character {error.start}") from error
         return text
+
+    def _decode(self, data: bytes, where: str) -> str:
+        return _decode(data, where, errors="surrogateescape" if self._keeps_broken else "strict")
+
+
+def text_bytes(text: str) -> bytes:
+    """Return the UTF-8 bytes of a text; half surrogate pairs of broken ones are encoded as if they were characters."""
+    return text.encode(errors="surrogatepass")
 
 
 def part_digests(path: Path, first: range) -> list[str]:
@@ -319,7 +332,7 @@ def _bad(what: str) -> DataIntegrityError:
     )
 
 
-def _decode(data: bytes, where: str) -> str:
+def _decode(data: bytes, where: str, *, errors: str) -> str:
     """Decode UTF-8, and refuse what only looks like it: UTF-16 without a mark is valid UTF-8 full of zero bytes."""
     if data.count(0) * _MAX_NULS > len(data):
         raise _bad(
@@ -327,7 +340,7 @@ def _decode(data: bytes, where: str) -> str:
             "or binary"
         )
     try:
-        return data.decode()
+        return data.decode(errors=errors)
     except UnicodeDecodeError as error:
         utf16 = ", which begins a UTF-16 file" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else ""
         raise _bad(

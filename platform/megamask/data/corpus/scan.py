@@ -11,7 +11,7 @@ import numpy as np
 from megamask.config.schema.corpus import CorpusConfig
 from megamask.data.corpus.documents import DocumentList
 from megamask.data.corpus.inputs import InputFile, companions
-from megamask.data.corpus.read_input import InputReader, part_digests, reading
+from megamask.data.corpus.read_input import InputReader, part_digests, reading, text_bytes
 from megamask.data.corpus.selection import Selection, Selector
 from megamask.data.corpus.splits import TRAIN, choose_validation, decimal_text
 from megamask.errors import DataIntegrityError, UsageError
@@ -214,10 +214,10 @@ def read_again(
     Raises:
         DataIntegrityError: the input is no longer what the first pass saw.
     """
-    reader = InputReader(scanned.file, jsonl_text_key, on_bytes, part=scanned.part)
+    reader = InputReader(scanned.file, jsonl_text_key, on_bytes, part=scanned.part, keeps_broken=True)
     place, end = first, first + scanned.documents
     for document in reader.documents():
-        if place >= end or hashlib.sha256(document.text.encode()).digest() != found.text_sha256(place):
+        if place >= end or hashlib.sha256(text_bytes(document.text)).digest() != found.text_sha256(place):
             raise changed(scanned.file)
         yield document.text
         place += 1
@@ -273,7 +273,9 @@ def scan_inputs(
     found = DocumentList()
     inputs: list[ScannedInput] = []
     for place, file in enumerate(files):
-        reader, notes = InputReader(file, config.jsonl_text_key, count, part=part), TextNotes()
+        keeps_broken = config.filters.broken_unicode  # to be counted as left out
+        reader = InputReader(file, config.jsonl_text_key, count, part=part, keeps_broken=keeps_broken)
+        notes = TextNotes()
         first = len(found)
         for document in reader.documents():
             notes.add(document.text)
@@ -282,7 +284,7 @@ def scan_inputs(
                 input_index=place,
                 offset=document.offset,
                 num_bytes=document.bytes,
-                text=document.text.encode(),
+                text=text_bytes(document.text),
                 dropped_by=selector.drops(document.text),
             )
             if selector.needs_signatures:

@@ -41,8 +41,17 @@ def _repeated_lines(text: str) -> float:
     return 1 - len(set(lines)) / len(lines) if lines else 0.0
 
 
+def _is_broken(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return True
+    return False
+
+
 # name of the setting -> whether a text is dropped under its value
 FILTERS: dict[str, Callable[[str, float], bool]] = {
+    "broken_unicode": lambda text, _: _is_broken(text),
     "min_characters": lambda text, value: len(text) < value,
     "max_characters": lambda text, value: len(text) > value,
     "min_letters": lambda text, value: _letters(text) < value,
@@ -55,7 +64,9 @@ class Selector:
 
     def __init__(self, config: CorpusConfig) -> None:
         asked = {name: getattr(config.filters, name) for name in FILTERS}
-        self._filters = [(name, value) for name, value in asked.items() if value is not None]
+        self._filters = [
+            (name, float(value)) for name, value in asked.items() if value is not None and value is not False
+        ]
         self._duplicates = config.deduplicate
         self._threshold = config.near_duplicate_threshold
 
@@ -84,7 +95,7 @@ class Selector:
         sketch = _datasketch().MinHash(num_perm=NUM_PERMUTATIONS, seed=1, scheme=_SCHEME)
         words = _WORDS.findall(text.lower())
         shingles = {" ".join(words[at : at + _SHINGLE]) for at in range(max(1, len(words) - _SHINGLE + 1))}
-        sketch.update_batch([shingle.encode() for shingle in shingles])
+        sketch.update_batch([shingle.encode(errors="surrogatepass") for shingle in shingles])
         return np.asarray(sketch.hashvalues, dtype=np.uint32)
 
     def select(self, documents: DocumentList) -> Selection:
