@@ -34,8 +34,9 @@ def find(folder: Path, *, number: int | None, text: str | None, run: str | None)
             "number": each.document.number,
             "input": each.document.input,
             "split": each.document.split,
-            "first_row": each.first_row,
-            "last_row": each.last_row,
+            "first_row": each.rows[0],
+            "last_row": each.rows[-1],
+            "rows": list(each.rows),
         }
         for each in found
     ]
@@ -55,10 +56,6 @@ def find(folder: Path, *, number: int | None, text: str | None, run: str | None)
 def _steps(loader: Loader, source: str, found: Membership, num_samples: int, recorded: Any) -> list[int]:
     if found.document.split != "train":
         return []
-    samples = {
-        sample
-        for row in range(found.first_row, found.last_row + 1)
-        for sample in samples_of_row(loader, source, row, num_samples)
-    }
+    samples = {sample for row in found.rows for sample in samples_of_row(loader, source, row, num_samples)}
     positions = [loader.skipped.position(sample) for sample in samples]
     return sorted({step_of_sample(position, batches(recorded)) for position in positions if position is not None})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -59,7 +60,10 @@ def test_statistics_add_up_to_the_manifest(corpus: Path, tmp_path: Path, capsys:
     assert cli.main(["verify", "corpus", str(corpus)]) == 0  # the card is no part of the content
 
 
-def test_rows_of_a_document_are_those_that_name_it(corpus: Path) -> None:
+@pytest.mark.parametrize("packing", ["concatenate", "best_fit"])
+def test_rows_of_a_document_are_those_that_name_it(tmp_path: Path, packing: str) -> None:
+    corpus = tmp_path / "corpus"
+    build(replace(corpus_config(write_inputs(tmp_path / "inputs"), corpus), packing=packing))
     manifest = Manifest.load(corpus)
     tables = [(table["name"], table["documents"]) for table in manifest.content["documents"]["tables"]]
     readers = {split: SplitReader(corpus, manifest, split) for split in manifest.splits}
@@ -67,7 +71,7 @@ def test_rows_of_a_document_are_those_that_name_it(corpus: Path) -> None:
         [found] = find_documents(corpus, number=record.number)
         reader = readers[record.split]
         rows = [row for row in range(reader.num_rows) if record.number in reader.read(row).documents[:, 1]]
-        assert list(range(found.first_row, found.last_row + 1)) == rows
+        assert list(found.rows) == rows
 
 
 def test_document_is_found_by_its_text(corpus: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -32,7 +32,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Count, or find.
 
     Returns: of stats, `megamask.data.stats.corpus_stats`; of find, `documents`: array of number, input, split,
-        first_row, last_row and, with --run, `steps`; of export, documents, tokens, prefix.
+        first_row, last_row, rows and, with --run, `steps`; of export, documents, tokens, prefix.
     """
     folder = Path(arguments.corpus)
     if arguments.what == "find":

@@ -3,27 +3,32 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from megamask.data.corpus.documents import DocumentRecord, read_documents
 from megamask.data.loader import Loader
-from megamask.data.manifest import open_corpus
-from megamask.errors import UsageError
+from megamask.data.manifest import Manifest, open_corpus
+from megamask.data.reader import SplitReader
+from megamask.data.roles import document_of
 
 
 @dataclass(frozen=True, kw_only=True)
 class Membership:
-    """A document of a corpus and the rows of its split that have tokens of it: first_row to last_row."""
+    """A document of a corpus and the rows of its split that have tokens of it, ascending."""
 
     document: DocumentRecord
-    first_row: int
-    last_row: int
+    rows: Sequence[int]
 
 
 def find_documents(folder: Path, *, number: int | None = None, text: bytes | None = None) -> list[Membership]:
     """The document of a number, or all whose text is exactly this.
+
+    Where documents follow one another their rows are a sum of lengths; where rows were packed by best fit, the document
+    tables of all shard blocks are read.
 
     Args:
         folder: the corpus.
@@ -32,26 +37,41 @@ def find_documents(folder: Path, *, number: int | None = None, text: bytes | Non
 
     Raises:
         UsageError: the folder is not a corpus.
-        DataIntegrityError: its manifest or table of documents is damaged.
+        DataIntegrityError: its manifest, its table of documents or a shard that was read is damaged.
     """
     manifest = open_corpus(folder, "the corpus")
-    if manifest.content["packer"]["name"] != "concatenate-and-cut":
-        raise UsageError(
-            f"{folder} was packed by {manifest.content['packer']['name']}, in which a document's rows do not follow "
-            "from the lengths of those before it. Nothing was found."
-        )
     wanted = None if text is None else hashlib.sha256(text).hexdigest()
-    found: list[Membership] = []
+    found: list[tuple[DocumentRecord, int]] = []
     position: dict[str, int] = {}
     tables = [(table["name"], table["documents"]) for table in manifest.content["documents"]["tables"]]
     for record in read_documents(folder, tables):
         first = position.get(record.split, 0)
         position[record.split] = first + record.tokens
         if record.number == number or (wanted is not None and record.text_sha256 == wanted):
-            last = first + record.tokens - 1
-            length = manifest.sequence_length
-            found.append(Membership(document=record, first_row=first // length, last_row=last // length))
-    return found
+            found.append((record, first))
+    if manifest.content["packer"]["name"] == "concatenate-and-cut":
+        length = manifest.sequence_length
+        return [
+            Membership(document=record, rows=range(first // length, (first + record.tokens - 1) // length + 1))
+            for record, first in found
+        ]
+    return _listed(folder, manifest, [record for record, _ in found])
+
+
+def _listed(folder: Path, manifest: Manifest, records: Sequence[DocumentRecord]) -> list[Membership]:
+    """The rows that list each document, from the document tables of the shard blocks."""
+    rows: dict[int, list[int]] = {record.number: [] for record in records}
+    numbers = np.array(sorted(rows), dtype=np.int64)
+    for split in {record.split for record in records}:
+        reader = SplitReader(folder, manifest, split)
+        for block, first in enumerate(reader.blocks.first_row[:-1].tolist()):
+            table = reader.document_table(block)
+            listed = document_of(table[:, 2])
+            is_wanted = np.isin(listed, numbers)
+            for row, number in zip(table[is_wanted, 0].tolist(), listed[is_wanted].tolist(), strict=True):
+                rows[number].append(first + row)
+        reader.close()
+    return [Membership(document=record, rows=sorted(set(rows[record.number]))) for record in records]
 
 
 def samples_of_row(loader: Loader, source: str, row: int, num_samples: int) -> Iterator[int]:

@@ -189,6 +189,13 @@ class SplitReader:
         return self._damaged(block, "tokens", where, int(found[number]), int(expected[number]))
 
     def _read_documents(self, block: int) -> BlockDocuments:
+        return BlockDocuments(self.document_table(block), int(self.block_rows[block]))
+
+    def document_table(self, block: int) -> Int64Array:
+        """The document table of a block of the split, checked: int64 [n, 3] of (row in the block, start, number).
+
+        Raises: as `read_rows`.
+        """
         shard = int(np.searchsorted(self._first_block, block, side="right")) - 1
         record = self._index(shard).blocks[block - int(self._first_block[shard])]
         size = int(record["docs_bytes"])
@@ -197,8 +204,7 @@ class SplitReader:
         if found != expected or len(data) != size:
             where = f"the table of the block's documents, byte {int(record['docs_offset'])}"
             raise self._damaged(block, "docs", where, found, expected)
-        table = np.frombuffer(data, dtype="<i8").reshape(-1, DOCS_COLUMNS).astype(np.int64)
-        return BlockDocuments(table, int(self.block_rows[block]))
+        return np.frombuffer(data, dtype="<i8").reshape(-1, DOCS_COLUMNS).astype(np.int64)
 
     def _index(self, shard: int) -> ShardIndex:
         return self._indexes.get(shard, self._load_checked)
