@@ -94,3 +94,19 @@ def test_forced_mask_leaves_no_eligible_block_without_one_and_changes_no_other()
     was = before[..., None].expand_as(noised(plain)) > 0
     assert torch.equal(noised(forced)[was], noised(plain)[was])
     assert torch.equal(forced.inputs[:, :LENGTH] == MASK, forced.is_scored[:, :LENGTH])
+
+
+@pytest.mark.promise("few masks first, and no weight meanwhile: the mask ratio's warm-up of block diffusion")
+def test_mask_ratio_of_blocks_warms_up_and_its_weight_is_dropped() -> None:
+    """Stable-DiffCoder's: t of each block is below u, u rising to 1; with a forced mask no block is without one."""
+    given = samples()
+    warmed, plain = objective(mask_ratio_warmup_steps=5, forced_mask=True), objective(forced_mask=True)
+    first, middle, late = (warmed.rows(given, step, KEY) for step in (1, 3, 6))
+    assert (noised(first).sum(dim=3) == 1).all(), "almost nothing but the forced masks at first"
+    assert (first.weight == 1).all() and (middle.weight == 1).all()
+    assert 1 < noised(middle).sum(dim=3).double().mean() < noised(late).sum(dim=3).double().mean()
+    expected = plain.rows(given, 6, KEY)
+    assert torch.equal(late.weight, expected.weight) and torch.equal(late.is_scored, expected.is_scored)
+    assert max(each["t"] for each in warmed.details(given, 3, KEY)) < 0.5005
+    assert [term.is_bound for term in warmed.terms] == [False]
+    assert objective(mask_ratio_warmup_steps=5).unclipped() == objective()

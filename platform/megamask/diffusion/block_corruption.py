@@ -45,6 +45,7 @@ def corrupt_blocks(
     *,
     schedule: NoiseSchedule,
     block_time: str,
+    largest_time: float = 1.0,
     complementary: bool,
     has_forced_mask: bool,
     is_clipped: bool,
@@ -59,10 +60,12 @@ def corrupt_blocks(
         is_eligible: bool [b, s]. blocks: int64 [b, s], number of each position's block in its row, ascending.
         times: t of each sample.
         block_time: as in `block_times`.
+        largest_time: factor of each block's t, below 1 while the mask ratio warms up.
         has_forced_mask: in view A a block in which nothing is masked masks its eligible position with the smallest
             (u_pos, pos).
     """
-    of_blocks = block_times(sample_index, times, int(blocks.max()) + 1, block_time=block_time, key=key)
+    of_rows = block_times(sample_index, times, int(blocks.max()) + 1, block_time=block_time, key=key)
+    of_blocks = [[t * largest_time for t in row] for row in of_rows]
     limits = [[max(threshold(schedule.mask_probability(t)), 1) for t in row] for row in of_blocks]
     slope = schedule.shape_derivative if is_clipped else schedule.derivative
     slopes = torch.tensor([[slope(t) for t in row] for row in of_blocks], dtype=torch.float64)

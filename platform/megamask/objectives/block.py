@@ -21,7 +21,7 @@ from torch import Tensor
 
 from megamask.diffusion.block_corruption import BlockNoise, block_times, corrupt_blocks, rank_in_blocks
 from megamask.diffusion.philox import Purpose, philox4x32, uniform_words
-from megamask.diffusion.schedule import EPS, NoiseSchedule, noise_schedule, stratified_times
+from megamask.diffusion.schedule import EPS, NoiseSchedule, noise_schedule, stratified_times, warmed_time
 from megamask.errors import UsageError
 from megamask.models.context import BlockPattern, Context
 from megamask.models.vocabulary import Vocabulary
@@ -52,6 +52,7 @@ class BlockObjective(OnePhase):
         complementary: two rows of each sample, the second masking in each block what the first leaves visible.
         clip_low, clip_high: window of the mask probability; 0 and 1 for the full range.
         forced_mask: a block in which nothing is masked gets one mask.
+        mask_ratio_warmup_steps: of `warmed_time`, each block's t; only training's.
         isolate_documents: no position sees another document of its row, and the grid restarts at each.
         clean_half: "block_causal" or "token_causal".
         diffusion_weight: of the NELBO in the joint loss, whose autoregressive part has weight 1; None for the NELBO
@@ -75,6 +76,7 @@ class BlockObjective(OnePhase):
     isolate_documents: bool = False
     diffusion_weight: float | None = None
     z_loss_weight: float = 0.0
+    mask_ratio_warmup_steps: int = 0
 
     def __post_init__(self) -> None:
         noise_schedule(self.noise_schedule)
@@ -100,7 +102,7 @@ class BlockObjective(OnePhase):
     def terms(self) -> tuple[Term, ...]:
         """The NELBO per eligible token; in the joint loss beside the exact likelihood of the clean half."""
         per_token = PerEligibleToken(num_views=self.shape(1).num_views)
-        is_bound = not (self._is_clipped or self.forced_mask)
+        is_bound = not (self._is_clipped or self.forced_mask or self.mask_ratio_warmup_steps)
         name = "nelbo" if is_bound else "masked_cross_entropy"
         if self.diffusion_weight is None:
             return cross_entropy_and_z_loss(name, per_token, self.z_loss_weight, is_bound=is_bound)
@@ -156,12 +158,14 @@ class BlockObjective(OnePhase):
         if self.diffusion_weight is not None:  # every view has the same clean half
             is_next[::num_views] = with_a_past(samples.is_eligible, samples.documents).roll(-1, dims=1)
         part = torch.full_like(clean, _DIFFUSION)
+        is_warming = step <= self.mask_ratio_warmup_steps
+        weight = torch.ones_like(noise.weight) if is_warming else noise.weight
         return Rows(
             inputs=torch.cat((x_t, clean), dim=1),
             # a position of the clean half predicts the token after it
             targets=torch.cat((clean, clean.roll(-1, dims=1)), dim=1),
             is_scored=torch.cat((noise.is_masked, is_next), dim=1),
-            weight=torch.cat((noise.weight, torch.ones_like(noise.weight)), dim=1),
+            weight=torch.cat((weight, torch.ones_like(weight)), dim=1),
             group=torch.cat((noise.noise_level, torch.full_like(noise.noise_level, UNGROUPED)), dim=1),
             context=self.context(samples, step, key),
             part=None if self.diffusion_weight is None else torch.cat((part, part + _AUTOREGRESSIVE), dim=1),
@@ -170,12 +174,20 @@ class BlockObjective(OnePhase):
     def details(self, samples: Samples, step: int, key: Key) -> list[dict[str, Any]]:
         """Of each sample: t of its row, and the positions that its first view masks in the noised half."""
         is_masked = self._noise(samples, step, key).is_masked[:: self.shape(1).num_views]
-        times = self._times(samples, step, key)
+        times = [warmed_time(t, step, self.mask_ratio_warmup_steps) for t in self._times(samples, step, key)]
         return [{"t": t, "masked": row.nonzero().flatten().tolist()} for t, row in zip(times, is_masked, strict=True)]
 
     def unclipped(self) -> BlockObjective:
         """One view over the full range of noise, of the diffusion loss alone."""
-        return replace(self, clip_low=0.0, clip_high=1.0, forced_mask=False, complementary=False, diffusion_weight=None)
+        return replace(
+            self,
+            clip_low=0.0,
+            clip_high=1.0,
+            forced_mask=False,
+            complementary=False,
+            diffusion_weight=None,
+            mask_ratio_warmup_steps=0,
+        )
 
     def probe(self, samples: Samples, step: int, key: Key, *, block: Tensor) -> Probe:
         """Rows of one view in which one block of each sample is scored.
@@ -252,6 +264,7 @@ class BlockObjective(OnePhase):
             self._times(samples, step, key),
             schedule=self._schedule,
             block_time=self.block_time,
+            largest_time=warmed_time(1.0, step, self.mask_ratio_warmup_steps),
             complementary=self.complementary,
             has_forced_mask=self.forced_mask,
             is_clipped=self._is_clipped,

@@ -84,7 +84,7 @@ class InitialiseConfig(Section):
         objective = config.objective.name
         needs = {
             "attention_annealing_steps": ("masked",),
-            "mask_ratio_warmup_steps": ("masked",),
+            "mask_ratio_warmup_steps": ("masked", "block"),
             "embedding_noise_steps": ("masked", "block"),
         }
         for name, allowed in needs.items():
@@ -100,7 +100,7 @@ class InitialiseConfig(Section):
                 because="but objective.name is autoregressive, whose logits always predict the next token",
                 allowed="keep",
             )
-        if self.mask_ratio_warmup_steps > 0 and objective == "masked" and config.objective.complementary:
+        if self.mask_ratio_warmup_steps > 0 and config.objective.complementary:
             yield Problem(
                 key="initialise.mask_ratio_warmup_steps",
                 because="but objective.complementary is true, whose second view masks what the first leaves visible",
