@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import itertools
+import math
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -8,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from megamask.diffusion.philox import Purpose, uniform_words
 from megamask.diffusion.sampling import Draw, Prediction, choose, score_slice
 from megamask.errors import UsageError
 from megamask.generation.confidence import Decoded, DecodingOptions, decode, quotas, steps_of_blocks
@@ -94,6 +98,49 @@ def test_blocks_are_finished_from_left_to_right() -> None:
 
 
 @pytest.mark.promise("infilling keeps every given token")
+def knows_a_joint(x_t: Tensor) -> Tensor:
+    """Exact conditionals of three tokens of {0, 1}: the third is their exclusive or, flipped with probability 1/8."""
+    weights = {(a, b, c): (0.3 if a else 0.7) * 0.5 * (7 if a ^ b == c else 1) / 8 for a, b, c in _BITS}
+    logits = torch.full((3, VOCAB), -torch.inf)
+    for place in range(3):
+        for value in (0, 1):
+            fits = (
+                weight
+                for bits, weight in weights.items()
+                if bits[place] == value and all(i == place or x_t[i] in (MASK, bit) for i, bit in enumerate(bits))
+            )
+            logits[place, value] = math.log(sum(fits))
+    return logits
+
+
+_BITS = list(itertools.product((0, 1), repeat=3))
+
+
+@pytest.mark.promise("ancestral sampling draws from the distribution that a perfect network has learnt")
+def test_random_order_at_temperature_1_samples_the_joint_distribution() -> None:
+    count = 4000
+    tokens = torch.full((count, 3), MASK)
+    options = DecodingOptions(order="random", temperature=1.0, seed=5)
+    table = {key: knows_a_joint(torch.tensor(key)) for key in itertools.product((0, 1, MASK), repeat=3)}
+    found = decode(
+        predictor(lambda x_t: table[tuple(x_t.tolist())]),
+        DECODER,
+        tokens,
+        is_wanted=tokens == MASK,
+        options=options,
+        sequences=range(count),
+    )
+    orders = Counter(tuple(step for [step] in row.committed) for row in found)
+    drawn = Counter(tuple(row.tokens.tolist()) for row in found)
+    assert len(orders) == 6
+    expected = {(a, b, c): (0.3 if a else 0.7) * 0.5 * (7 if a ^ b == c else 1) / 8 for a, b, c in _BITS}
+    for counts, shares in ((orders, dict.fromkeys(orders, 1 / 6)), (drawn, expected)):
+        for key, share in shares.items():  # 6.2 standard deviations: 14 checks fail correct code once in 10^8
+            assert abs(counts[key] / count - share) < 6.2 * math.sqrt(share * (1 - share) / count)
+    by_words = uniform_words(torch.tensor([2]), 3, purpose=Purpose.DECODING_ORDER, key=(5, 0))[0].argsort().tolist()
+    assert [step for [step] in found[2].committed] == by_words
+
+
 def test_infill_keeps_every_fixed_token() -> None:
     prompt = torch.tensor([8, MASK, 8, MASK, MASK, 8])  # fixed tokens the network would choose otherwise
     tokens, committed = _decode(prompt, num_denoising_steps=2)
@@ -205,6 +252,7 @@ def test_steps_are_dealt_to_blocks_without_an_empty_step(sizes: list[int], data:
         ({"num_denoising_steps": 9}, "9 denoising steps for 8 masked tokens"),
         ({"num_denoising_steps": 1, "block_length": 4}, "allowed: 2 to 8"),
         ({"block_length": 0}, "--block-length is 0"),
+        ({"order": "left"}, "--order is 'left'; allowed: confidence, random"),
         ({"temperature": -1.0}, "--temperature is -1.0"),
         ({"temperature": float("nan")}, "--temperature is nan"),
     ],

@@ -18,6 +18,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, metavar="N", help="denoising steps (one for each masked token)")
     parser.add_argument("--block-length", type=int, metavar="N", help="masked tokens finished at a time (all)")
     parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 takes the likeliest token (0)")
+    parser.add_argument(
+        "--order",
+        choices=("confidence", "random"),
+        default="confidence",
+        help="which tokens are written first; random with --temperature 1 is ancestral sampling (confidence)",
+    )
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="seed of the sampling noise (0)")
     parser.add_argument("--track", action="store_true", help="put the text on the run's page in MLflow")
 
@@ -37,6 +43,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         block_length=arguments.block_length,
         temperature=arguments.temperature,
         seed=arguments.seed,
+        order=arguments.order,
     )
     request = SampleRequest(
         prompt=arguments.prompt, text_with_spans=arguments.infill, length=arguments.length, options=options

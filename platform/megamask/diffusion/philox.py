@@ -52,6 +52,7 @@ class Purpose(IntEnum):
     MIXTURE_ORDER = 16
     ATTENTION_OPENING = 20
     EMBEDDING_NOISE = 21
+    DECODING_ORDER = 22
 
 
 def philox4x32(counter: Sequence[Tensor | int], key: Sequence[Tensor | int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:

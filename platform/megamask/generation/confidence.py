@@ -5,6 +5,9 @@ to right; within a block each denoising step evaluates the network once, chooses
 commits a fixed quota of those whose chosen token has the highest probability. What is committed stays. A response after
 a prompt is one span of masks; infilling is any set of spans between fixed tokens.
 
+In random order, with temperature 1 and a step for each token, the same loop is ancestral sampling: the reverse of
+masking unmasks in a uniformly random order, each token drawn from the network's distribution (MDLM, arXiv:2406.07524).
+
 This is the policy; a Predictor hides the network: `megamask sample` decodes with the reference network, previews
 during training with the engine. Shapes: r rows, s positions of a row, m open positions of all rows.
 """
@@ -17,11 +20,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from megamask.diffusion.philox import Purpose, run_key, uniform_words
 from megamask.diffusion.sampling import Draw
 from megamask.errors import UsageError
 from megamask.generation.predictor import Predictor
 from megamask.objectives.base import Decoder
 
+ORDERS = ("confidence", "random")
 _STEPS_OF_CONFIDENCE = 2**14  # confidences are distinguished in steps of one part in 16384
 
 
@@ -34,12 +39,14 @@ class DecodingOptions:
         block_length: masked tokens finished before the next ones begin; None means all in one block.
         temperature: 0 takes the most probable token; otherwise Gumbel noise times this is added to the logits.
         seed: of the sampling noise.
+        order: what is committed first: the most confident positions, or random ones.
     """
 
     num_denoising_steps: int | None = None
     block_length: int | None = None
     temperature: float = 0.0
     seed: int = 0
+    order: str = "confidence"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,6 +126,7 @@ def decode(
     x_t, is_masked = tokens.clone(), is_wanted.clone()
     plans = _plans(decoder, tokens, is_wanted, options)
     committed: list[list[list[int]]] = [[] for _ in plans]
+    ranks = _random_order(tokens, sequences, options)
     for number in range(max(map(len, plans))):
         is_open = torch.zeros_like(is_masked)
         for row, plan in enumerate(plans):
@@ -132,7 +140,11 @@ def decode(
             part = slice(first, first + len(positions))
             first = part.stop
             if number < len(plan):
-                best = _most_confident(prediction.confidence[part], plan[number].quota)
+                quota = plan[number].quota
+                if ranks is None:
+                    best = _most_confident(prediction.confidence[part], quota)
+                else:
+                    best = ranks[row, positions].argsort(stable=True)[:quota]
                 x_t[row, positions[best]] = prediction.tokens[part][best]
                 is_masked[row, positions[best]] = False
                 committed[row].append(sorted(positions[best].tolist()))
@@ -160,6 +172,14 @@ def _most_confident(confidence: Tensor, quota: int) -> Tensor:
     return (confidence.log() * _STEPS_OF_CONFIDENCE).round().argsort(descending=True, stable=True)[:quota]
 
 
+def _random_order(tokens: Tensor, sequences: Sequence[int], options: DecodingOptions) -> Tensor | None:
+    """Word of each position, int64 [r, s]: the smallest is committed first. None for the order by confidence."""
+    if options.order != "random":
+        return None
+    index = torch.tensor(tuple(sequences), device=tokens.device)
+    return uniform_words(index, tokens.size(1), purpose=Purpose.DECODING_ORDER, key=run_key(options.seed))
+
+
 def _plan(tokens: Tensor, masked: Tensor, decoder: Decoder, options: DecodingOptions) -> list[_Step]:
     _check(masked, options)
     blocks = decoder.blocks(tokens, masked, options.block_length)
@@ -178,5 +198,7 @@ def _check(masked: Tensor, options: DecodingOptions) -> None:
         raise UsageError(f"--steps is {options.num_denoising_steps}; allowed: >= 1. Nothing was decoded.")
     if options.block_length is not None and options.block_length < 1:
         raise UsageError(f"--block-length is {options.block_length}; allowed: >= 1. Nothing was decoded.")
+    if options.order not in ORDERS:
+        raise UsageError(f"--order is {options.order!r}; allowed: {', '.join(ORDERS)}. Nothing was decoded.")
     if not 0 <= options.temperature < float("inf"):
         raise UsageError(f"--temperature is {options.temperature}; allowed: a number >= 0. Nothing was decoded.")
