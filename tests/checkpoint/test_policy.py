@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -28,6 +29,13 @@ def test_newest_multiples_best_and_pinned_stay() -> None:
     assert steps(retained(given_, keep_last=2)) == [10, 50, 60]
     assert steps(retained(given_, keep_last=1, keep_every_steps=20)) == [10, 20, 40, 60]
     assert steps(retained(given_, keep_last=1, keep_best=2)) == [10, 20, 50, 60]
+
+
+def test_best_are_those_of_the_newest_kind_of_bound() -> None:
+    """Blocks of one token have a lower bound than longer ones, and are another model."""
+    given_ = [at(10, 1.0), replace(at(20, 3.0), bound_from_step=15), replace(at(30, 2.0), bound_from_step=15), at(40)]
+    assert steps(retained(given_, keep_last=1, keep_best=1)) == [30, 40]
+    assert steps(retained(given_, keep_last=1, keep_best=3)) == [20, 30, 40]
 
 
 def test_newer_of_two_equal_bounds_stays() -> None:

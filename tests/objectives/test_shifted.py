@@ -13,9 +13,10 @@ from megamask.errors import UsageError
 from megamask.models.context import Causal, Context, EmbeddingNoise, Opening, visible_mask
 from megamask.models.vocabulary import Vocabulary
 from megamask.objectives.base import Samples
+from megamask.objectives.in_force import at_step
 from megamask.objectives.masked import MaskedObjective
 from megamask.objectives.registry import build_objective
-from megamask.objectives.shifted import Shifted, at_step, with_shift
+from megamask.objectives.shifted import Shifted, with_shift
 from megamask.objectives.warm_start import eased
 
 VOCABULARY = Vocabulary(vocab_size=50, padded_vocab_size=64, mask_token_id=49, eod_token_id=47, pad_token_id=48)

@@ -42,6 +42,15 @@ def test_the_lowest_bounds_are_chosen_and_ordered_by_step(run_dir: Path) -> None
     assert [commit.step for commit in best_commits(measured, 3)] == [5, 10, 20]
     with pytest.raises(UsageError, match="3 of 4 checkpoints have a bound"):
         best_commits(measured, 4)
+    last_phase = [
+        replace(commit, evaluation={**commit.evaluation, "bound_from_step": "8.0"})
+        if commit.evaluation and commit.step > 7
+        else commit
+        for commit in measured
+    ]
+    assert [commit.step for commit in best_commits(last_phase, 2)] == [10, 20]
+    with pytest.raises(UsageError, match="2 of 4 checkpoints have a bound of their own step in the objective's last"):
+        best_commits(last_phase, 3)
 
 
 @pytest.mark.promise("average makes a checkpoint of the mean weights that evaluate and sample take")

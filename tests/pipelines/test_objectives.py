@@ -22,7 +22,12 @@ OBJECTIVES = {
     "md4": ("objective.recipe=md4",),
     "importance": ("objective.time_sampling=importance",),
     "spindle": ("objective.noise_schedule=spindle",),
-    "schedule": (BLOCK, "objective.block_schedule=[0:1,40:4,80:16,120:L,200:16]"),
+    "schedule": (
+        BLOCK,
+        "objective.block_schedule=[0:1,40:4,80:16,120:L,200:16]",
+        "evaluation.every_steps=75",
+        "evaluation.rows=4",
+    ),
     "clipped": (BLOCK, "objective.block_size=16", "objective.clip_low=0.3", "objective.clip_high=0.8"),
     "joint": (
         BLOCK,

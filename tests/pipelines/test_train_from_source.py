@@ -10,14 +10,17 @@ from typing import Any
 import pytest
 import torch
 
+from megamask.checkpoint.commit import load_commit
 from megamask.checkpoint.standalone import load_checkpoint
 from megamask.config.load import load_train_config
 from megamask.config.validate import validate_train
 from megamask.conversion.importing import import_model, read_published
 from megamask.engine.state.restore import canonical_reader
 from megamask.errors import UsageError
+from megamask.evaluation.request import EvaluationRequest
 from megamask.training.run_data import RunData
 from megamask_pipelines.convert import to_hub
+from megamask_pipelines.evaluate import evaluate
 from support.command import checkpoints, journal, megamask, step_lines, tiny
 from support.hub_models import save_hub_folder
 
@@ -130,6 +133,7 @@ def test_block_size_warm_up_from_a_published_model(tmp_path: Path, small_corpus:
         "initialise.embedding_noise_steps=3",
         "training.steps=6",
         "checkpoint.every_steps=3",
+        *("evaluation.every_steps=3", "evaluation.rows=2", "evaluation.draws=1", "evaluation.replicates=2"),
         f"initialise.source=hf:{published}",
     )
     for name, stop in (("whole", ()), ("parts", ("training.stop_after_step=3",)), ("parts", ())):
@@ -142,6 +146,16 @@ def test_block_size_warm_up_from_a_published_model(tmp_path: Path, small_corpus:
         assert shown.json["matches_journal"] is True
         # the shift of the source is kept: the first token of a row is given
         assert all(sample["masked"] and 0 not in sample["masked"] for sample in shown.json["samples"])
+    lines = {line["step"]: line for line in journal(tmp_path / "whole") if line["kind"] == "evaluation"}
+    assert {step: (line["objective"], line["bound_from_step"]) for step, line in lines.items()} == {
+        3: ({"name": "block", "block_size": 4, "target_shift": True}, 3),
+        6: ({"name": "masked", "target_shift": True}, 5),
+    }
+    for folder in checkpoints(tmp_path / "whole"):  # a checkpoint is measured as the phase that it was trained in
+        found = evaluate(folder, EvaluationRequest(rows=2, draws=1, replicates=2))
+        bound = lines[found["step"]]["nelbo_nats_per_token"]
+        assert found["nelbo_nats_per_token"] == pytest.approx(bound, rel=1e-5)
+        assert load_commit(folder).bound == bound
 
 
 def _open(small_corpus: Path, tmp_path: Path, *overrides: str) -> RunData:

@@ -102,7 +102,7 @@ def run_states(folder: Path) -> list[dict[str, Any]]:
 
 
 def _best(checkpoints: list[Path]) -> dict[str, Any] | None:
-    """The commit with the lowest bound among those that are there; damaged ones are left out."""
+    """The commit with the lowest bound of the newest kind among those that are there; damaged ones are left out."""
     found = []
     for folder in checkpoints:
         try:
@@ -110,10 +110,10 @@ def _best(checkpoints: list[Path]) -> dict[str, Any] | None:
         except MegamaskError:
             continue
         if commit.bound is not None:
-            found.append((commit.bound, -commit.step, folder.name))
+            found.append((-commit.bound_from_step, commit.bound, -commit.step, folder.name))
     if not found:
         return None
-    bound, step, name = min(found)
+    _, bound, step, name = min(found)
     return {"checkpoint": name, "step": -step, "nelbo_nats_per_token": bound}
 
 

@@ -105,9 +105,11 @@ class CommitLine:
 
 def bound_of(evaluation: Evaluation) -> Bound:
     """Return the fields of an evaluation that a commit of its step repeats."""
+    kind = {} if evaluation.bound_from_step is None else {"bound_from_step": float(evaluation.bound_from_step)}
     return {
         "nelbo_nats_per_token": evaluation.nelbo_nats_per_token,
         "standard_error": evaluation.standard_error,
+        **kind,
     }
 
 

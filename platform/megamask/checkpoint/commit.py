@@ -98,6 +98,11 @@ class Commit:
         bound = (self.evaluation or {}).get("nelbo_nats_per_token")
         return None if bound is None else float(bound)
 
+    @property
+    def bound_from_step(self) -> int:
+        """First step whose bounds are of the same kind as this one; bounds of different kinds are not compared."""
+        return int(float((self.evaluation or {}).get("bound_from_step", "1")))
+
 
 @dataclass(frozen=True, kw_only=True)
 class CommitFields:

@@ -15,6 +15,7 @@ class Candidate:
         is_good: it is not known to be damaged.
         is_pinned: a user asked to keep it.
         bound: nats per token, measured at its own step; None if it was not.
+        bound_from_step: first step whose bounds are of the same kind.
     """
 
     name: str
@@ -23,6 +24,7 @@ class Candidate:
     is_good: bool = True
     is_pinned: bool = False
     bound: float | None = None
+    bound_from_step: int = 1
 
     @property
     def age(self) -> tuple[int, int]:
@@ -36,8 +38,9 @@ def retained(
     """The names of the checkpoints that stay.
 
     These are the newest `keep_last`, those whose step is a multiple of `keep_every_steps`, the `keep_best` with the
-    lowest bound (the newer of two equal ones), and all that are pinned. Only good ones count for the first three; as
-    long as fewer than `keep_last` are good, everything stays, so that a damaged one never pushes out a good one.
+    lowest bound of the newest kind (the newer of two equal ones), and all that are pinned. Only good ones count for the
+    first three; as long as fewer than `keep_last` are good, everything stays, so that a damaged one never pushes out a
+    good one.
     """
     good = sorted((each for each in candidates if each.is_good), key=lambda each: each.age, reverse=True)
     if len(good) < keep_last:
@@ -46,6 +49,8 @@ def retained(
     if keep_every_steps is not None:
         kept += [each for each in good if each.step % keep_every_steps == 0]
     measured = [(each.bound, each) for each in good if each.bound is not None and math.isfinite(each.bound)]
+    newest = max((each.bound_from_step for _, each in measured), default=1)
+    measured = [entry for entry in measured if entry[1].bound_from_step == newest]
     measured.sort(key=lambda entry: entry[0])  # stable: of equal bounds the newer stays in front
     kept += [each for _, each in measured[:keep_best]]
     return {each.name for each in kept}

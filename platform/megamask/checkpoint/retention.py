@@ -113,7 +113,7 @@ def _candidate(folder: Path, run_id: str, *, is_known_damaged: bool) -> Candidat
     Returns: None for a checkpoint of another run.
     """
     step, attempt = parse_folder_name(folder.name) or (0, 0)
-    bound, is_good = None, False
+    bound, bound_from_step, is_good = None, 1, False
     missing = (FileNotFoundError, NotADirectoryError)
     with storage_errors(f"looking at {folder}"), contextlib.suppress(CheckpointIntegrityError, *missing):
         try:
@@ -123,7 +123,7 @@ def _candidate(folder: Path, run_id: str, *, is_known_damaged: bool) -> Candidat
         else:
             if commit.run_id != run_id:
                 return None
-            bound = commit.bound
+            bound, bound_from_step = commit.bound, commit.bound_from_step
             is_good = all((folder / name).stat().st_size == entry.num_bytes for name, entry in commit.files.items())
     return Candidate(
         name=folder.name,
@@ -132,6 +132,7 @@ def _candidate(folder: Path, run_id: str, *, is_known_damaged: bool) -> Candidat
         is_good=is_good and not is_known_damaged,
         is_pinned=is_pinned(folder),
         bound=bound,
+        bound_from_step=bound_from_step,
     )
 
 

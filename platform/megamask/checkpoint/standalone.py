@@ -16,7 +16,7 @@ from megamask.data.tokenizer import CorpusTokenizer
 from megamask.errors import CheckpointIntegrityError, DataIntegrityError, UsageError
 from megamask.models.vocabulary import NO_ID
 from megamask.objectives.base import Objective
-from megamask.objectives.shifted import at_step
+from megamask.objectives.in_force import at_step
 
 if TYPE_CHECKING:
     import torch

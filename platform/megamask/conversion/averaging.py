@@ -39,15 +39,21 @@ class AverageReport:
 
 
 def best_commits(commits: Sequence[Commit], count: int) -> list[Commit]:
-    """The commits with the lowest bounds, by step; of equal bounds the later one.
+    """The commits with the lowest bounds of the newest kind, by step; of equal bounds the later one.
 
     Raises:
-        UsageError: fewer than `count` have a bound.
+        UsageError: fewer than `count` have such a bound.
     """
-    measured = [(commit.bound, -commit.step, commit) for commit in commits if commit.bound is not None]
+    newest = max((commit.bound_from_step for commit in commits if commit.bound is not None), default=1)
+    measured = [
+        (commit.bound, -commit.step, commit)
+        for commit in commits
+        if commit.bound is not None and commit.bound_from_step == newest
+    ]
     if len(measured) < count:
+        phase = "" if newest == 1 else f" in the objective's last phase, from step {newest} on"
         raise UsageError(
-            f"{len(measured)} of {len(commits)} checkpoints have a bound of their own step; {count} are needed. "
+            f"{len(measured)} of {len(commits)} checkpoints have a bound of their own step{phase}; {count} are needed. "
             "Nothing was written.",
             hint="set evaluation.every_steps so that it meets checkpoint.every_steps, or give a smaller --best",
         )

@@ -26,7 +26,7 @@ from megamask.models.shapes import EMBEDDING_NAME, HEAD_NAME, canonical_shapes
 from megamask.models.spec import ModelSpec
 from megamask.models.vocabulary import Vocabulary
 from megamask.objectives.base import Objective
-from megamask.objectives.shifted import at_step
+from megamask.objectives.in_force import at_step
 
 HUB_PREFIX = "hf:"
 _NOTHING = "Nothing was started."

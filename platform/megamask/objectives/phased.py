@@ -1,7 +1,7 @@
 """An objective whose phases follow one another: each step has the objective of its phase (schedule.py).
 
-What outlives a run (bound, decoder, record) is that of the last phase, so that one curve of the bound compares all
-steps. Sizes are those of the largest phase.
+A network is measured, decoded and exported as the phase that it was last trained in (`shifted.at_step`). By itself the
+objective has the bound and decoder of the last phase; its record has all phases. Sizes are those of the largest one.
 """
 
 from __future__ import annotations
@@ -13,9 +13,11 @@ from typing import Any
 from megamask.models.context import Context
 from megamask.models.vocabulary import Vocabulary
 from megamask.objectives.base import Bound, Decoder, Key, Objective, Rows, Samples
-from megamask.objectives.probing import Probed
 from megamask.objectives.shapes import ObjectiveShape
 from megamask.objectives.terms import Term
+
+PHASES_KEY = "phases"
+"""Key of an objective's record: the records of its phases, with their first steps."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,11 +101,8 @@ class PhasedObjective:
         return self.at(step).details(samples, step, key)
 
     def record(self) -> dict[str, Any]:
-        """Of the last phase."""
-        return self.last.record()
-
-
-def last_probed(objective: Objective) -> Probed | None:
-    """The last phase that can be probed part by part; None for an objective without one."""
-    phases = objective.phases if isinstance(objective, PhasedObjective) else ((1, objective),)
-    return next((phase for _, phase in reversed(phases) if isinstance(phase, Probed)), None)
+        """Of the last phase, and each phase's own with its first step."""
+        return {
+            **self.last.record(),
+            PHASES_KEY: [{"first_step": first, **objective.record()} for first, objective in self.phases],
+        }

@@ -14,7 +14,7 @@ from megamask.objectives.base import Objective
 from megamask.objectives.block import BlockObjective
 from megamask.objectives.masked import MaskedObjective
 from megamask.objectives.mixed import MixedObjective
-from megamask.objectives.phased import PhasedObjective
+from megamask.objectives.phased import PHASES_KEY, PhasedObjective
 from megamask.objectives.schedule import Phases
 from megamask.objectives.shapes import name_of
 from megamask.objectives.shifted import SHIFT_KEY, with_shift
@@ -63,8 +63,24 @@ def build_objective(settings: Mapping[str, Any], vocabulary: Vocabulary) -> Obje
     name = name_of(settings)
     if name not in _OBJECTIVES:
         raise UsageError(f"objective.name is {name!r}; allowed: {', '.join(_OBJECTIVES)}. Nothing was started.")
-    own = {key: value for key, value in settings.items() if key not in ("name", SHIFT_KEY)}
+    own = {key: value for key, value in settings.items() if key not in ("name", SHIFT_KEY, PHASES_KEY)}
+    if PHASES_KEY in settings:
+        return with_shift(_recorded_phases(settings, vocabulary), settings.get(SHIFT_KEY, False))
     return with_shift(_OBJECTIVES[name](vocabulary, own), settings.get(SHIFT_KEY, False))
+
+
+def _recorded_phases(record: Mapping[str, Any], vocabulary: Vocabulary) -> PhasedObjective:
+    phases = []
+    for entry in record[PHASES_KEY]:
+        settings = {key: value for key, value in entry.items() if key != "first_step"}
+        phases.append((entry["first_step"], build_objective(settings, vocabulary)))
+    firsts = [first for first, _ in phases]
+    if firsts[:1] != [1] or firsts != sorted(set(firsts)) or not all(type(first) is int for first in firsts):
+        raise UsageError(f"objective.{PHASES_KEY} begin at {firsts}; allowed: 1, then later steps in order.")
+    objective = PhasedObjective(phases=tuple(phases))
+    if objective.record() != {key: value for key, value in record.items() if key != SHIFT_KEY}:
+        raise UsageError(f"objective.{PHASES_KEY} ends with another objective than the one beside it.")
+    return objective
 
 
 def build_phases(

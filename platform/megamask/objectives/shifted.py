@@ -18,6 +18,7 @@ from torch import Tensor
 from megamask.errors import UsageError
 from megamask.models.vocabulary import NO_ID
 from megamask.objectives.base import Bound, BoundRows, Decoder, Key, Objective, Reading, Rows, Samples
+from megamask.objectives.probing import Probe, Probed
 from megamask.objectives.wrapped import Wrapped
 
 SHIFT_KEY = "target_shift"
@@ -119,11 +120,24 @@ class ShiftedDecoder:
         return replace(reading, is_read=_rolled(reading.is_read, size), shift=reading.shift + 1)
 
 
-def at_step(objective: Objective, step: int) -> Objective:
-    """The objective as a network after this many steps was trained for it: with the shift or without."""
-    if not isinstance(objective, Shifted):
-        return objective
-    return Shifted(inner=objective.inner) if objective.is_active(step) else objective.inner
+@dataclass(frozen=True, kw_only=True)
+class ShiftedProbe:
+    """Measurements of one part of the loss at a time, with shifted targets."""
+
+    inner: Probed
+
+    def unclipped(self) -> ShiftedProbe:
+        """Over the full range of noise."""
+        return ShiftedProbe(inner=self.inner.unclipped())
+
+    def seen(self, samples: Samples, key: Key) -> Samples:
+        """The samples as the inner objective sees them."""
+        return self.inner.seen(samples, key)
+
+    def probe(self, samples: Samples, step: int, key: Key, *, block: Tensor) -> Probe:
+        """The inner part, each target one position earlier."""
+        probe = self.inner.probe(_first_given(samples), step, key, block=block)
+        return replace(probe, rows=earlier(probe.rows, samples.tokens.size(1)))
 
 
 def with_shift(objective: Objective, shift: bool | int) -> Objective:

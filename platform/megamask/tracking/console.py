@@ -254,6 +254,13 @@ def event_line(line: Line) -> str | None:
     return None if record is None else _event_text(record)
 
 
+def _kind_of_bound(objective: Mapping[str, Any]) -> str:
+    if not objective:
+        return ""
+    size = objective.get("block_size")
+    return f" as {objective['name']}" + ("" if size is None else f" of blocks of {size}")
+
+
 def _pair_variance(found: Mapping[str, Any]) -> str:
     if not found:
         return ""
@@ -268,6 +275,7 @@ def _event_text(record: JournalRecord) -> str | None:
             error, bits = record.standard_error, record.bits_per_byte
             return (
                 f"evaluation at step {record.step}: {_number(record.nelbo_nats_per_token)} nats/token"
+                + _kind_of_bound(record.objective or {})
                 + ("" if error is None else f" (standard error {error:.2g})")
                 + ("" if bits is None else f", {bits:.3f} bits/byte")
                 + _pair_variance(record.pair_variance or {})

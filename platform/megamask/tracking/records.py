@@ -194,6 +194,8 @@ class Evaluation(JournalRecord):
 
     Args:
         by_source: the same figures of each corpus of a mixture, by name.
+        objective: name, block_size and target_shift of what the bound is of, where they change during the run.
+        bound_from_step: first step whose bounds are of that kind; only those are compared with one another.
         pair_variance: ratio, low, high (of its 95 % interval) and num_pairs, where they were asked for.
         clip_search: low, high, variance, full_variance and num_blocks, where they were asked for.
     """
@@ -207,6 +209,8 @@ class Evaluation(JournalRecord):
     num_bytes: int | None = None
     num_samples: int | None = None
     by_source: dict[str, Any] | None = None
+    objective: dict[str, Any] | None = None
+    bound_from_step: int | None = None
     pair_variance: dict[str, Any] | None = None
     clip_search: dict[str, Any] | None = None
     seconds: dict[str, Any] | None = None
@@ -228,7 +232,7 @@ class CheckpointCommitted(JournalRecord):
         checkpoint: name of its folder. location: the folder, relative to the run directory.
         digest: sha256 of COMMIT.json. parent: of the commit before it.
         stall_s: time that training waited. save_s: from the beginning to COMMIT.json. None where it is not known.
-        evaluation: nelbo_nats_per_token and standard_error measured at this step.
+        evaluation: nelbo_nats_per_token and standard_error measured at this step, and bound_from_step where it has one.
     """
 
     kind = "checkpoint_committed"

@@ -20,8 +20,7 @@ from megamask.evaluation.clip_search import clip_search_on_engine
 from megamask.evaluation.on_engine import EvaluationEngine, evaluate_on_engine
 from megamask.evaluation.pair_variance import pair_variance_on_engine
 from megamask.objectives.base import Objective, Rows
-from megamask.objectives.phased import last_probed
-from megamask.objectives.shifted import at_step
+from megamask.objectives.in_force import at_step, bound_record, newest_pair, probed
 from megamask.storage.fault_points import reached
 from megamask.storage.hashing import hash_of, key_of
 from megamask.training.stopping import CutShort
@@ -107,17 +106,18 @@ def validation_measure(
     """Return a function that scores the first evaluation.rows validation rows of every source of the loader.
 
     Its answer is that of the first source; of several sources it also holds each one's, under `by_source`. It is
-    collective and gives the same answer on every rank; None if `check` cut it short.
+    collective and gives the same answer on every rank; None if `check` cut it short. The bound is that of the phase
+    which the network was last trained in.
     """
     evaluation = config.evaluation
     held_out = {name: _HeldOut.read(loader, name, evaluation.rows) for name in loader.sources}
     token_bytes = torch.tensor(loader.tokenizer.token_bytes)
-    num_views = objective.shape(config.training.sequence_length).num_views
     seed = config.run.seed if evaluation.seed is None else evaluation.seed
     watched = InterruptibleEngine(engine=engine, check=check)
 
     def bound_of(rows: _HeldOut) -> dict[str, Any]:
-        bound = at_step(objective, step()).bound
+        trained = at_step(objective, step())
+        bound, num_views = trained.bound, trained.shape(config.training.sequence_length).num_views
         report = evaluate_on_engine(
             watched,
             bound,
@@ -134,37 +134,39 @@ def validation_measure(
 
     def measure() -> dict[str, Any] | None:
         """Score the rows under the network's present weights."""
-        started, first = time.monotonic(), held_out[loader.source]
+        started, first, taken = time.monotonic(), held_out[loader.source], step()
         try:
             found = {name: bound_of(rows) for name, rows in held_out.items()}
             rows = {"tokens": first.tokens, "is_eligible": first.is_eligible}
             extra = _asked_for(
-                watched, objective, evaluation, seed, batch_samples=config.training.micro_batch_size, **rows
+                watched, objective, taken, evaluation, seed, batch_samples=config.training.micro_batch_size, **rows
             )
         except CutShort:
             return None
         if len(found) > 1:
             extra["by_source"] = found
-        return {**found[loader.source], **extra, "seconds": {"evaluation": round(time.monotonic() - started, 6)}}
+        seconds = {"evaluation": round(time.monotonic() - started, 6)}
+        return {**found[loader.source], **bound_record(objective, taken), **extra, "seconds": seconds}
 
     return measure
 
 
 def _asked_for(
-    engine: EvaluationEngine, objective: Objective, evaluation: EvaluationConfig, seed: int, **rows: Any
+    engine: EvaluationEngine, objective: Objective, step: int, evaluation: EvaluationConfig, seed: int, **rows: Any
 ) -> dict[str, Any]:
     """Measure what only some configs ask for.
 
     Args:
+        step: taken so far; the pair may have ended, and a phase of one block a row has no blocks to probe.
         rows: tokens, is_eligible and batch_samples.
     """
     found: dict[str, Any] = {}
     if evaluation.pair_variance_draws is not None:
-        paired = objective.at(1)  # the pair, where it ends during the run
+        paired = newest_pair(objective, step)
         key = key_of(hash_of(seed, "pair variance"))
         variance = pair_variance_on_engine(engine, paired, draws=evaluation.pair_variance_draws, key=key, **rows)
         found["pair_variance"] = variance.to_json()
-    if evaluation.clip_search_draws is not None and (block := last_probed(objective)) is not None:
+    if evaluation.clip_search_draws is not None and (block := probed(objective, step)) is not None:
         key = key_of(hash_of(seed, "clip search"))
         search = clip_search_on_engine(engine, block, draws=evaluation.clip_search_draws, key=key, **rows)
         found["clip_search"] = search.to_json()

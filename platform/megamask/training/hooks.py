@@ -89,10 +89,14 @@ class PeriodicEvaluation:
         """Nothing: evaluation is due by step only, so that a restart changes no record."""
 
     def bound_at(self, step: int) -> dict[str, float] | None:
-        """The bound and its standard error, nats per token, if they were measured at this very step."""
+        """The bound and its standard error, nats per token, if they were measured at this very step.
+
+        Where the kind of bound changes during the run, `bound_from_step` too.
+        """
         if self._latest is None or self._latest[0] != step:
             return None
-        return {name: float(self._latest[1][name]) for name in ("nelbo_nats_per_token", "standard_error")}
+        names = ("nelbo_nats_per_token", "standard_error", "bound_from_step")
+        return {name: float(self._latest[1][name]) for name in names if name in self._latest[1]}
 
 
 class Committer(Protocol):

@@ -23,7 +23,7 @@ from megamask.errors import UsageError
 from megamask.generation.confidence import DecodingOptions, check_decoding, decode
 from megamask.generation.prompt import TextTokenizer, until_end
 from megamask.objectives.base import Objective, Reading
-from megamask.objectives.shifted import at_step
+from megamask.objectives.in_force import at_step, each_in_force
 from megamask.storage.fault_points import reached
 from megamask.storage.hashing import hash_of, key_of
 from megamask.training.hooks import Recorder
@@ -108,7 +108,8 @@ def open_previews(config: TrainConfig, objective: Objective, corpus: Loader) -> 
         eod_token_id=manifest.eod_token_id,
     )
     try:
-        check_decoding(objective.decoder, opened.tokens, opened.is_wanted, _options(config, opened))
+        for each in each_in_force(objective):
+            check_decoding(each.decoder, opened.tokens, opened.is_wanted, _options(config, opened))
     except UsageError as error:
         raise UsageError(
             f"preview.denoising_steps is {preview.denoising_steps}, with which objective.name={objective.name} cannot "

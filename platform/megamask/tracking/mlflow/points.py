@@ -190,9 +190,12 @@ def _add_commit(update: Update, record: CheckpointCommitted, head: str, memory: 
     _alias(update, memory.latest, entry.checkpoint, "latest")
     memory.latest = entry.checkpoint
     bound = (record.evaluation or {}).get("nelbo_nats_per_token")
-    if isinstance(bound, int | float) and (memory.best is None or bound < memory.best["bound"]):
+    kind = (record.evaluation or {}).get("bound_from_step", 1)  # a new kind of bound begins a new comparison
+    if isinstance(bound, int | float) and (
+        memory.best is None or (-kind, bound) < (-memory.best.get("bound_from_step", 1), memory.best["bound"])
+    ):
         _alias(update, None if memory.best is None else memory.best["checkpoint"], entry.checkpoint, "best")
-        memory.best = {"checkpoint": entry.checkpoint, "step": record.step, "bound": bound}
+        memory.best = {"checkpoint": entry.checkpoint, "step": record.step, "bound": bound, "bound_from_step": kind}
         update.tags |= {"best_checkpoint": entry.checkpoint, "best_bound_nats_per_token": f"{bound:.6g}"}
         update.best = entry.checkpoint
         update.is_described_anew = True
