@@ -13,7 +13,7 @@ from megamask.checkpoint.standalone import LoadedCheckpoint, load_checkpoint
 from megamask.diffusion.philox import run_key
 from megamask.errors import UsageError
 from megamask.evaluation.likelihood import evaluate_rows
-from megamask.evaluation.objective import scored_objective
+from megamask.evaluation.objective import refuse_leaks, scored_objective
 from megamask.evaluation.reference_network import ReferenceScore
 from megamask.evaluation.request import EvaluationRequest
 from megamask.evaluation.rows import split_rows, text_rows, token_id_rows
@@ -41,6 +41,7 @@ def evaluate(path: Path, request: EvaluationRequest) -> dict[str, Any]:
         raise UsageError(f"--seed is {seed}; allowed: 0 to 2^64 - 1. {_NOTHING}")
     tokens, is_eligible = _rows(checkpoint, request)
     objective = scored_objective(checkpoint.objective, request.objective, checkpoint.model.vocabulary)
+    refuse_leaks(checkpoint.model.spec, objective)
     checkpoint.require_mask(objective)
     bound = GivenFirst(bound=objective.bound) if request.given_first else objective.bound
     scored = tokens[bound.scored(tokens, is_eligible)]

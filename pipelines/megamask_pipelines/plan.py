@@ -10,6 +10,7 @@ from typing import Any
 
 from megamask.config.identity import value_of
 from megamask.config.load import DEFAULT_ORIGIN, Loaded
+from megamask.config.rules.block_schedule import block_schedule_problems
 from megamask.config.schema.layout import nearest_replicas, shared_numbers
 from megamask.config.schema.roots import TrainConfig
 from megamask.config.validate import all_problems
@@ -18,7 +19,7 @@ from megamask.data.manifest import Manifest
 from megamask.errors import DataIntegrityError, ExitCode, MegamaskError, UsageError
 from megamask.models.counts import parameter_count
 from megamask.models.spec import ModelSpec
-from megamask.objectives.shapes import shape_of
+from megamask.objectives.schedule import largest_shape, phases_of
 from megamask.planning.assumptions import Assumptions
 from megamask.planning.capability import planned
 from megamask.planning.capability import problems as capability_problems
@@ -26,6 +27,7 @@ from megamask.planning.gpus import Gpu, gpu_named
 from megamask.planning.plan import Plan, make_plan
 from megamask.planning.search import search
 from megamask.planning.subject import Subject
+from megamask.training.batch_size import first_step
 
 ASSUMED_VOCABULARY = 131_072
 _MOST_SHOWN = 10
@@ -121,7 +123,12 @@ def _searched(config: TrainConfig, spec: ModelSpec, gpu: Gpu, assumed: Assumptio
 def subject_of(config: TrainConfig, spec: ModelSpec) -> Subject:
     """The numbers that a plan reads of a config."""
     training = config.training
-    shape = shape_of(config.objective.settings(), training.sequence_length)
+    objective, length = config.objective, training.sequence_length
+    settings = objective.settings()
+    if any(block_schedule_problems(objective.block_schedule, length)):  # a search ignores what no layout can mend
+        settings["block_schedule"] = []
+    phases = phases_of(settings, length, lambda amount, unit: first_step(amount, unit, training))
+    shape = largest_shape(phases, length)
     return Subject(
         spec=spec,
         shape=shape,

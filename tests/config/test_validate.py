@@ -219,6 +219,14 @@ REFUSED = [
     ((*EXPERTS, "device.layers=te"), "device.layers is 'te', but model.num_experts is above 0"),
     ((*EXPERTS, "model.router_topk=7"), "model.router_topk is 7, but model.num_experts is 6; allowed: 1 to 6"),
     ((*EXPERTS, "model.num_dense_layers=2"), "model.num_dense_layers is 2, but model.num_layers is 2"),
+    (
+        (*EXPERTS, "model.router_choice=experts", "objective.name=autoregressive"),
+        "model.router_choice is 'experts', but objective.name is autoregressive: experts that choose among all tokens",
+    ),
+    (
+        (*EXPERTS, "model.router_choice=experts", "objective.name=block"),
+        "which it may not see; allowed: tokens; or objective.name masked, uniform or mixed",
+    ),
     (("model.rotary_fraction=0.3",), "model.rotary_fraction is 0.3, but a head has 16 channels"),
     (("training.sequence_length=100",), "allowed: a multiple of 16; the nearest are 96 or 112."),
     (("training.sequence_length=10",), "allowed: a multiple of 16; the nearest are 16."),

@@ -1,16 +1,32 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
 
+from megamask.errors import UsageError
 from megamask.evaluation import reference_network
+from megamask.evaluation.objective import refuse_leaks
 from megamask.evaluation.reference_network import ReferenceScore
+from megamask.models.experts import ExpertSpec
 from megamask.models.reference import ReferenceModel
+from megamask.objectives.autoregressive import AutoregressiveObjective
 from megamask.objectives.base import scored_rows, softmax_without
 from support.model_documents import model_document
+from support.objectives import masked_objective
 
 SPEC, VOCABULARY = model_document().spec, model_document().vocabulary
+
+
+def test_experts_that_choose_tokens_are_not_scored_as_if_they_saw_no_future() -> None:
+    experts = ExpertSpec(num_experts=4, topk=2, ffn_hidden_size=8, choice="experts")
+    causal = AutoregressiveObjective(vocabulary=VOCABULARY, mask_logit="excluded")
+    with pytest.raises(UsageError, match=r"model.router_choice=experts.*Nothing was scored"):
+        refuse_leaks(replace(SPEC, experts=experts), causal)
+    refuse_leaks(replace(SPEC, experts=experts), masked_objective(VOCABULARY))
+    refuse_leaks(replace(SPEC, experts=replace(experts, choice="tokens")), causal)
 
 
 @pytest.fixture(scope="module")

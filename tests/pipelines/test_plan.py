@@ -8,8 +8,9 @@ import sys
 import pytest
 
 from megamask.config.load import load_train_config
-from megamask_pipelines.plan import Request, plan_run
-from support.command import ROOT, megamask
+from megamask.models.spec import ModelSpec
+from megamask_pipelines.plan import Request, plan_run, subject_of
+from support.command import ROOT, TINY, megamask
 
 CONFIG = ROOT / "configs" / "run" / "8b.yaml"
 FIELDS = {
@@ -44,6 +45,21 @@ def test_a_plan_for_people_names_the_parts() -> None:
     assert done.code == 0, done.stderr
     for part in ("fits", "optimizer", "MFU", "ETTR", "an estimate, not a measurement"):
         assert part in done.stdout
+
+
+@pytest.mark.promise("a plan is made for the largest phase of the objective")
+@pytest.mark.parametrize(
+    ("overrides", "positions", "views"),
+    [
+        (["objective.name=block", "objective.block_schedule=[0:1,9:L]"], 256, 1),
+        (["objective.name=block", "objective.block_schedule=[0:L]"], 128, 1),
+        (["objective.complementary_until_tokens=100000"], 128, 2),
+    ],
+)
+def test_largest_phase_is_planned(overrides: list[str], positions: int, views: int) -> None:
+    config = load_train_config(TINY, overrides).config
+    shape = subject_of(config, ModelSpec.from_config(config.model, 300, config.training.sequence_length)).shape
+    assert (shape.input_length, shape.num_views) == (positions, views)
 
 
 def test_another_rank_can_be_planned() -> None:

@@ -114,8 +114,7 @@ class ModelConfig(Section):
         return effective_query_groups(self.num_attention_heads, self.num_query_groups)
 
     def problems(self, config: TrainConfig) -> Iterator[Problem]:
-        """Heads, groups and widths that contradict one another."""
-        del config
+        """Heads, groups and widths that contradict one another, and a router that would see the future."""
         yield from model_problems(
             hidden_size=self.hidden_size,
             num_attention_heads=self.num_attention_heads,
@@ -123,6 +122,14 @@ class ModelConfig(Section):
             head_dim=self.head_dim,
             rotary_fraction=self.rotary_fraction,
         )
+        objective = config.objective.name
+        if self.num_experts > 0 and self.router_choice == "experts" and objective in ("autoregressive", "block"):
+            yield Problem(
+                key="model.router_choice",
+                because=f"but objective.name is {objective}: experts that choose among all tokens of a row tell each "
+                "token of those behind it, which it may not see",
+                allowed="tokens; or objective.name masked, uniform or mixed",
+            )
         if self.num_experts > 0:
             yield from expert_problems(
                 num_experts=self.num_experts,
