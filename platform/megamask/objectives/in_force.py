@@ -70,7 +70,7 @@ def probed(objective: Objective, step: int) -> Probed | None:
 
 
 def bound_record(objective: Objective, step: int) -> dict[str, Any]:
-    """What a bound measured after this step bounds, in JSON types; empty for a run in which that never changes.
+    """Return what a bound measured after this step bounds, in JSON types; empty for a run in which that never changes.
 
     `objective` has name, block size and shift. `bound_from_step` is the first step from which the bound is of that
     kind: bounds with different ones are of different quantities and are never compared.
