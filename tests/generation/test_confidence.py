@@ -97,7 +97,6 @@ def test_blocks_are_finished_from_left_to_right() -> None:
     assert committed == [[6, 7], [4, 5], [10, 11], [8, 9]]
 
 
-@pytest.mark.promise("infilling keeps every given token")
 def knows_a_joint(x_t: Tensor) -> Tensor:
     """Exact conditionals of three tokens of {0, 1}: the third is their exclusive or, flipped with probability 1/8."""
     weights = {(a, b, c): (0.3 if a else 0.7) * 0.5 * (7 if a ^ b == c else 1) / 8 for a, b, c in _BITS}
@@ -141,6 +140,7 @@ def test_random_order_at_temperature_1_samples_the_joint_distribution() -> None:
     assert [step for [step] in found[2].committed] == by_words
 
 
+@pytest.mark.promise("infilling keeps every given token")
 def test_infill_keeps_every_fixed_token() -> None:
     prompt = torch.tensor([8, MASK, 8, MASK, MASK, 8])  # fixed tokens the network would choose otherwise
     tokens, committed = _decode(prompt, num_denoising_steps=2)
