@@ -11,8 +11,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megamask.data import order as order_module
 from megamask.data.order import SourceOrder, order_key
+from megamask.diffusion import philox_sort
 from megamask.diffusion.philox import Purpose, philox4x32
 from megamask.errors import UsageError
 from megamask.storage.hashing import hash_of
@@ -113,7 +113,7 @@ def test_a_hundred_million_rows_are_ordered_without_listing_them(monkeypatch: py
         made.append(counter[0].numel())
         return philox4x32(counter, key)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(order_module, "philox4x32", counting)
+    monkeypatch.setattr(philox_sort, "philox4x32", counting)
     block_rows = np.full(400_000, 256)
     block_rows[-1] = 5
     order = SourceOrder(block_rows, key=(3, 4), window_blocks=16)
@@ -146,6 +146,6 @@ def test_equal_words_are_ordered_by_number(monkeypatch: pytest.MonkeyPatch) -> N
     def constant(counter: tuple[torch.Tensor, ...], key: tuple[int, int]) -> list[torch.Tensor]:
         return [torch.full_like(counter[0], 5)] * 4
 
-    monkeypatch.setattr(order_module, "philox4x32", constant)
-    by_words = order_module._sort_by_words(np.array([7, 2, 9]), 0, Purpose.ROW_ORDER, (0, 0))
+    monkeypatch.setattr(philox_sort, "philox4x32", constant)
+    by_words = philox_sort.sort_by_words(np.array([7, 2, 9]), 0, Purpose.ROW_ORDER, (0, 0))
     assert by_words.tolist() == [2, 7, 9]
