@@ -27,7 +27,7 @@ CODES: Mapping[str, frozenset[int]] = {
     "SIGTERM": frozenset({75}),
     "SIGTERM of one rank": frozenset({75}),
     "SIGSTOP, SIGCONT, then SIGTERM": frozenset({75}),
-    "SIGSTOP of one rank, then SIGTERM": frozenset({71}),
+    "SIGSTOP of one rank, then SIGTERM": frozenset({71, 75}),  # 75: the other still waited for it at the rendezvous
     "full disk": frozenset({74}),
     "clock jump, then SIGKILL": frozenset({-9}),
     "link cut": frozenset({1, 71}),
