@@ -115,7 +115,9 @@ class Runs:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._number = 0
-        self.told: dict[str, dict[str, list[float]]] = {}  # seconds by kind of run and phase, as the journal has them
+        self.reported: dict[
+            str, dict[str, list[float]]
+        ] = {}  # seconds by kind of run and phase, as the journal has them
         options = [
             f"corpus.inputs=['{ROOT}/platform/megamask/config/*.py']",
             f"corpus.output_dir={folder}/corpus",
@@ -153,7 +155,7 @@ class Runs:
         whole.append(time.perf_counter() - mark)
         lines = {line["kind"]: line for line in read_journal(run_dir)}  # the last of each kind: this attempt's
         for phase, seconds in (lines["attempt_started"].get("startup_s") or {}).items():
-            self.told.setdefault(options_name(options), {}).setdefault(phase, []).append(seconds)
+            self.reported.setdefault(options_name(options), {}).setdefault(phase, []).append(seconds)
         return datetime.fromisoformat(lines["step"]["time"]).timestamp() - started
 
     def stages(self, seconds: dict[str, list[float]], *, is_resumed: bool) -> None:
@@ -200,14 +202,14 @@ def measure_first_step(report: Report, runs: Runs, blocks: int) -> None:
         )
     report.keep("first_step_seconds", seconds)
     report.keep("whole_command_seconds", whole)
-    if runs.told:
-        table = report.table("As each run tells it (attempt_started, startup_s)", ["run", "phase", "milliseconds"])
-        for name, phases in runs.told.items():
+    if runs.reported:
+        table = report.table("As each run records it (attempt_started, startup_s)", ["run", "phase", "milliseconds"])
+        for name, phases in runs.reported.items():
             for phase, values in phases.items():
-                told = [value for value in values[-blocks:] if value is not None]
-                if told:  # nothing is restored by a fresh run
-                    table.add(name, phase, spread(told, scale=1e3))
-        report.keep("told_seconds", runs.told)
+                reported = [value for value in values[-blocks:] if value is not None]
+                if reported:  # nothing is restored by a fresh run
+                    table.add(name, phase, spread(reported, scale=1e3))
+        report.keep("reported_seconds", runs.reported)
 
 
 def measure_stages(report: Report, runs: Runs, blocks: int) -> None:

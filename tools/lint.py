@@ -25,8 +25,11 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 SOURCE_ROOTS = ("platform", "pipelines")
 
-MAX_FILE_LINES = {"platform": 400, "pipelines": 400, "tools": 400, "tests": 600}
-MAX_FUNCTION_LINES = {"platform": 60, "pipelines": 60, "tools": 60, "tests": 80}
+MAX_FILE_LINES = 400
+# A file of pipelines holds one job or one verb; the frame of all verbs is neither.
+MAX_JOB_LINES = 100
+FRAME_OF_VERBS = "pipelines/megamask_pipelines/cli/main.py"
+MAX_FUNCTION_LINES = 60
 MIN_DOCSTRING_LETTERS = 10
 SHORT_METHOD_LINES = 8
 
@@ -136,14 +139,14 @@ def code_lines(source: Source) -> int:
 def lengths(source: Source) -> Iterator[str]:
     """Find files and functions over the limits."""
     num_lines = len(source.text.splitlines())
-    limit = MAX_FILE_LINES.get(source.top, 400)
+    limit = MAX_JOB_LINES if source.top == "pipelines" and source.name != FRAME_OF_VERBS else MAX_FILE_LINES
     if num_lines > limit:
         yield f"{source.name}:1: {num_lines} lines; at most {limit}"
-    limit = MAX_FUNCTION_LINES.get(source.top, 60)
     for function in source.functions:
         num_lines = (function.end_lineno or 0) - function.lineno + 1
-        if num_lines > limit:
-            yield f"{source.name}:{function.lineno}: {function.name} has {num_lines} lines; at most {limit}"
+        if num_lines > MAX_FUNCTION_LINES:
+            problem = f"{function.name} has {num_lines} lines; at most {MAX_FUNCTION_LINES}"
+            yield f"{source.name}:{function.lineno}: {problem}"
 
 
 def public_definitions(body: list[ast.stmt]) -> Iterator[tuple[Function | ast.ClassDef, bool]]:

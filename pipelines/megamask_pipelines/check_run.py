@@ -13,7 +13,7 @@ from megamask.planning.plan import fullest_rank
 from megamask.runs.layout import run_path
 from megamask.training.batch_size import consumed_before
 from megamask.training.run_data import RunData, objective_phases
-from megamask_pipelines.plan import subject_of
+from megamask_pipelines.subject import subject_of
 
 _BYTES_PER_WEIGHT = 12  # float32 weight and the two moments of Adam
 # what is counted alone: nothing of a device's context or its allocator

@@ -46,12 +46,10 @@ def evaluate(path: Path, request: EvaluationRequest) -> dict[str, Any]:
     bound = GivenFirst(bound=objective.bound) if request.given_first else objective.bound
     scored = tokens[bound.scored(tokens, is_eligible)]
     network, device = checkpoint.network()
+    token_bytes = torch.tensor(checkpoint.tokenizer.token_bytes)
+    not_noise = never_written(objective.vocabulary)
     report = evaluate_rows(
-        ReferenceScore(
-            network=network,
-            excluded_ids=objective.excluded_ids,
-            not_noise=never_written(objective.vocabulary),
-        ),
+        ReferenceScore(network=network, excluded_ids=objective.excluded_ids, not_noise=not_noise),
         bound,
         tokens.to(device),
         is_eligible.to(device),
@@ -60,9 +58,7 @@ def evaluate(path: Path, request: EvaluationRequest) -> dict[str, Any]:
         replicates=request.replicates,
         key=run_key(seed),
         batch_rows=max(1, _BATCH_TOKENS // tokens.shape[1]),
-        num_bytes=None
-        if request.token_ids is not None
-        else int(torch.tensor(checkpoint.tokenizer.token_bytes)[scored].sum()),
+        num_bytes=None if request.token_ids is not None else int(token_bytes[scored].sum()),
     )
     return {
         "nelbo_nats_per_token": report.nelbo_nats_per_token,

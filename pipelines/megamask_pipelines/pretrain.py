@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import gc
-import os
 from collections.abc import Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from megamask.config.schema.layout import nearest_replicas
 from megamask.config.schema.roots import TrainConfig
@@ -17,7 +14,7 @@ from megamask.launch.placement import rank_place
 from megamask.launch.rank_folder import leave_report
 from megamask.resilience.heartbeat import Heartbeat
 from megamask.resilience.numerics import RewindError
-from megamask.resilience.parent_death import die_with_parent
+from megamask.resilience.parent_death import die_with_launcher
 from megamask.resilience.signals import StopRequest
 from megamask.resilience.stop_deadline import StopDeadline
 from megamask.runs.layout import run_path
@@ -27,11 +24,6 @@ from megamask.training.resuming import is_complete
 from megamask.training.startup import StartupClock
 from megamask.training.stopping import StopReason
 from megamask_pipelines.local_ranks import train_in_local_ranks
-
-if TYPE_CHECKING:
-    from megamask.engine.engine import Engine
-    from megamask.training.attempt_scope import AttemptScope
-    from megamask.training.run_data import RunData
 
 
 def run_training(config: TrainConfig, arguments: Sequence[str], signals: StopRequest) -> dict[str, Any]:
@@ -49,24 +41,18 @@ def run_training(config: TrainConfig, arguments: Sequence[str], signals: StopReq
     try:
         if (place := rank_place()) is not None:
             place.check_world_size(config.layout.num_processes, nearest=nearest_replicas(config, place.world_size))
-            return _train_here(run_dir, config, signals)
-        if is_complete(run_dir, config):
-            finished = StopReason.FINISHED.description
-            return outcome(run_dir, step=config.training.steps, exit_code=0, reason=finished)
-        if config.layout.num_processes == 1:
-            return _train_here(run_dir, config, signals)
-        return train_in_local_ranks(run_dir, config, config.layout.num_processes, arguments, signals)
+        elif is_complete(run_dir, config):
+            return outcome(run_dir, step=config.training.steps, exit_code=0, reason=StopReason.FINISHED.description)
+        elif config.layout.num_processes > 1:
+            return train_in_local_ranks(run_dir, config, config.layout.num_processes, arguments, signals)
+        reason, progress = pretrain(config, signals)
+        answer = outcome(run_dir, step=progress.step, exit_code=int(reason.exit_code), reason=reason.description)
+        # the loss comes from this rank, not from rank 0's files
+        return answer if progress.loss is None else {**answer, "loss": progress.loss}
     except MegamaskError as error:
         with contextlib.suppress(MegamaskError, OSError):  # the error itself must be reported in any case
             error.details = failed_outcome(run_dir, error)
         raise
-
-
-def _train_here(run_dir: Path, config: TrainConfig, signals: StopRequest) -> dict[str, Any]:
-    """Train as a rank, or as the only process; the answer comes from this rank, not from rank 0's files."""
-    reason, progress = pretrain(config, signals)
-    answer = outcome(run_dir, step=progress.step, exit_code=int(reason.exit_code), reason=reason.description)
-    return answer if progress.loss is None else {**answer, "loss": progress.loss}
 
 
 def pretrain(config: TrainConfig, signals: StopRequest) -> tuple[StopReason, Progress]:
@@ -82,16 +68,16 @@ def pretrain(config: TrainConfig, signals: StopRequest) -> tuple[StopReason, Pro
     from megamask.engine.probes import check_machine
     from megamask.engine.process_group import destroy_process_group
     from megamask.training.attempt_scope import attempt_scope
+    from megamask.training.build import build_run
+    from megamask.training.loop import train
     from megamask.training.run_data import RunData
 
-    if parent := os.environ.get("MEGAMASK_PARENT_PID"):
-        die_with_parent(int(parent))
+    die_with_launcher()
     place = rank_place()
     rank = 0 if place is None else place.rank
     with contextlib.ExitStack() as stack:
         data = RunData(config, stack)
         while True:
-            engines: list[Engine] = []
             with contextlib.ExitStack() as around:
                 with contextlib.suppress(RewindError), attempt_scope(config, data, rank) as scope:
                     last_act = functools.partial(scope.ended_by_deadline, leave_report)
@@ -100,38 +86,12 @@ def pretrain(config: TrainConfig, signals: StopRequest) -> tuple[StopReason, Pro
                     check_machine(config)
                     if rank == 0:
                         scope.claim(config, data)
-                    _take_steps(config, data, scope, signals, startup, heartbeat, engines)
+                    scope.reason = train(build_run(config, data, scope, signals, startup, heartbeat))
                     heartbeat.enter("close")
                 if scope.reason is not StopReason.NONE:
                     destroy_process_group()
                     return scope.reason, scope.progress
             # rewound, and recorded: the next attempt goes on in this process
             heartbeat.enter("restore")
-            scope.committer = None
-            _release(engines)
+            scope.release()
             startup = StartupClock(age_s=0.0)
-
-
-def _take_steps(
-    config: TrainConfig,
-    data: RunData,
-    scope: AttemptScope,
-    signals: StopRequest,
-    startup: StartupClock,
-    heartbeat: Heartbeat,
-    engines: list[Engine],
-) -> None:
-    """Train until the attempt stops; its engine is added to `engines`, so that it can be freed."""
-    from megamask.training.build import build_run
-    from megamask.training.loop import train
-
-    run = build_run(config, data, scope, signals, startup, heartbeat)
-    engines.append(run.engine)
-    scope.reason = train(run)
-
-
-def _release(engines: list[Engine]) -> None:
-    """Free the engine of an attempt that was rewound, before the next one makes its own."""
-    while engines:
-        engines.pop().close()
-    gc.collect()

@@ -10,13 +10,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from megamask.audit.bound import Remeasurement
 from megamask.config.load import load_stored_config
 from megamask.config.schema.roots import TrainConfig
 from megamask.errors import MegamaskError
 from megamask.launch.rank_folder import leave_report
-from megamask.resilience.parent_death import die_with_parent
+from megamask.resilience.parent_death import die_with_launcher
 from megamask.runs.layout import checkpoints_folder
-from megamask_pipelines.remeasure import Remeasurement
 
 
 def measure(request: Remeasurement) -> dict[str, Any]:
@@ -67,8 +67,7 @@ def _config(request: Remeasurement) -> TrainConfig:
 
 def main(path: str) -> int:
     """Measure; rank 0 writes the answer. Return the exit code."""
-    if parent := os.environ.get("MEGAMASK_PARENT_PID"):
-        die_with_parent(int(parent))
+    die_with_launcher()
     request = Remeasurement.read(Path(path))
     try:
         answer = measure(request)

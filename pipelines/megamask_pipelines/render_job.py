@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,17 +12,13 @@ from megamask.config.schema.roots import TrainConfig
 from megamask.config.validate import refuse_first, validate_train
 from megamask.config.validate_launch import Target, validate_launch
 from megamask.errors import UsageError
-from megamask.launch import jobset, lint, slurm, trainjob
+from megamask.launch import jobset, lint, scheduler, slurm, trainjob
 from megamask.launch.from_config import job_from_config
 from megamask.launch.job import Job
 from megamask.planning.capability import planned
 from megamask.planning.capability import problems as capability_problems
 from megamask.planning.gpus import GPUS
 from megamask.storage.durable import storage_errors, write_atomic
-
-_ANSWER_S = 120.0
-_SUBMIT = {"slurm": ("sbatch", "--parsable"), "kubernetes": ("kubectl", "create", "--filename=-")}
-_TEST = {"slurm": ("sbatch", "--test-only"), "kubernetes": ("kubectl", "create", "--dry-run=server", "--filename=-")}
 
 
 def render_job(
@@ -57,16 +50,16 @@ def render_job(
         "asked": None,
         "submitted": None,
     }
-    scheduler = "slurm" if target == "slurm" else "kubernetes"
+    kind = "slurm" if target == "slurm" else "kubernetes"
     if check:
-        answer["asked"] = _ask(_TEST[scheduler], text, required=False)
+        answer["asked"] = scheduler.ask(scheduler.TEST[kind], text, required=False)
     if output is not None:
         with storage_errors(f"writing {output}"):
             write_atomic(Path(output), text.encode())
         answer["written"] = output
     if submit:
-        _refuse_missing_secrets(job)
-        answer["submitted"] = _ask(_SUBMIT[scheduler], text, required=True)
+        scheduler.refuse_missing_secrets(job)
+        answer["submitted"] = scheduler.ask(scheduler.SUBMIT[kind], text, required=True)
     return answer
 
 
@@ -87,36 +80,3 @@ def _text(job: Job, target: Target, config: TrainConfig) -> str:
     if problems:
         raise UsageError(f"{problems[0]}. Nothing was started.", hint="`megamask explain launch` shows the settings")
     return documents_to_yaml(objects)
-
-
-def _refuse_missing_secrets(job: Job) -> None:
-    """A variable that is not set here would end the job at its start, perhaps hours from now."""
-    for name, entry in sorted(job.secrets.items()):
-        if entry is None and not os.environ.get(name):
-            raise UsageError(
-                f"launch.secrets.{name} is env:{name}, but the environment variable {name} is not set. Nothing was "
-                "submitted.",
-                hint=f"export {name}=...",
-            )
-
-
-def _ask(command: Sequence[str], text: str, *, required: bool) -> str | None:
-    """Hand a job to a scheduler's command; return its answer, or None where the command is missing."""
-    if shutil.which(command[0]) is None:
-        if required:
-            raise UsageError(
-                f"{command[0]} is not on this machine. Nothing was submitted.",
-                hint="run this on a login node, or write the job with --output FILE and submit it there",
-            )
-        return None
-    try:
-        done = subprocess.run(command, input=text, capture_output=True, text=True, timeout=_ANSWER_S, check=False)
-    except subprocess.TimeoutExpired as error:
-        raise UsageError(f"{command[0]} did not answer within {_ANSWER_S:.0f} s. It may have taken the job.") from error
-    told = "\n".join(filter(None, (done.stdout.strip(), done.stderr.strip())))
-    if done.returncode != 0:
-        raise UsageError(
-            f"{' '.join(command)} refuses the job (exit code {done.returncode}): {told}. Nothing was submitted.",
-            hint="change the keys of launch that it names; `megamask explain launch` shows them",
-        )
-    return told

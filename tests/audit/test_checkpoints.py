@@ -116,7 +116,7 @@ def test_pin_of_a_checkpoint_that_was_pruned_or_never_was_is_found(run_dir: Path
         ({"bytes": 1}, "bytes is 1"),
     ],
 )
-def test_commit_that_the_next_attempt_told_of_is_whole_when_it_is_the_one_resumed_from(
+def test_commit_that_the_next_attempt_reported_is_whole_when_it_is_the_one_resumed_from(
     journalled_run: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -146,7 +146,7 @@ def test_commit_that_the_next_attempt_told_of_is_whole_when_it_is_the_one_resume
 
 
 @pytest.mark.promise("a commit is recorded once")
-def test_commit_that_was_told_of_already_is_not_told_of_again(run_dir: Path, verify: Verify) -> None:
+def test_commit_that_was_reported_already_is_not_reported_again(run_dir: Path, verify: Verify) -> None:
     lines = lines_of(run_dir, 1)
     again = lines[place(lines, "checkpoint_committed", 4)]
 

@@ -1,4 +1,4 @@
-"""verify run: a run that tells one story passes; whatever is changed in it is found, with its file and line."""
+"""verify run: a run whose records agree passes; whatever is changed in it is found, with its file and line."""
 
 from __future__ import annotations
 

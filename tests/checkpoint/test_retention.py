@@ -201,7 +201,7 @@ def test_prune_tells_what_the_storage_does_not_let_go_and_removes_the_others(
 ) -> None:
     for step in (10, 20, 30):
         commit_step(step)
-    real, told = Path.unlink, []
+    real, refusals = Path.unlink, []
 
     def refuse(path: Path, **options: bool) -> None:
         if path.parent.name == "step-00000010-a0001":
@@ -210,11 +210,13 @@ def test_prune_tells_what_the_storage_does_not_let_go_and_removes_the_others(
 
     with monkeypatch.context() as broken:
         broken.setattr(Path, "unlink", refuse)
-        gone = prune(run_dir, 1, run_id="r", on_refusal=lambda folder, error: told.append((folder.name, error.message)))
+        gone = prune(
+            run_dir, 1, run_id="r", on_refusal=lambda folder, error: refusals.append((folder.name, error.message))
+        )
         with pytest.raises(StorageError, match="permission denied"):
             prune(run_dir, 1, run_id="r")
     assert gone == ["step-00000020-a0001"]
-    assert [name for name, _ in told] == ["step-00000010-a0001"] and "permission denied" in told[0][1]
+    assert [name for name, _ in refusals] == ["step-00000010-a0001"] and "permission denied" in refusals[0][1]
     assert prune(run_dir, 1, run_id="r") == ["step-00000010-a0001"]
 
 

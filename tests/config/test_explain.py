@@ -55,11 +55,11 @@ def test_section_lists_its_keys_those_of_subsections_too():
 def test_without_a_key_everything_is_listed(train):
     train()
     assert [setting["key"] for setting in explain(None)] == [*all_keys(TrainConfig), *all_keys(PrepareConfig)]
-    told = [setting["key"] for setting in explain(None, "prepare.yaml")]
-    assert told == list(all_keys(PrepareConfig))
-    told = [setting["key"] for setting in explain(None, "run.yaml", ["data.corpora.second=b"])]
-    assert {"data.corpora.main", "data.corpora.second"} <= set(told)
-    assert "data.corpora" not in told
+    keys = [setting["key"] for setting in explain(None, "prepare.yaml")]
+    assert keys == list(all_keys(PrepareConfig))
+    keys = [setting["key"] for setting in explain(None, "run.yaml", ["data.corpora.second=b"])]
+    assert {"data.corpora.main", "data.corpora.second"} <= set(keys)
+    assert "data.corpora" not in keys
 
 
 def test_required_key_says_so():

@@ -79,9 +79,9 @@ def test_notice_is_longer_than_stopping_and_saving() -> None:
     ],
 )
 def test_time_to_stop_that_slurm_would_cut_off_is_refused(overrides: list[str], named: str) -> None:
-    told = _refused("slurm", *overrides)
-    assert named in told
-    assert "launch.slurm.kill_wait_s" in told
+    refusal = _refused("slurm", *overrides)
+    assert named in refusal
+    assert "launch.slurm.kill_wait_s" in refusal
 
 
 @pytest.mark.parametrize(
@@ -117,9 +117,9 @@ def test_time_to_stop_that_slurm_would_cut_off_is_refused(overrides: list[str], 
     ],
 )
 def test_config_that_makes_no_job_is_refused_with_its_key(target: Target, overrides: list[str], named: str) -> None:
-    told = _refused(target, *overrides)
-    assert named in told
-    assert "Nothing was started" in told
+    refusal = _refused(target, *overrides)
+    assert named in refusal
+    assert "Nothing was started" in refusal
 
 
 @pytest.mark.promise("No word of a config reaches a shell unquoted")

@@ -63,7 +63,7 @@ def test_every_part_of_a_run_has_a_named_point(small_corpus: Path, tmp_path: Pat
 
 def test_nothing_is_armed_in_production(tmp_path: Path) -> None:
     code = "import json; from megamask.storage import fault_points; print(json.dumps(len(fault_points._followers)))"
-    told = {"point": "journal.appended", "nth": 1, "rank": None, "action": "kill", "folder": str(tmp_path)}
-    surroundings = {**os.environ, "FAULT": json.dumps(told)}
+    fault = {"point": "journal.appended", "nth": 1, "rank": None, "action": "kill", "folder": str(tmp_path)}
+    surroundings = {**os.environ, "FAULT": json.dumps(fault)}
     done = subprocess.run([command()[0], "-c", code], env=surroundings, capture_output=True, text=True, check=False)
     assert (done.stdout.strip(), fault_points._followers) == ("0", [])

@@ -1,4 +1,4 @@
-"""A rank that is killed by the system is told as what it is: by its signal, and not as a bug of those it left alone."""
+"""A rank that is killed by the system is reported by its signal, and not as a bug of those it left alone."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def rank_of(pid: int) -> int:
 @pytest.mark.promise("a killed rank is named with its signal in every report of the end")
 @pytest.mark.multiprocess
 @pytest.mark.parametrize("victim", [1, pytest.param(0, marks=pytest.mark.slow)])
-def test_killed_rank_is_named_with_its_signal_wherever_the_end_is_told(
+def test_killed_rank_is_named_with_its_signal_wherever_the_end_is_reported(
     tmp_path: Path, small_corpus: Path, victim: int
 ) -> None:
     run_dir = tmp_path / "run"
@@ -46,10 +46,10 @@ def test_killed_rank_is_named_with_its_signal_wherever_the_end_is_told(
     assert {name: (left["exit_code"], left["reason"]) for name, left in files.items()} == {
         f"rank-{victim:05d}.json": (1, KILLED)
     }
-    told = json.loads((run_dir / "status.json").read_text())
-    assert (told["phase"], told["exit_code"]) == ("failed", 1)
-    assert f"rank {victim}" in told["reason"]
-    assert KILLED in told["reason"]
+    status = json.loads((run_dir / "status.json").read_text())
+    assert (status["phase"], status["exit_code"]) == ("failed", 1)
+    assert f"rank {victim}" in status["reason"]
+    assert KILLED in status["reason"]
     ends = [line["reason"] for line in journal(run_dir) if line["kind"] == "attempt_ended"]
     assert ends == ([] if victim == 0 else [f"rank {victim}: {KILLED}"])
     assert KILLED[:20] in megamask("status", run_dir).stdout

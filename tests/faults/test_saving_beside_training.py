@@ -35,7 +35,7 @@ def fault(folder: Path, run_dir: Path, point: str, action: str, *, nth: int, ran
     return {"point": point, "action": action, "nth": nth, "rank": rank, **paths}
 
 
-def told(run_dir: Path) -> list[str]:
+def journal_events(run_dir: Path) -> list[str]:
     """Kind and step of each complete line of the journal."""
     files = sorted((run_dir / "journal").glob("*.jsonl"))
     records = [json.loads(line) for file in files for line in file.read_text().split("\n")[:-1]]
@@ -71,13 +71,13 @@ def test_checkpoint_holds_the_state_of_its_step_although_training_went_on(
     arguments = tiny(small_corpus, tmp_path, "run", EVERY, "training.steps=9", "checkpoint.keep_last=9")
     armed = fault(held, run_dir, "checkpoint.share_taken", "hold", nth=1)
     process = start_with_fault(["train", *arguments], armed)
-    wait_until(lambda: run_dir.is_dir() and "step 6" in told(run_dir), "step 6")
+    wait_until(lambda: run_dir.is_dir() and "step 6" in journal_events(run_dir), "step 6")
     assert checkpoints(run_dir) == []
     process.send_signal(signal.SIGTERM)
     (held / "go").touch()
     _, stderr = process.communicate(timeout=180)
     assert process.returncode == 75, stderr
-    assert [line for line in told(run_dir) if "checkpoint" in line or line.startswith("step")] == [
+    assert [line for line in journal_events(run_dir) if "checkpoint" in line or line.startswith("step")] == [
         *["step 1", "step 2", "step 3", "checkpoint_started 3"],
         *["step 4", "step 5", "step 6", "checkpoint_committed 3"],
         *["checkpoint_started 6", "checkpoint_committed 6"],
@@ -168,7 +168,7 @@ def test_run_keeps_the_newest_every_nth_and_the_best_by_the_bound_measured_at_th
 
 
 @pytest.mark.promise("a commit that a kill left unrecorded is recorded by the attempt that resumes from it")
-def test_commit_that_a_kill_left_untold_is_told_by_the_attempt_that_resumes_from_it(
+def test_commit_that_a_kill_left_unrecorded_is_recorded_by_the_attempt_that_resumes_from_it(
     small_corpus: Path, tmp_path: Path
 ) -> None:
     run_dir, held = tmp_path / "run", tmp_path / "held"
@@ -179,7 +179,7 @@ def test_commit_that_a_kill_left_untold_is_told_by_the_attempt_that_resumes_from
     process.kill()
     process.communicate()
     [commit] = map(load_commit, checkpoints(run_dir))
-    assert not [line for line in told(run_dir) if line.startswith("checkpoint_committed")]
+    assert not [line for line in journal_events(run_dir) if line.startswith("checkpoint_committed")]
     done = megamask("train", *arguments)
     assert done.code == 0, done.stderr
     records = [record for record in journal(run_dir) if record["kind"] == "checkpoint_committed"]

@@ -20,7 +20,7 @@ from support.faulty_main import start_with_fault
 
 @pytest.mark.promise("an attempt that fails right after its claim is recorded as failed")
 @pytest.mark.multiprocess
-def test_attempt_that_fails_right_after_its_claim_is_told_as_failed(small_corpus: Path, tmp_path: Path) -> None:
+def test_attempt_that_fails_right_after_its_claim_is_recorded_as_failed(small_corpus: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     (tmp_path / "fault").mkdir()
     fault: dict[str, Any] = {"point": "attempt-0001.yaml.written", "nth": 1, "rank": None, "action": "fail"}

@@ -119,10 +119,10 @@ def test_refusal_of_rank_0_is_readable_by_every_rank(small_corpus: Path, tmp_pat
     other = tiny(small_corpus, tmp_path, "run", "layout.data_parallel_size=2", "run.seed=2")
     port = free_port()
     processes = [rank(other, number, address="127.0.0.1", port=port) for number in (1, 0)]
-    told = [end_of(process, 90) for process in processes]
-    assert [process.returncode for process in processes] == [2, 2], told
-    assert "rank 0: " in told[0]
-    assert all("run.seed" in stderr for stderr in told)
+    errors = [end_of(process, 90) for process in processes]
+    assert [process.returncode for process in processes] == [2, 2], errors
+    assert "rank 0: " in errors[0]
+    assert all("run.seed" in stderr for stderr in errors)
 
 
 @pytest.mark.promise("a taken MASTER_PORT is named (2)")

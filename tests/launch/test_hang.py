@@ -1,4 +1,4 @@
-"""A hang of ranks: found by the launcher, told with the stacks of every rank and the rank that holds up the others."""
+"""A hang of ranks: found by the launcher, reported with every rank's stacks and the rank that holds up the others."""
 
 from __future__ import annotations
 
@@ -59,20 +59,20 @@ def test_rank_that_holds_up_the_others_is_found(standings: list[Standing], suspe
 
 
 def test_message_names_the_rank_or_a_node_that_does_not_answer(tmp_path: Path) -> None:
-    told = [standing(0), standing(3, state="T (stopped)")]
-    error = hang_error(told, tmp_path)
+    standings = [standing(0), standing(3, state="T (stopped)")]
+    error = hang_error(standings, tmp_path)
     assert error.exit_code == ExitCode.HANG
     assert (
         "the others wait for rank 3 on host: section 'step' of step 5 for 9 s (limit 5 s), T (stopped)" in error.message
     )
     assert str(tmp_path) in error.message
-    assert "node 1 of the job does not answer" in hang_error(told[:1], None, silent_nodes=[1]).message
+    assert "node 1 of the job does not answer" in hang_error(standings[:1], None, silent_nodes=[1]).message
 
 
 def test_standings_travel_to_the_other_nodes(tmp_path: Path) -> None:
-    told = [standing(0), standing(1, waits=False)]
-    write_standings(tmp_path / "hang-0", told)
-    assert read_standings(tmp_path / "hang-0") == told
+    standings = [standing(0), standing(1, waits=False)]
+    write_standings(tmp_path / "hang-0", standings)
+    assert read_standings(tmp_path / "hang-0") == standings
     (tmp_path / "hang-1").write_text("[{}]")
     assert read_standings(tmp_path / "hang-1") is None
     assert read_standings(tmp_path / "hang-2") is None

@@ -75,7 +75,7 @@ def test_rank_that_does_not_end_after_a_signal_is_killed_and_the_run_ends_with_7
     assert "did not end within the grace period and was killed" in failure.message
 
 
-def test_failure_of_a_killed_rank_is_told_before_the_report_of_one_that_lost_it() -> None:
+def test_failure_of_a_killed_rank_is_reported_before_that_of_one_that_lost_it() -> None:
     lost = error_with_code(1, "lost the connection to another rank")
     failure = failure_of([ended(1, lost, place=1), ended(-signal.SIGKILL, rank=1, place=0)])
     assert failure is not None
@@ -119,24 +119,24 @@ def test_rank_that_ends_after_training_leaves_the_others_their_time(monkeypatch:
 def test_launcher_tells_at_once_which_rank_was_killed_but_not_whom_it_stops(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch_watch, "FAILURE_GRACE_S", 0.5)
     script = "import time, signal\nos.kill(os.getpid(), signal.SIGKILL) if rank == 1 else time.sleep(60)"
-    told: list[tuple[int, int]] = []
+    killed: list[tuple[int, int]] = []
     observer = Observer()
-    monkeypatch.setattr(observer, "killed", lambda rank, number: told.append((rank, number)))
+    monkeypatch.setattr(observer, "killed", lambda rank, number: killed.append((rank, number)))
     exits = run_local_ranks(
         [script],
         2,
         module="support.rank_script",
         observer=observer,
     )
-    assert told == [(1, signal.SIGKILL)]
+    assert killed == [(1, signal.SIGKILL)]
     assert [(e.returncode, e.was_stopped) for e in exits] == [(-signal.SIGKILL, True), (-signal.SIGKILL, False)]
 
 
 @pytest.mark.promise("a superseded job ends with 93 regardless of how its other ranks end")
 @pytest.mark.parametrize("codes", [(93, 93), (93, 1), (1, 93), (93, -signal.SIGKILL)])
 def test_superseded_job_ends_with_93_however_its_other_ranks_end(codes: tuple[int, int]) -> None:
-    told = error_with_code(93, "superseded by attempt 2")
-    failure = failure_of([ended(code, told if code == 93 else None, rank=rank) for rank, code in enumerate(codes)])
+    given = error_with_code(93, "superseded by attempt 2")
+    failure = failure_of([ended(code, given if code == 93 else None, rank=rank) for rank, code in enumerate(codes)])
     assert failure is not None
     assert (failure.exit_code, failure.message) == (93, "superseded by attempt 2")
 
@@ -147,7 +147,7 @@ def test_rank_that_was_stopped_does_not_decide_the_code() -> None:
     assert failure.exit_code == ExitCode.HARDWARE
 
 
-def test_every_rank_is_told_its_place(tmp_path: Path) -> None:
+def test_every_rank_gets_its_place(tmp_path: Path) -> None:
     script = (
         "names = ('RANK', 'LOCAL_RANK', 'WORLD_SIZE', 'MASTER_ADDR')\n"
         f"open(os.path.join({str(tmp_path)!r}, str(rank)), 'w').write(' '.join(os.environ[n] for n in names))"
@@ -292,7 +292,7 @@ def test_signal_that_comes_before_a_rank_has_its_handlers_is_not_lost(
 
 @pytest.mark.promise("a signal that comes before a process has its handlers is not lost")
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 93)])
-def test_signal_that_came_before_the_ranks_were_started_is_told_to_all_of_them(
+def test_signal_that_came_before_the_ranks_were_started_is_passed_to_all_of_them(
     tmp_path: Path, number: signal.Signals, code: int
 ) -> None:
     script = (

@@ -103,7 +103,7 @@ class Submitted:
             text=True,
         )
         assert done.returncode == expects, done.stderr
-        self.told = done.stderr
+        self.errors = done.stderr
         self.number = "" if expects else json.loads(done.stdout.splitlines()[-1])["submitted"]
 
     @property

@@ -61,8 +61,8 @@ def _preflight(tmp_path: Path, folder: Path, *words: str, nvidia_smi: str | None
 def test_preflight_passes_a_node_that_is_well_and_leaves_nothing(tmp_path: Path) -> None:
     folder = tmp_path / "runs"
     folder.mkdir()
-    code, told = _preflight(tmp_path, folder)
-    assert (code, told) == (0, "preflight: node7: well\n")
+    code, printed = _preflight(tmp_path, folder)
+    assert (code, printed) == (0, "preflight: node7: well\n")
     assert list(folder.iterdir()) == []
 
 
@@ -76,14 +76,14 @@ def test_preflight_passes_a_node_that_is_well_and_leaves_nothing(tmp_path: Path)
     ],
 )
 def test_preflight_looks_at_the_gpus(tmp_path: Path, nvidia_smi: str, code: int, words: str) -> None:
-    found, told = _preflight(tmp_path, tmp_path, "2", nvidia_smi=nvidia_smi)
-    assert (found, words in told, "node7" in told) == (code, True, True), told
+    found, printed = _preflight(tmp_path, tmp_path, "2", nvidia_smi=nvidia_smi)
+    assert (found, words in printed, "node7" in printed) == (code, True, True), printed
 
 
 def test_preflight_names_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
-    code, told = _preflight(tmp_path, tmp_path / "absent")
+    code, printed = _preflight(tmp_path, tmp_path / "absent")
     assert code == 74
-    assert "absent cannot be written" in told
+    assert "absent cannot be written" in printed
 
 
 def _dockerfile() -> str:

@@ -46,10 +46,10 @@ def layouts(root: Path) -> Callable[[Any], list[dict[str, Any]]]:
     def answers(run: Any) -> list[dict[str, Any]]:
         for num_processes, runs in ((1, ONE), (2, TWO), (4, FOUR)):
             if run in runs and name(run) not in found:
-                told = run_gloo(
+                by_rank = run_gloo(
                     num_processes, worker.__file__, "run_layouts", root=str(root), runs=[list(r) for r in runs]
                 )
-                found.update({name(one): [rank[number] for rank in told] for number, one in enumerate(runs)})
+                found.update({name(one): [rank[number] for rank in by_rank] for number, one in enumerate(runs)})
         return found[name(run)]
 
     answers(ONE[0])

@@ -309,7 +309,7 @@ class Slow:
 def run(arguments):
     Work(lambda gate: torch.save(torch.zeros(9), Slow()), in_thread=True)
     assert is_writing.wait(120)
-    return {"answer": "told", "exit_code": 74}
+    return {"answer": "given", "exit_code": 74}
 
 is_writing = threading.Event()
 cli._import_verb = lambda name: types.SimpleNamespace(add_arguments=lambda parser: None, run=run)
@@ -318,7 +318,7 @@ sys.exit(cli.main())
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=240)
     assert done.returncode == 74, done.stderr
-    assert json.loads(done.stdout) == {"answer": "told", "exit_code": 74}
+    assert json.loads(done.stdout) == {"answer": "given", "exit_code": 74}
 
 
 @pytest.mark.multiprocess

@@ -14,9 +14,10 @@ import pytest
 import webdataset
 import yaml
 
+from megamask.data.corpus.progress_lines import ProgressLines
 from megamask.data.manifest import Manifest
 from megamask_pipelines.cli import prepare
-from megamask_pipelines.corpus import ProgressLines, prepare_corpus, progress_display
+from megamask_pipelines.corpus import prepare_corpus, progress_display
 from support.command import environment
 from support.texts import corpus_config, write_inputs
 

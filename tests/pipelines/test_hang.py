@@ -1,4 +1,4 @@
-"""A training run that hangs: found without a signal from outside, told, ended with 71, and continued bit for bit."""
+"""A training run that hangs: found without a signal from outside, ended with 71, and continued bit for bit."""
 
 from __future__ import annotations
 
@@ -88,9 +88,9 @@ def test_hang_on_one_node_ends_all_nodes_with_71(small_corpus: Path, tmp_path: P
     nodes = [node(arguments, number, "job-1.0") for number in (0, 1)]
     wait_for_commit(run_dir)
     stop_a_rank(ranks(nodes[victim]), victim)
-    codes, told = ends(nodes)
-    assert codes == [71, 71], told
-    assert f"the others wait for rank {victim} on host-{victim}" in told
+    codes, errors = ends(nodes)
+    assert codes == [71, 71], errors
+    assert f"the others wait for rank {victim} on host-{victim}" in errors
     hang_is_recorded(run_dir, rank=victim)
     failure = json.loads((run_dir / "attempts" / "0001" / f"rank-{victim:05d}.json").read_text())
     assert failure["node"] == f"host-{victim}"

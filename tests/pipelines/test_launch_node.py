@@ -30,8 +30,8 @@ def test_preempted_job_ends_with_75_on_every_node_and_resumes(small_corpus: Path
     nodes = [node(arguments, number, "job-1.0") for number in (0, 1)]
     wait_for_commit(run_dir)
     nodes[1].send_signal(signal.SIGTERM)  # one node is enough: the ranks agree
-    codes, told = ends(nodes)
-    assert codes == [75, 75], told
+    codes, errors = ends(nodes)
+    assert codes == [75, 75], errors
     verdict = read_verdict(tmp_path / "run.launch" / "job-1.0")
     assert verdict is not None and (verdict.code, verdict.attempt) == (75, 1)
     assert verdict.step == max(step_lines(run_dir))
@@ -41,8 +41,8 @@ def test_preempted_job_ends_with_75_on_every_node_and_resumes(small_corpus: Path
     assert (claim["token"], claim["node"]) == ("job-1.0", "host-0")
     _assert_metrics(tmp_path / "metrics", run_dir, verdict.step)
     nodes = [node([*arguments, f"training.stop_after_step={verdict.step + 2}"], number, "job-1.1") for number in (0, 1)]
-    codes, told = ends(nodes)
-    assert codes == [0, 0], told
+    codes, errors = ends(nodes)
+    assert codes == [0, 0], errors
     assert max(step_lines(run_dir)) == verdict.step + 2
 
 
@@ -73,9 +73,9 @@ def test_refusal_by_rank_0_ends_with_2_on_every_node(small_corpus: Path, tmp_pat
     )
     assert first.returncode == 0
     arguments = tiny(small_corpus, tmp_path, "run", "layout.data_parallel_size=2", "run.seed=2")
-    codes, told = ends([node(arguments, number, "job-2.0") for number in (0, 1)])
-    assert codes == [2, 2], told
-    assert "run.seed" in told
+    codes, errors = ends([node(arguments, number, "job-2.0") for number in (0, 1)])
+    assert codes == [2, 2], errors
+    assert "run.seed" in errors
 
 
 @pytest.mark.promise("`megamask launch node`: a killed rank is named, status.json is closed, every node has one code")
@@ -85,8 +85,8 @@ def test_killed_rank_ends_the_job_on_every_node(small_corpus: Path, tmp_path: Pa
     nodes = [node(tiny(small_corpus, tmp_path, "run", *ENDLESS), number, "job-3.0") for number in (0, 1)]
     wait_for_commit(run_dir)
     os.kill(ranks(nodes[victim])[0], signal.SIGKILL)
-    codes, told = ends(nodes)
-    assert codes == [1, 1], told
+    codes, errors = ends(nodes)
+    assert codes == [1, 1], errors
     status = json.loads((run_dir / "status.json").read_text())
     assert (status["phase"], status["exit_code"]) == ("failed", 1)
     failure = json.loads((run_dir / "attempts" / "0001" / f"rank-{victim:05d}.json").read_text())
@@ -103,8 +103,8 @@ def test_hung_rank_ends_the_job_with_71_after_a_signal(small_corpus: Path, tmp_p
     time.sleep(0.5)
     for process in nodes:
         process.send_signal(signal.SIGTERM)
-    codes, told = ends(nodes)
-    assert codes == [71, 71], told
+    codes, errors = ends(nodes)
+    assert codes == [71, 71], errors
     assert json.loads((run_dir / "status.json").read_text())["exit_code"] == 71
 
 
@@ -143,6 +143,6 @@ def test_taken_port_is_replaced_by_a_free_one(small_corpus: Path, tmp_path: Path
         other.listen()
         port = other.getsockname()[1]
         arguments = tiny(small_corpus, tmp_path, "run", "layout.data_parallel_size=2", "training.steps=10")
-        codes, told = ends([node(arguments, number, "job-5.0", port) for number in (0, 1)])
-    assert codes == [0, 0], told
-    assert f"port {port} is taken" in told
+        codes, errors = ends([node(arguments, number, "job-5.0", port) for number in (0, 1)])
+    assert codes == [0, 0], errors
+    assert f"port {port} is taken" in errors

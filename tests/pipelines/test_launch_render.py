@@ -108,9 +108,9 @@ def test_check_asks_and_submits_nothing(scheduler, capsys: pytest.CaptureFixture
 def test_refusal_of_the_scheduler_ends_with_2_and_its_words(scheduler, capsys: pytest.CaptureFixture[str]) -> None:
     scheduler("sbatch", code=1, answer="no such partition")
     assert main(["launch", "slurm", str(TINY), "--submit"]) == 2
-    told = capsys.readouterr().err
-    assert "no such partition" in told
-    assert "Nothing was submitted" in told
+    errors = capsys.readouterr().err
+    assert "no such partition" in errors
+    assert "Nothing was submitted" in errors
 
 
 def test_missing_scheduler_is_named_on_submission_and_no_hindrance_to_a_check(
@@ -135,9 +135,9 @@ def test_missing_secret_is_named_before_the_submission(
 @pytest.mark.promise("A job holds names of secrets, never a secret")
 def test_secret_that_is_written_out_is_refused_and_not_shown(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["launch", "slurm", str(TINY), "launch.environment.HF_TOKEN=hush"]) == 2
-    told = capsys.readouterr().err
-    assert "launch.secrets" in told
-    assert "hush" not in told
+    errors = capsys.readouterr().err
+    assert "launch.secrets" in errors
+    assert "hush" not in errors
 
 
 @pytest.mark.parametrize(

@@ -108,8 +108,8 @@ def test_objective_trains_resumes_and_is_inspected(name: str, corpus: Path, tmp_
         assert all(sample.get("masked") or sample.get("scored") for sample in found["samples"][:4])
     checked = megamask("verify", "run", tmp_path / "whole", "--json")
     assert checked.code == 0, checked.stdout
-    told = megamask("explain", "objective.name", "--json")
-    assert told.code == 0 and "uniform" in told.stdout
+    explained = megamask("explain", "objective.name", "--json")
+    assert explained.code == 0 and "uniform" in explained.stdout
 
 
 def test_fine_tuning_trains_on_answers(tmp_path: Path) -> None:

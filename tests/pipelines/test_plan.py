@@ -9,7 +9,9 @@ import pytest
 
 from megamask.config.load import load_train_config
 from megamask.models.spec import ModelSpec
-from megamask_pipelines.plan import Request, plan_run, subject_of
+from megamask.planning.answer import Request
+from megamask_pipelines.plan import plan_run
+from megamask_pipelines.subject import subject_of
 from support.command import ROOT, TINY, megamask
 
 CONFIG = ROOT / "configs" / "run" / "8b.yaml"

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
+from megamask.audit.state_text import duration
 from megamask.runs.claims import claim
 from megamask.runs.rank_files import write_rank_failure
 from megamask.runs.status import Status, write_status
 from megamask.tracking.journal import lines as journal_lines
 from megamask.tracking.journal.writer import Journal
 from megamask_pipelines.cli.main import main
-from megamask_pipelines.cli.status import duration
 
 RUN_JSON = {
     "format": "megamask-run",
@@ -102,10 +102,10 @@ def test_running_without_a_process_is_called_a_crash(run_dir, capsys):
 
 @pytest.mark.promise("`megamask status` on another host names the node, the job and when the run was last heard")
 @pytest.mark.parametrize(
-    ("age_s", "told"),
+    ("age_s", "ending"),
     [(4, "ago"), (7200, "ago: it crashed, hangs, or makes a long pause")],
 )
-def test_run_on_another_node_is_told_with_its_job_and_when_it_was_heard(run_dir, capsys, monkeypatch, age_s, told):
+def test_run_on_another_node_is_shown_with_its_job_and_when_it_was_heard(run_dir, capsys, monkeypatch, age_s, ending):
     monkeypatch.setenv("SLURM_JOB_ID", "12")
     monkeypatch.setenv("NODE_NAME", "gpu-7")
     number = claim(run_dir)
@@ -121,7 +121,7 @@ def test_run_on_another_node_is_told_with_its_job_and_when_it_was_heard(run_dir,
     assert main(["status", str(run_dir)]) == 0
     line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("phase"))
     assert "running on gpu-7 (SLURM_JOB_ID=12), last heard" in line
-    assert line.endswith(told)
+    assert line.endswith(ending)
 
 
 def test_step_is_found_behind_a_long_tail_and_a_torn_line(run_dir, capsys):
@@ -156,15 +156,15 @@ def text_of(run_dir, capsys) -> list[str]:
 
 
 @pytest.fixture
-def told(journalled_run, tmp_path):
+def two_attempts(journalled_run, tmp_path):
     copy = Path(shutil.copytree(journalled_run, tmp_path / "run"))
     end_claims(copy)
     return copy
 
 
 @pytest.mark.promise("`megamask status` describes a run attempt by attempt in about ten lines, many attempts folded")
-def test_run_of_two_attempts_is_told_in_ten_lines(told, capsys):
-    lines = text_of(told, capsys)
+def test_run_of_two_attempts_is_shown_in_ten_lines(two_attempts, capsys):
+    lines = text_of(two_attempts, capsys)
     assert len(lines) <= 10
     text = "\n".join(lines)
     for part in (
@@ -181,8 +181,8 @@ def test_run_of_two_attempts_is_told_in_ten_lines(told, capsys):
         assert part in text, text
 
 
-def test_answer_has_everything_of_each_attempt(told, capsys):
-    answer = status(told, capsys)
+def test_answer_has_everything_of_each_attempt(two_attempts, capsys):
+    answer = status(two_attempts, capsys)
     first, second = answer["attempts"]
     kept = ("number", "resumed_from", "first_step", "last_step", "committed_step", "outcome", "exit_code", "ranks")
     assert {name: first[name] for name in kept} == {
@@ -203,27 +203,27 @@ def test_answer_has_everything_of_each_attempt(told, capsys):
     assert answer["checkpoints"] == ["step-00000006-a0002", "step-00000004-a0001"]
 
 
-def test_attempt_that_only_its_ranks_speak_of_is_told_by_them(told, capsys):
-    write_rank_failure(told, 1, rank=3, exit_code=74, reason="the disk is full")
-    write_rank_failure(told, 1, rank=1, exit_code=1, reason="lost its peer")
-    first = status(told, capsys)["attempts"][0]
+def test_attempt_that_only_its_ranks_speak_of_is_explained_by_them(two_attempts, capsys):
+    write_rank_failure(two_attempts, 1, rank=3, exit_code=74, reason="the disk is full")
+    write_rank_failure(two_attempts, 1, rank=1, exit_code=1, reason="lost its peer")
+    first = status(two_attempts, capsys)["attempts"][0]
     assert (first["outcome"], first["exit_code"], first["reason"]) == ("failed", 74, "lost its peer")
     assert [rank["rank"] for rank in first["ranks"]] == [1, 3]
-    assert any("failed (74)" in line and "lost its peer" in line for line in text_of(told, capsys))
+    assert any("failed (74)" in line and "lost its peer" in line for line in text_of(two_attempts, capsys))
 
 
 @pytest.mark.promise("a superseded attempt is reported as superseded, and by which")
-def test_superseded_attempt_is_called_superseded_and_by_which(told, capsys):
-    write_rank_failure(told, 1, rank=0, exit_code=93, reason="superseded by attempt 2")
-    write_rank_failure(told, 1, rank=1, exit_code=1, reason="lost the connection to another rank")
-    first, second = status(told, capsys)["attempts"]
+def test_superseded_attempt_is_called_superseded_and_by_which(two_attempts, capsys):
+    write_rank_failure(two_attempts, 1, rank=0, exit_code=93, reason="superseded by attempt 2")
+    write_rank_failure(two_attempts, 1, rank=1, exit_code=1, reason="lost the connection to another rank")
+    first, second = status(two_attempts, capsys)["attempts"]
     assert (first["outcome"], first["exit_code"], first["superseded_by"]) == ("superseded", 93, 2)
     assert first["reason"] == "superseded by attempt 2"
     assert second["superseded_by"] is None
-    assert any("steps 1-5  superseded by attempt 2 (93)" in line for line in text_of(told, capsys))
+    assert any("steps 1-5  superseded by attempt 2 (93)" in line for line in text_of(two_attempts, capsys))
 
 
-def test_attempt_whose_launcher_wrote_the_status_is_told_by_it(run_dir, capsys):
+def test_attempt_whose_launcher_wrote_the_status_is_explained_by_it(run_dir, capsys):
     train_a_little(run_dir, steps=3)
     write_status(run_dir, Status(attempt=1, phase="failed", exit_code=1, step=3, reason="rank 1 was killed by SIGKILL"))
     end_claims(run_dir)
@@ -251,8 +251,8 @@ def test_many_attempts_are_folded_and_counted(run_dir, capsys):
     lines = text_of(run_dir, capsys)
     assert len(lines) <= 11
     [folded] = [line for line in lines if line.startswith("attempts ")]
-    told = "2-58: 24 failed (74), 22 preempted (75), 11 crashed without a word"
-    assert folded.removeprefix("attempts ").strip() == told
+    middle = "2-58: 24 failed (74), 22 preempted (75), 11 crashed without a word"
+    assert folded.removeprefix("attempts ").strip() == middle
     shown = [line.split()[1] for line in lines if line.startswith("attempt ")]
     assert shown == ["1", "59", "60"]
     answer = status(run_dir, capsys)
@@ -333,22 +333,22 @@ def test_strange_lines_stop_nobody(run_dir, capsys, line):
     ("seconds", "words"),
     [(0, "0 s"), (119, "119 s"), (180, "3 min"), (7200, "2 h"), (7500, "2 h 5 min"), (180_000, "2 d 2 h")],
 )
-def test_duration_is_told_in_the_units_that_matter(seconds, words):
+def test_duration_is_written_in_the_units_that_matter(seconds, words):
     assert duration(seconds) == words
 
 
-def test_goodput_accounts_for_each_attempt(told, capsys):
-    assert main(["status", str(told), "--goodput", "--json"]) == 0
+def test_goodput_accounts_for_each_attempt(two_attempts, capsys):
+    assert main(["status", str(two_attempts), "--goodput", "--json"]) == 0
     account = json.loads(capsys.readouterr().out)["goodput"]
     assert [row["attempt"] for row in account["attempts"]] == [1, 2]
     assert [(row["first_step"], row["last_step"]) for row in account["attempts"]] == [(1, 5), (5, 6)]
-    assert main(["status", str(told), "--goodput"]) == 0
+    assert main(["status", str(two_attempts), "--goodput"]) == 0
     text = capsys.readouterr().out
     assert text.startswith("goodput") and "lost" in text and "attempt 2" in text
 
 
-def test_goodput_takes_one_run(told, capsys):
-    assert main(["status", str(told.parent), "--goodput"]) == 2
+def test_goodput_takes_one_run(two_attempts, capsys):
+    assert main(["status", str(two_attempts.parent), "--goodput"]) == 2
     assert "--goodput takes one run" in capsys.readouterr().err
 
 
@@ -361,5 +361,5 @@ def test_slow_rank_is_shown_once_with_what_was_measured_last(run_dir: Path, caps
     found = status(run_dir, capsys)["stragglers"]
     assert [(line["rank"], line["step"]) for line in found] == [(3, 300), (3, 600)]
     assert main(["status", str(run_dir)]) == 0
-    told = capsys.readouterr().out
-    assert told.count("rank 3 on gpu-7 (passes, 1.5 s a step, median 1 s, at step 600)") == told.count("gpu-7") == 1
+    text = capsys.readouterr().out
+    assert text.count("rank 3 on gpu-7 (passes, 1.5 s a step, median 1 s, at step 600)") == text.count("gpu-7") == 1

@@ -235,7 +235,7 @@ def test_stopped_server_changes_nothing_for_training_and_a_sync_completes_the_hi
 
 @pytest.mark.promise("an attempt after a crash continues in the same MLflow run")
 @pytest.mark.multiprocess
-def test_killed_attempt_is_told_by_a_sync_and_the_next_one_goes_on_in_the_same_history(
+def test_killed_attempt_is_uploaded_by_a_sync_and_the_next_one_goes_on_in_the_same_history(
     server: Server, small_corpus: Path, tmp_path: Path
 ) -> None:
     arguments = tracked(small_corpus, tmp_path, server.uri)

@@ -40,6 +40,13 @@ def test_file_and_function_of_the_allowed_length_are_accepted() -> None:
     assert findings_of(body + "\n" * (400 - 62)) == []
 
 
+def test_file_of_a_job_is_shorter() -> None:
+    text = '"""Example module."""\n' + "x = 1\n" * 100
+    name = "pipelines/megamask_pipelines/example.py"
+    assert findings_of(text, name) == [f"{name}:1: 101 lines; at most 100"]
+    assert findings_of(text) == []
+
+
 @pytest.mark.parametrize(
     ("text", "finding"),
     [

@@ -33,7 +33,7 @@ with StopRequest() as signals, StopDeadline(signals, heartbeat, grace_s=grace, s
 
 
 def run(section: str, *numbers: signal.Signals, grace: float = 0.5, budget: float = 0.0) -> tuple[int, str, float]:
-    """Exit code, what the last act was told, and the seconds from the first signal to the end."""
+    """Exit code, the reason that the last act got, and the seconds from the first signal to the end."""
     arguments = [sys.executable, "-c", SCRIPT, section, str(grace), str(budget)]
     process = subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
@@ -62,21 +62,21 @@ def run(section: str, *numbers: signal.Signals, grace: float = 0.5, budget: floa
 def test_blocked_process_ends_after_a_signal_with_the_code_of_its_section(
     section: str, number: signal.Signals, code: int, words: str
 ) -> None:
-    returncode, told, _ = run(section, number)
+    returncode, reason, _ = run(section, number)
     assert returncode == code
-    assert words in told
+    assert words in reason
 
 
 def test_save_under_way_gets_its_budget_and_no_more() -> None:
-    returncode, told, seconds = run("save", signal.SIGTERM, grace=0.2, budget=1.5)
+    returncode, reason, seconds = run("save", signal.SIGTERM, grace=0.2, budget=1.5)
     assert returncode == 71
-    assert "'save'" in told
+    assert "'save'" in reason
     assert seconds > 1.5
 
 
 def test_second_interrupt_ends_a_blocked_process_at_once() -> None:
-    returncode, told, _ = run("step", signal.SIGINT, signal.SIGINT, grace=600.0)
-    assert (returncode, told) == (130, "")
+    returncode, reason, _ = run("step", signal.SIGINT, signal.SIGINT, grace=600.0)
+    assert (returncode, reason) == (130, "")
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGHUP, 75), (signal.SIGINT, 93)])

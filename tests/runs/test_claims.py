@@ -174,7 +174,7 @@ def test_killed_claimant_is_followed_even_as_a_zombie(tmp_path: Path, live_claim
         {"format": "something else"},
     ],
 )
-def test_claimant_that_cannot_be_told_alive_is_superseded(
+def test_claimant_that_cannot_be_shown_alive_is_superseded(
     tmp_path: Path, live_claimant: subprocess.Popen[str], changes: dict[str, object]
 ) -> None:
     assert is_live(tmp_path, 1)

@@ -34,7 +34,7 @@ from support.command import environment, tiny
 from support.config_files import write_configs
 
 TOKEN = "Pl4nted/t0ken+9f"  # needs escaping in a URI, so that its other spellings are met too
-WORD = "plain-looking-word"  # of no known shape: only who was told knows that it is secret
+WORD = "plain-looking-word"  # of no known shape: nothing but its registration shows that it is secret
 URI = f"http://robot:{quote(TOKEN, safe='')}@127.0.0.1:9/api"
 SPELLINGS = (TOKEN, quote(TOKEN), quote(TOKEN, safe=""), base64.b64encode(f"robot:{TOKEN}".encode()).decode(), WORD)
 
@@ -148,7 +148,9 @@ def test_refused_override_does_not_show_a_secret_of_the_environment(
     assert not (tmp_path / "runs").exists()
 
 
-def test_stored_config_is_the_config_with_told_values_masked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stored_config_is_the_config_with_registered_values_masked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("PLACE_OF_MLFLOW", URI)
     overrides = ["tracking.mlflow.uri=env:PLACE_OF_MLFLOW", f"run.output_dir=/data/{TOKEN}/runs"]
     config = load_train_config(write_configs(tmp_path), overrides).config
@@ -189,13 +191,13 @@ def test_values_are_masked_and_names_stay() -> None:
         json.dumps({"a": URI}),
     ],
 )
-def test_told_uri_is_masked_with_all_its_parts_and_spellings(text: str) -> None:
+def test_registered_uri_is_masked_with_all_its_parts_and_spellings(text: str) -> None:
     register_secret(URI)
     assert_nowhere(redact(f"x {text} y"))
     assert redact(redact(text)) == redact(text)
 
 
-def test_harmless_parts_of_a_told_uri_stay_readable() -> None:
+def test_harmless_parts_of_a_registered_uri_stay_readable() -> None:
     register_secret(f"https://robot:{WORD}@mlflow.example.org/path?verbose=true&token=abcd1234")
     kept = "robot at mlflow.example.org is verbose: true"
     assert redact(kept) == kept

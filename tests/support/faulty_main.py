@@ -87,10 +87,10 @@ def _arm(fault: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    told = json.loads(os.environ["FAULT"])
-    if "poison" in told:
-        _poison(told["poison"])
-    if "point" in told and (told["rank"] is None or os.environ.get("RANK") == str(told["rank"])):
-        _arm(told)
+    fault = json.loads(os.environ["FAULT"])
+    if "poison" in fault:
+        _poison(fault["poison"])
+    if "point" in fault and (fault["rank"] is None or os.environ.get("RANK") == str(fault["rank"])):
+        _arm(fault)
     local_ranks.run_local_ranks = functools.partial(run_local_ranks, module="support.faulty_main")
     sys.exit(main(sys.argv[1:]))

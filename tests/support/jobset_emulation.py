@@ -100,12 +100,12 @@ class Pod:
         for number, rule in enumerate(self.job["podFailurePolicy"]["rules"]):
             codes = rule.get("onExitCodes")
             if codes is not None and self.code in codes["values"]:
-                told = f"Container {codes['containerName']} for pod {where} failed with exit code {self.code}"
+                event = f"Container {codes['containerName']} for pod {where} failed with exit code {self.code}"
             elif codes is None and self.is_evicted:
-                told = f"Pod {where} has condition DisruptionTarget"
+                event = f"Pod {where} has condition DisruptionTarget"
             else:
                 continue
-            return f"{told} matching {rule['action']} rule at index {number}"
+            return f"{event} matching {rule['action']} rule at index {number}"
         return None
 
 

@@ -40,11 +40,11 @@ def node(
 def ends(nodes: list[subprocess.Popen[str]], seconds: float = 400) -> tuple[list[int], str]:
     """Wait for the nodes; return their exit codes and stderr."""
     try:
-        told = "\n".join(process.communicate(timeout=seconds)[1] for process in nodes)
+        errors = "\n".join(process.communicate(timeout=seconds)[1] for process in nodes)
     finally:
         for process in nodes:
             process.kill()
-    return [process.returncode for process in nodes], told
+    return [process.returncode for process in nodes], errors
 
 
 def wait_for_commit(run_dir: Path) -> None:

@@ -130,8 +130,8 @@ class Cluster:
 
     def job(self, number: str) -> dict[str, str]:
         """Return what Slurm knows of a job."""
-        told = self.call("scontrol", "-o", "show", "job", number).stdout
-        return dict(word.split("=", 1) for word in told.split() if "=" in word)
+        shown = self.call("scontrol", "-o", "show", "job", number).stdout
+        return dict(word.split("=", 1) for word in shown.split() if "=" in word)
 
     def start_now(self, number: str) -> None:
         """Shorten the fixed wait of a requeued job.

@@ -1,4 +1,4 @@
-"""The end of an attempt, as its journal tells it."""
+"""The end of an attempt, as its journal records it."""
 
 from __future__ import annotations
 

@@ -16,10 +16,10 @@ from megamask.training.progress import Progress
 def test_failing_rank_tells_its_reason_before_it_gives_up_a_save(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    told_by_then: list[int] = []
+    recorded_by_then: list[int] = []
 
     def give_up(committer: Any, error: BaseException) -> None:
-        told_by_then.extend(failure.exit_code for failure in read_rank_failures(tmp_path, 1).values())
+        recorded_by_then.extend(failure.exit_code for failure in read_rank_failures(tmp_path, 1).values())
 
     monkeypatch.setattr(attempt_scope, "end_saving", give_up)
     committer: Any = object()
@@ -32,4 +32,4 @@ def test_failing_rank_tells_its_reason_before_it_gives_up_a_save(
     )
     error = StorageError("the disk is full")
     assert scope.failed(error) is error
-    assert told_by_then == [74]
+    assert recorded_by_then == [74]

@@ -21,7 +21,7 @@ from support.model_documents import model_document
 from support.thread_world import ThreadEngine, ThreadWorld
 
 
-class ToldView(FollowerAttempt):
+class RecordingAttempt(FollowerAttempt):
     """Rank 0's view, with the journal as a list."""
 
     def __init__(self, run_dir: Path) -> None:
@@ -36,19 +36,19 @@ class ToldView(FollowerAttempt):
         self.claim_check()
 
     def of_pruning(self) -> list[tuple[int, str, str | None]]:
-        """Step of the commit, or 0 for an incident; what is told; of which checkpoint."""
-        told = [record for record in self.records if record["kind"] in ("checkpoint_pruned", "incident")]
-        return [(r.get("step", 0), r.get("incident", r["kind"]), r["checkpoint"]) for r in told]
+        """Step of the commit, or 0 for an incident; the kind; of which checkpoint."""
+        records = [record for record in self.records if record["kind"] in ("checkpoint_pruned", "incident")]
+        return [(r.get("step", 0), r.get("incident", r["kind"]), r["checkpoint"]) for r in records]
 
 
 @pytest.fixture
-def view(tmp_path: Path) -> ToldView:
+def view(tmp_path: Path) -> RecordingAttempt:
     (tmp_path / "run").mkdir()
-    return ToldView(tmp_path / "run")
+    return RecordingAttempt(tmp_path / "run")
 
 
 @pytest.fixture(params=[True, False], ids=["beside", "blocking"])
-def committer(request: pytest.FixtureRequest, view: ToldView, tmp_path: Path) -> CheckpointCommitter:
+def committer(request: pytest.FixtureRequest, view: RecordingAttempt, tmp_path: Path) -> CheckpointCommitter:
     (tmp_path / "tokenizer").mkdir()
     (tmp_path / "tokenizer" / "tokenizer.json").write_text("{}")
     return CheckpointCommitter(
@@ -77,7 +77,7 @@ def folder(step: int) -> str:
 @pytest.mark.promise("a failed prune is an incident and is retried after the next commit")
 @pytest.mark.parametrize("number", [errno.EACCES, errno.EPERM, errno.EIO, errno.EBUSY])
 def test_checkpoint_that_cannot_be_pruned_is_an_incident_and_tried_again_after_the_next_commit(
-    committer: CheckpointCommitter, view: ToldView, monkeypatch: pytest.MonkeyPatch, number: int
+    committer: CheckpointCommitter, view: RecordingAttempt, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
     real = Path.unlink
 
@@ -93,13 +93,13 @@ def test_checkpoint_that_cannot_be_pruned_is_an_incident_and_tried_again_after_t
     assert len(incidents) == 2 and folder(10) in first["problem"]
     save(committer, 40)
     assert [path.name for path in candidates(view.run_dir)] == [folder(40)]
-    pruned = [name for _, told, name in view.of_pruning() if told == "checkpoint_pruned"]
+    pruned = [name for _, kind, name in view.of_pruning() if kind == "checkpoint_pruned"]
     assert sorted(pruned) == [folder(10), folder(20), folder(30)]
 
 
 @pytest.mark.promise("a failed listing of checkpoints is an incident, and nothing is pruned")
 def test_checkpoint_that_cannot_be_looked_at_is_an_incident_and_nothing_is_pruned(
-    committer: CheckpointCommitter, view: ToldView, monkeypatch: pytest.MonkeyPatch
+    committer: CheckpointCommitter, view: RecordingAttempt, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = documents.read_plain
 
@@ -118,7 +118,9 @@ def test_checkpoint_that_cannot_be_looked_at_is_an_incident_and_nothing_is_prune
 
 
 @pytest.mark.promise("only a newer attempt ends the pruning one")
-def test_attempt_that_is_superseded_while_it_prunes_ends(committer: CheckpointCommitter, view: ToldView) -> None:
+def test_attempt_that_is_superseded_while_it_prunes_ends(
+    committer: CheckpointCommitter, view: RecordingAttempt
+) -> None:
     save(committer, 10)
     looks: list[int] = []
 
@@ -135,11 +137,11 @@ def test_attempt_that_is_superseded_while_it_prunes_ends(committer: CheckpointCo
 
 @pytest.mark.promise("all pending work is cancelled before anything is waited for")
 def test_everything_is_called_off_before_anything_is_waited_for(committer: CheckpointCommitter) -> None:
-    told: list[str] = []
-    pruning: Any = SimpleNamespace(stop=lambda: told.append("pruning waited for"))
+    calls: list[str] = []
+    pruning: Any = SimpleNamespace(stop=lambda: calls.append("pruning waited for"))
     save: Any = SimpleNamespace(
-        cancel=lambda: told.append("save called off"), abort=lambda together: told.append("save waited for")
+        cancel=lambda: calls.append("save cancelled"), abort=lambda together: calls.append("save waited for")
     )
     committer._pruning, committer._pending = (10, pruning), _PendingSave(save=save)
     committer.abort(together=False)
-    assert told == ["save called off", "pruning waited for", "save waited for"]
+    assert calls == ["save cancelled", "pruning waited for", "save waited for"]

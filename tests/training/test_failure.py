@@ -1,4 +1,4 @@
-"""Whose failure a rank tells that lost its peers."""
+"""Failures that a rank reports after it lost its peers."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ def test_lost_peer_is_known_by_what_the_backends_say(error: Exception, is_lost: 
 @pytest.mark.promise("a killed peer explains a lost connection and no other error")
 def test_killed_peer_explains_a_lost_connection_and_no_other_error(tmp_path: Path) -> None:
     write_rank_failure(tmp_path, 1, rank=1, exit_code=1, reason=KILLED)
-    told = peer_failure(tmp_path, 1, 0, is_lost=True)
-    assert told is not None
-    assert (told.message, int(told.exit_code), told.hint) == (f"rank 1: {KILLED}", 1, None)
+    failure = peer_failure(tmp_path, 1, 0, is_lost=True)
+    assert failure is not None
+    assert (failure.message, int(failure.exit_code), failure.hint) == (f"rank 1: {KILLED}", 1, None)
     assert peer_failure(tmp_path, 1, 0, is_lost=False) is None
     assert peer_failure(tmp_path, 1, 1, is_lost=True) is None
 
@@ -43,9 +43,9 @@ def test_rank_that_lost_its_peer_too_explains_nothing(tmp_path: Path) -> None:
     write_rank_failure(tmp_path, 1, rank=1, exit_code=1, reason=LOST_PEER)
     assert peer_failure(tmp_path, 1, 0, is_lost=True) is None
     write_rank_failure(tmp_path, 1, rank=2, exit_code=1, reason=KILLED)
-    told = peer_failure(tmp_path, 1, 0, is_lost=True)
-    assert told is not None
-    assert told.message == f"rank 2: {KILLED}"
+    failure = peer_failure(tmp_path, 1, 0, is_lost=True)
+    assert failure is not None
+    assert failure.message == f"rank 2: {KILLED}"
 
 
 def test_peer_that_was_superseded_makes_the_job_end_with_93(tmp_path: Path) -> None:

@@ -41,14 +41,18 @@ def resume(run_dir: Path, **consumed: int) -> None:
     refuse_moved_past(cast("TrainConfig", None), run_dir, 2, progress, loader)
 
 
-@pytest.mark.promise("with a damaged config of the attempt before, the journal tells whether a mixture moves the past")
+@pytest.mark.promise(
+    "with a damaged config of the attempt before, the journal decides whether a mixture moves the past"
+)
 def test_mixture_with_the_journalled_counts_is_resumed_without_the_config(run_dir: Path) -> None:
     journal_step(run_dir, consumed_by_source={"a": 16, "b": 8})
     resume(run_dir, a=16, b=8)
     resume(run_dir, a=16, b=8, c=0)
 
 
-@pytest.mark.promise("with a damaged config of the attempt before, the journal tells whether a mixture moves the past")
+@pytest.mark.promise(
+    "with a damaged config of the attempt before, the journal decides whether a mixture moves the past"
+)
 @pytest.mark.parametrize(("a", "b"), [(8, 16), (24, 0)])
 def test_mixture_with_other_counts_is_refused_without_the_config(run_dir: Path, a: int, b: int) -> None:
     journal_step(run_dir, consumed_by_source={"a": 16, "b": 8})

@@ -11,6 +11,7 @@ import pytest
 from megamask.resilience.heartbeat import Heartbeat
 from megamask.resilience.numerics import RewindError
 from megamask.resilience.signals import StopRequest
+from megamask.training import build, loop
 from megamask.training.build import _guard
 from megamask.training.stopping import StopReason
 from megamask_pipelines import pretrain
@@ -45,16 +46,17 @@ def test_attempt_after_a_rewind_begins_in_the_section_restore(
 ) -> None:
     sections = []
 
-    def take_steps(_config: Any, _data: Any, scope: Any, *others: Any) -> None:
-        heartbeat = others[2]
+    def build_run(*parts: Any) -> str:
+        heartbeat = parts[-1]
         sections.append(heartbeat.mark.section)
         if len(sections) == 1:
             heartbeat.enter("step", 1)
             incident = {"incident": "rewind", "problem": "a loss is not finite"}
             raise RewindError("a loss is not finite", hint="none", incident=incident)
-        scope.reason = StopReason.FINISHED
+        return "a run"
 
-    monkeypatch.setattr(pretrain, "_take_steps", take_steps)
+    monkeypatch.setattr(build, "build_run", build_run)
+    monkeypatch.setattr(loop, "train", lambda _run: StopReason.FINISHED)
     with StopRequest() as signals:
         pretrain.pretrain(run.config, signals)
     assert sections == ["import", "restore"]

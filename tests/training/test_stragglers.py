@@ -24,8 +24,8 @@ def test_rank_that_is_slow_in_three_windows_in_a_row_is_named_once() -> None:
 def test_window_in_between_without_delay_begins_the_count_anew() -> None:
     count = StragglerCount()
     slow = [EVEN, EVEN, (0.01, 1.2)]
-    told = [count.named(times) for times in (slow, slow, [EVEN] * 3, slow, slow)]
-    assert told == [[]] * 5
+    named = [count.named(times) for times in (slow, slow, [EVEN] * 3, slow, slow)]
+    assert named == [[]] * 5
 
 
 @pytest.mark.parametrize(

@@ -21,9 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=["from-hf", "to-hf"],
         help="from-hf: a folder in Hugging Face layout to a checkpoint; to-hf: the other way",
     )
-    parser.add_argument(
-        "source", help="from-hf: the folder; to-hf: a run directory (its newest checkpoint) or a checkpoint folder"
-    )
+    parser.add_argument("source", help="from-hf: the folder; to-hf: a run directory (newest checkpoint) or checkpoint")
     parser.add_argument("target", help="the folder to make; it must not exist")
     parser.add_argument(
         "--ids",
@@ -35,11 +33,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="to-hf: layout to write (that of an imported model, else the plain class that holds the network)",
     )
-    parser.add_argument(
-        "--experts",
-        metavar="FORM",
-        help="to-hf: experts of a layer as separate or merged tensors (as imported, else separate)",
-    )
+    experts = "to-hf: experts of a layer as separate or merged tensors (as imported, else separate)"
+    parser.add_argument("--experts", metavar="FORM", help=experts)
     parser.add_argument(
         "--dtype",
         metavar="FORMAT",

@@ -3,17 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
-import os
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from megamask.errors import MegamaskError, UsageError
-
-if TYPE_CHECKING:
-    from megamask.config.schema.roots import TrainConfig
-    from megamask.launch.placement import NodePlace
-    from megamask.resilience.signals import StopRequest
+from megamask.errors import UsageError
 
 
 def ANSWER_IS_ON_DISK(result: dict[str, Any]) -> bool:
@@ -67,73 +59,9 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         )
     raise_descriptor_limit()
     with StopRequest() as signals:
-        return _run_node(arguments, signals)
+        from megamask_pipelines.run_node import run_node
 
-
-def _run_node(arguments: argparse.Namespace, signals: StopRequest) -> dict[str, Any]:
-    from megamask.config.load import load_train_config
-    from megamask.config.validate import validate_train
-    from megamask.launch.node import run_node
-    from megamask.launch.placement import node_place
-    from megamask.launch.verdict import Verdict, launch_folder, write_verdict
-    from megamask.resilience.process_facts import node_name
-    from megamask.runs.layout import run_path
-    from megamask_pipelines.node_metrics import metrics_file
-
-    if leftover := [name for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK") if name in os.environ]:
-        raise UsageError(
-            f"the environment has {' and '.join(leftover)}, which place a single rank; this command starts all ranks "
-            "of a node. Nothing was started.",
-            hint=f"unset {' '.join(leftover)}",
-        )
-    place = node_place()
-    loaded = load_train_config(arguments.config, arguments.overrides)
-    run_dir = run_path(loaded.config.run.output_dir, loaded.config.run.name)
-    try:
-        validate_train(loaded.config, loaded.origins)
-        with metrics_file(loaded.config, run_dir, place.node) as metrics:
-            verdict, failure = run_node(
-                ["train", arguments.config, *arguments.overrides],
-                place,
-                run_dir,
-                ranks_per_node=_ranks_per_node(loaded.config, place),
-                signals=signals,
-                launch=loaded.config.launch,
-                metrics=metrics,
-            )
-            if metrics is not None:
-                metrics.exit_code = verdict.code
-    except MegamaskError as error:
-        if place.node == 0:  # the other nodes wait for a verdict
-            with contextlib.suppress(MegamaskError, OSError):
-                code = int(error.exit_code)
-                write_verdict(launch_folder(run_dir, place.token), Verdict(code=code, node=node_name()))
-        raise
-    if failure is not None and int(failure.exit_code) == verdict.code:
-        raise failure
-    return _answer(run_dir, place, verdict.step, verdict.attempt, verdict.code)
-
-
-def _answer(run_dir: Path, place: NodePlace, step: int, attempt: int, code: int) -> dict[str, Any]:
-    return {
-        "run_dir": str(run_dir),
-        "node": place.node,
-        "num_nodes": place.num_nodes,
-        "step": step,
-        "attempt": attempt,
-        "exit_code": code,
-    }
-
-
-def _ranks_per_node(config: TrainConfig, place: NodePlace) -> int:
-    layout = config.layout
-    ranks = layout.num_processes
-    if ranks % place.num_nodes:
-        raise UsageError(
-            f"the layout needs {ranks} ranks, which {place.num_nodes} nodes cannot share equally. Nothing was started.",
-            hint="change layout.data_parallel_size, or the number of nodes",
-        )
-    return ranks // place.num_nodes
+        return run_node(arguments.config, arguments.overrides, signals)
 
 
 def render(result: dict[str, Any]) -> str:

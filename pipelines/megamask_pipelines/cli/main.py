@@ -7,21 +7,18 @@ Each verb is a module beside this one with `add_arguments(parser)`, `run(argumen
 from __future__ import annotations
 
 import argparse
-import atexit
 import contextlib
-import errno
 import importlib
-import math
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import IO, Any, NoReturn, Protocol
 
-from megamask.errors import ExitCode, MegamaskError, UsageError
+from megamask.errors import ExitCode, UsageError
 from megamask.provenance import redacted_output
-from megamask.provenance.redaction import redact, redacted
-from megamask.resilience import daemon_threads, surroundings
-from megamask_pipelines import standard_streams
+from megamask_pipelines import process_end, standard_streams
+from megamask_pipelines.verb_answer import print_json, print_line, render_plainly, stdout_kept_for_the_answer
+from megamask_pipelines.verb_errors import guarded
 
 VERBS: Mapping[str, str] = {
     "prepare": "make a corpus from text files",
@@ -87,47 +84,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     wants_json = "--json" in given
     if not given or given[0] in ("-h", "--help"):
-        _print(_help_text(), sys.stdout if given else sys.stderr)
+        print_line(_help_text(), sys.stdout if given else sys.stderr)
         return int(ExitCode.DONE if given else ExitCode.USAGE)
     if given[0] == "--version":
         from importlib.metadata import version
 
-        _print(f"megamask {version('megamask')}")
+        print_line(f"megamask {version('megamask')}")
         return int(ExitCode.DONE)
     redacted_output.install()
-    with _stdout_kept_for_the_answer(wants_json, owns_process=arguments is None) as answer:
-        code = _guarded(lambda: _run_verb(given[0], given[1:], answer), given[0], answer if wants_json else None)
+    with stdout_kept_for_the_answer(wants_json, owns_process=arguments is None) as answer:
+        code = guarded(lambda: _run_verb(given[0], given[1:], answer), given[0], answer if wants_json else None)
     if arguments is None:
-        _ignore_late_signals()
-        standard_streams.settle()
-        if daemon_threads.any_alive():
-            _leave_at_once(code)
-        if "torch" in sys.modules:
-            atexit._run_exitfuncs()
-            _leave_at_once(code)
+        process_end.settle(code)
     return code
-
-
-def _ignore_late_signals() -> None:
-    """Keep the exit code, which is decided: a scheduler ends a job's other processes as soon as the first has left."""
-    import signal
-
-    from megamask.resilience.signals import PREEMPTION_SIGNALS
-
-    signal.pthread_sigmask(signal.SIG_BLOCK, PREEMPTION_SIGNALS)
-
-
-def _leave_at_once(code: int) -> NoReturn:
-    """End the process without the interpreter's farewell, which may turn into SIGABRT.
-
-    A thread inside a write does that, and sometimes a C++ thread of torch's that is still there when its objects are
-    destroyed ("terminate called without an active exception").
-    """
-    import logging
-
-    logging.shutdown()
-    standard_streams.settle()
-    os._exit(code)
 
 
 def _run_verb(name: str, arguments: list[str], answer: IO[str]) -> int:
@@ -141,15 +110,17 @@ def _run_verb(name: str, arguments: list[str], answer: IO[str]) -> int:
     result = verb.run(parsed)
     try:
         if parsed.json:
-            _print_json(result, answer)
+            print_json(result, answer)
         else:
-            render: Callable[[dict[str, Any]], str] = getattr(verb, "render", _render_plainly)
-            _print(render(result), answer)
+            render: Callable[[dict[str, Any]], str] = getattr(verb, "render", render_plainly)
+            print_line(render(result), answer)
     except OSError as error:
         on_disk = getattr(verb, "ANSWER_IS_ON_DISK", False)
         if not (on_disk(result) if callable(on_disk) else on_disk):
             raise
-        _print(f"the answer could not be written to stdout ({error.strerror}); its content is on the disk", sys.stderr)
+        print_line(
+            f"the answer could not be written to stdout ({error.strerror}); its content is on the disk", sys.stderr
+        )
     return int(result.get("exit_code") or ExitCode.DONE)
 
 
@@ -163,132 +134,14 @@ def _import_verb(name: str) -> Any:
     return importlib.import_module(f"megamask_pipelines.cli.{name.replace('-', '_')}")
 
 
-def _guarded(action: Callable[[], int], name: str, json_answer: IO[str] | None) -> int:
-    """The action's exit code, or that of the error that it ends with."""
-    try:
-        return action()
-    except MegamaskError as error:
-        return _report(error, json_answer)
-    except OSError as error:
-        refusal = surroundings.explained(error) or _path_refusal(error) or _storage_refusal(error, name)
-        return _report_bug(error, json_answer) if refusal is None else _report(refusal, json_answer)
-    except KeyboardInterrupt:
-        interrupted = MegamaskError("interrupted")
-        interrupted.exit_code = ExitCode.INTERRUPTED_TWICE
-        return _report(interrupted, json_answer)
-    except SystemExit as end:  # argparse's --help; a rank that has left its report to the launcher
-        if isinstance(end.code, int):
-            return end.code
-        return int(ExitCode.DONE if end.code is None else ExitCode.BUG)
-    except Exception as error:  # noqa: BLE001  the outermost frame: prints the traceback
-        cause = surroundings.explained(error)
-        return _report_bug(error, json_answer) if cause is None else _report(cause, json_answer)
-
-
-def _report(error: MegamaskError, json_answer: IO[str] | None) -> int:
-    error = redacted(error)
-    _print(f"error: {error.message}", sys.stderr)
-    if error.hint is not None:
-        _print(f"hint: {error.hint}", sys.stderr)
-    if json_answer is not None:
-        described = {**error.details, "error": error.message, "hint": error.hint, "exit_code": int(error.exit_code)}
-        _print_json(described, json_answer)
-    return int(error.exit_code)
-
-
-def _report_bug(error: Exception, json_answer: IO[str] | None) -> int:
-    import traceback
-
-    _print(redact("".join(traceback.format_exception(error)).rstrip()), sys.stderr)
-    described = MegamaskError(f"{type(error).__name__}: {error}", hint="this is a bug in megamask; the trace is above")
-    return _report(described, json_answer)
-
-
-def _path_refusal(error: OSError) -> MegamaskError | None:
-    """Return the error of a path that no file system accepts, from any verb, key or option; None for other causes."""
-    if error.errno not in (errno.ENAMETOOLONG, errno.ELOOP):
-        return None
-    return UsageError(f"{error.filename} cannot be a path: {error.strerror}. Nothing was started.", hint="shorten it")
-
-
-def _storage_refusal(error: OSError, name: str) -> MegamaskError | None:
-    """The error of a full, read-only or failing disk that no room has named, or None where storage is not to blame."""
-    from megamask.errors import StorageError
-    from megamask.storage.durable import storage_errors
-
-    try:
-        with storage_errors(f"megamask {name}"):
-            raise error
-    except StorageError as refusal:
-        return refusal
-    except OSError:
-        return None
-
-
 def _configure_logging() -> None:
     import logging
 
     logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
 
 
-@contextlib.contextmanager
-def _stdout_kept_for_the_answer(wants_json: bool, *, owns_process: bool) -> Iterator[IO[str]]:
-    """With --json, send all output of libraries and child processes to stderr; only the answer goes to stdout.
-
-    Args:
-        owns_process: this is the process's only command, so its descriptor 1 may point at stderr until the end; what C
-            libraries still have in their buffers then cannot follow the answer.
-    """
-    if not wants_json:
-        yield sys.stdout
-        return
-    with contextlib.ExitStack() as stack:
-        answer: IO[str] = sys.stdout
-        if owns_process and (kept := _divert_stdout()) is not None:
-            answer = stack.enter_context(os.fdopen(kept, "w", encoding="utf-8"))
-        stack.enter_context(contextlib.redirect_stdout(sys.stderr))
-        yield answer
-
-
-def _divert_stdout() -> int | None:
-    """Points descriptor 1 at stderr and returns a copy of what it was, or None where one of them is closed."""
-    try:
-        sys.stdout.flush()
-        kept = os.dup(1)
-        os.dup2(2, 1)
-    except (OSError, ValueError, AttributeError):  # AttributeError: the interpreter has no stdout at all
-        return None
-    return kept
-
-
-def _print_json(result: Mapping[str, Any], stream: IO[str]) -> None:
-    import json
-
-    _print(json.dumps(_finite(result), allow_nan=False), stream)
-
-
-def _finite(value: Any) -> Any:
-    """The value with non-finite numbers as strings, as the journal has them: JSON knows no NaN."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else str(value)
-    if isinstance(value, Mapping):
-        return {str(key): _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return value
-
-
-def _render_plainly(result: Mapping[str, Any]) -> str:
-    width = max((len(name) for name in result), default=0)
-    return "\n".join(f"{name:{width}}  {value}" for name, value in result.items() if name != "exit_code")
-
-
 def _help_text() -> str:
     return _HELP.format(verbs="\n".join(f"  {name:10} {text}" for name, text in VERBS.items()))
-
-
-def _print(text: str, stream: IO[str] | None = None) -> None:
-    standard_streams.write_line(text, stream or sys.stdout)
 
 
 if __name__ == "__main__":

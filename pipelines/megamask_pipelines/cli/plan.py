@@ -15,19 +15,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rank", type=int, metavar="R", help="show this rank instead of the fullest one")
     parser.add_argument("--search", action="store_true", help="rank every layout of the GPUs that fits, fastest first")
     parser.add_argument("--vocab-size", type=int, metavar="V", help="entries of the tokenizer, if no corpus is here")
-    parser.add_argument(
-        "--assume",
-        action="append",
-        default=[],
-        metavar="NAME=NUMBER",
-        help="replace an assumption of the estimate (docs/guides/planning.md lists them); may be repeated",
-    )
+    replaces = "replace an assumption of the estimate (docs/guides/planning.md lists them); may be repeated"
+    parser.add_argument("--assume", action="append", default=[], metavar="NAME=NUMBER", help=replaces)
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Plan; the answer is the contract's object."""
     from megamask.config.load import load_train_config
-    from megamask_pipelines.plan import Request, plan_run
+    from megamask.planning.answer import Request
+    from megamask_pipelines.plan import plan_run
 
     return plan_run(
         load_train_config(arguments.config, arguments.overrides),
@@ -44,9 +40,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def render(result: dict[str, Any]) -> str:
     """The plan for people: fitness first, then the fullest rank, the step, and what surrounds it."""
-    lines = [
-        "fits" if result["feasible"] else "does not fit: " + "; ".join(result["reasons"]),
-    ]
+    lines = ["fits" if result["feasible"] else "does not fit: " + "; ".join(result["reasons"])]
     if "per_rank" in result:
         lines += [*_memory(result["per_rank"]), *_speed(result), *_surroundings(result["operation"])]
     if result.get("layouts"):

@@ -226,8 +226,8 @@ class AttemptEvidence:
         return next((record for record in reversed(self._records) if isinstance(record, kind)), None)
 
     def _committed(self, visible_step: int | None) -> int | None:
-        told = [record.step for record in self._records if isinstance(record, CheckpointCommitted)]
-        return max([*told, *([] if visible_step is None else [visible_step])], default=None)
+        committed = [record.step for record in self._records if isinstance(record, CheckpointCommitted)]
+        return max([*committed, *([] if visible_step is None else [visible_step])], default=None)
 
     def _outcome(self, ended: AttemptEnded | None) -> tuple[str, int | None, str | None]:
         """(outcome, exit code, reason) by the journal, else by status.json, else by whether its process lives."""

@@ -18,7 +18,7 @@ from megamask.audit.checkpoints import (
 from megamask.audit.corpora import check_corpora, check_data, corpus_folders
 from megamask.audit.report import Report
 from megamask.audit.rules import rules_of
-from megamask.audit.skips import check_rewinds, check_told
+from megamask.audit.skips import check_recorded, check_rewinds
 from megamask.audit.story import AttemptStory, JournalAudit, Rules
 from megamask.checkpoint.commit import Commit
 from megamask.config.identity import compare_identity
@@ -86,7 +86,7 @@ def verify_run(run_dir: Path, request: AuditRequest | None = None, report: Repor
     commits = check_checkpoints(run_dir, record, report, rewinds)
     rules = rules_of(record, configs, rewinds)
     audit = _check_journal(run_dir, rules, commits, report, is_alive=alive)
-    check_told(audit, report, is_alive=alive)
+    check_recorded(audit, report, is_alive=alive)
     check_commits_against(audit, commits, report, is_alive=alive)
     check_what_is_gone(run_dir, audit, report)
     _check_end(run_dir, audit, configs, report, is_alive=alive)

@@ -24,7 +24,7 @@ def check_rewinds(record: RunRecord, report: Report) -> list[Rewind]:
     return rewinds
 
 
-def check_told(audit: JournalAudit, report: Report, *, is_alive: bool) -> None:
+def check_recorded(audit: JournalAudit, report: Report, *, is_alive: bool) -> None:
     """Compare the document with the journal, after all its lines; withdrawn checkpoints need not be there.
 
     A process that is killed between the document and its line leaves the line to the attempt that resumes.
@@ -32,7 +32,7 @@ def check_told(audit: JournalAudit, report: Report, *, is_alive: bool) -> None:
     rewinds = audit.rules.rewinds
     for rewind in rewinds:
         story = audit.attempts.get(rewind.attempt)
-        if rewind.attempt in audit.told_rewinds:
+        if rewind.attempt in audit.recorded_rewinds:
             continue
         if story is not None and story.ended is None and rewind.attempt == max(audit.attempts):
             if not is_alive:

@@ -126,7 +126,7 @@ class _Taken(NamedTuple):
 class JournalAudit:
     """Check of every complete line in order; `findings` grows, and `commits` collects the commits.
 
-    `told_rewinds` collects the attempts whose rewind a line of the journal names.
+    `recorded_rewinds` collects the attempts whose rewind a line of the journal names.
     """
 
     rules: Rules
@@ -137,7 +137,7 @@ class JournalAudit:
     num_lines: int = 0
     num_steps: int = 0
     num_repeated: int = 0
-    told_rewinds: set[int] = field(default_factory=set)
+    recorded_rewinds: set[int] = field(default_factory=set)
     _steps: dict[int, _Taken] = field(default_factory=dict)
     _file: str = ""
     _line: int = 0
@@ -185,7 +185,7 @@ class JournalAudit:
         if content["incident"] == SKIPPED:
             story.skipped_updates.add(_count(content["step"]))
         elif content["incident"] == REWIND:
-            self.told_rewinds.add(story.number)
+            self.recorded_rewinds.add(story.number)
             names = ("step", "back_to_step", "first_sample", "end_sample", "rule")
             [*recorded] = [rewind for rewind in self.rules.rewinds if rewind.attempt == story.number]
             expected = [tuple(getattr(rewind, name) for name in names) for rewind in recorded]
@@ -235,7 +235,7 @@ class JournalAudit:
             self._expect("code_version", record.code_version, self.rules.code_version)
         ranges = [[each.start, each.stop] for each in story.skipped.ranges] or None
         self._expect("skipped_samples", record.skipped_samples, ranges)
-        self.told_rewinds |= {rewind.attempt for rewind in rewinds_before(self.rules.rewinds, story.number)}
+        self.recorded_rewinds |= {rewind.attempt for rewind in rewinds_before(self.rules.rewinds, story.number)}
         story.started = record
         if (resumed := record.resumed) is None:
             return

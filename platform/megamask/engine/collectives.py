@@ -72,10 +72,10 @@ class Collectives:
         A rank that failed raises its own error; the others raise one that quotes the first rank's: of `kind` if the
         storage or the state was to blame, else a plain one (a bug).
         """
-        told = self.gather_objects(_describe(failures[0], kind) if failures else None)
+        failures_of_ranks = self.gather_objects(_describe(failures[0], kind) if failures else None)
         if failures:
             raise failures[0]
-        for rank, entry in enumerate(told):
+        for rank, entry in enumerate(failures_of_ranks):
             if entry is not None:
                 raise error_with_code(entry[0], f"rank {rank}: {entry[1]}")
 

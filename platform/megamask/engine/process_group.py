@@ -126,9 +126,9 @@ def _meet(
     store.add(_JOINED, 1)
     _wait(lambda: store.check([_OPENING]), "rank 0 and the other ranks", deadline, check)
     if refusal := store.get(_OPENING):
-        told: dict[str, Any] = json.loads(refusal)
+        fields: dict[str, Any] = json.loads(refusal)
         store.add(_READ, 1)
-        raise error_with_code(told["exit_code"], f"rank 0: {told['message']}", hint=told["hint"])
+        raise error_with_code(fields["exit_code"], f"rank 0: {fields['message']}", hint=fields["hint"])
     return store
 
 

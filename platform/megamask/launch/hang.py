@@ -126,14 +126,14 @@ def hang_error(
     )
     if silent_nodes:
         lost = ", ".join(map(str, silent_nodes))
-        told = f"node {lost} of the job does not answer; of the others this holds up the rest: {named}"
+        finding = f"node {lost} of the job does not answer; of the others this holds up the rest: {named}"
     elif len(suspects) == len(standings):
-        told = f"no rank is behind the others: {named}"
+        finding = f"no rank is behind the others: {named}"
     else:
-        told = f"the others wait for {named}"
+        finding = f"the others wait for {named}"
     return error_with_code(
         ExitCode.HANG,
-        f"the job hangs and was ended: {told}."
+        f"the job hangs and was ended: {finding}."
         + (f" The stacks of the ranks are in {stacks}." if stacks is not None else "")
         + " Checkpoints committed before are intact.",
         hint="start the run again, it resumes from its newest checkpoint; launch.watchdog sets the limits",

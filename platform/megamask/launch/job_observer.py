@@ -73,8 +73,8 @@ class JobObserver(RunObserver):
         nodes = [node for node in range(self._place.num_nodes) if node != self._place.node]
         wait_until(lambda: all(self._standings(node).exists() for node in nodes), _OTHERS_S)
         found = {node: read_standings(self._standings(node)) for node in nodes}
-        known = [*standings, *(standing for told in found.values() for standing in told or ())]
-        return self.record_hang(known, silent_nodes=[node for node, told in found.items() if told is None])
+        known = [*standings, *(standing for on_node in found.values() for standing in on_node or ())]
+        return self.record_hang(known, silent_nodes=[node for node, on_node in found.items() if on_node is None])
 
     def _standings(self, node: int) -> Path:
         return self._folder / f"hang-{node}"

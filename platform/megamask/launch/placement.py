@@ -157,8 +157,8 @@ def node_place(environment: Mapping[str, str] = os.environ) -> NodePlace:
         )
     places = set(found.values())
     if len(places) > 1:
-        told = ", ".join(f"{name} names node {node} of {count}" for name, (node, count) in found.items())
-        raise UsageError(f"the environment contradicts itself: {told}. {_NOTHING}", hint="unset what is left over")
+        conflicts = ", ".join(f"{name} names node {node} of {count}" for name, (node, count) in found.items())
+        raise UsageError(f"the environment contradicts itself: {conflicts}. {_NOTHING}", hint="unset what is left over")
     node, num_nodes = places.pop() if places else (0, 1)
     if node >= num_nodes:
         raise UsageError(f"this is node {node} of {num_nodes}: nodes are counted from 0. {_NOTHING}", hint=_UNSET)

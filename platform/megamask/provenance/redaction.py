@@ -40,7 +40,7 @@ _NO_SECRETS = frozenset({"MEGAMASK_LAUNCH_TOKEN"})  # names a start of a job; cl
 _SHORTEST = 4
 _SHORTEST_VARIABLE = 8
 
-_told: set[str] = set()
+_registered: set[str] = set()
 _longest_first: tuple[str, ...] = ()
 
 
@@ -51,8 +51,8 @@ def register_secret(value: str) -> None:
     """
     global _longest_first  # noqa: PLW0603  one process has one set of secrets
     forms = {form for part in (value, *_secret_parts(value)) for form in _written_forms(part)}
-    _told.update(form for form in forms if len(form) >= _SHORTEST and form != MASK)
-    _longest_first = tuple(sorted(_told, key=lambda form: (-len(form), form)))
+    _registered.update(form for form in forms if len(form) >= _SHORTEST and form != MASK)
+    _longest_first = tuple(sorted(_registered, key=lambda form: (-len(form), form)))
 
 
 def register_references(config: Any) -> None:
@@ -77,7 +77,7 @@ def register_environment() -> None:
 def forget_secrets() -> None:
     """Forget all registered secrets; for tests, which are many programs in one process."""
     global _longest_first  # noqa: PLW0603
-    _told.clear()
+    _registered.clear()
     _longest_first = ()
 
 

@@ -32,3 +32,9 @@ def die_with_parent(expected_parent: int | None = None) -> bool:
     if os.getppid() != parent:
         os.kill(os.getpid(), signal.SIGKILL)
     return True
+
+
+def die_with_launcher() -> None:
+    """Do so in a rank of this project's own launcher, which leaves its process id in MEGAMASK_PARENT_PID."""
+    if parent := os.environ.get("MEGAMASK_PARENT_PID"):
+        die_with_parent(int(parent))

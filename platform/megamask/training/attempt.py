@@ -261,15 +261,15 @@ class Attempt(FollowerAttempt):
         """Replace status.json, unless a newer attempt has claimed the run: then it is that one's."""
         if is_superseded(self.run_dir, self.number):
             return
-        told = None if reason is None else redact(reason)
-        write_status(self.run_dir, Status(attempt=self.number, phase=phase, node=self._node, reason=told, **facts))
+        reason = None if reason is None else redact(reason)
+        write_status(self.run_dir, Status(attempt=self.number, phase=phase, node=self._node, reason=reason, **facts))
 
     def close(self, reason: StopReason, progress: Progress) -> None:
         """Record an end that all ranks agreed on; a superseded attempt writes to its own folder only."""
         if reason is StopReason.SUPERSEDED:
             newest = max(claimed_attempts(self.run_dir, after=self.number), default=None)
-            told = reason.description if newest is None else f"superseded by attempt {newest}"
-            write_rank_failure(self.run_dir, self.number, rank=0, exit_code=int(reason.exit_code), reason=told)
+            ending = reason.description if newest is None else f"superseded by attempt {newest}"
+            write_rank_failure(self.run_dir, self.number, rank=0, exit_code=int(reason.exit_code), reason=ending)
         else:
             self._end(reason.phase, int(reason.exit_code), progress.step, reason.description)
             if reason is StopReason.FINISHED:

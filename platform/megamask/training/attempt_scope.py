@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -35,6 +36,13 @@ class Broadcast(Protocol):
         """Return rank 0's value, on every rank."""
 
 
+class Closable(Protocol):
+    """The engine as an attempt that was rewound leaves it."""
+
+    def close(self) -> None:
+        """Free what it holds."""
+
+
 @dataclass(kw_only=True)
 class AttemptScope:
     """One attempt on this rank, from before the claim to its end. Use `attempt_scope`.
@@ -44,6 +52,7 @@ class AttemptScope:
         known: the attempt as soon as this rank knows its number: rank 0 by the claim, the others by `share`.
         leader: the same on rank 0, where it also writes the journal and status.json.
         committer: saves that a failure must end; None before there is one.
+        engine: that of the attempt; None before there is one.
         reason: why training stopped, once it has.
     """
 
@@ -53,6 +62,7 @@ class AttemptScope:
     known: FollowerAttempt | None = None
     leader: Attempt | None = None
     committer: CheckpointCommitter | None = None
+    engine: Closable | None = None
     reason: StopReason = StopReason.NONE
 
     @property
@@ -100,6 +110,14 @@ class AttemptScope:
         """Record an end that all ranks agreed on."""
         if self.leader is not None:
             self.leader.close(self.reason, self.progress)
+
+    def release(self) -> None:
+        """Free the engine of an attempt that was rewound, before the next one makes its own."""
+        self.committer = None
+        if self.engine is not None:
+            self.engine.close()
+            self.engine = None
+        gc.collect()
 
     def ended_by_deadline(self, report: Callable[[MegamaskError], object], code: int, reason: str) -> None:
         """Record the end of a rank that did not answer a signal; called from another thread, right before the end.
@@ -164,8 +182,8 @@ def attempt_scope(config: TrainConfig, data: RunData, rank: int) -> Iterator[Att
     try:
         yield scope
     except BaseException as error:
-        told = scope.failed(error)
-        if told is error:
+        raised = scope.failed(error)
+        if raised is error:
             raise
-        raise told from error
+        raise raised from error
     scope.close()

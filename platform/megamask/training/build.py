@@ -69,7 +69,7 @@ def build_run(
     # megatron-core takes seconds to import: a refusal before this line need not wait for it
     backend = _join(config, signals, startup, heartbeat)
     reached("rendezvous.joined")
-    engine = _engine(config, data, startup)
+    scope.engine = engine = _engine(config, data, startup)
     data.train.pins_memory = backend.pins_batches
     attempt = scope.share(engine)
     heartbeat.enter("restore")

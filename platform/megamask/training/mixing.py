@@ -33,7 +33,7 @@ def refuse_moved_past(config: TrainConfig, run_dir: Path, attempt: int, progress
 
     Raises:
         UsageError: a sample that was used would be another one.
-        CheckpointIntegrityError: neither the config nor the journal tells, and there are several corpora.
+        CheckpointIntegrityError: neither the config nor the journal can be read, and there are several corpora.
     """
     before = {number: path for number, path in attempt_configs(run_dir).items() if number < attempt}
     if not before or not progress.consumed_samples:
@@ -65,7 +65,7 @@ def _count_problem(path: Path, run_dir: Path, progress: Progress, loader: Loader
         return None  # every mixture of one corpus reads the same samples
     if record is None:
         raise CheckpointIntegrityError(
-            f"{path} is damaged and the journal has no line of step {progress.step}, so that nothing tells which "
+            f"{path} is damaged and the journal has no line of step {progress.step}, so that nothing shows which "
             "mixture was read. Nothing was started.",
             hint="restore one of the two from a backup",
         )

@@ -148,8 +148,8 @@ def preview_on_engine(
             decoded = _decode_some(config, engine, at_step(objective, step()), rows, mine, check)
         except CutShort:
             return None
-        for told in engine.gather_objects(decoded):
-            decoded |= told
+        for part in engine.gather_objects(decoded):
+            decoded |= part
         return {
             "samples": [
                 {

@@ -152,14 +152,14 @@ def take_over(run_dir: Path, *, kept: int, beside: int) -> None:
 @pytest.mark.promise("lines of an older attempt after a take-over are reported and are not damage")
 @pytest.mark.parametrize("kept", [0, 1, 4])
 @pytest.mark.parametrize("beside", [1, 2, 7])
-def test_lines_beside_a_take_over_are_told_and_are_no_damage(tmp_path: Path, kept: int, beside: int) -> None:
+def test_lines_beside_a_take_over_are_found_and_are_no_damage(tmp_path: Path, kept: int, beside: int) -> None:
     take_over(tmp_path, kept=kept, beside=beside)
     assert verify_chain(tmp_path) == []
-    told = overtaken(tmp_path)
-    assert {found.by for found in told} == {2}
-    assert sum(found.last - found.first + 1 for found in told) == beside
+    ranges = overtaken(tmp_path)
+    assert {found.by for found in ranges} == {2}
+    assert sum(found.last - found.first + 1 for found in ranges) == beside
     lines = {file.path.name: file.path.read_bytes().splitlines() for file in journal_files(tmp_path)}
-    named = [line for found in told for line in lines[found.file][found.first - 1 : found.last]]
+    named = [line for found in ranges for line in lines[found.file][found.first - 1 : found.last]]
     assert [json.loads(line)["step"] for line in named] == list(range(kept + 1, kept + beside + 1))
 
 

@@ -54,7 +54,7 @@ def test_evaluation_gives_its_numbers_only() -> None:
     }
 
 
-def test_repeated_step_is_told_once_over_processes() -> None:
+def test_repeated_step_is_sent_once_over_processes() -> None:
     memory = Memory()
     update_of([record("step", step=step, loss=1.0) for step in (1, 2, 3)], memory)
     later = Memory(sent_through=dict(memory.sent_through))

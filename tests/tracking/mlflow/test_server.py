@@ -351,9 +351,9 @@ def test_refusal_names_the_server_without_its_credential(tmp_path: Path, monkeyp
     assert life.sink.drain(DRAIN_S) is False
     with pytest.raises(StorageError, match=r"MLflow at http://127\.0\.0\.1:\d+/api does not take") as refused:
         life.sync()
-    told = [str(refused.value), *life.incidents, *map(str, refused.value.details.values())]
+    reported = [str(refused.value), *life.incidents, *map(str, refused.value.details.values())]
     kept = [path.read_text() for path in life.run_dir.rglob("*") if path.is_file()]
-    assert not [text for text in told + kept if "hunter" in text]
+    assert not [text for text in reported + kept if "hunter" in text]
 
 
 @pytest.mark.promise("the credential of a tracking uri is written nowhere")

@@ -31,7 +31,7 @@ def test_shown_uri_holds_no_credential(uri: str, shown: str) -> None:
 
 @pytest.mark.promise("the credential of a tracking uri is written nowhere")
 @pytest.mark.parametrize(
-    ("uri", "text", "told"),
+    ("uri", "text", "shown"),
     [
         (
             "https://u:hush@h:5000/x?token=tokn#frag",
@@ -43,8 +43,8 @@ def test_shown_uri_holds_no_credential(uri: str, shown: str) -> None:
         ("https://hush@h/x", "hush is not known", "*** is not known"),
     ],
 )
-def test_text_of_others_is_told_without_the_uris_credential(uri: str, text: str, told: str) -> None:
-    assert without_credentials(text, uri) == told
+def test_text_of_others_is_shown_without_the_uris_credential(uri: str, text: str, shown: str) -> None:
+    assert without_credentials(text, uri) == shown
 
 
 def test_default_store_is_a_file_beside_the_run_directories(tmp_path: Path) -> None:
