@@ -144,7 +144,7 @@ def batches_of_ours(corpora: Corpora, *, documents: bool) -> Batches:
 
 
 def batches_of_training(corpora: Corpora) -> Batches:
-    """What a run reads: the same, with eligible tokens, the journal's content digest and a thread that reads ahead."""
+    """Yield the batches of a run: the same, with eligible tokens, the content digest and a thread that reads ahead."""
 
     def read() -> Iterator[np.ndarray]:
         data = DataConfig(corpora={"main": str(corpora.ours)}, shuffle_window_blocks=512)

@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""How FP8 changes training: bf16 beside each emulated recipe, on the same text, with several seeds.
+"""Effect of FP8 on training: bf16 beside each emulated recipe, on the same text, with several seeds.
 
 Every run trains the same small network on a corpus of the standard library's source and ends with a bound on held-out
 text. A seed gives initial weights, masks and order of rows; runs of one seed differ in the number format alone. The gap
-of a recipe is its bound minus that of bf16 with the same seed. The spread of bf16 over the seeds stands beside it.
+of a recipe is its bound minus that of bf16 with the same seed. The spread of bf16 over the seeds is beside it.
 
-A network that has learnt only how frequent each token is answers nothing, so that bound stands in the table as well:
+A network that has learnt only how frequent each token is answers nothing, so that bound is in the table as well:
 take a config, a batch and a number of steps that end well below it.
 
 The JSON file is written after every run, and a call that finds one trains only the runs that are missing in it.

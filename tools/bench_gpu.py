@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""What a GPU makes of the engine: parts of a step, number formats, and the price of each thing that makes it fast.
+"""Speed of the engine on a GPU: parts of a step, number formats, and the price of each thing that makes it fast.
 
 Sections (`--only`, several with commas):
 
@@ -58,7 +58,7 @@ def compare_steps(
 
 def trace_steps(report: Report, shape: Shape, machine: Machine, folder: Path) -> None:
     """Profile bf16 and tensorwise FP8; traces are compressed, as they are large."""
-    shape = dataclasses.replace(shape, global_batch_size=2 * shape.micro_batch_size)  # two micro-batches say it all
+    shape = dataclasses.replace(shape, global_batch_size=2 * shape.micro_batch_size)  # two micro-batches show it
     table = report.table("Where a traced step's time goes", ["arm", "kernel", "calls", "ms"])
     spec, found = fitting_spec(shape, recipe_arms(machine), machine), {}
     for arm in recipe_arms(machine)[:2]:

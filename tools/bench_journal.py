@@ -1,4 +1,4 @@
-"""What the journal costs: a line for each step while training, and finding one step in a million afterwards.
+"""Cost of the journal: a line for each step while training, and finding one step in a million afterwards.
 
 Appending is measured beside a bare write of the same bytes, finding beside reading the journal from its beginning. The
 long journal is written in pieces, with the writer's line format and its chain of hashes, which is verified in part.
@@ -146,7 +146,7 @@ def measure_seek(report: Report, folder: Path, num_steps: int, blocks: int) -> N
 
 
 class Silent(io.TextIOBase):
-    """A terminal that nobody looks at."""
+    """A terminal without a reader."""
 
     def write(self, text: str) -> int:
         """Takes everything."""

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""What each objective costs, by scored token, beside a single view of masked diffusion.
+"""Cost of each objective by scored token, beside a single view of masked diffusion.
 
 All cases train the same network on the same rows with the engine, in turns on one process. A step of a case that
 doubles its input or has two views computes more positions; how many tokens it scores is counted, not assumed.

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""What layouts and options cost: whole training steps beside the same steps without them, with memory.
+"""Cost of layouts and options: full training steps beside the same steps without them, with memory.
 
 Each case is a training step of one small network. Every measurement is made in fresh ranks, forked from this process,
 which take two steps that do not count and then some that do; the cases take turns. Seconds are those that the CPUs of
@@ -147,7 +147,7 @@ def make_engine(case: Case, sizes: Sizes) -> Any:
 
 
 def measure(case: Case, sizes: Sizes) -> tuple[float, float]:
-    """What one rank spends: CPU seconds of a step, MiB at the peak."""
+    """Expenses of one rank: CPU seconds of a step, MiB at the peak."""
     before = _memory("VmRSS")
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # forgets the peak so far

@@ -93,7 +93,7 @@ def run(command: list[str]) -> str:
 
 
 def timed(command: list[str]) -> Callable[[], None]:
-    """A case: the whole command."""
+    """A case: the complete command."""
 
     def case() -> None:
         run(command)
@@ -128,7 +128,7 @@ class Runs:
         run([*COMMAND, "train", *self.arguments("base", until=1)])
 
     def arguments(self, name: str, *, until: int, processes: int = 1, mlflow: bool = False) -> list[str]:
-        """What follows `megamask train`."""
+        """Measure what follows `megamask train`."""
         return [
             str(ROOT / "configs" / "run" / "tiny.yaml"),
             f"data.corpora.main={self._folder}/corpus",
@@ -167,7 +167,7 @@ class Runs:
 
 
 def measure_first_step(report: Report, runs: Runs, blocks: int) -> None:
-    """The whole way, beside the imports of the libraries."""
+    """All of it, beside the imports of the libraries."""
     whole: dict[str, list[float]] = {}
     cases: dict[str, Any] = {
         "python -c pass": timed([sys.executable, "-c", "pass"]),
@@ -213,7 +213,7 @@ def measure_first_step(report: Report, runs: Runs, blocks: int) -> None:
 
 
 def measure_stages(report: Report, runs: Runs, blocks: int) -> None:
-    """Where the time goes, one process."""
+    """Profile of one process."""
     fresh: dict[str, list[float]] = {}
     resumed: dict[str, list[float]] = {}
     alternate(

@@ -1,6 +1,6 @@
-"""What the benchmarks share: cases measured in turns, medians and ratios, the machine's record, tables, raw JSON.
+"""Parts that the benchmarks share: cases measured in turns, medians and ratios, the machine's record, tables, raw JSON.
 
-A figure of one machine says little; a ratio of two cases measured in turns in one run says much. A benchmark gives its
+A figure of one machine means little; a ratio of two cases measured in turns in one run means much. A benchmark gives
 cases to `alternate`, takes `ratio` of what comes back, puts rows into a `Report` and ends with `Report.finish`:
 
     parser = benchmark_parser(__doc__)
@@ -176,7 +176,7 @@ def _status(key: str) -> int:
 
 
 def environment() -> dict[str, Any]:
-    """What ran and on what kind of machine; no name of a host, no path."""
+    """Record of the code and the kind of machine; without the name of a host, without a path."""
     return {
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "machine": _machine(),
@@ -314,7 +314,7 @@ def _cell(value: Any) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """What JSON cannot hold by itself."""
+    """Convert a value that JSON does not know."""
     return (
         {"median": value.median, "low": value.low, "high": value.high, "count": value.count}
         if isinstance(value, Spread)

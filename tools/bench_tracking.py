@@ -1,6 +1,6 @@
-"""What a tracked training costs: step time with tracking off, with an MLflow server that answers, and one that hangs.
+"""Cost of a tracked training: step time with tracking off, with an MLflow server that answers, and one that hangs.
 
-Every case is a whole `megamask train` on the same corpus and model, in turns. A step's time is the distance between
+Every case is a complete `megamask train` on the same corpus and model, in turns. A step's time is the distance between
 the times of two step lines of the journal. The server that hangs is a real one, stopped with SIGSTOP: it takes
 connections and never answers.
 """
@@ -78,7 +78,7 @@ class Server:
 
     @contextmanager
     def stopped(self) -> Iterator[None]:
-        """It hangs meanwhile."""
+        """The server hangs inside this block."""
         os.killpg(self._process.pid, signal.SIGSTOP)
         try:
             yield

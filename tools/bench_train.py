@@ -43,7 +43,7 @@ SECTIONS = ("plain", "views", "run")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Shape:
-    """What is trained: sizes of the network and of a step."""
+    """Subject of a case: sizes of the network and of a step."""
 
     num_layers: int
     hidden_size: int

@@ -46,7 +46,7 @@ _TEXT = "the quick brown fox jumps over the lazy dog and counts {} sheep in fiel
 
 @dataclass(kw_only=True)
 class Layout:
-    """What an undisturbed run of so many ranks leaves: lines, states by step, and how often it reaches each point."""
+    """Results of an undisturbed run of so many ranks: lines, states by step, how often it reaches each point."""
 
     num_ranks: int
     lines: dict[tuple[str, int], Any] = field(default_factory=dict)

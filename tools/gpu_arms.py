@@ -1,4 +1,4 @@
-"""What bench_gpu.py compares: shapes, number formats, and one row for each thing that makes a step fast, as data.
+"""Cases that bench_gpu.py compares: shapes, number formats, and one row for each thing that makes a step fast, as data.
 
 A row of `ABLATIONS` differs from the baseline in one thing. A setting is a row with a changed section; a module that no
 setting replaces is a row with a `Switch`. Add a row here and it is measured, shown and rehearsed.
@@ -31,7 +31,7 @@ ALL_ROWS = 1 << 30
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """What is trained, as often as a step says.
+    """Subject of an arm: a network and the work of a step.
 
     Args:
         model: file of configs/model.
@@ -90,7 +90,7 @@ class Switch:
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
-    """Where it runs: what an arm may need."""
+    """Machine of the arms, with what an arm may need."""
 
     capability: Capability
     world_size: int

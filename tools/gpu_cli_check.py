@@ -40,7 +40,7 @@ def call(*arguments: str) -> None:
 
 
 def steps_of(run: Path) -> dict[int, Any]:
-    """What each step computed, by its number; a later line of a step replaces an earlier one."""
+    """Return the results of each step by its number; a later line of a step replaces an earlier one."""
     from megamask.tracking.journal.lines import read_journal
 
     if not run.is_dir():

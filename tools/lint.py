@@ -56,6 +56,7 @@ CLEAN_ROOMS: tuple[str, ...] = (
     "platform/megamask/storage",
     "platform/megamask/tracking",
     "platform/megamask/training",
+    "tools",
 )
 
 # Occurrences per 10,000 words of docstrings and comments that the clean rooms may have together: the level of six
@@ -198,6 +199,21 @@ def prints_and_swallowed_errors(source: Source) -> Iterator[str]:
         yield f"{source.name}:{line}: a handler that drops every error"
 
 
+def pickles(source: Source) -> Iterator[str]:
+    """Find code of the product that reads or writes pickles: a file of one runs what its author likes."""
+    if not source.is_product:
+        return
+    for node in ast.walk(source.tree):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+        is_import = any(name.split(".")[0] in ("pickle", "cloudpickle", "dill", "joblib", "shelve") for name in names)
+        is_torch_file = isinstance(node, ast.Call) and ast.unparse(node.func) in ("torch.load", "torch.save")
+        is_allowed = isinstance(node, ast.keyword) and node.arg == "allow_pickle" and ast.unparse(node.value) != "False"
+        if is_import or is_torch_file or is_allowed:
+            line = node.value.lineno if isinstance(node, ast.keyword) else node.lineno  # type: ignore[attr-defined]
+            yield f"{source.name}:{line}: no pickle in the product; write safetensors or JSON"
+
+
 def misplaced_tests(source: Source) -> Iterator[str]:
     """Find test files without a test, and tests outside test files."""
     if source.top != "tests":
@@ -245,7 +261,7 @@ def is_clean_room(source: Source) -> bool:
     return any(source.name == room or source.name.startswith(f"{room}/") for room in CLEAN_ROOMS)
 
 
-RULES = (lengths, missing_docstrings, prints_and_swallowed_errors, misplaced_tests)
+RULES = (lengths, missing_docstrings, prints_and_swallowed_errors, pickles, misplaced_tests)
 
 
 def findings_of_tree(names: list[str]) -> Iterator[str]:

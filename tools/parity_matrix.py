@@ -50,7 +50,7 @@ class Results:
         self.found: dict[str, dict[str, Any]] = json.loads(path.read_text()) if path.exists() else {}
 
     def has(self, key: str) -> bool:
-        """Whether there is a result that is no failure."""
+        """True if there is a result and it is not a failure."""
         return "failed" not in self.found.get(key, {"failed": ""})
 
     def keep(self, key: str, result: dict[str, Any]) -> None:
@@ -137,7 +137,7 @@ def _restart(pool: RankPool, root: Path, name: str, other: str) -> dict[str, Any
 
 
 def _memory(pool: RankPool, root: Path, layout: dict[str, Any]) -> dict[str, Any]:
-    """How full the fullest rank of a layout is, and how far memory rises beside its part to load and to save."""
+    """Load of the fullest rank of a layout, and the rise of memory beside its part to load and to save."""
     source, target = root / "memory", root / "memory-saved"
     if not source.exists():
         pool.run(1, state_memory.of_experts, {}, None, str(source))
@@ -170,7 +170,7 @@ def write_page(results: Results) -> None:
 
 
 def _about() -> dict[str, str]:
-    """When and with what the cases are run."""
+    """Date, commit and machine of the cases."""
     libraries = library_versions()
     named = [f"{name} {libraries[name]}" for name in ("torch", "megatron-core") if name in libraries]
     return {"date": datetime.now(UTC).date().isoformat(), "versions": ", ".join([f"megamask {code_version()}", *named])}

@@ -30,7 +30,7 @@ def page(
     """The page of the results.
 
     Args:
-        results: by `kind/layout` and `restart/layout`; "about" says when and with what they were made.
+        results: by `kind/layout` and `restart/layout`; "about" records when and with what they were made.
         layouts: names of the rows.
         kinds: names of the columns; one without results is left out.
         tolerances: of each kind: loss, gradient norm.

@@ -69,7 +69,7 @@ class RankPool:
 
 
 class _Failure:
-    """A rank's last words."""
+    """A rank's failure record."""
 
     def __init__(self, text: str) -> None:
         self.text = text

@@ -75,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def compare_steps(old: Mapping[int, Mapping[str, Any]], new: Mapping[int, Mapping[str, Any]]) -> list[str]:
-    """Return the differences of the step lines, one sentence each; a field that only `new` has is no difference."""
+    """Return the differences of the step lines, one sentence each; a field that only `new` has is not a difference."""
     found = []
     if sorted(old) != sorted(new):
         found.append(f"steps {sorted(old)} became {sorted(new)}")
@@ -192,7 +192,7 @@ def _megamask(root: Path, *arguments: str) -> None:
 
 
 def _start(root: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run the code of a checkout, whichever megamask is installed; with one thread, sums have one order."""
+    """Run the code of a checkout, no matter which megamask is installed; with one thread, sums have one order."""
     variables = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
     variables |= {"PYTHONPATH": f"{root}/platform:{root}/pipelines", "OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1"}
     command = [sys.executable, "-m", "megamask_pipelines.cli.main", *arguments]

@@ -137,7 +137,7 @@ class Attempt:
         return any(process.poll() is None for process in self.processes)
 
     def _act(self, fault: Fault) -> None:
-        """What happens to the processes from outside."""
+        """Faults that reach the processes from outside."""
         process = self.processes[0]
         match fault.kind:
             case "SIGKILL of everything" | "clock jump, then SIGKILL":

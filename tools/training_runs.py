@@ -1,4 +1,4 @@
-"""The section `run` of bench_train.py: what whole runs of `megamask train` wait for, read from their journals."""
+"""The section `run` of bench_train.py: what full runs of `megamask train` wait for, read from their journals."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def measure_runs(report: Report, *, blocks: int, is_quick: bool) -> None:
 
             return train
 
-        # warm-up runs would be whole runs: the first steps of each are left out instead
+        # warm-up runs would be full runs: the first steps of each are left out instead
         alternate({kind: run(kind) for kind in found}, blocks=blocks, warmup=0)
     _report_waits(report, found["blocking"])
     _report_stalls(report, found)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 from megamask.checkpoint.names import parse_folder_name
 from megamask.checkpoint.reader import candidates
@@ -12,6 +13,7 @@ from megamask.config.schema.roots import TrainConfig
 from megamask.launch.metrics_file import MetricsFile, RunFigures
 from megamask.runs.claims import claimed_attempts
 from megamask.tracking.journal.lines import tail
+from megamask.tracking.records import Step, read_record
 
 _Context: TypeAlias = contextlib.AbstractContextManager[MetricsFile | None]
 # Holds the newest step line also where previews, which are the longest lines, follow it.
@@ -36,17 +38,19 @@ def run_figures(run_dir: Path) -> RunFigures:
     newest = parse_folder_name(commits[0].name) if commits else None
     return RunFigures(
         restarts=attempts[-1] - 1 if attempts else None,
-        loss_nats_per_token=_number(step.get("loss")),
-        consumed_tokens=_number(step.get("consumed_tokens")),
-        tokens_per_second=_number(step.get("tokens_per_second")),
+        loss_nats_per_token=_finite(step.loss),
+        consumed_tokens=step.consumed_tokens,
+        tokens_per_second=_finite(step.tokens_per_second),
         checkpoint_step=None if newest is None else newest[0],
     )
 
 
-def _newest_step(run_dir: Path) -> dict[str, Any]:
-    records = (line.record() for line in reversed(tail(run_dir, _TAIL_BYTES)))
-    return next((record for record in records if record is not None and record["kind"] == "step"), {})
+def _newest_step(run_dir: Path) -> Step:
+    """Return the newest step at the end of the journal, or one without figures."""
+    lines = (line.record() for line in reversed(tail(run_dir, _TAIL_BYTES)))
+    records = (read_record(line) for line in lines if line is not None)
+    return next((record for record in records if isinstance(record, Step)), Step(step=0))
 
 
-def _number(value: Any) -> Any:
-    return value if isinstance(value, int | float) and not isinstance(value, bool) else None
+def _finite(value: float | None) -> float | None:
+    return None if value is None or not math.isfinite(value) else value

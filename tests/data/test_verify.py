@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from megamask.config.schema.corpus import CorpusConfig, TokenizerConfig
+from megamask.config.schema.corpus import TokenizerConfig
 from megamask.data.corpus.pack import RowGroup
 from megamask.data.corpus.prepare import build
 from megamask.data.corpus.shard import ShardWriter
@@ -26,6 +26,7 @@ from megamask.data.verify import verify_corpus
 from megamask.errors import DataIntegrityError, ExitCode, UsageError
 from megamask.storage.hashing import canonical_json, sha256_file
 from support.shards import flip_bit
+from support.texts import corpus_config
 
 WORDS = ("alpha", "beta", "gamma", "delta", "h\u00e9\u00e9", "\u65e5\u672c")
 
@@ -37,16 +38,8 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for number in range(9):
         text = " ".join(generator.choice(WORDS) for _ in range(generator.randrange(60)))
         (folder / f"{number}.txt").write_text(text, encoding="utf-8")
-    config = CorpusConfig(
-        inputs=[str(folder / "*.txt")],
-        output_dir=str(folder / "corpus"),
-        sequence_length=16,
-        validation_fraction=0.3,
-        rows_per_block=4,
-        blocks_per_shard=3,
-        tokenizer=TokenizerConfig(vocab_size=264),
-    )
-    build(config)
+    changes = {"validation_fraction": 0.3, "tokenizer": TokenizerConfig(vocab_size=264)}
+    build(corpus_config([str(folder / "*.txt")], folder / "corpus", **changes))
     return folder / "corpus"
 
 

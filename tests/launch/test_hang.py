@@ -10,7 +10,7 @@ import pytest
 
 from megamask.config.schema.watchdog import WatchdogConfig
 from megamask.errors import ExitCode, MegamaskError
-from megamask.launch.failures import failure_of
+from megamask.launch.failures import RankExit, failure_of
 from megamask.launch.hang import Standing, behind, hang_error, read_standings, write_standings
 from megamask.launch.local import run_local_ranks
 from megamask.launch.watch import Observer, StopGrace
@@ -93,6 +93,15 @@ class Keeper(Observer):
         self.stacks |= stacks
 
 
+def hung(script: str) -> tuple[Keeper, list[RankExit], MegamaskError]:
+    """Run a script that hangs on two ranks; return what was kept of it, their ends and the failure of the job."""
+    keeper = Keeper()
+    exits = run_local_ranks([script], 2, module="support.rank_script", watchdog=QUICK, observer=keeper)
+    failure = failure_of(exits)
+    assert failure is not None and failure.exit_code == ExitCode.HANG
+    return keeper, exits, failure
+
+
 @pytest.mark.multiprocess
 def test_rank_that_sleeps_in_a_section_ends_all_with_71(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", str(TESTS))
@@ -103,10 +112,7 @@ def test_rank_that_sleeps_in_a_section_ends_all_with_71(monkeypatch: pytest.Monk
         "    if rank == 1 and step == 3: sleeping_here()\n"
         "    time.sleep(0.05)\n"
     )
-    keeper = Keeper()
-    exits = run_local_ranks([script], 2, module="support.rank_script", watchdog=QUICK, observer=keeper)
-    failure = failure_of(exits)
-    assert failure is not None and failure.exit_code == ExitCode.HANG
+    keeper, exits, failure = hung(script)
     assert [rank_exit.was_hung for rank_exit in exits] == [True, True]
     sleeper = next(found for found in keeper.standings if found.rank == 1)
     assert (sleeper.step, sleeper.section) == (3, "step")
@@ -124,10 +130,7 @@ def test_stopped_rank_is_named_and_gives_its_stacks(monkeypatch: pytest.MonkeyPa
         "if rank == 0: os.kill(os.getpid(), signal.SIGSTOP)\n"
         "time.sleep(300)\n"
     )
-    keeper = Keeper()
-    exits = run_local_ranks([script], 2, module="support.rank_script", watchdog=QUICK, observer=keeper)
-    failure = failure_of(exits)
-    assert failure is not None and failure.exit_code == ExitCode.HANG
+    keeper, _, failure = hung(script)
     assert "the others wait for rank 0" in failure.message
     assert "T (stopped)" in failure.message
     assert set(keeper.stacks) == {0, 1} and all("rank_script" in text for text in keeper.stacks.values())

@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from megamask.config.schema.corpus import CorpusConfig, TokenizerConfig
+from megamask.config.schema.corpus import TokenizerConfig
 from megamask.data.corpus.prepare import build
 from megamask_pipelines.cli import main as cli
 from support.refusals import snapshot
+from support.texts import corpus_config
 
 MOST_MEMORY = 64 << 20
 
@@ -25,16 +26,8 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for number in range(6):
         text = " ".join(generator.choice(("alpha", "beta", "gamma")) for _ in range(40))
         (folder / f"{number}.txt").write_text(text)
-    config = CorpusConfig(
-        inputs=[str(folder / "*.txt")],
-        output_dir=str(folder / "corpus"),
-        sequence_length=16,
-        validation_fraction=0.3,
-        rows_per_block=4,
-        blocks_per_shard=2,
-        tokenizer=TokenizerConfig(vocab_size=264),
-    )
-    build(config)
+    changes = {"validation_fraction": 0.3, "blocks_per_shard": 2, "tokenizer": TokenizerConfig(vocab_size=264)}
+    build(corpus_config([str(folder / "*.txt")], folder / "corpus", **changes))
     return folder / "corpus"
 
 

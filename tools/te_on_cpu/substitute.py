@@ -71,7 +71,7 @@ def install() -> None:
 
 
 def is_installed() -> bool:
-    """Whether `install` was called in this process."""
+    """Return True if `install` was called in this process."""
     return "kernels" in sys.modules and bool(sys.modules["kernels"].ORIGINAL)
 
 

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from megamask.data.loader import Batch
 
 Accepts = Callable[[float, float], bool]
-"""Whether a finite loss and gradient norm let a step's update be made."""
+"""Decision whether a finite loss and gradient norm let a step's update be made."""
 
 
 @dataclass(frozen=True, kw_only=True)
