@@ -43,11 +43,11 @@ def test_key_that_run_json_does_not_have_yet_stands_at_its_default(run_dir: Path
 @pytest.mark.parametrize(
     ("section", "key", "value", "problem"),
     [
-        ("identity", "training.sequence_length", "gone", "does not say training.sequence_length"),
+        ("identity", "training.sequence_length", "gone", "does not state training.sequence_length"),
         ("identity", "training.global_batch_size", "x", "has training.global_batch_size = 'x'"),
         ("identity", "training.batch_size_ramp_start", 0, "has training.batch_size_ramp_start = 0"),
         ("identity", "objective.complementary", 1, "has objective.complementary = 1"),
-        ("extendable", "training.steps", "gone", "does not say training.steps"),
+        ("extendable", "training.steps", "gone", "does not state training.steps"),
     ],
 )
 def test_run_json_without_what_a_run_is_ends_as_a_usage_error_that_names_the_key(

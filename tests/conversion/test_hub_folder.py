@@ -64,7 +64,7 @@ def test_an_index_that_disagrees_with_the_files_is_refused(folder):
     document = json.loads(index.read_text())
     document["weight_map"].pop("model.norm.weight")
     index.write_text(json.dumps(document))
-    with pytest.raises(DataIntegrityError, match="is not where weight_map says"):
+    with pytest.raises(DataIntegrityError, match="is not where weight_map has it"):
         HubFolder(folder)
 
 

@@ -165,7 +165,7 @@ def test_no_objective_noises_or_scores_a_prompt_or_padding(corpus: Path, name: s
     ("line", "words"),
     [
         ({"messages": [{"role": "user", "content": "no answer"}]}, "one of them of the role assistant"),
-        ({"messages": "text"}, "no list of objects with role and content"),
+        ({"messages": "text"}, "not a list of objects with role and content"),
         ({"other": []}, "no key 'messages'"),
     ],
 )

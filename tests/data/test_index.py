@@ -73,7 +73,7 @@ def test_index_is_refused_when_it_is_truncated(length: int) -> None:
 
 
 def test_index_is_refused_when_bytes_follow_it() -> None:
-    with pytest.raises(DataIntegrityError, match="its header says"):
+    with pytest.raises(DataIntegrityError, match="its header has"):
         ShardIndex.unpack(make_index().pack() + b"\0", name="x.idx")
 
 
@@ -98,7 +98,7 @@ def test_index_is_refused_when_it_contradicts_itself_under_a_right_checksum(fiel
 
 def test_index_is_refused_when_it_has_more_row_checksums_than_rows() -> None:
     index = replace(make_index(), row_crc32c=np.arange(13, dtype="<u4"))
-    with pytest.raises(DataIntegrityError, match="the blocks hold 12 rows, the header says 13"):
+    with pytest.raises(DataIntegrityError, match="the blocks hold 12 rows, the header has 13"):
         ShardIndex.unpack(index.pack(), name="x.idx")
 
 

@@ -113,7 +113,7 @@ def test_every_flipped_bit_of_a_row_is_found_and_named(corpus: Path) -> None:
             reader.read(row)
         message = str(caught.value)
         assert f"{path}: member 000004.tokens.npy, row 2 of the block (row {row} of split train)" in message
-        assert f"the index says {index.row_crc32c[row - index_of(corpus, 0).num_rows]:08x}" in message
+        assert f"the index has {index.row_crc32c[row - index_of(corpus, 0).num_rows]:08x}" in message
         assert caught.value.exit_code == ExitCode.DATA_INTEGRITY == 64
         flip_bit(path, offset, offset % 8)
     assert open_reader(corpus).read(row) is not None
@@ -141,7 +141,7 @@ def test_truncated_file_is_named_at_open(corpus: Path, name: str) -> None:
     path = corpus / "shards" / name
     size = path.stat().st_size
     os.truncate(path, size // 2)
-    with pytest.raises(DataIntegrityError, match=rf"{name} has {size // 2} bytes, the manifest says {size}"):
+    with pytest.raises(DataIntegrityError, match=rf"{name} has {size // 2} bytes, the manifest has {size}"):
         open_reader(corpus)
 
 
@@ -151,7 +151,7 @@ def test_shard_truncated_later_is_found_before_a_row_of_it_is_used(corpus: Path)
     reader = open_reader(corpus)
     reader.read(0)
     os.truncate(path, size // 2)
-    with pytest.raises(DataIntegrityError, match=rf"train-000001\.tar has {size // 2} bytes, the manifest says {size}"):
+    with pytest.raises(DataIntegrityError, match=rf"train-000001\.tar has {size // 2} bytes, the manifest has {size}"):
         reader.read(12)
 
 

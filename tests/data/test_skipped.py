@@ -66,7 +66,7 @@ def test_digest_of_a_batch_is_that_of_its_indices() -> None:
 
 
 def test_ranges_that_are_none_of_sample_indices_are_refused() -> None:
-    with pytest.raises(ValueError, match="no range of sample indices"):
+    with pytest.raises(ValueError, match="not a range of sample indices"):
         SkippedSamples.of([range(-1, 4)])
-    with pytest.raises(ValueError, match="no range of sample indices"):
+    with pytest.raises(ValueError, match="not a range of sample indices"):
         SkippedSamples.of([range(0, 8, 2)])

@@ -216,7 +216,7 @@ def test_unsupported_model_parts_are_refused() -> None:
         ({"byte_fallback": True}, "byte_fallback"),
         ({"merges": ["a b c d"]}, "gives no entry"),
         ({"vocab": {"a": 0}, "merges": []}, "lacks 205 bytes of UTF-8 text"),
-        ({"vocab": {"日": 0}, "merges": []}, "does not stand for bytes"),
+        ({"vocab": {"日": 0}, "merges": []}, "does not represent bytes"),
     ):
         data = artefact()
         data["model"] |= change

@@ -190,8 +190,8 @@ def test_what_is_refused_names_what_to_do(gpt2: Path, tmp_path: Path) -> None:
     bare.write_text(json.dumps(load_source(gpt2, None).data))
     for path, options, message, hint in (
         (file, {}, "does not contain the pattern", "set corpus.tokenizer.pattern to gpt2, cl100k_base, o200k_base"),
-        (file, {"pattern": "(("}, "is no pattern", "another corpus.tokenizer.path"),
-        (gpt2, {"pattern": "gpt2"}, "is no tiktoken file", "corpus.tokenizer.pattern=null"),
+        (file, {"pattern": "(("}, "is not a pattern", "another corpus.tokenizer.path"),
+        (gpt2, {"pattern": "gpt2"}, "is not a tiktoken file", "corpus.tokenizer.pattern=null"),
         (lossy, {}, "'nmt_nfkc' changes text", "--normalization_rule_name=identity"),
         (tmp_path / "empty", {}, "holds no tokenizer files; needed: tokenizer.json", "name the file"),
         (

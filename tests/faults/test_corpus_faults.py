@@ -84,7 +84,7 @@ def read_everything(corpus: Path) -> list[list[int]]:
     [
         (data_bit, r"member 00000\d\.tokens\.npy, row \d of the block \(row \d+ of split train\), byte \d+"),
         (documents_bit, r"member 00000\d\.docs\.npy.*byte \d+"),
-        (truncated, r"has \d+ bytes, the manifest says \d+"),
+        (truncated, r"has \d+ bytes, the manifest has \d+"),
         (zeroed, r"member 00000\d\.(tokens|docs)\.npy.*byte \d+"),
         (deleted, "is missing, but the manifest names it"),
         (index_bit, r"train-000001\.idx: sha256 is"),

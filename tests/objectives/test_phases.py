@@ -99,12 +99,12 @@ def test_starts_in_tokens_are_the_first_step_that_begins_there(ramp: tuple[str, 
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ((BLOCK, "objective.block_schedule=[0:1,5:x]"), "where '5:x' is no entry"),
+        ((BLOCK, "objective.block_schedule=[0:1,5:x]"), "where '5:x' is not an entry"),
         ((BLOCK, "objective.block_schedule=[1:1]"), "whose starts are 1"),
         ((BLOCK, "objective.block_schedule=[0:1,5:2,5:4]"), "whose starts are 0, 5, 5"),
         (
             (BLOCK, "objective.block_schedule=[0:256]"),
-            "a block of 256 tokens is no part of",
+            "a block of 256 tokens does not fit",
         ),
         (
             (BLOCK, "objective.block_schedule=[0:1]", "objective.block_size=8"),

@@ -92,8 +92,8 @@ def test_run_whose_tracking_never_had_a_target_is_refused(
     ("uri", "word"),
     [
         ("http://anna:hunter2@127.0.0.1:5000", "carries a credential"),
-        ("runs/mlflow.db", "no tracking store"),
-        ("file:///runs", "no tracking store"),
+        ("runs/mlflow.db", "not a tracking store"),
+        ("file:///runs", "not a tracking store"),
         ("env:MEGAMASK_NO_SUCH_VARIABLE", "not set"),
         ("env:", "env:NAME"),
     ],
@@ -112,7 +112,7 @@ def test_uri_that_cannot_be_one_is_refused(
 def test_training_refuses_a_uri_that_is_no_tracking_store(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code = main(["train", *tiny(tmp_path, tmp_path, "wrong"), "tracking.mlflow.enabled=true", "tracking.mlflow.uri=x"])
     assert code == 2
-    assert "tracking.mlflow.uri is no tracking store" in capsys.readouterr().err
+    assert "tracking.mlflow.uri is not a tracking store" in capsys.readouterr().err
 
 
 @pytest.mark.promise("a sync writes nothing that contradicts MLflow, and ends with 65 where something does")

@@ -35,7 +35,7 @@ def test_whole_corpus_is_reported(prepared: Path, as_json: bool) -> None:
     assert report["ok"] is True
     assert report["corpus_id"] == Manifest.load(prepared).corpus_id
     text = cli.render(report)
-    assert text.startswith("whole: ")
+    assert text.startswith("intact: ")
     assert f"documents {report['documents']}" in text
 
 

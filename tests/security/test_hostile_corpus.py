@@ -208,7 +208,7 @@ def test_shard_that_is_shorter_than_its_index_says_is_refused_unread(corpus: Pat
     changed = ShardIndex(**{**vars(index), "blocks": blocks, "shard_bytes": 1 << 40}).pack()
     adopt_shard(corpus, index=changed)
     forge(corpus, lambda content: content["splits"]["train"]["shards"][0].update(bytes=1 << 40))
-    refused("train-000000.tar has", "the manifest says 1099511627776")
+    refused("train-000000.tar has", "the manifest has 1099511627776")
 
 
 @pytest.mark.parametrize("data", [b"", b"x" * 7, bytes(1 << 20)])

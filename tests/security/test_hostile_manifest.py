@@ -173,15 +173,15 @@ def rewrite_table(corpus: Path, change: Callable[[pa.Table], pa.Table], *, docum
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda table: pa.concat_tables([table, table]), "it has 12 rows, the manifest says 6"),
-        (lambda table: table.slice(0, 3), "it has 3 rows, the manifest says 6"),
+        (lambda table: pa.concat_tables([table, table]), "it has 12 rows, the manifest has 6"),
+        (lambda table: table.slice(0, 3), "it has 3 rows, the manifest has 6"),
         (lambda table: table.drop_columns(["tokens"]), "its columns are"),
         (lambda table: table.append_column("x", pa.array([1] * len(table))), "its columns are"),
         (lambda table: table.set_column(8, "tokens", pa.array(["9"] * len(table))), "or their types are others"),
         (lambda table: with_values(table, "tokens", -5), "the row of document 0"),
         (
             lambda table: with_values(table, "tokens", (1 << 63) - 1),
-            "documents, bytes or tokens than the manifest says",
+            "documents, bytes or tokens than the manifest has",
         ),
         (lambda table: with_values(table, "bytes", -1), "the row of document 0"),
         (lambda table: with_values(table, "split", "../x"), "the row of document 0"),

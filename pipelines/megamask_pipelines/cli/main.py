@@ -16,7 +16,7 @@ from typing import IO, Any, NoReturn, Protocol
 
 from megamask.errors import ExitCode, UsageError
 from megamask.provenance import redacted_output
-from megamask_pipelines import process_end, standard_streams
+from megamask_pipelines import completion, process_end, standard_streams
 from megamask_pipelines.verb_answer import print_json, print_line, render_plainly, stdout_kept_for_the_answer
 from megamask_pipelines.verb_errors import guarded
 
@@ -81,6 +81,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if sys.stdout is None:  # started with descriptor 1 closed; keep other files from taking its number
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  open until the process ends
     standard_streams.prepare()
+    if arguments is None and completion.is_asked():
+        completion.answer(VERBS)
     given = list(sys.argv[1:] if arguments is None else arguments)
     wants_json = "--json" in given
     if not given or given[0] in ("-h", "--help"):

@@ -71,7 +71,7 @@ def render(result: dict[str, Any]) -> str:
     if "findings" in result:
         return _render_run(result)
     facts = ", ".join(f"{name} {value}" for name, value in result.items() if name not in ("ok", "faults"))
-    return f"whole: {facts}"
+    return f"intact: {facts}"
 
 
 def _render_run(result: dict[str, Any]) -> str:

@@ -322,7 +322,7 @@ def _compare_with_journal(folder: Path, report: Mapping[str, Any]) -> bool | Non
     for name in _COMPARED:
         if name in recorded and recorded[name] != report.get(name):
             raise DataIntegrityError(
-                f"step {report['step']}: recomputed {name} is {report[name]}, the journal of {folder} says "
+                f"step {report['step']}: recomputed {name} is {report[name]}, the journal of {folder} has "
                 f"{recorded[name]}. The samples or masks are not those that the run was trained on.",
                 hint="one of corpus, run.json and journal was changed; `megamask verify corpus` checks the first",
             )

@@ -81,7 +81,7 @@ def _recorded(record: RunRecord, values: Mapping[str, Any], key: Key) -> Any:
         return None
     if type(value) in _TYPES[key.base] and key.setting.accepts(value):
         return value
-    found = f"has {key.name} = {shown(value)}" if key.name in values else f"does not say {key.name}"
+    found = f"has {key.name} = {shown(value)}" if key.name in values else f"does not state {key.name}"
     raise UsageError(
         f"{record.path} {found}; to check the journal's steps it must be {key.allowed}. Nothing was checked.",
         hint="use the version of megamask that started the run",

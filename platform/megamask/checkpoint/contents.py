@@ -121,7 +121,7 @@ def read_model(folder: Path) -> ModelDocument:
         refuse_other_laws(document["laws"], path)
         for name in ("model", "objective"):
             if not isinstance(document[name], dict):
-                raise ValueError(f"{name} is no object")
+                raise ValueError(f"{name} is not an object")
         if document["shift"] != document["objective"].get(SHIFT_KEY, False):
             raise ValueError("shift differs from that of the objective")
         return _model_of(document)
@@ -141,7 +141,7 @@ def _model_of(document: dict[str, Any]) -> ModelDocument:
     if not all(type(size) is int for size in sizes.values()):
         raise ValueError(f"vocabulary {sizes}")
     if not isinstance(document["tokenizer_digest"], str | None):
-        raise ValueError("tokenizer_digest is no text")
+        raise ValueError("tokenizer_digest is not a text")
     try:
         vocabulary = Vocabulary(**sizes)
         model = ModelDocument(

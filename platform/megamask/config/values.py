@@ -163,7 +163,7 @@ def _stage(node: Node) -> dict[str, Any]:
             stage[name] = {source: _share(number) for source, _, number in entries_of(child)}
         else:
             raise _WrongType(
-                f"a stage has until_tokens, weights and max_epochs, of which {name} is not one as it stands"
+                f"a stage has until_tokens, weights and max_epochs, of which {name} is not one as it is written"
             )
     return stage
 

@@ -178,7 +178,7 @@ class HubFolder:
             except (SafetensorError, OSError, ValueError) as error:
                 raise self._damaged(name, f"it is truncated or not a safetensors file ({error})") from error
         if listed is not None and (differing := sorted(set(listed.items()) ^ set(found.items()))):
-            raise self._damaged(INDEX_NAME, f"{differing[0][0]} is not where weight_map says")
+            raise self._damaged(INDEX_NAME, f"{differing[0][0]} is not where weight_map has it")
         return found
 
     def _document(self, name: str) -> dict[str, Any]:

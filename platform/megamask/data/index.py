@@ -207,7 +207,7 @@ def _read_header(data: bytes, name: str) -> tuple[int, int, int, int, int, int]:
         raise _damaged(name, f"the index has version {version}, this reader knows version {VERSION}")
     expected = index_bytes(num_blocks, num_rows)
     if len(data) != expected:
-        raise _damaged(name, f"the index has {len(data)} bytes, its header says {expected}")
+        raise _damaged(name, f"the index has {len(data)} bytes, its header has {expected}")
     if crc32c(data[HEADER_BYTES:]) != body_crc:
         raise _damaged(name, "the index body fails its checksum")
     return num_blocks, num_rows, first_block, shard_bytes, length, itemsize
@@ -238,7 +238,7 @@ def _check_blocks(index: ShardIndex, num_rows: int, name: str) -> None:
             raise _damaged(name, f"block {index.first_block + int(wrong[0])} {what}")
     total = int(rows.sum())
     if total != num_rows:
-        raise _damaged(name, f"the blocks hold {total} rows, the header says {num_rows}")
+        raise _damaged(name, f"the blocks hold {total} rows, the header has {num_rows}")
 
 
 def pack_tar_index(sample_offsets: list[int], end: int) -> bytes:

@@ -327,7 +327,7 @@ def _contradiction(manifest: Manifest) -> str | None:
                 return f"shard {number} of split {name} is called {shard.name!r}"
             digests += [shard.sha256, shard.index_sha256, shard.tar_index_sha256]
         if not _are_counts(split):
-            return f"a count of split {name} is not a whole number of at least 0"
+            return f"a count of split {name} is not an integer of at least 0"
         if split.num_rows != sum(shard.rows for shard in split.shards) or split.num_blocks != sum(
             shard.blocks for shard in split.shards
         ):

@@ -230,7 +230,7 @@ class SplitReader:
         shard = int(np.searchsorted(self._first_block, block, side="right")) - 1
         return DataIntegrityError(
             f"{self._files.path(shard)}: member {block_name(block)}.{kind}.npy, {what}: "
-            f"crc32c is {found:08x}, the index says {expected:08x}. It was not used.",
+            f"crc32c is {found:08x}, the index has {expected:08x}. It was not used.",
             hint="restore the file or prepare the corpus again",
         )
 
@@ -277,7 +277,7 @@ def load_index(corpus_dir: Path, manifest: Manifest, entry: ShardEntry, first_bl
     digest = sha256_bytes(data)
     if digest != entry.index_sha256:
         raise DataIntegrityError(
-            f"{path}: sha256 is {digest}, the manifest says {entry.index_sha256}. No sample of its shard was used.",
+            f"{path}: sha256 is {digest}, the manifest has {entry.index_sha256}. No sample of its shard was used.",
             hint="restore the file or prepare the corpus again",
         )
     index = ShardIndex.unpack(data, name=str(path))
@@ -286,8 +286,8 @@ def load_index(corpus_dir: Path, manifest: Manifest, entry: ShardEntry, first_bl
     shape = (index.sequence_length, index.itemsize)
     if found != expected or shape != (manifest.sequence_length, manifest.dtype.itemsize):
         raise DataIntegrityError(
-            f"{path}: (blocks, rows, first block, shard bytes) are {found}, the manifest says {expected}; "
-            f"(sequence length, itemsize) are {shape}, the manifest says "
+            f"{path}: (blocks, rows, first block, shard bytes) are {found}, the manifest has {expected}; "
+            f"(sequence length, itemsize) are {shape}, the manifest has "
             f"{(manifest.sequence_length, manifest.dtype.itemsize)}. No sample of its shard was used.",
             hint="prepare the corpus again",
         )

@@ -77,7 +77,7 @@ class RemoteCorpus:
                 write_atomic(path, found)
                 return
         raise DataIntegrityError(
-            f"{self.remote.url}/{name}: sha256 is {sha256_bytes(found)}, the manifest says {sha256}. "
+            f"{self.remote.url}/{name}: sha256 is {sha256_bytes(found)}, the manifest has {sha256}. "
             "No sample of its shard was used.",
             hint="restore the object or prepare the corpus again",
         )

@@ -32,7 +32,7 @@ class ShardFiles:
         shards: of the split, as the manifest has them.
 
     Raises:
-        DataIntegrityError: a shard or an index of it is not in the folder, or has another size than the manifest says.
+        DataIntegrityError: a shard or an index of it is not in the folder, or has another size than the manifest has.
     """
 
     def __init__(self, folder: Path, shards: Sequence[ShardEntry]) -> None:
@@ -49,7 +49,7 @@ class ShardFiles:
         """Return the bytes of a shard from an offset; fewer where it ends before.
 
         Raises:
-            DataIntegrityError: the shard is missing, not a plain file, or has another size than the manifest says.
+            DataIntegrityError: the shard is missing, not a plain file, or has another size than the manifest has.
             StorageError: the device does not answer.
         """
         buffer = bytearray(size)
@@ -168,7 +168,7 @@ def not_plain(error: NotPlainError) -> DataIntegrityError:
 
 def _wrong_size(path: Path, size: int, expected: int) -> DataIntegrityError:
     return DataIntegrityError(
-        f"{path} has {size} bytes, the manifest says {expected}. No sample of it was used.",
+        f"{path} has {size} bytes, the manifest has {expected}. No sample of it was used.",
         hint="restore the file or prepare the corpus again",
     )
 

@@ -33,7 +33,7 @@ class SkippedSamples:
         merged: list[range] = []
         for each in sorted(ranges, key=lambda each: (each.start, each.stop)):
             if each.start < 0 or each.step != 1:
-                raise ValueError(f"{each} is no range of sample indices")
+                raise ValueError(f"{each} is not a range of sample indices")
             if not each:
                 continue
             if merged and each.start <= merged[-1].stop:

@@ -153,14 +153,12 @@ def _check_tokenizer(folder: Path, manifest: Manifest) -> None:
         raise damage(f"{folder / TOKENIZER_DIR} cannot be loaded ({error})") from error
     if tokenizer.digest != manifest.tokenizer_digest:
         raise damage(
-            f"{folder / TOKENIZER_DIR}: its digest is {tokenizer.digest}, the manifest says {manifest.tokenizer_digest}"
+            f"{folder / TOKENIZER_DIR}: its digest is {tokenizer.digest}, the manifest has {manifest.tokenizer_digest}"
         )
     found = (tokenizer.vocab_size, tokenizer.eod_token_id, tokenizer.pad_token_id, tokenizer.mask_token_id)
     expected = (manifest.vocab_size, manifest.eod_token_id, manifest.pad_token_id, manifest.mask_token_id)
     if found != expected:
-        raise damage(
-            f"{folder / TOKENIZER_DIR}: (vocab_size, eod, pad, mask) are {found}, the manifest says {expected}"
-        )
+        raise damage(f"{folder / TOKENIZER_DIR}: (vocab_size, eod, pad, mask) are {found}, the manifest has {expected}")
 
 
 def _check_documents(folder: Path, manifest: Manifest) -> dict[str, SplitDocuments]:
@@ -191,7 +189,7 @@ def _check_documents(folder: Path, manifest: Manifest) -> dict[str, SplitDocumen
     content = manifest.content["documents"]
     digest = documents_digest(walk())
     if digest != manifest.documents_digest:
-        raise damage(f"{where}: the digest of its content is {digest}, the manifest says {manifest.documents_digest}")
+        raise damage(f"{where}: the digest of its content is {digest}, the manifest has {manifest.documents_digest}")
     try:
         expected = choose_validation(hashes, str(manifest.content["options"]["validation_fraction"]))
     except UsageError as error:
@@ -208,7 +206,7 @@ def _check_documents(folder: Path, manifest: Manifest) -> dict[str, SplitDocumen
         entry = manifest.splits.get(name)
         counted = (entry.num_documents, entry.text_bytes, entry.num_tokens) if entry else (0, 0, 0)
         if counted != (len(documents.numbers), documents.text_bytes, sum(documents.tokens)):
-            raise damage(f"{where}: split {name} has other documents, bytes or tokens than the manifest says")
+            raise damage(f"{where}: split {name} has other documents, bytes or tokens than the manifest has")
     return splits
 
 

@@ -60,12 +60,12 @@ def verify_shard(
     index = load_index(corpus_dir, manifest, entry, first_block)
     size = plain_file_size(path)
     if size < index.shard_bytes:  # before any size of the index is asked for
-        raise damage(f"{path} has {size} bytes, the manifest says {entry.bytes}")
+        raise damage(f"{path} has {size} bytes, the manifest has {entry.bytes}")
     with storage_errors(f"reading {path}"), path.open("rb") as file:
         for block in range(index.num_blocks):
             yield _check_block(path, file, manifest, index, block)
         if size != entry.bytes:
-            raise damage(f"{path} has {size} bytes, the manifest says {entry.bytes}")
+            raise damage(f"{path} has {size} bytes, the manifest has {entry.bytes}")
         offsets = _check_members(path, file, index, manifest)
     _check_tar_index(corpus_dir / entry.tar_index_name, entry, offsets)
     check_digest(path, entry.sha256)
@@ -80,7 +80,7 @@ def plain_file_size(path: Path) -> int:
     if path.is_symlink():
         raise damage(f"{path} is a link; a corpus holds plain files only")
     if not path.is_file():
-        raise damage(f"{path} is missing, but the manifest names it" if not path.exists() else f"{path} is no file")
+        raise damage(f"{path} is missing, but the manifest names it" if not path.exists() else f"{path} is not a file")
     return path.stat().st_size
 
 
@@ -94,7 +94,7 @@ def check_digest(path: Path, expected: str) -> None:
     with storage_errors(f"reading {path}"):
         found = sha256_file(path)
     if found != expected:
-        raise damage(f"{path}: sha256 is {found}, the manifest says {expected}")
+        raise damage(f"{path}: sha256 is {found}, the manifest has {expected}")
 
 
 def _check_block(path: Path, file: BinaryIO, manifest: Manifest, index: ShardIndex, block: int) -> CheckedRowGroup:
@@ -109,13 +109,13 @@ def _check_block(path: Path, file: BinaryIO, manifest: Manifest, index: ShardInd
         if found != expected:
             raise damage(
                 f"{path}: member {name}.tokens.npy, row {row} of the block: "
-                f"crc32c is {found:08x}, the index says {expected:08x}"
+                f"crc32c is {found:08x}, the index has {expected:08x}"
             )
     docs = _read(file, int(record["docs_offset"]), int(record["docs_bytes"]))
     for kind, data in (("tokens", tokens), ("docs", docs)):
         found, expected = crc32c(data), int(record[f"{kind}_crc32c"])
         if found != expected or len(data) != int(record[f"{kind}_bytes"]):
-            raise damage(f"{path}: member {name}.{kind}.npy: crc32c is {found:08x}, the index says {expected:08x}")
+            raise damage(f"{path}: member {name}.{kind}.npy: crc32c is {found:08x}, the index has {expected:08x}")
     return CheckedRowGroup(
         shard=path,
         number=index.first_block + block,
@@ -173,7 +173,7 @@ def _check_member(path: Path, file: BinaryIO, name: str, stored: _Stored) -> int
             raise damage(f"{path}: the archive has a member {found!r} where {name} belongs, or of another kind")
         raise damage(f"{path}: the tar header of member {name} is not that of the stored array")
     if stored.at + tarfile.BLOCKSIZE + NPY_HEADER_BYTES != stored.values_at:
-        raise damage(f"{path}: member {name} lies elsewhere than the index says")
+        raise damage(f"{path}: member {name} lies elsewhere than the index has")
     if _read(file, stored.at + tarfile.BLOCKSIZE, NPY_HEADER_BYTES) != npy_header(stored.shape, stored.dtype):
         raise damage(f"{path}: member {name}: its .npy header is not that of the stored array")
     values_end = stored.values_at + num_bytes
@@ -194,6 +194,6 @@ def _check_tar_index(path: Path, entry: ShardEntry, offsets: list[int]) -> None:
     with storage_errors(f"reading {path}"):
         data = path.read_bytes()
     if sha256_bytes(data) != entry.tar_index_sha256:
-        raise damage(f"{path}: sha256 is {sha256_bytes(data)}, the manifest says {entry.tar_index_sha256}")
+        raise damage(f"{path}: sha256 is {sha256_bytes(data)}, the manifest has {entry.tar_index_sha256}")
     if data != pack_tar_index(offsets[:-1], offsets[-1]):
         raise damage(f"{path}: its offsets are not those of the archive's samples")

@@ -22,7 +22,7 @@ def check_patterns(multipliers: Sequence[tuple[str, float]], spec: ModelSpec) ->
         if not any(fnmatchcase(name, pattern) for name in names):
             raise UsageError(
                 f"optimizer.lr_multipliers: the pattern {pattern} fits no tensor of the network. Nothing was started.",
-                hint=f"tensors are called {', '.join(names[:3])}, ..., {names[-1]}; * stands for any letters",
+                hint=f"tensors are called {', '.join(names[:3])}, ..., {names[-1]}; * matches any letters",
             )
 
 

@@ -113,7 +113,7 @@ def _refuse_bare_step(environment: Mapping[str, str]) -> None:
 def _number(environment: Mapping[str, str], name: str, *, minimum: int = 0) -> int:
     text = environment[name]
     if not re.fullmatch(r"[0-9]{1,9}", text) or int(text) < minimum:
-        raise UsageError(f"{name} is {text!r}; allowed: a whole number from {minimum}. {_NOTHING}", hint=_UNSET)
+        raise UsageError(f"{name} is {text!r}; allowed: an integer from {minimum}. {_NOTHING}", hint=_UNSET)
     return int(text)
 
 

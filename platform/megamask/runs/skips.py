@@ -24,7 +24,7 @@ SKIPS = DocumentKind(
     is_canonical=False,
     own_digest=OwnDigest.REQUIRED,
     damage=CheckpointIntegrityError,
-    damage_hint="restore the file from a copy: without it nobody knows which samples the run has left out",
+    damage_hint="restore the file from a copy: without it no program knows which samples the run has left out",
 )
 
 

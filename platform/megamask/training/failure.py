@@ -14,7 +14,7 @@ from megamask.storage.durable import storage_errors
 from megamask.training.checkpointing import CheckpointCommitter
 
 LOST_PEER = "lost the connection to another rank: it died or its node is gone"
-LOST_PEER_HINT = "look at that rank's last words, and at its node's kernel log: the OOM killer leaves its name there"
+LOST_PEER_HINT = "look at that rank's failure record and at the kernel log of its node: the OOM killer leaves its name"
 # Messages of gloo, NCCL and the store when the process at the other end is gone; they have no error type for it.
 _LOST_PEER_SIGNS = (
     "Connection closed by peer",

@@ -146,5 +146,5 @@ def refuse_lost_document(run_dir: Path, commit: Commit, schedule: Any, rewinds: 
         raise CheckpointIntegrityError(
             f"{commit.folder} was trained after {recorded} rewinds of the run; {skips_path(run_dir)} has {known} of "
             "them. Nothing was loaded.",
-            hint="restore skips.json from a copy: without it nobody knows which samples the run has left out",
+            hint="restore skips.json from a copy: without it no program knows which samples the run has left out",
         )

@@ -72,5 +72,5 @@ def test_uri_of_a_store_is_taken(uri: str) -> None:
 
 @pytest.mark.parametrize("uri", ["runs/mlflow.db", "localhost:5000", "file:///runs", ""])
 def test_uri_of_no_store_is_refused(uri: str) -> None:
-    with pytest.raises(UsageError, match=r"tracking\.mlflow\.uri is no tracking store .* Nothing was started"):
+    with pytest.raises(UsageError, match=r"tracking\.mlflow\.uri is not a tracking store .* Nothing was started"):
         check_uri("tracking.mlflow.uri", uri, after="Nothing was started.")

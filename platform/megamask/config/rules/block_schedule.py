@@ -22,7 +22,7 @@ def block_schedule_problems(entries: Sequence[str], sequence_length: int) -> Ite
     """Entries of another form, starts that do not ascend from 0, sizes that do not fit a row."""
     for entry in entries:
         if not isinstance(entry, str) or _ENTRY.fullmatch(entry) is None:
-            yield _problem(f"where {entry!r} is no entry")
+            yield _problem(f"where {entry!r} is not an entry")
             return
     if not entries:
         return
@@ -32,7 +32,7 @@ def block_schedule_problems(entries: Sequence[str], sequence_length: int) -> Ite
         yield _problem(f"whose starts are {', '.join(map(str, starts))}")
     for _, size in phases:
         if not 1 <= size <= sequence_length:
-            yield _problem(f"but a block of {size} tokens is no part of training.sequence_length = {sequence_length}")
+            yield _problem(f"but a block of {size} tokens does not fit training.sequence_length = {sequence_length}")
 
 
 def _problem(because: str) -> Problem:

@@ -64,7 +64,7 @@ def environment_problems(environment: Mapping[str, str]) -> Iterator[Problem]:
     key = "launch.environment"
     for name in environment:
         if not VARIABLE.fullmatch(name):
-            yield Problem(key=key, because=f"and {name} is no name of a variable", allowed="letters, digits and '_'")
+            yield Problem(key=key, because=f"and {name} is not a name of a variable", allowed="letters, digits and '_'")
         elif name in OWN_VARIABLES or name.startswith(_OWN_PREFIXES):
             yield Problem(key=key, because=f"and {name} is set by the launcher itself", allowed="other variables")
         elif SECRET_VARIABLE.search(name):
@@ -86,7 +86,7 @@ def secret_problems(secrets: Mapping[str, str], environment: Mapping[str, str]) 
         elif reference != f"env:{name}" and kubernetes_secret(reference) is None:
             yield Problem(
                 key=key,
-                because=f"and {name} is no reference to a secret",
+                because=f"and {name} is not a reference to a secret",
                 allowed=f"env:{name}, the variable of the shell that submits, or k8s:SECRET/KEY",
             )
 
@@ -136,7 +136,7 @@ def node_selector_problems(labels: Sequence[str]) -> Iterator[Problem]:
         if not (sign and _LABEL.fullmatch(name) and _LABEL_VALUE.fullmatch(value)):
             yield Problem(
                 key="launch.kubernetes.node_selector",
-                because=f"and {label!r} is no label",
+                because=f"and {label!r} is not a label",
                 allowed="name=value, as example.com/zone=a",
             )
 

@@ -38,7 +38,7 @@ class ObjectiveConfig(Section):
         "k of the noise schedule polynomial, p rising as t^k", default=1.0, minimum=1, variants=NOISED
     )
     spindle_strength: float = identity(
-        "lambda of the noise schedule spindle, which masks tokens of much information first; its loss is no bound",
+        "lambda of the noise schedule spindle, which masks tokens of much information first; its loss is not a bound",
         default=0.3,
         above=0,
         maximum=1,
@@ -65,7 +65,7 @@ class ObjectiveConfig(Section):
     )
     time_sampling: str = identity(
         "how the noise levels of a batch are drawn: spread evenly over it, one by one, or spread with the density of "
-        "mask probabilities that has the least variance where every token costs the same, whatever the noise schedule",
+        "mask probabilities that has the least variance where every token costs the same, under any noise schedule",
         default="stratified",
         choices=("stratified", "uniform", "importance"),
         variants=MASKED,
@@ -119,7 +119,7 @@ class ObjectiveConfig(Section):
         variants=BLOCK,
     )
     clip_low: float = identity(
-        "lower end of the window that mask probabilities are drawn from; a clipped loss is no bound",
+        "lower end of the window that mask probabilities are drawn from; a clipped loss is not a bound",
         default=0.0,
         minimum=0,
         below=1,
@@ -133,7 +133,7 @@ class ObjectiveConfig(Section):
         variants=BLOCK,
     )
     forced_mask: bool = identity(
-        "a block in which nothing is masked gets one mask; such a loss is no bound", default=False, variants=BLOCK
+        "a block in which nothing is masked gets one mask; such a loss is not a bound", default=False, variants=BLOCK
     )
     clean_half: str = identity(
         "what a clean token sees: all of its block and of earlier ones, or the tokens before it",

@@ -48,7 +48,7 @@ class ResilienceConfig(Section):
     )
     spike_window: int = operational(
         "steps before a step whose medians are taken, without those whose update was skipped; the first steps of a "
-        "run, as many, are no spikes",
+        "run, as many, are not spikes",
         default=100,
         minimum=3,
         unit="steps",

@@ -88,7 +88,7 @@ def conversation(value: Any, where: str) -> str:
     )
     if not is_valid or all(message["role"] != ASSISTANT for message in value):
         raise DataIntegrityError(
-            f"{where}: the messages are no list of objects with role and content, one of them of the role "
+            f"{where}: the messages are not a list of objects with role and content, one of them of the role "
             f"{ASSISTANT}. {NOTHING_WRITTEN}",
             hint="repair the input or take it out of corpus.inputs (corpus.exclude)",
         )

@@ -251,7 +251,7 @@ def _rows(file: pq.ParquetFile, num_rows: int | None) -> Iterator[DocumentRecord
         raise ValueError(f"its columns are {file.schema_arrow.names}, or their types are others")
     stated = file.metadata.num_rows
     if num_rows is not None and stated != num_rows:
-        raise ValueError(f"it has {stated} rows, the manifest says {num_rows}")
+        raise ValueError(f"it has {stated} rows, the manifest has {num_rows}")
     count = 0
     for batch in file.iter_batches():
         count += len(batch)
@@ -260,4 +260,4 @@ def _rows(file: pq.ParquetFile, num_rows: int | None) -> Iterator[DocumentRecord
         for row in batch.to_pylist():
             yield DocumentRecord(**row)
     if count != stated:
-        raise ValueError(f"it says {stated} rows and has others")
+        raise ValueError(f"it states {stated} rows and has others")

@@ -329,7 +329,7 @@ def _existing(target: Path, plan: dict[str, Any]) -> Manifest | None:
             path = target / shard.name
             size = path.stat().st_size if path.is_file() else None
             if size != shard.bytes:
-                what = "is missing" if size is None else f"has {size} bytes, the manifest says {shard.bytes}"
+                what = "is missing" if size is None else f"has {size} bytes, the manifest has {shard.bytes}"
                 raise DataIntegrityError(
                     f"{path} {what}. Nothing was written.", hint="remove the damaged corpus and prepare it again"
                 )

@@ -235,7 +235,7 @@ def scan(files: list[InputFile], config: CorpusConfig, progress: Progress) -> Sc
 
     Raises:
         UsageError: the inputs hold no text, or a single document and a fraction above 0.
-        DataIntegrityError: an input is not what its name says.
+        DataIntegrityError: an input is not of the format of its name.
     """
     inputs, found = scan_inputs(files, config, Counter(progress, "reading the inputs", num_bytes(files)))
     return assemble(inputs, found, config)
@@ -307,5 +307,5 @@ def changed(file: InputFile) -> DataIntegrityError:
     """Return the error for an input that is no longer what was read before."""
     return DataIntegrityError(
         f"{file.path} changed while the corpus was being prepared. Nothing was published.",
-        hint="prepare again when nobody writes to the inputs",
+        hint="prepare again when no program writes to the inputs",
     )

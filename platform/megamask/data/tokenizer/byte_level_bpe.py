@@ -118,7 +118,7 @@ def _build(data: Mapping[str, Any], name: str) -> ByteLevelBpe:
     for entry, token in vocab.items():
         raw = bytes_of_entry(entry)
         if raw is None or not raw:
-            raise refuse(name, f"the vocabulary entry {entry!r} does not stand for bytes")
+            raise refuse(name, f"the vocabulary entry {entry!r} does not represent bytes")
         bytes_of_id[token] = raw
     ranks, id_of_rank = _ranks(model, vocab, name)
     encoding = None

@@ -84,7 +84,7 @@ def load_source(path: Path, pattern: str | None) -> Source:
         raise refuse(str(file), "not JSON, not a sentencepiece model and not a tiktoken file")
     if pattern is not None and source.kind != "tiktoken":
         raise UsageError(
-            f"corpus.tokenizer.pattern is set, but {path} is no tiktoken file and has a pattern of its own. "
+            f"corpus.tokenizer.pattern is set, but {path} is not a tiktoken file and has a pattern of its own. "
             "Nothing was written.",
             hint="set corpus.tokenizer.pattern=null",
         )

@@ -55,7 +55,7 @@ def read_tiktoken(file: Path, content: bytes, pattern: str | None) -> Source:
     try:
         encoding = tiktoken.Encoding(file.name, pat_str=regex, mergeable_ranks=ranks, special_tokens={})
     except ValueError as error:
-        raise refuse(name, f"corpus.tokenizer.pattern {pattern!r} is no pattern ({error})") from error
+        raise refuse(name, f"corpus.tokenizer.pattern {pattern!r} is not a pattern ({error})") from error
     letters = letter_of_byte()
     text = {token: "".join(letters[byte] for byte in token) for token in ranks}
     merges = [

@@ -17,7 +17,7 @@ def unsupported(what: str, allowed: str) -> UsageError:
 
 
 def integer(config: Mapping[str, Any], key: str, *, minimum: int = 1, default: int | None = None) -> int:
-    """A whole number.
+    """An integer.
 
     Raises:
         UsageError: it is missing or below the minimum.

@@ -93,7 +93,7 @@ def check_uri(key: str, uri: str, *, after: str) -> None:
     if uri.startswith("databricks") or ("://" in uri and not uri.startswith("file:")):
         return
     raise UsageError(
-        f"{key} is no tracking store that MLflow has: {shown(uri)}; allowed: http://HOST:PORT, https://HOST, "
+        f"{key} is not a tracking store that MLflow has: {shown(uri)}; allowed: http://HOST:PORT, https://HOST, "
         f"sqlite:///FILE, another database URI, env:NAME. {after}",
         hint=f"start `mlflow server` and give {key} its address, or sqlite:////FOLDER/mlflow.db",
     )
