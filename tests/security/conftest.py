@@ -16,7 +16,7 @@ from megamask_pipelines.cli import main as cli
 from support.refusals import snapshot
 from support.texts import corpus_config
 
-MOST_MEMORY = 64 << 20
+MAX_MEMORY = 64 << 20
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +56,7 @@ def refused(corpus: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., s
         assert "Traceback" not in error
         for word in words:
             assert word in error, error
-        assert peak < MOST_MEMORY
+        assert peak < MAX_MEMORY
         assert snapshot(corpus.parent) == before
         return error
 

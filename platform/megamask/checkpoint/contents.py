@@ -9,6 +9,7 @@ from typing import Any
 
 from megamask.checkpoint.commit import Commit
 from megamask.checkpoint.names import MODEL_NAME, STATE_NAME
+from megamask.data.manifest_values import MAX_ROW_TOKENS
 from megamask.errors import CheckpointIntegrityError, UsageError
 from megamask.models.counts import parameter_count
 from megamask.models.spec import ModelSpec
@@ -21,7 +22,6 @@ from megamask.storage.documents import DocumentKind, encode_document, read_docum
 
 STATE = DocumentKind(format="megamask-trainer-state", version=1, damage=CheckpointIntegrityError)
 MODEL = DocumentKind(format="megamask-model", version=1, is_canonical=False, damage=CheckpointIntegrityError)
-_LONGEST_ROW = 1 << 24
 _SPECIAL_IDS = ("mask_token_id", "eod_token_id", "pad_token_id")
 
 
@@ -174,9 +174,9 @@ def check_size(commit: Commit, model: ModelDocument) -> None:
             f"{path} describes a network whose weights need {needed} bytes; all files of the checkpoint have "
             f"{commit.num_bytes}. Nothing was loaded from it."
         )
-    if model.spec.max_sequence_length > _LONGEST_ROW:
+    if model.spec.max_sequence_length > MAX_ROW_TOKENS:
         raise CheckpointIntegrityError(
-            f"{path} has rows of {model.spec.max_sequence_length} tokens; at most {_LONGEST_ROW} are read. "
+            f"{path} has rows of {model.spec.max_sequence_length} tokens; at most {MAX_ROW_TOKENS} are read. "
             "Nothing was loaded from it."
         )
 

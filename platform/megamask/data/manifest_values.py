@@ -9,7 +9,7 @@ from typing import Any
 # Counts are below what a 64-bit sum of them can hold; ids and lengths below what a table of them takes.
 _MAX_INTEGER = 1 << 53
 _MAX_IDS = 1 << 24
-_LONGEST_ROW = 1 << 24
+MAX_ROW_TOKENS = 1 << 24
 _FRACTION = re.compile(r"0(\.[0-9]{1,400})?")
 _TABLE = re.compile(r"documents/[0-9]{6,9}\.parquet")
 _PACKERS = ({"name": "concatenate-and-cut", "version": 1}, {"name": "best-fit", "version": 1})
@@ -31,7 +31,7 @@ def odd_value(content: Mapping[str, Any]) -> str | None:
     for name in ("vocab_size", "eod_token_id", "pad_token_id", "mask_token_id"):
         if not is_count(tokenizer[name]) or tokenizer[name] > _MAX_IDS:
             return f"tokenizer.{name} is {_shown(tokenizer[name])}"
-    if not is_count(content["sequence_length"]) or content["sequence_length"] > _LONGEST_ROW:
+    if not is_count(content["sequence_length"]) or content["sequence_length"] > MAX_ROW_TOKENS:
         return f"sequence_length is {_shown(content['sequence_length'])}"
     for number, table in enumerate(content["documents"]["tables"]):
         if not _TABLE.fullmatch(table["name"]) or int(table["name"][10:-8]) != number:

@@ -17,7 +17,7 @@ from megamask.data.manifest import Manifest, open_corpus
 from megamask.data.reader import SplitReader
 from megamask.data.tokenizer import TOKENIZER_DIR, CorpusTokenizer
 
-_MOST_ROWS = 4096  # of a split, whose tokens are counted
+_MAX_ROWS = 4096  # of a split, whose tokens are counted
 _SHOWN_TOKENS = 50
 
 
@@ -102,7 +102,7 @@ def _frequencies(folder: Path, manifest: Manifest) -> dict[str, Any]:
     counted = 0
     for split in manifest.splits:
         reader = SplitReader(folder, manifest, split)
-        rows = np.unique(np.linspace(0, reader.num_rows - 1, min(_MOST_ROWS, reader.num_rows)).astype(np.int64))
+        rows = np.unique(np.linspace(0, reader.num_rows - 1, min(_MAX_ROWS, reader.num_rows)).astype(np.int64))
         for first in range(0, len(rows), 256):
             read = reader.read_rows(rows[first : first + 256])
             counts += np.bincount(read.tokens.reshape(-1), minlength=manifest.vocab_size)

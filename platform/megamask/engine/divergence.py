@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megamask.objectives.divergence import LEAST_RATIO, Noised
+from megamask.objectives.divergence import MIN_RATIO, Noised
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +64,7 @@ class ShardedDivergence:
         has_mass = r > 0
         safe = torch.where(has_mass, r, 1.0)
         d = alpha * (p_theta - is_target.to(p_theta.dtype)) / safe
-        ratio = ((mass + alpha * p_theta) / safe).clamp_(min=LEAST_RATIO)
+        ratio = ((mass + alpha * p_theta) / safe).clamp_(min=MIN_RATIO)
         log = torch.where(ratio < 0.5, ratio.log(), torch.log1p(d.clamp(min=-0.5)))
         is_jump = (column == read[:, None]) & shard.can_be_noise & has_mass
         cost = torch.where(has_mass, r * (d - log), alpha * p_theta)

@@ -21,7 +21,7 @@ from megamask.objectives.probing import Probed
 
 _WIDTHS = (50, 60, 70, 80, 90)  # hundredths
 _STEP = 5
-_LEAST = 30  # values that a variance needs
+_MIN_VALUES = 30  # values that a variance needs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,6 +108,6 @@ def best_window(measured: Tensor) -> ClipSearch:
     for width in _WIDTHS:
         for start in range(0, 100 - width + 1, _STEP):
             inside = values[(probability >= start / 100) & (probability <= (start + width) / 100)]
-            if len(inside) >= _LEAST and float(inside.var()) < best:
+            if len(inside) >= _MIN_VALUES and float(inside.var()) < best:
                 best, low, high = float(inside.var()), start, start + width
     return ClipSearch(low=low / 100, high=high / 100, variance=best, full_variance=full, num_blocks=len(measured))

@@ -24,7 +24,7 @@ from megamask.storage.durable import create_exclusive, make_folders, storage_err
 
 BUDGET_S = 18.0
 # Less than this holds no journal and no claim; `megamask plan` has the size of a checkpoint.
-LEAST_FREE_BYTES = 64 << 20
+MIN_FREE_BYTES = 64 << 20
 _NODE_FAULTS = ("clock", "shared memory", "GPUs")
 _SAME_ON_EVERY_NODE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM)
 _log = logging.getLogger(__name__)
@@ -72,7 +72,7 @@ def examine_node(
         checks: in place of the host's.
     """
     if checks is None:
-        checks = host_checks(run_dir, needed_bytes=LEAST_FREE_BYTES)
+        checks = host_checks(run_dir, needed_bytes=MIN_FREE_BYTES)
         checks += gpu_checks() if with_gpus else []
     found: list[Unfit] = []
     for answer in _in_time(checks, should_end):

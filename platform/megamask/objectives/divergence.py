@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-LEAST_RATIO = 1e-30
+MIN_RATIO = 1e-30
 """Of q to r: a probability that float32 cannot hold still has a finite cost."""
 
 
@@ -66,7 +66,7 @@ def divergence(
     has_mass = r > 0
     safe = torch.where(has_mass, r, 1.0)
     d = alpha * (p_theta - is_target.to(p_theta.dtype)) / safe
-    ratio = ((mass + alpha * p_theta) / safe).clamp(min=LEAST_RATIO)  # 1 + d, without its cancellation
+    ratio = ((mass + alpha * p_theta) / safe).clamp(min=MIN_RATIO)  # 1 + d, without its cancellation
     log = torch.where(ratio < 0.5, ratio.log(), torch.log1p(d.clamp(min=-0.5)))
     spread = torch.where(has_mass, r * (d - log), alpha * p_theta)  # without mass r (d - log(1 + d)) -> q
     jump = torch.where(is_read & can_be_noise & has_mass, log - d / ratio, 0.0)

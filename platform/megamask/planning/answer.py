@@ -17,7 +17,7 @@ from megamask.planning.plan import Plan, make_plan
 from megamask.planning.search import search
 from megamask.planning.subject import Subject
 
-_MOST_SHOWN = 10
+_MAX_SHOWN = 10
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +65,7 @@ def searched_answer(
     """Return the answer about every layout of a number of GPUs: the fastest one, and the best others as `layouts`."""
     num_gpus = subject.world_size if request.num_gpus is None else request.num_gpus
     found = search(subject, shared_numbers(config), gpu, assumed, num_gpus)
-    layouts = [_row(plan) for plan in found.fitting[:_MOST_SHOWN]]
+    layouts = [_row(plan) for plan in found.fitting[:_MAX_SHOWN]]
     if found.fitting:
         answer = found.fitting[0].to_json()
     else:

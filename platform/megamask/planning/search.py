@@ -17,7 +17,7 @@ from megamask.planning.gpus import Gpu
 from megamask.planning.plan import Plan, make_plan
 from megamask.planning.subject import Subject
 
-_MOST_CHUNKS = 4
+_MAX_CHUNKS = 4
 _MICRO_BATCH_SIZES = (1, 2, 4, 8)
 
 
@@ -95,7 +95,7 @@ def _dense_axes(gpu: Gpu, num_gpus: int) -> Iterator[tuple[int, int, int]]:
 def _cuts(num_layers: int, pipeline: int) -> Iterator[tuple[int, str]]:
     """Virtual stages and split of each different way to cut the layers."""
     seen = set()
-    for virtual in range(1, _MOST_CHUNKS + 1) if pipeline > 1 else (1,):
+    for virtual in range(1, _MAX_CHUNKS + 1) if pipeline > 1 else (1,):
         for split in PIPELINE_SPLITS:
             sizes = stage_sizes(num_layers, pipeline * virtual, split)
             if sizes is not None and (virtual, *sizes) not in seen:

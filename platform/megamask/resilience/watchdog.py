@@ -14,7 +14,7 @@ from megamask.config.schema.watchdog import WatchdogConfig
 from megamask.resilience.heartbeat import BEFORE_TRAINING, Mark
 
 # A pause between two looks that is longer than this was a pause of the launcher itself.
-_LONGEST_LOOK_S = 2.0
+_MAX_LOOK_S = 2.0
 
 
 def limit_s(mark: Mark, config: WatchdogConfig) -> float:
@@ -64,7 +64,7 @@ class Watchdog:
         A rank without a mark has not begun; it counts as importing.
         """
         now = self._clock()
-        self._awake_s += min(max(0.0, now - self._looked_at), _LONGEST_LOOK_S)
+        self._awake_s += min(max(0.0, now - self._looked_at), _MAX_LOOK_S)
         self._looked_at = now
         stillness: dict[int, Stillness] = {}
         for rank, found in marks.items():

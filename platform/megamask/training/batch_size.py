@@ -15,7 +15,7 @@ from itertools import accumulate
 
 from megamask.config.schema.training import TrainingConfig
 
-_MOST_STEPS = 1 << 60
+_MAX_STEPS = 1 << 60
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +54,7 @@ def first_step(amount: int, unit: str, training: TrainingConfig) -> int:
     if unit == "steps":
         return amount + 1
     samples = -(-amount // training.sequence_length)
-    return 1 + bisect_left(range(1, _MOST_STEPS), samples, key=lambda step: consumed_before(step, training))
+    return 1 + bisect_left(range(1, _MAX_STEPS), samples, key=lambda step: consumed_before(step, training))
 
 
 def step_of_sample(sample_index: int, training: TrainingConfig) -> int:

@@ -65,7 +65,7 @@ def test_a_clock_that_is_off_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_small_shared_memory_fails_with_the_remedy_of_a_pod(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(host, "_LEAST_SHARED_MEMORY", 1 << 60)
+    monkeypatch.setattr(host, "_MIN_SHARED_MEMORY", 1 << 60)
     found = host.shared_memory()
     assert found.outcome == "fail" and "medium Memory" in found.message
 

@@ -51,7 +51,7 @@ def quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(mlflow_sink, "_SEND_EVERY_S", 0.05)
     monkeypatch.setattr(mlflow_sink, "_DRAIN_PAUSE_S", 0.05)
-    monkeypatch.setattr(mlflow_sink, "_LONGEST_PAUSE_S", 0.2)
+    monkeypatch.setattr(mlflow_sink, "_MAX_PAUSE_S", 0.2)
 
 
 class Life:

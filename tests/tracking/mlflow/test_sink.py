@@ -78,7 +78,7 @@ def test_outage_ends_in_a_complete_history(output_dir: Path, monkeypatch: pytest
         return connect(*arguments)
 
     monkeypatch.setattr(Session, "open", flaky)
-    monkeypatch.setattr(mlflow_sink, "_LONGEST_PAUSE_S", 0.01)
+    monkeypatch.setattr(mlflow_sink, "_MAX_PAUSE_S", 0.01)
     incidents: list[tuple[str, str]] = []
     sink = MLflowSink(run_dir, MLflowConfig(), on_incident=lambda *incident: incidents.append(incident))
     sink.start()

@@ -12,7 +12,7 @@ from megamask.resilience import daemon_threads
 
 # The trainer's time grows with the square of a word's length. A longer word, which no language has, is learned from in
 # pieces; shorter ones, and so the merges of ordinary text, do not change.
-LONGEST_WORD_BYTES = 4096
+MAX_WORD_BYTES = 4096
 _POLL_S = 0.2
 _POLLS_A_CALL = 5
 
@@ -71,7 +71,7 @@ def train_byte_level_bpe(texts: Iterable[str], num_entries: int, *, on_wait: Cal
 
 def words_to_learn_from() -> Any:
     """Return the pre-tokenizer of the training: that of the result, with overlong words cut into pieces."""
-    pieces = tokenizers.pre_tokenizers.FixedLength(length=LONGEST_WORD_BYTES)
+    pieces = tokenizers.pre_tokenizers.FixedLength(length=MAX_WORD_BYTES)
     return tokenizers.pre_tokenizers.Sequence([_byte_level(), pieces])
 
 

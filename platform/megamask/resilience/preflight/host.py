@@ -19,9 +19,9 @@ from megamask.storage.durable import create_exclusive
 
 _WRITES = 5
 _PROBE_BYTES = 16 << 20
-_LEAST_SHARED_MEMORY = 64 << 20  # torch's data exchange between processes of a node
-_LEAST_OPEN_FILES = 4096
-_MOST_CLOCK_SKEW_S = 30.0
+_MIN_SHARED_MEMORY = 64 << 20  # torch's data exchange between processes of a node
+_MIN_OPEN_FILES = 4096
+_MAX_CLOCK_SKEW_S = 30.0
 _SLOW_FLUSH_S = 0.5
 
 
@@ -87,9 +87,9 @@ def clock(folder: Path) -> Finding:
         written = (probe / "now").stat().st_mtime
     skew = max(before - written, written - after, 0.0)
     values = {"skew_s": skew}
-    if skew > _MOST_CLOCK_SKEW_S:
+    if skew > _MAX_CLOCK_SKEW_S:
         message = (
-            f"the clock of this host and that of {folder} differ by {skew:.0f} s; allowed: {_MOST_CLOCK_SKEW_S:.0f} s"
+            f"the clock of this host and that of {folder} differ by {skew:.0f} s; allowed: {_MAX_CLOCK_SKEW_S:.0f} s"
         )
         return Finding(outcome="fail", message=message, values=values)
     return Finding(outcome="pass", message=f"{skew:.1f} s from the storage's", values=values)
@@ -110,7 +110,7 @@ def shared_memory() -> Finding:
         return Finding(outcome="skip", message="this system has no /dev/shm")
     free = shutil.disk_usage(path).free
     values = {"free_bytes": free}
-    if free < _LEAST_SHARED_MEMORY:
+    if free < _MIN_SHARED_MEMORY:
         message = f"/dev/shm has {free / 1e6:.0f} MB free; allowed: 64 MB or more (in a pod: a volume of medium Memory)"
         return Finding(outcome="fail", message=message, values=values)
     return Finding(outcome="pass", message=f"{free / 1e9:,.2f} GB free", values=values)
@@ -130,8 +130,8 @@ def open_files() -> Finding:
     """Compare the hard limit of open files with what a rank may need."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     values = {"soft": soft, "hard": hard}
-    if hard != resource.RLIM_INFINITY and hard < _LEAST_OPEN_FILES:
-        message = f"at most {hard}; {_LEAST_OPEN_FILES} or more are advised (ulimit -Hn)"
+    if hard != resource.RLIM_INFINITY and hard < _MIN_OPEN_FILES:
+        message = f"at most {hard}; {_MIN_OPEN_FILES} or more are advised (ulimit -Hn)"
         return Finding(outcome="warn", message=message, values=values)
     return Finding(outcome="pass", message=f"{soft}, raised to {hard} where needed", values=values)
 

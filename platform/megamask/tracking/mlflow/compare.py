@@ -17,7 +17,7 @@ from megamask.tracking.mlflow.client import MLflowRun, text_of
 from megamask.tracking.mlflow.entries import CheckpointEntry
 from megamask.tracking.mlflow.points import HEAD_TAG, Memory, update_of
 
-_LARGEST = 1.7976931348623157e308  # MLflow's databases store infinity as the largest float
+_MAX_MAGNITUDE = 1.7976931348623157e308  # MLflow's databases store infinity as the largest float
 
 
 def contradictions(run: MLflowRun, run_dir: Path, record: Mapping[str, Any]) -> Iterator[str]:
@@ -111,5 +111,5 @@ def _journalled(records: Iterable[Record]) -> dict[str, dict[int, set[float]]]:
 
 def _are_equal(stored: float, journalled: float) -> bool:
     if math.isinf(journalled):
-        return abs(stored) >= _LARGEST and (stored > 0) == (journalled > 0)
+        return abs(stored) >= _MAX_MAGNITUDE and (stored > 0) == (journalled > 0)
     return stored == journalled or (math.isnan(stored) and math.isnan(journalled))

@@ -21,7 +21,7 @@ from megamask.tracking.mlflow.state import BusyError
 from megamask.tracking.mlflow.store import prepare_environment, store_of, without_credentials
 
 _SEND_EVERY_S = 2.0
-_LONGEST_PAUSE_S = 30.0
+_MAX_PAUSE_S = 30.0
 _DRAIN_ATTEMPTS = 2
 _DRAIN_PAUSE_S = 0.5
 # A request fails soon: the journal is patient, and an attempt that ends is not kept waiting.
@@ -99,7 +99,7 @@ class MLflowSink:
                 time.sleep(_DRAIN_PAUSE_S)
             else:
                 failures += 1
-                self._is_draining.wait(min(_LONGEST_PAUSE_S, 2.0 ** min(failures, 10) / 2))
+                self._is_draining.wait(min(_MAX_PAUSE_S, 2.0 ** min(failures, 10) / 2))
 
     def _send_what_is_new(self) -> bool:
         try:
