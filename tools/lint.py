@@ -56,6 +56,7 @@ CLEAN_ROOMS: tuple[str, ...] = (
     "platform/megamask/storage",
     "platform/megamask/tracking",
     "platform/megamask/training",
+    "tests",
     "tools",
 )
 

@@ -26,7 +26,7 @@ def test_flipped_byte_of_any_checkpoint_is_found(run_dir: Path, verify: Verify, 
 
 
 def recommit(folder: Path, **changes: Any) -> None:
-    """A COMMIT.json that is true of its files and says something else."""
+    """A COMMIT.json that is true of its files and contains something else."""
     document = {**json.loads((folder / "COMMIT.json").read_bytes()), **changes}
     del document["self_sha256"]
     (folder / "COMMIT.json").write_bytes(canonical_json({**document, "self_sha256": hash_of(document)}))

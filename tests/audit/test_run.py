@@ -1,4 +1,4 @@
-"""verify run: a run whose records agree passes; whatever is changed in it is found, with its file and line."""
+"""verify run: a run whose records agree passes; any change in it is found, with its file and line."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_whole_run_passes_and_is_counted(verify: Verify) -> None:
 
 
 def test_run_whose_journal_is_chained_anew_unchanged_passes(run_dir: Path, verify: Verify) -> None:
-    """What the forgeries below change is what is found; alone it gives the same bytes."""
+    """The forgeries below are found by what they change; alone it gives the same bytes."""
     rewrite(run_dir, lambda attempt, lines: None)
     verify(0)
 

@@ -26,7 +26,7 @@ CORPORA = {"main": "c" * 64}
 
 @pytest.fixture
 def saved(run_dir: Path, tmp_path: Path) -> ThreadWorld:
-    """Three ranks that committed steps 20 and 40; their state says at which step it was made."""
+    """Three ranks that committed steps 20 and 40; their state records at which step it was made."""
     (tmp_path / "tokenizer").mkdir()
     (tmp_path / "tokenizer" / "tokenizer.json").write_text("{}")
     world = ThreadWorld(3)

@@ -35,7 +35,7 @@ def test_prune_removes_the_commit_before_anything_else(
     commit_step(10)
     commit_step(20)
     with monkeypatch.context() as held:
-        held.setattr(retention.shutil, "rmtree", lambda path, **options: None)  # somebody has its files open
+        held.setattr(retention.shutil, "rmtree", lambda path, **options: None)  # another process has its files open
         assert prune(run_dir, 1, run_id="r") == ["step-00000010-a0001"]
     assert [folder.name for folder in candidates(run_dir)] == ["step-00000020-a0001"]
     assert (run_dir / "checkpoints" / "step-00000010-a0001" / "weights.bin").exists()
@@ -51,7 +51,7 @@ def test_prune_never_lets_a_damaged_checkpoint_push_out_a_good_one(
     for step in (20, 30):
         commit_step(step)
     flip_byte(run_dir / "checkpoints" / "step-00000020-a0001" / "weights.bin")
-    mark_damaged(run_dir / "checkpoints" / "step-00000020-a0001")  # known from loading, in whichever attempt
+    mark_damaged(run_dir / "checkpoints" / "step-00000020-a0001")  # known from loading, in any attempt
     flip_byte(run_dir / "checkpoints" / "step-00000030-a0001" / "COMMIT.json")  # seen at a glance
     assert prune(run_dir, 1, run_id="r") == [
         "step-00000020-a0001",

@@ -261,7 +261,7 @@ RequestFor = Callable[..., SaveRequest]
 
 
 def polled(save: SaveAll) -> Any:
-    """What polling comes to, on each rank together."""
+    """Results of polling, on each rank together."""
     while (commit := save.poll()) is None:
         pass
     return commit

@@ -1,4 +1,4 @@
-"""The configs of the repository say what they should and fit together."""
+"""The configs of the repository mean what they should and fit together."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a source's tokenizer must share with the corpus'."""
+"""Tokens that a source and the corpus must share."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Batches: the right rows whoever asks, the same with and without prefetch, and digests that see a wrong row."""
+"""Batches: the right rows for every caller, the same with and without prefetch, and digests that see a wrong row."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Corpora in an object store: the rows of the local ones, whatever the store replies; a real S3 server process."""
+"""Corpora in an object store: the rows of the local ones, for any reply of the store; a real S3 server process."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""verify corpus: passes a whole corpus, and names the first damage or lie of any other."""
+"""verify corpus: passes an intact corpus, and names the first damage or lie of any other."""
 
 from __future__ import annotations
 
@@ -250,7 +250,7 @@ def test_row_of_nothing_but_padding_is_refused(corpus: Path) -> None:
         split.update(sequences=split["sequences"] + 1, padding=split["padding"] + 16)
         content["totals"]["sequences"] += 1
 
-    forge(corpus, count)  # the counts agree with the shards; only the documents' lengths say that a row is too many
+    forge(corpus, count)  # the counts agree with the shards; only the documents' lengths mean that a row is too many
     refused(corpus, r"split train has \d+ rows; its documents fill")
 
 

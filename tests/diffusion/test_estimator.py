@@ -3,7 +3,7 @@
 A "model" of L positions here is a table CE[mask, i]: the cross entropy of token i under every mask of the row, 2^L of
 them. Its NELBO, the integral over p in [eps, 1-eps] of (1/p) E[sum of masked CE], is enumerated, not sampled.
 
-Legend: q quadrature nodes, o outcomes (2^L masks, as integers whose bit i says that position i is masked).
+Legend: q quadrature nodes, o outcomes (2^L masks, as integers whose bit i means that position i is masked).
 """
 
 from __future__ import annotations
@@ -98,9 +98,9 @@ def test_enumeration_tells_wrong_weights_of_view_b(wrong: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("complementary", [False, True])
 def test_sampled_loss_is_the_enumerated_nelbo_within_one_in_a_billion(name: str, complementary: bool) -> None:
-    # Masks are sampled as in training, through the head's row selection and the sum; t stands on quadrature nodes, so
+    # Masks are sampled as in training, through the head's row selection and the sum; t takes quadrature nodes, so
     # that the heavy tail of 1/p is integrated and not sampled. Chernoff's bound with the exact distribution of each
-    # node's term holds for correct code except once in 10^9 (for the six cases together), whatever the seed.
+    # node's term holds for correct code except once in 10^9 (for the six cases together), for any seed.
     repeats = 2048
     t, quadrature = gauss(64, 0.0, 1.0)
     views = 2 if complementary else 1
@@ -124,7 +124,7 @@ def test_sampled_loss_is_the_enumerated_nelbo_within_one_in_a_billion(name: str,
 
 
 def test_loss_over_training_steps_approaches_the_enumerated_nelbo() -> None:
-    # The whole path of training: stratified times, pair, sum, count. The expectation over masks given the times is
+    # The complete path of training: stratified times, pair, sum, count. The expectation over masks given the times is
     # enumerated, so that the only sampling left is u, one a step; strata make its error tiny.
     size, schedule = 64, noise_schedule("linear")
     total = 0.0
@@ -183,9 +183,9 @@ def test_sampled_variance_of_the_pair_is_as_promised_within_one_in_a_billion() -
     # Real masks, many at each node of t. Both estimates of a row's loss use two forward passes: the pair, and two
     # independent views (draws 1 and 2). Their means over masks do not depend on t (see above), so neither the joint law
     # of the two times nor sampling t matters: the squared deviation from the known mean, integrated over t by
-    # quadrature, has the variance as its expectation. The promise "ratio = rho" says that the integral of
+    # quadrature, has the variance as its expectation. The promise "ratio = rho" means that the integral of
     # deviation(pair)^2 - rho * deviation(independent)^2 has expectation 0. Chernoff's bound with the exact joint
-    # binomial distribution says how far it may be from 0, with no normal approximation for its heavy tails.
+    # binomial distribution gives how far it may be from 0, with no normal approximation for its heavy tails.
     n, repeats = 64, 8192
     t, quadrature = variance_nodes(40)
     rho = (variance_constant() - 2) / (variance_constant() - 1)

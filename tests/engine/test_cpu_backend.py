@@ -48,7 +48,7 @@ def test_tensor_types_are_named_as_ever_outside_megatron():
 
 
 def test_cuda_is_still_reported_missing():
-    """Only megatron-core's literals are answered; nobody may come to believe in a device."""
+    """Only megatron-core's literals are answered; no reader may come to believe in a device."""
     assert not torch.cuda.is_available()
 
 
@@ -69,7 +69,7 @@ def test_fused_functions_are_left_uncompiled_and_torch_keeps_its_compiler():
 @pytest.mark.promise("a command that can refuse does not wait for megatron-core's import")
 @pytest.mark.multiprocess
 def test_commands_do_not_wait_for_megatron_core_before_they_need_it():
-    """It takes seconds to import; what can be refused before is refused at once, and some verbs never need it."""
+    """The import takes seconds; what can be refused before is refused at once, and some verbs never need it."""
     script = """
 import sys
 import megamask.engine.state.restore

@@ -151,7 +151,7 @@ def test_bound_is_unbiased_for_the_exact_likelihood_of_a_tiny_model() -> None:
     )
     by_row = estimates.mean(dim=0)  # rows are independent
     error = float(by_row.std() / math.sqrt(num_rows))
-    assert float(by_row.std()) > 0.1  # else the test would say nothing
+    assert float(by_row.std()) > 0.1  # else the test would show nothing
     assert abs(float(by_row.mean()) - truth) < 6.2 * error  # two-sided normal tail below 1e-9
 
 

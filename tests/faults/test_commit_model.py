@@ -1,7 +1,7 @@
 """A model checker over the file operations of commits, of pruning and of the sweep, as the real code does them.
 
 The operations are recorded from the product's own functions. For every prefix of them, and every loss of what was not
-flushed by then (support/disk_model.py says what a crash may keep), the disk is rebuilt and read by the real reader.
+flushed by then (support/disk_model.py has what a crash may keep), the disk is rebuilt and read by the real reader.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ KEEP_LAST = 2
 
 @dataclass(frozen=True)
 class Recording:
-    """What a program did: its operations, and how many of them made the disk it began on."""
+    """Record of a program: its operations, and how many of them made the disk it began on."""
 
     ops: list[Op]
     start: int
@@ -121,7 +121,7 @@ def test_checker_finds_the_loss_of_any_flush_that_the_protocol_needs(takeover: R
 
 
 def place(ops: Sequence[Op], kind: str, end: str) -> int:
-    """Where the last operation of a kind on a path stands."""
+    """Return the index of the last operation of a kind on a path."""
     return max(i for i, op in enumerate(ops) if op.kind == kind and op.where.endswith(end))
 
 

@@ -1,4 +1,4 @@
-"""The fault table: whatever happens to a shard, reading gives the right rows or names the damage, never others."""
+"""The fault table: for any damage of a shard, reading gives the right rows or names the damage, never others."""
 
 from __future__ import annotations
 

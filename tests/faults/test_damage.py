@@ -50,7 +50,7 @@ def run_dir(made: Path, tmp_path: Path) -> Path:
 
 
 class Answer:
-    """How a command ended, in this process."""
+    """End of a command in this process."""
 
     def __init__(self, code: int, out: str, err: str) -> None:
         self.code, self.err = code, err
@@ -236,7 +236,7 @@ def test_tokenizer_that_goes_while_a_run_trains_ends_with_64_at_the_next_save(tm
     assert verify_folder(kept.folder).digest == kept.digest
 
 
-# The run's own records: 65 where they are read for what they say, nothing where they are hints.
+# The run's own records: 65 where they are read for what they contain, nothing where they are hints.
 
 
 @pytest.mark.promise("a damaged or missing run.json ends with 65, for every byte")

@@ -1,4 +1,4 @@
-"""What a training run makes of damage in its own directory: it goes on from what is whole, and says so."""
+"""Damage in the directory of a training run: it goes on from what is intact, and reports it."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Storage that refuses: a full disk, a file-size limit, a read-only place. 74, nothing published, and a resume after.
 
-A small tmpfs stands for the disk where the tests run as root; elsewhere those tests are skipped and say so.
+A small tmpfs represents the disk where the tests run as root; elsewhere those tests are skipped and report it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""SIGKILL at every named point of a commit, of a prune and of the sweep: what is visible is whole, and work goes on.
+"""SIGKILL at every named point of a commit, of a prune and of the sweep: what is visible is complete, and work goes on.
 
 A fork of this process does the work with the product's own functions and is killed at a fault point; this process then
 looks at what is left, as the next attempt does. Between two points there may be several file operations; the model of

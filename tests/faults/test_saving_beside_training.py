@@ -173,7 +173,7 @@ def test_commit_that_a_kill_left_unrecorded_is_recorded_by_the_attempt_that_resu
 ) -> None:
     run_dir, held = tmp_path / "run", tmp_path / "held"
     arguments = tiny(small_corpus, tmp_path, "run", EVERY, "training.steps=9", "checkpoint.keep_last=9")
-    # training waits at step 6 for a save that is visible already and whose thread does not state so
+    # training waits at step 6 for a save that is visible already and whose thread does not report it
     process = start_with_fault(["train", *arguments], fault(held, run_dir, "latest.replaced", "hold", nth=1))
     wait_until(lambda: list(held.glob("held-*")), "the first commit")
     process.kill()

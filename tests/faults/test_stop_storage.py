@@ -21,7 +21,7 @@ pytestmark = pytest.mark.multiprocess
 def _signalled_while_held(
     arguments: list[str], tmp_path: Path, point: str, *, nth: int = 1
 ) -> tuple[int, str, dict[str, Any]]:
-    """Starts a run that stands still at a point for ever, asks for its end there; returns its code, stderr, status."""
+    """Start a run that waits at a point for ever, asks for its end there; returns its code, stderr, status."""
     folder, run_dir = tmp_path / f"held-{nth}", tmp_path / "run"
     folder.mkdir()
     fault = {"point": point, "action": "hold", "nth": nth, "rank": None, "folder": str(folder), "run_dir": str(run_dir)}

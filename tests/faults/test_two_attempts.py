@@ -1,7 +1,7 @@
 """Two attempts on one run: the newer one wins, and the older writes nothing that anybody sees.
 
 Where the tests run as root the second attempt lives in a pid namespace of its own, as in another container; elsewhere
-that test is skipped and says so.
+that test is skipped and reports it.
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ def test_ranks_whose_launcher_was_killed_die_and_the_run_goes_on(tmp_path: Path,
 def test_writer_that_publishes_while_its_folder_is_removed_shows_nothing_half_removed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It has looked at the claims before the newer attempt came; the sweep has moved its folder away."""
+    """The older attempt has looked at the claims before the newer attempt came; the sweep has moved its folder away."""
     run_dir = tmp_path / "run"
     kept = save_once(run_dir, step=10, attempt=claim(run_dir))
     folder = begin(run_dir, 20, 1)
@@ -173,7 +173,7 @@ def test_writer_that_outlives_its_attempt_publishes_nothing_once_a_newer_one_has
 
     fault_points.arm(point, take_over)
     has_looked = point in ("checkpoint.claim_checked", "COMMIT.json.written")
-    if has_looked and not sweeps:  # the newer attempt will find a whole commit when it sweeps and loads
+    if has_looked and not sweeps:  # the newer attempt will find a complete commit when it sweeps and loads
         save_once(run_dir, step=20, attempt=older, check_claim=lambda: refuse_if_superseded(run_dir, older))
     else:
         with pytest.raises(SupersededError, match="superseded by attempt 2"):

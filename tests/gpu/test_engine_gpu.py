@@ -137,6 +137,6 @@ def test_gpu_computes_on_after_memory_that_cannot_be_pinned(cuda: torch.device) 
     backend = select_backend()
     memory = torch.empty(1 << 20)
     backend.pin(memory)
-    backend.pin(memory)  # CUDA refuses the second time and keeps the code for whoever comes next
+    backend.pin(memory)  # CUDA refuses the second time and keeps the code for the next reader
     assert float(torch.ones(3, device=backend.device).add(1).sum()) == 6
     assert torch.equal(memory.fill_(2).to(backend.device).cpu(), memory)

@@ -47,7 +47,7 @@ def kubeconfig(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 
 def _refusal(kubeconfig: str, document: dict[str, Any]) -> str | None:
-    """What the server says against a document; None where it accepts it."""
+    """Return the server's objection to a document; None where it accepts it."""
     namespace = document["metadata"].get("namespace", "default")
     path = f"{path_of(document['kind'], namespace)}?dryRun=All&fieldValidation=Strict"
     done = kubectl(kubeconfig, "create", "--raw", path, "-f", "-", document=document)
@@ -73,7 +73,7 @@ def _wrong_type(document: dict[str, Any]) -> None:
 @pytest.mark.promise("A real API server accepts the rendered objects")
 @pytest.mark.parametrize(("spoil", "named"), [(_rename, "paralelism"), (_wrong_type, "maxRestarts")])
 def test_server_refuses_a_spoilt_jobset(kubeconfig: str, spoil: Callable[[dict[str, Any]], None], named: str) -> None:
-    """What the tests above say is worth something: this server does look."""
+    """The tests above can fail: this server does look."""
     document = copy.deepcopy(DOCUMENTS["jobset"](SMALL))
     spoil(document)
     assert named in str(_refusal(kubeconfig, document))

@@ -68,7 +68,7 @@ def test_rendered_objects_pass_the_lint(job):
 
 
 def _action(job, message):
-    """What the JobSet controller does with a failed Job's message: the first rule with a pattern found in it."""
+    """Return the action of the JobSet controller on a failed Job's message: the first rule that matches it."""
     for rule in jobset.jobset(job)["spec"]["failurePolicy"]["rules"]:
         if any(re.search(pattern, message) for pattern in rule["onJobFailureMessagePatterns"]):
             return rule["action"]

@@ -1,6 +1,6 @@
 """JobSets and TrainJobs of `megamask launch` as local processes, under a user id without an entry in passwd.
 
-tests/support/jobset_emulation.py and trainjob_emulation.py stand in for controllers and kubelet: this proves what
+tests/support/jobset_emulation.py and trainjob_emulation.py replace controllers and kubelet: this proves what
 manifest, node wrapper and exit codes do together, not Kubernetes itself.
 """
 

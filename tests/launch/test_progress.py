@@ -35,7 +35,7 @@ def _starts(folder: Path, ends: list[tuple[int, int]], attempts: int = 3) -> lis
         ([(1, 7), (71, 7), (74, 7)], [1, 71, 93]),
         ([(1, -1), (1, -1), (1, -1)], [1, 1, 93]),
         ([(1, 7), (1, 8), (1, 8), (1, 8)], [1, 1, 1, 93]),
-        ([(1, 7), (75, 7), (1, 7), (1, 7), (1, 7)], [1, 75, 1, 1, 93]),  # a preemption says nothing of the run
+        ([(1, 7), (75, 7), (1, 7), (1, 7), (1, 7)], [1, 75, 1, 1, 93]),  # a preemption means nothing for the run
         ([(75, 7)] * 5, [75] * 5),
         ([(2, 7)] * 4, [2] * 4),  # these codes stop the job by themselves
         ([(0, 7)] * 4, [0] * 4),

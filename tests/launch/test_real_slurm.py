@@ -108,7 +108,7 @@ class Submitted:
 
     @property
     def log(self) -> str:
-        """What the job printed."""
+        """Output of the job."""
         return "".join(path.read_text(errors="replace") for path in self.folder.glob(f"*-{self.number}.log"))
 
     def state(self) -> str:

@@ -23,7 +23,7 @@ Object = dict[str, Any]
 
 
 def _built(folder: Path) -> list[Object]:
-    """What kustomize makes of a folder: by its binary where there is one, else the files that it lists."""
+    """Render a folder as kustomize does: by its binary where there is one, else the files that it lists."""
     for command in (["kustomize", "build"], ["kubectl", "kustomize"]):
         if shutil.which(command[0]):
             done = subprocess.run([*command, folder], capture_output=True, text=True)

@@ -1,4 +1,4 @@
-"""What slurm/ and container/ ship: every script's words, codes and refusals."""
+"""Files of slurm/ and container/: every script's words, codes and refusals."""
 
 from __future__ import annotations
 

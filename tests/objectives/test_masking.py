@@ -1,4 +1,4 @@
-"""How masked diffusion masks: exact counts, importance sampling of the noise level, random lengths, documents.
+"""Masks of masked diffusion: exact counts, importance sampling of the noise level, random lengths, documents.
 
 The bound of a made-up model is computed by summing over all masks of a short row; each way of drawing must find it.
 """

@@ -63,7 +63,7 @@ def check_shift(rows: Rows) -> None:
 
 
 def check_clean_half(rows: Rows) -> None:
-    """What a block costs does not depend on its own clean tokens."""
+    """The cost of a block does not depend on its own clean tokens."""
     chosen = torch.zeros_like(rows.is_scored)
     chosen[:, SIZE : 2 * SIZE] = rows.is_scored[:, SIZE : 2 * SIZE]
     one_block = replace(rows, is_scored=chosen)
@@ -82,7 +82,7 @@ def check_padding(rows: Rows) -> None:
 
 
 def check_targets(rows: Rows) -> None:
-    """The mask token is no target, and targets are the clean tokens."""
+    """The mask token is not a target, and targets are the clean tokens."""
     assert not (rows.targets[rows.is_scored] == MASK).any()
     assert torch.equal(rows.targets[::2], samples().tokens)
 

@@ -109,7 +109,7 @@ def test_megadlms_masks_at_least_one_token_of_each_row() -> None:
     rows = masked_objective(VOCABULARY, recipe="megadlms", complementary=False).rows(given, STEP, KEY)
     plain = masked_objective(VOCABULARY, recipe="dream", complementary=False).rows(given, STEP, KEY)
     counts, without = rows.is_scored.sum(dim=1), plain.is_scored.sum(dim=1)
-    assert int(without.min()) == 0  # else the test would say nothing
+    assert int(without.min()) == 0  # else the test would show nothing
     assert counts.tolist() == without.clamp(min=1).tolist()
     assert torch.equal(rows.inputs == VOCABULARY.mask_token_id, rows.is_scored)
 

@@ -58,7 +58,7 @@ def layouts(root: Path) -> Callable[[Any], list[dict[str, Any]]]:
 
 @pytest.fixture(scope="module")
 def expected(root: Path, layouts: Any) -> dict[str, list[dict[str, Any]]]:
-    """What the reference network writes with the weights that one process trained, read without any engine."""
+    """Text that the reference network writes with the weights that one process trained, read without any engine."""
     from megamask.engine.state.restore import read_canonical_weights
 
     answers: dict[str, list[dict[str, Any]]] = {}

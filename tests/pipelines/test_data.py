@@ -57,7 +57,7 @@ def test_statistics_add_up_to_the_manifest(corpus: Path, tmp_path: Path, capsys:
     assert manifest.corpus_id in card
     assert "| lines | 5 |" in card
     assert "| CC0 |  | 2 |" in card
-    assert cli.main(["verify", "corpus", str(corpus)]) == 0  # the card is no part of the content
+    assert cli.main(["verify", "corpus", str(corpus)]) == 0  # the card is not part of the content
 
 
 @pytest.mark.parametrize("packing", ["concatenate", "best_fit"])

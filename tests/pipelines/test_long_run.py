@@ -56,7 +56,7 @@ def most(samples: list[Sample], what: str) -> int:
 
 
 def check_bounded(samples: list[Sample], first: int, last: int) -> None:
-    """What a process holds in the last third of a run is what it held in the first: one leak a commit would show."""
+    """A process holds in the last third of a run as much as in the first: one leak a commit would show."""
     third = (last - first) // 3
     early, late = between(samples, first, first + third), between(samples, last - third, last)
     assert early, "no sample was taken in the first third"
@@ -68,7 +68,7 @@ def check_bounded(samples: list[Sample], first: int, last: int) -> None:
 
 @pytest.mark.promise("threads, descriptors and files of a run stay bounded")
 def test_files_threads_and_descriptors_of_a_run_stay_bounded(corpus: Path, tmp_path: Path) -> None:
-    """300 steps, 30 commits and 30 evaluations: whatever each of them left behind would be more than the leeway."""
+    """300 steps, 30 commits and 30 evaluations: all that each of them left behind would be more than the leeway."""
     every = ("checkpoint.every_steps=10", "evaluation.every_steps=10", "training.steps=300")
     run_dir = tmp_path / "run"
     code, samples = train_watched(

@@ -46,7 +46,7 @@ def test_check_counts_the_run_and_starts_nothing(tmp_path, small_corpus, monkeyp
     assert answer["parameters"] == weights
     assert answer["checkpoint_bytes"] == 12 * weights
     memory = answer["per_rank"]
-    # float32: weights and gradients as a whole, half of the two moments on each of two ranks; buffers are padded
+    # float32: weights and all gradients, half of the two moments on each of two ranks; buffers are padded
     assert memory["parameters_bytes"] == memory["gradients_bytes"] == pytest.approx(4 * weights, rel=0.05)
     assert memory["optimizer_bytes"] == pytest.approx(4 * weights, rel=0.05)
     assert memory["activations_bytes"] > 0 and memory["other_bytes"] == 0

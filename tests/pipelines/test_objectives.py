@@ -12,7 +12,7 @@ from support.command import ROOT, TINY, VOLATILE, megamask
 pytestmark = [pytest.mark.slow, pytest.mark.multiprocess, pytest.mark.timeout(3600)]
 
 STEPS, STOP = 300, 150
-# At the tiny run's own 3e-3 the rounding of sums grows by orders of magnitude within 100 steps, and says nothing about
+# At the tiny run's own 3e-3 the rounding of sums grows by orders of magnitude within 100 steps, and shows nothing about
 # layouts then; at this rate it stays at 1e-7 for 300 steps.
 LEARNING_RATE = "optimizer.learning_rate=5e-4"
 BLOCK = "objective.name=block"

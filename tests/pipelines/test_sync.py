@@ -1,4 +1,4 @@
-"""`megamask sync`: what MLflow has not got of a run, sent afterwards; and training while the server is in trouble."""
+"""`megamask sync`: what MLflow is missing of a run, sent afterwards; and training while the server is in trouble."""
 
 from __future__ import annotations
 
@@ -316,7 +316,7 @@ def test_two_trainings_at_once_share_a_server(server: Server, small_corpus: Path
 def test_database_of_a_server_that_was_restored_from_a_backup_is_completed(
     server: Server, small_corpus: Path, tmp_path: Path
 ) -> None:
-    """Half of the points are gone, and the state says that all were sent."""
+    """Half of the points are gone, and the state records that all were sent."""
     done = megamask("train", *tracked(small_corpus, tmp_path, server.uri))
     assert done.code == 0, done.stderr
     run = stored_run(server.uri, tmp_path / "run")

@@ -1,4 +1,4 @@
-"""What an auditor finds after training: the loss curve and commits in MLflow, and samples that can be recomputed."""
+"""Evidence for an auditor after training: the loss curve and commits in MLflow, and samples that can be recomputed."""
 
 from __future__ import annotations
 

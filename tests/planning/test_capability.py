@@ -1,4 +1,4 @@
-"""What a machine can run, as a table: golden rows, and the messages that a user reads."""
+"""Capabilities of a machine as a table: golden rows, and the messages that a user reads."""
 
 from __future__ import annotations
 

@@ -84,7 +84,7 @@ CASES = [
 
 @pytest.fixture(scope="module")
 def measured() -> list[dict[str, int]]:
-    """What megatron-core allocates on each case's rank."""
+    """Allocations of megatron-core on each case's rank."""
     cases = [
         {
             "spec": spec.to_json(),

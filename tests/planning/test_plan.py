@@ -70,7 +70,7 @@ def test_the_bubble_is_the_idle_part_of_the_schedule() -> None:
     found = plan(global_batch_size=128)
     time, micro_batches = found.time, 128 // 8
     busy = time.tensor + time.pipeline + time.compute
-    assert time.bubble == pytest.approx(busy / micro_batches, rel=0.01)  # the update is no part of a micro-batch
+    assert time.bubble == pytest.approx(busy / micro_batches, rel=0.01)  # the update is not part of a micro-batch
 
 
 def test_mfu_is_the_models_operations_over_the_peak() -> None:

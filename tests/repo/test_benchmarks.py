@@ -1,4 +1,4 @@
-"""The benchmarks can be started, measure in turns, and their tables say what ran where."""
+"""The benchmarks can be started, measure in turns, and their tables name what ran where."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ TABLES = sorted(path for path in (ROOT / "docs" / "benchmarks").glob("*.md") if 
 
 @pytest.fixture(scope="module")
 def bench_support() -> ModuleType:
-    """The module that the benchmarks share; tools is no package."""
+    """The module that the benchmarks share; tools is not a package."""
     spec = importlib.util.spec_from_file_location("bench_support", ROOT / "tools" / "bench_support.py")
     assert spec is not None
     assert spec.loader is not None

@@ -1,4 +1,4 @@
-"""The documents say what the repository holds: links, paths, verbs, keys, tables."""
+"""The documents agree with what the repository holds: links, paths, verbs, keys, tables."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def prose(path: Path) -> str:
 
 
 def quoted(path: Path) -> list[str]:
-    """What stands in backticks, outside code blocks."""
+    """Yield the words in backticks, outside code blocks."""
     return re.findall(r"`([^`\n]+)`", prose(path))
 
 
@@ -69,7 +69,7 @@ def table(path: Path, heading: str) -> list[list[str]]:
 
 
 def schema_keys(root: type) -> set[str]:
-    """Every dotted key of a config tree, sections included; NAME stands for the keys of a mapping."""
+    """Every dotted key of a config tree, sections included; NAME represents the keys of a mapping."""
     keys: set[str] = set()
     hints = get_type_hints(root)
     for field in dataclasses.fields(root):

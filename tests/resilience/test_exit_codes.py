@@ -23,7 +23,7 @@ def test_more_specific_code_wins_for_every_pair() -> None:
         ([], 0),
         ([0, 0], 0),
         ([75, 75], 75),
-        ([75, 1], 1),  # one rank did not save: a crash, whatever the others say
+        ([75, 1], 1),  # one rank did not save: a crash, for any codes of the others
         ([75, -9], 1),
         ([75, 93], 93),
         ([-15, 66, -15], 66),  # the others were ended by the launcher

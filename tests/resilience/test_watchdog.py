@@ -84,7 +84,7 @@ def test_time_in_which_the_launcher_did_not_run_does_not_count() -> None:
     clock = Clock()
     watchdog = Watchdog(CONFIG, clock=clock)
     watchdog.look({0: mark("step", num_steps=30)})
-    clock.now = 3600.0  # the whole job was suspended, or the machine slept
+    clock.now = 3600.0  # the complete job was suspended, or the machine slept
     still = watchdog.look({0: mark("step", num_steps=30)})
     assert not watchdog.is_hung(still)
     for second in range(8):

@@ -99,7 +99,7 @@ def test_claimant_is_given_a_few_seconds_to_vanish_before_the_newcomer_is_refuse
 def test_claimant_that_is_killed_a_moment_before_does_not_refuse_the_restart(
     tmp_path: Path, live_claimant: subprocess.Popen[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It still runs when the newcomer looks: a killed process takes its time to end."""
+    """The process still runs when the newcomer looks: a killed process takes its time to end."""
     waited: list[float] = []
 
     def dies_meanwhile(seconds: float) -> None:

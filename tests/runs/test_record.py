@@ -105,7 +105,7 @@ def test_record_with_any_byte_flipped_is_damage(tmp_path: Path) -> None:
             record = read_run(tmp_path / "run")
         except CheckpointIntegrityError as error:
             assert "run.json" in error.message
-        else:  # only the digest went unread: what it covers is whole
+        else:  # only the digest went unread: what it covers is complete
             assert name_is_lost
             assert {**record.content, "self_sha256": 0}.items() >= {**json.loads(whole), "self_sha256": 0}.items()
         path.write_bytes(whole)

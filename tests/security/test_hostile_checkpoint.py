@@ -1,6 +1,6 @@
 """Hostile checkpoints whose COMMIT.json is true: each ends with 65, and nothing of it ran.
 
-Whoever can write a folder can also hash it, so a digest proves nothing about what a file does to its reader.
+A person who can write a folder can also hash it, so a digest proves nothing about what a file does to its reader.
 """
 
 from __future__ import annotations
@@ -172,7 +172,7 @@ def test_state_header_that_lies_is_refused_by_every_verb(
 
 
 def test_same_header_written_again_is_read(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """What the tests above change is what makes them fail: moments are missing for `verify`, weights are all there."""
+    """The tests above fail because of what they change: moments are missing for `verify`, weights are all there."""
     edit_header(checkpoint, lambda header: None)
     found = torch.zeros(32)
     StateReader(checkpoint).read([StoredSlice(name="model.norm.weight", shape=(32,), offsets=(0,), data=found)])

@@ -21,7 +21,7 @@ from support.hostile_corpus import SHARD, Evil, adopt_shard, forge, members
 
 
 def test_corpus_with_its_shard_adopted_unchanged_passes(corpus: Path) -> None:
-    """What the tests below change is what makes them fail."""
+    """The tests below fail because of what they change."""
     adopt_shard(corpus, tar=(corpus / SHARD).read_bytes())
     assert cli.main(["verify", "corpus", str(corpus)]) == 0
 

@@ -268,6 +268,6 @@ def test_provenance_that_is_none_is_refused(corpus: Path, refused: Any, text: st
 
 
 def test_digest_of_the_forged_manifest_is_its_own(corpus: Path) -> None:
-    """The forgeries above are not found by the corpus id: it is the digest of whatever manifest there is."""
+    """The forgeries above are not found by the corpus id: it is the digest of the manifest there is."""
     forge(corpus, lambda content: content["options"].update(jsonl_text_key="x"))
     assert Manifest.load(corpus).corpus_id == sha256_bytes((corpus / "manifest.json").read_bytes())

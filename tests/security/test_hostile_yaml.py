@@ -1,4 +1,4 @@
-"""Hostile configs: each is refused with 2, says what is not allowed and where, runs nothing and reads no variable."""
+"""Hostile configs: each is refused with 2, names what is not allowed and where, runs nothing and reads no variable."""
 
 from __future__ import annotations
 
@@ -208,7 +208,7 @@ def test_default_that_is_no_file_is_refused_with_the_line_that_names_it(refuse, 
 
 
 def test_default_of_somebody_else_is_not_quoted(refuse, tmp_path: Path) -> None:
-    """A config may name any file that its reader may read; what is no config is refused without its content."""
+    """A config may name any file that its reader may read; what is not a config is refused without its content."""
     (tmp_path / "more.yaml").write_text(f"root:x:0:0:{SECRET}:/bin/sh\n")
     refuse("defaults: [more.yaml]\n", "more.yaml:1: a config is a mapping of sections")
 
@@ -226,7 +226,7 @@ def test_defaults_that_meet_themselves_are_refused(refuse) -> None:
     refuse("defaults: [./bad.yaml]\n", "is among its own defaults (bad.yaml:1)")
 
 
-# Secrets stand in the environment, never in a config.
+# Secrets are in the environment, never in a config.
 
 SHAPES = [
     "hf_" + "a1B2" * 8,

@@ -18,7 +18,7 @@ VOLATILE = {"time", "prev", "seq", "seconds", "tokens_per_second", "mfu", "peak_
 
 @dataclass(frozen=True)
 class Result:
-    """How a command ended."""
+    """End of a command."""
 
     code: int
     stdout: str

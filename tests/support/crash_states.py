@@ -1,4 +1,4 @@
-"""What the reader of checkpoints makes of every state that a crash may leave, after every operation of a program."""
+"""Answers of the reader of checkpoints to every state that a crash may leave, after every operation of a program."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How far a sum of independent draws may stray before the code that drew them must be wrong."""
+"""Distance that a sum of independent draws may stray before the code that drew them must be wrong."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a disk may hold after a power cut: the operations of a program, and every state that they allow.
+"""Model of a disk after a power cut: the operations of a program, and every state that they allow.
 
 The model is what POSIX promises of a file system, and nothing that a particular one adds:
 
@@ -6,9 +6,9 @@ The model is what POSIX promises of a file system, and nothing that a particular
 - `fsync` of a file makes its content durable, not its name; `fsync` of a directory makes its entries durable, not
   the content of the files they name, nor the directory's own entry in its parent;
 - of each entry that was created, replaced, renamed or removed since its directory's last flush, a crash keeps any of
-  the states that it went through, whatever it keeps of any other entry: nothing is ordered;
+  the states that it went through, with any part of the others entry: nothing is ordered;
 - of the content of a file that was written since its own last flush, a crash keeps any of the states that were
-  observed, a part of the last one, or zeros of its length, whatever it keeps of any other file;
+  observed, a part of the last one, or zeros of its length, with any part of the others file;
 - link, rename and unlink are each one change of one entry (a rename: of two, which are kept or lost apart. Real file
   systems are kinder).
 
@@ -35,7 +35,7 @@ class Op:
             "fsync", or "mark".
         node: the directory or file.
         changes: of an "entry": (directory, name, target) for each entry that changed at once.
-        where: the path at that time, for messages; of a "mark" what it says.
+        where: the path at that time, for messages; of a "mark" its text.
     """
 
     kind: str
@@ -73,12 +73,12 @@ class Disk:
             self.contents[op.node] = [self.contents.get(op.node, [b""])[-1]]
 
     def add_folder(self, node: int) -> None:
-        """Tells that a node is a directory."""
+        """Record that a node is a directory."""
         self.folders.add(node)
         self.entries.setdefault(node, {})
 
     def possible_contents(self, node: int) -> list[bytes]:
-        """What a file may hold after a crash."""
+        """Possible contents of a file after a crash."""
         states = self.contents.get(node, [b""])
         if len(states) == 1:
             return states
@@ -86,14 +86,14 @@ class Disk:
         return list(dict.fromkeys([*states, last[: len(last) // 2], bytes(len(last))]))
 
     def possible_targets(self, folder: int, name: str) -> list[int | None]:
-        """What a name of a directory may mean after a crash."""
+        """Possible meanings of a name in a directory after a crash."""
         return list(dict.fromkeys(self.entries[folder].get(name, [None])))
 
     def possible_trees(self, folder: int, *, visible_by: str | None = None) -> Iterator[Tree]:
         """Every state of a directory and all below it.
 
         Args:
-            visible_by: a name without which nobody looks at the rest of the directory: states without it are one.
+            visible_by: a name without which no reader looks at the rest of the directory: states without it are one.
         """
         choices: list[list[tuple[str, bytes | Tree | None]]] = []
         for name in self.entries[folder]:

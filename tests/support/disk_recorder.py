@@ -1,7 +1,7 @@
 """Writes down what a program does to a folder, operation by operation, and checks that nothing was missed.
 
 The functions of `os` and `open` that change a file system are wrapped; after each one the real folder is compared with
-what is known of it. So whoever wrote a file, and however, its new content is seen before the next operation; and a
+what is known of it. Whatever wrote a file, and however, its new content is seen before the next operation; and a
 change of names that no wrapped function made is an error of the recording, not a gap in it.
 """
 

@@ -172,7 +172,7 @@ def take_step(engine: Any, step: int, learning_rate: float = LEARNING_RATE) -> A
 
 
 def noised(share: SyntheticBatch, step: int, spec: ModelSpec, goal: MaskedObjective) -> CorruptedBatch:
-    """The noise of a whole global batch, made without the engine."""
+    """The noise of a complete global batch, made without the engine."""
     key = run_key(SEED)
     return corrupt(
         share.tokens,
@@ -265,7 +265,7 @@ def probe_rows(count: int, spec: ModelSpec) -> tuple[torch.Tensor, torch.Tensor,
 
 
 def report_fields(report: Any) -> dict[str, Any]:
-    """What two runs must agree on."""
+    """Results that two runs must agree on."""
     fields = dataclasses.asdict(report)
     return {name: value for name, value in fields.items() if not name.endswith("_s")}
 

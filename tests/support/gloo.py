@@ -42,7 +42,7 @@ def run_gloo(
     With on_devices each process has a GPU of its own and the group is NCCL's; libraries may write to the log then.
 
     Arguments and answers travel as JSON. Returns the answers in rank order. If a process fails, all are ended and the
-    error of each that said something is raised, the first to fail first.
+    error of each that printed something is raised, the first to fail first.
     """
     with tempfile.TemporaryDirectory() as folder, socket.socket() as listening:
         listening.bind(("127.0.0.1", 0))
@@ -93,7 +93,7 @@ def _wait(processes: list[subprocess.Popen], folder: Path, timeout_s: float, *, 
     while any(process.poll() is None for process in processes):
         failed = [rank for rank, process in enumerate(processes) if process.poll() not in (None, 0)]
         if failed or time.monotonic() > deadline:
-            time.sleep(1 if failed else 0)  # the others say in a moment what they make of it
+            time.sleep(1 if failed else 0)  # the others print in a moment what they make of it
             raise AssertionError(_report(processes, folder, failed, timeout_s))
         time.sleep(0.05)
     if failed := [rank for rank, process in enumerate(processes) if process.returncode != 0]:

@@ -100,7 +100,7 @@ def step(engine: Any, number: int) -> dict[str, Any]:
 
 
 def runs(folder: Path, *, with_te: bool) -> dict[str, Any]:
-    """Every run by name; one that fails says so and stops no other."""
+    """Every run by name; one that fails reports it and stops no other."""
     found: dict[str, Any] = {}
     for name, settings in (RUNS | (WITH_TE if with_te else {})).items():
         (folder / name).mkdir()

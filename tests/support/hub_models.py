@@ -49,7 +49,7 @@ def twin_of(family: str) -> str:
 
 
 def twin_model(family: str, *, seed: int = 0, **changes: Any) -> Any:
-    """transformers' network of a family's shape, with weights far enough from zero to tell layouts apart."""
+    """transformers' network of a family's shape, with weights far enough from zero to distinguish layouts."""
     config_class, model_class = _TWINS[twin_of(family)]
     options = dict(_SIZES) | {"rope_theta": 5e5, "tie_word_embeddings": family == "illada"} | changes
     if family == "llada":

@@ -163,7 +163,7 @@ class Emulation:
 
     @property
     def log(self) -> str:
-        """What all pods printed."""
+        """Output of all pods."""
         return "\n".join(f"== {path.name}\n{path.read_text()}" for path in sorted(self.folder.glob("*.log")))
 
     def _pods(self, jobset: Object, attempt: int) -> list[Pod]:
@@ -250,7 +250,7 @@ class Emulation:
 
 
 def _action(policy: Object, message: str | None) -> str:
-    """What the JobSet controller does: the first rule with a pattern that is found in the Job's message."""
+    """Return the action of the JobSet controller: the first rule with a pattern that is found in the Job's message."""
     reason = "BackoffLimitExceeded" if message is None else "PodFailurePolicy"
     for rule in policy["rules"]:
         patterns = rule["onJobFailureMessagePatterns"]

@@ -13,7 +13,7 @@ Verify = Callable[..., dict[str, Any]]
 
 
 def found(answer: dict[str, Any], problem: str, file: str | None = None, line: int | None = None) -> None:
-    """One of the findings says so, there."""
+    """One of the findings reports it, there."""
     matches = [entry for entry in answer["findings"] if problem in entry["problem"]]
     assert matches, answer["findings"]
     assert file is None or any(entry["file"] == file for entry in matches), matches

@@ -1,4 +1,4 @@
-"""What each process of a layout test does; answers travel as JSON."""
+"""Work of each process of a layout test; answers travel as JSON."""
 
 from __future__ import annotations
 
@@ -134,7 +134,7 @@ def resume_all(root: str, runs: list[list[Any]]) -> list[dict[str, Any]]:
 
 
 def fail_alike(root: str, layout: dict[str, Any]) -> dict[str, str]:
-    """What each rank raises when rank 1 cannot read the state."""
+    """Return what each rank raises when rank 1 cannot read the state."""
     engine = cases.make_engine(cases.PLAIN, layout)
     folder = Path(root) / "nowhere" if engine.rank == 1 else folder_of(root, "plain", {})
     answer = {"load": _raised(lambda: engine.load_state(folder))}

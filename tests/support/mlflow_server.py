@@ -1,4 +1,4 @@
-"""A real MLflow server on SQLite, a proxy in front of it that misbehaves on demand, and what a whole history is."""
+"""A real MLflow server on SQLite, a proxy in front of it that misbehaves on demand, and what a complete history is."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _START_TIMEOUT_S = 180.0
 
 
 def free_port() -> int:
-    """A port that nobody listens on just now."""
+    """A port without a listener just now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
@@ -49,7 +49,7 @@ class Server:
         self._folder = folder
         self._process: subprocess.Popen[bytes] | None = None
         self.port = 0
-        for _ in range(_STARTS):  # somebody may take the port before the server does
+        for _ in range(_STARTS):  # another process may take the port before the server does
             self.port = free_port()
             with contextlib.suppress(ChildProcessError):
                 self.start()
@@ -105,7 +105,7 @@ class Server:
 
 
 class Proxy:
-    """Stands before a server and passes requests on, answers 500 itself, or passes the answers on too late.
+    """Proxy of a server: it passes requests on, answers 500 itself, or passes the answers on too late.
 
     Args:
         port: where to listen; None takes a free one.

@@ -46,7 +46,7 @@ def word(seed: int, index: int, position: int, *, draw: int = 0) -> int:
 
 
 def masked_positions(seed: int, index: int, limit: int, eligible: list[int], *, draw: int = 0) -> list[int]:
-    """What view A masks."""
+    """Return the masks of view A."""
     return [position for position in eligible if word(seed, index, position, draw=draw) < limit]
 
 

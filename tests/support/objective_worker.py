@@ -1,4 +1,4 @@
-"""What each process of a test of objectives on layouts does; answers travel as JSON."""
+"""Work of each process of a test of objectives on layouts; answers travel as JSON."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from megamask.objectives.masked import MaskedObjective
 
 
 def masked_objective(vocabulary: Vocabulary, **changes: Any) -> MaskedObjective:
-    """The pair with the linear schedule, unless a test says otherwise."""
+    """The pair with the linear schedule, unless a test changes it."""
     settings = {"noise_schedule": "linear", "complementary": True, "mask_logit": "excluded"} | changes
     return MaskedObjective(vocabulary=vocabulary, **settings)
 

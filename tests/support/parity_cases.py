@@ -160,7 +160,7 @@ def micro_batch_size(layout: dict[str, Any]) -> int:
 
 
 def settings(kind: str) -> dict[str, Any]:
-    """What a kind asks of the engine beside its network and objective."""
+    """Settings that a kind asks of the engine beside its network and objective."""
     return {
         "bf16": {"compute": "bf16"},
         "recompute": {"recompute": "full"},
@@ -170,7 +170,7 @@ def settings(kind: str) -> dict[str, Any]:
 
 
 def refusal(kind: str, layout: dict[str, Any]) -> str | None:
-    """Why the rules do not let a case start, or None; the rules are those of `megamask plan` and `megamask train`."""
+    """Return the rules' refusal of a case, or None; the rules are those of `megamask plan` and `megamask train`."""
     config = _config(kind, layout)
     problem = next(all_problems(config), None)
     return None if problem is None else problem.description(value_of(config, problem.key))
@@ -237,7 +237,7 @@ def make(kind: str, layout: dict[str, Any]) -> Any:
 class Steps:
     """Steps of an engine, as JSON, with the digests that the journal writes; collective.
 
-    Which samples a step took is asked of the ranks: each tells the places that it computes, once for each set of
+    Which samples a step took is asked of the ranks: each records the places that it computes, once for each set of
     complete rows.
     """
 
@@ -320,7 +320,7 @@ def tolerance(kind: str) -> tuple[float, float]:
 
 
 def is_within(kind: str, difference: dict[str, Any]) -> bool:
-    """Whether a cell keeps its tolerance and has equal integers; one with router flips is not held to the tolerance."""
+    """Return True if a cell keeps its tolerance and has equal integers; with router flips there is no tolerance."""
     loss, grad_norm = tolerance(kind)
     is_near = difference["loss"] < loss and difference["grad_norm"] < grad_norm
     return difference["is_exact"] and (is_near or difference["flips"] > 0)

@@ -1,4 +1,4 @@
-"""What each process of a preview test does; answers travel as JSON."""
+"""Work of each process of a preview test; answers travel as JSON."""
 
 from __future__ import annotations
 

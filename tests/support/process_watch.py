@@ -15,7 +15,7 @@ from support.command import command, environment
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """What a process and its run directory hold at a moment; the journal's files, which grow, are not counted."""
+    """Resources of a process and its run directory at a moment; the journal's files, which grow, are not counted."""
 
     step: int
     resident_kib: int

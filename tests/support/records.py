@@ -1,4 +1,4 @@
-"""Changing what a run, a corpus or a checkpoint says, as an accident or a person would."""
+"""Changing what a run, a corpus or a checkpoint contains, as an accident or a person would."""
 
 from __future__ import annotations
 

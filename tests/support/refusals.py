@@ -1,4 +1,4 @@
-"""What the tests of bad input share: commands, what is on disk, and what a refusal is."""
+"""Parts that the tests of bad input share: commands, what is on disk, and what a refusal is."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Refuse = Callable[..., str]
 Snapshot = dict[Path, tuple[int, int] | None]
 
 STDLIB = str(ROOT / "configs" / "corpus" / "python_stdlib.yaml")
-# Each refusal says what did not happen.
+# Each refusal names what did not happen.
 _ASSURANCES = ("Nothing was", "No row was", "No batch was", "No sample", "not touched", "must not be used", "not used")
 
 
@@ -75,5 +75,5 @@ def limit_files(num_bytes: int) -> None:
 
 
 def check_assurance(stderr: str) -> None:
-    """The message says what did not happen."""
+    """The message names what did not happen."""
     assert any(words in stderr for words in _ASSURANCES), stderr

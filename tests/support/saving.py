@@ -21,7 +21,7 @@ def save_once(
     in_background: bool = False,
     run_id: str = "r",
 ) -> Commit:
-    """Commits a state that says which step and attempt it is of."""
+    """Commits a state that records which step and attempt it is of."""
     tokenizer = run_dir.parent / f"{run_dir.name}.tokenizer"
     tokenizer.mkdir(exist_ok=True)
     (tokenizer / "tokenizer.json").write_text("{}")

@@ -100,7 +100,7 @@ def flip_bit(path: Path, offset: int, bit: int = 0) -> None:
 
 
 def packed_rows(documents: Documents, *, sequence_length: int, eod: int, pad: int) -> list[list[int]]:
-    """What the rows must hold: the documents one after another, cut, the last row padded. Plain lists."""
+    """Return what the rows must hold: the documents one after another, cut, the last row padded. Plain lists."""
     flat = [token for text in documents for token in (*text, eod)]
     flat += [pad] * (-len(flat) % sequence_length)
     return [flat[start : start + sequence_length] for start in range(0, len(flat), sequence_length)]

@@ -158,7 +158,7 @@ class Cluster:
         _ip("link", "set", f"{_TAG}v{self.nodes.index(node)}", state)
 
     def idle(self) -> bool:
-        """Whether every node waits for work."""
+        """Return True if every node waits for work."""
         states = self.call("sinfo", "-h", "-N", "-p", "low", "-o", "%t").stdout.split()
         return states == ["idle"] * self.num_nodes
 

@@ -1,4 +1,4 @@
-"""What each process of a test of `initialise.source` does: set weights from a published model, then score rows."""
+"""Work of each process of a test of `initialise.source`: set weights from a published model, then score rows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What each process of a memory test does: it saves and loads a state and reports how far its memory rose meanwhile."""
+"""Work of each process of a memory test: it saves and loads a state and reports how far its memory rose meanwhile."""
 
 from __future__ import annotations
 

@@ -82,7 +82,7 @@ def test_eta_counts_the_samples_of_a_growing_batch(frozen_clock: None) -> None:
 
 
 def test_eta_counts_the_time_between_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Saving and evaluating stand between two step records; they take time as well."""
+    """Saving and evaluating are between two step records; they take time as well."""
     times = iter([0.0, 2.0, 4.0])
     monkeypatch.setattr(console_module.time, "monotonic", lambda: next(times))
     stream = io.StringIO()

@@ -1,4 +1,4 @@
-"""When hooks act: evaluation and checkpoints by step, the end of an attempt, the status file."""
+"""Times at which hooks act: evaluation and checkpoints by step, the end of an attempt, the status file."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ def test_phases_add_up_and_the_total_counts_from_the_start_of_the_process(monkey
     for name, taken in (("imports", 2.0), ("engine", 5.0), ("restore", 0.5)):
         with clock.phase(name):
             now[0] += taken
-        now[0] += 1.0  # nobody's
+        now[0] += 1.0  # of no phase
     assert clock.seconds() == {"imports": 5.0, "engine": 5.0, "restore": 0.5, "total": 13.5}
 
 

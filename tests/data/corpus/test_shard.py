@@ -115,7 +115,7 @@ def test_index_addresses_the_raw_values_and_their_checksums(tmp_path: Path) -> N
 
 
 def test_tar_index_is_what_a_scan_of_the_archive_gives(tmp_path: Path) -> None:
-    """Energon's rule: the header offset of each new sample, then where tarfile stands at the end of the members."""
+    """Energon's rule: the header offset of each new sample, then where tarfile is at the end of the members."""
     writer = write_shards(tmp_path, make_blocks())
     for entry in writer.shards:
         offsets: list[int] = []

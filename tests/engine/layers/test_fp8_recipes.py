@@ -27,7 +27,7 @@ FORMATS = {E4M3: numbers_of(4, 3, 448.0), E5M2: numbers_of(5, 2, 57344.0)}
 
 
 def is_nearest(found: torch.Tensor, scaled: torch.Tensor, dtype: torch.dtype) -> bool:
-    """Whether each found number is a number of the format, and none is nearer."""
+    """Check that each found number is a number of the format, and none is nearer."""
     numbers = FORMATS[dtype]
     distance = (scaled.double().unsqueeze(-1).clamp(numbers[0], numbers[-1]) - numbers).abs()
     own = (scaled.double().clamp(numbers[0], numbers[-1]) - found.double()).abs()
@@ -36,7 +36,7 @@ def is_nearest(found: torch.Tensor, scaled: torch.Tensor, dtype: torch.dtype) ->
 
 
 def numbers(scaled: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """What a scale of 1 makes of the values: numbers of the format themselves."""
+    """Round the values at a scale of 1, to numbers of the format themselves."""
     return per_tensor(scaled, dtype, torch.ones(()))
 
 

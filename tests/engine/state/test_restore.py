@@ -39,7 +39,7 @@ def saved(build, tmp_path):
 
 
 def test_training_goes_on_bit_for_bit_after_save_and_load(saved, build):
-    """Whichever Adam the backend chose: its moments and its step count come back."""
+    """For any Adam that the backend chose: its moments and its step count come back."""
     folder, engine = saved
     wanted = [cases.report_fields(cases.take_step(engine, step)) for step in (3, 4, 5)]
     digest, adam = engine.parameter_digest(), engine.backend.adam

@@ -1,6 +1,6 @@
 """The check of a node's GPUs: who is asked, and what each answer of the process that asks means.
 
-No GPU is here: a CPU stands in for one in the product, and a script for a probe that finds a fault.
+No GPU is here: a CPU replaces one in the product, and a script for a probe that finds a fault.
 """
 
 from __future__ import annotations

@@ -143,7 +143,7 @@ def test_torn_line_longer_than_the_checked_tail_keeps_the_chain(
     ("line", "found", "replacement"),
     [
         (2, b'"kind":', b'"kind";'),  # no longer JSON
-        (2, b'"loss":', b'"lost":'),  # still JSON: the next line's prev tells
+        (2, b'"loss":', b'"lost":'),  # still JSON: the next line's prev differs
         (4, b'"seq":4', b'"seq";4'),  # the last line
     ],
 )

@@ -150,7 +150,7 @@ def test_server_that_was_killed_and_restarted_misses_nothing(server: Server, tmp
 def test_server_that_was_stopped_and_continued_doubles_nothing(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What was sent to the stopped server waits in its socket: it carries it out when it goes on, after the retries."""
+    """Requests to the stopped server wait in its socket: it carries it out when it goes on, after the retries."""
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
     life = Life(tmp_path, "run", server.uri)
     life.train(1, 2)
@@ -190,7 +190,7 @@ def test_answers_of_500_are_one_outage_and_nothing_is_lost(server: Server, proxy
 def test_server_that_answers_too_late_enters_each_commit_once(
     server: Server, proxy: Proxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The slow server does what it is asked, but the client has asked again by the time that it says so."""
+    """The slow server does what it is asked, but the client has asked again by the time that it reports it."""
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
     proxy.delay_s = 3.0
     life = Life(tmp_path, "run", proxy.uri)
@@ -307,7 +307,7 @@ def test_sync_to_another_server_leaves_the_state_of_the_first(server: Server, tm
 
 @pytest.mark.promise("a sync sends again what the server lost")
 def test_sync_sends_again_what_the_server_lost(server: Server, tmp_path: Path) -> None:
-    """The state says that all was sent; the server was set back to an older backup of its database."""
+    """The state records that all was sent; the server was set back to an older backup of its database."""
     life = Life(tmp_path, "run", server.uri)
     life.train(1, 2)
     life.end()
@@ -315,7 +315,7 @@ def test_sync_sends_again_what_the_server_lost(server: Server, tmp_path: Path) -
     state = load_state(life.run_dir)
     run = stored_run(server.uri, life.run_dir)
     client(server.uri).delete_run(run.info.run_id)
-    session = Session.open(life.run_dir, life.config)  # a new run stands there, and the state says that it is whole
+    session = Session.open(life.run_dir, life.config)  # a new run is there, and the state records that it is complete
     assert state is not None
     content = json.loads(mlflow_state_path(life.run_dir).read_bytes())
     content["position"] = {"file": state.position.file, "offset": state.position.offset}

@@ -49,7 +49,7 @@ print(sink.drain(120))
 
 @pytest.mark.promise("a dead MLflow server is one incident; training goes on")
 def test_dead_server_is_one_incident_and_training_goes_on(tmp_path: Path) -> None:
-    with socket.socket() as probe:  # a port that nobody listens on
+    with socket.socket() as probe:  # a port without a listener
         probe.bind(("127.0.0.1", 0))
         uri = f"http://user:secret@127.0.0.1:{probe.getsockname()[1]}/api?token=secret"
     run_dir = make_run(tmp_path, "dead")

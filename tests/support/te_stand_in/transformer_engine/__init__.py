@@ -309,7 +309,7 @@ def fp8_autocast(enabled: bool = True, fp8_recipe: Any = None, **options: Any) -
 
 
 class FP8GlobalStateManager:
-    """Whether an FP8 context is entered."""
+    """Return True if an FP8 context is entered."""
 
     @classmethod
     def is_fp8_enabled(cls) -> bool:
