@@ -3,7 +3,7 @@
 
 Sections (`--only`, several with commas):
 
-    products, attention, head   parts of a step by themselves (gpu_ops.py)
+    products, attention, head, host   parts of a step by themselves (gpu_ops.py)
     formats   steps in bf16 and in each FP8 recipe
     ablate    steps with everything on, and with one thing different in each row (the list is in gpu_arms.py)
     trace     one profiled step of bf16 and of tensorwise FP8, for Perfetto, in files beside the JSON

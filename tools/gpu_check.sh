@@ -75,7 +75,7 @@ EOF
       ;;
     formats_1.7b) echo "$bench"' $SHAPE_17 --only formats --limit-s 215' ;;
     formats_8b) echo "$bench"' $SHAPE_8 --only formats --limit-s 215 --blocks 2' ;;
-    parts) echo "$bench"' $SHAPE_17 --only products,attention,head' ;;
+    parts) echo "$bench"' $SHAPE_17 --only products,attention,head,host' ;;
     ablate) echo "$bench"' $SHAPE_17 --only ablate --limit-s 275 --blocks 2 --steps 4 --warmup 2' ;;
     trace) echo "$bench"' $SHAPE_17 --only trace' ;;
     te) cat <<'EOF'

@@ -1,4 +1,4 @@
-"""Parts of a step by themselves, each beside what it could be: products, attention, the head, the embedding.
+"""Parts of a step by themselves, each beside what it could be: products, attention, head, embedding, host copies.
 
 Every case is one forward and backward pass on random numbers, timed on the device; cases of a table take turns.
 """
@@ -268,8 +268,38 @@ def _peak_mb(run: Run) -> str:
     return f"{(torch.cuda.max_memory_allocated() - before) / 1e6:,.0f}"
 
 
+def host_copy(
+    report: Report, shape: Shape, spec: ModelSpec, machine: Machine, device: torch.device, **how: Any
+) -> None:
+    """Copies to the host's memory, as a checkpoint beside training makes them."""
+    from megamask.engine.backend import select_backend
+
+    del shape, spec, machine
+    count = (1 << 28) if device.type == "cuda" else (1 << 20)
+    source = torch.ones(count, device=device)
+    plain, locked = (torch.zeros(count) for _ in range(2))
+    started = time.perf_counter()
+    select_backend().pin(locked)
+    pin_s = time.perf_counter() - started
+    cases: dict[str, Run] = {
+        "memory as it is": lambda: plain.copy_(source),
+        "pinned memory": lambda: locked.copy_(source, non_blocking=True),
+    }
+    seconds = measured(cases, found=(found := {}), **how)
+    shown = report.table(
+        f"Copies of {4 * count >> 20} MiB to the host",
+        ["case", "GB/s", "time to memory as it is"],
+        f"Pinning took {pin_s:.2f} s, once for a run's first checkpoint.",
+    )
+    for name, values in seconds.items():
+        rates = [4 * count / value / 1e9 for value in values]
+        shown.add(name, spread(rates), ratio(values, seconds["memory as it is"]))
+    report.keep("host", found | {"pin_s": pin_s})
+
+
 SECTIONS: dict[str, Callable[..., None]] = {
     "products": products,
     "attention": attention,
     "head": head_and_embedding,
+    "host": host_copy,
 }
