@@ -47,10 +47,17 @@ def test_pattern_is_refused_when_it_matches_nothing(pattern: str, tmp_path: Path
     assert caught.value.exit_code == ExitCode.USAGE
 
 
-def test_folder_is_refused_with_a_hint_to_use_a_glob(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="names the folder") as caught:
-        find_inputs([str(tmp_path)])
-    assert f"{tmp_path}/**/*.txt" in str(caught.value.hint)
+def test_folder_stands_for_all_files_below_it_but_hidden_ones(tmp_path: Path) -> None:
+    folder = tmp_path / "te[x]t"
+    for name in ("a.txt", "deep/er/b.jsonl", ".hidden/c.txt", "deep/.d.txt"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("{}")
+    assert [file.name for file in find_inputs([str(folder)])] == ["a.txt", "deep/er/b.jsonl"]
+    named = find_inputs([{"name": "web", "path": f"{folder}/"}])
+    assert [file.name for file in named] == ["web/a.txt", "web/deep/er/b.jsonl"]
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UsageError, match="holds no file but hidden ones"):
+        find_inputs([f"{tmp_path}/empty"])
 
 
 def test_inputs_are_refused_when_the_list_is_empty() -> None:

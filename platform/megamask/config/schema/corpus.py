@@ -107,9 +107,9 @@ class CorpusConfig(Section):
     """Inputs, splits, tokenizer and row shape of a corpus."""
 
     inputs: list[str | dict[str, str]] = identity(
-        "files and globs of text (.txt, .py, .md, ...), .jsonl, .ndjson, .parquet, .tar (WebDataset), all but the "
-        "last two also .gz or .zst; or mappings {name, path, format, text_key, tokenizer, licence, origin, version}; "
-        "{python_stdlib} is the folder of Python's own library",
+        "files, folders and globs of text (.txt, .py, .md, ...), .jsonl, .ndjson, .parquet, .tar (WebDataset), all but "
+        "the last two also .gz or .zst; or mappings {name, path, format, text_key, tokenizer, licence, origin, "
+        "version}; {python_stdlib} is the folder of Python's own library",
         is_path=True,
     )
     exclude: list[str] = identity(

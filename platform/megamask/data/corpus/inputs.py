@@ -1,7 +1,7 @@
 """The inputs of a corpus: which files, in which order, and how each is read.
 
-An entry of `corpus.inputs` is a path, a glob, or a mapping {name, path, format, text_key, tokenizer,
-licence, origin, version}.
+An entry of `corpus.inputs` is a file, a folder, a glob, or a mapping {name, path, format, text_key, tokenizer, licence,
+origin, version}.
 Files are sorted by name, so a corpus does not change when its inputs move: the path relative to the deepest folder that
 holds all files of plain entries, and `<name>/<path relative to the deepest folder of the entry>` for a named entry.
 """
@@ -129,15 +129,16 @@ class InputFile:
 
 
 def find_inputs(entries: Sequence[str | Mapping[str, str]], exclude: Sequence[str] = ()) -> list[InputFile]:
-    """Expand files and globs, sorted by name; a file that matches twice counts once.
+    """Expand files, folders and globs, sorted by name; a file that matches twice counts once.
 
     Args:
-        entries: of `corpus.inputs`; relative paths start at the working folder, `**` crosses folders, and
-            {python_stdlib} is replaced by the folder of Python's own library.
+        entries: of `corpus.inputs`; relative paths start at the working folder, a folder stands for all files below it
+            that are not hidden, `**` crosses folders, and {python_stdlib} is replaced by the folder of Python's own
+            library.
         exclude: `corpus.exclude`: file names or globs, each of which must take away a file.
 
     Raises:
-        UsageError: an entry matches no file or names a folder, an exclusion matches no input, two names are equal.
+        UsageError: an entry matches no file, an exclusion matches no input, two names are equal.
     """
     if not entries:
         raise UsageError(f"corpus.inputs is empty; give at least one file or glob. {NOTHING_WRITTEN}")
@@ -254,10 +255,13 @@ def _matches(pattern: str) -> list[str]:
 def _expand(pattern: str) -> list[str]:
     literal = Path(pattern.replace(PYTHON_STDLIB, sysconfig.get_paths()["stdlib"])).expanduser()
     if literal.is_dir():
-        raise UsageError(
-            f"corpus.inputs names the folder {pattern}; allowed are files and globs. {NOTHING_WRITTEN}",
-            hint=f"take the text files in it with a glob, for example {pattern.rstrip('/')}/**/*.txt",
-        )
+        matches = _matches(f"{glob.escape(str(literal))}/**/*")
+        if not matches:
+            raise UsageError(
+                f"corpus.inputs: the folder {pattern} holds no file but hidden ones. {NOTHING_WRITTEN}",
+                hint="check the path; relative ones start at the working folder",
+            )
+        return matches
     matches = _matches(pattern)
     if not matches:
         raise UsageError(
