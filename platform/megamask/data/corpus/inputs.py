@@ -132,8 +132,8 @@ def find_inputs(entries: Sequence[str | Mapping[str, str]], exclude: Sequence[st
     """Expand files, folders and globs, sorted by name; a file that matches twice counts once.
 
     Args:
-        entries: of `corpus.inputs`; relative paths start at the working folder, a folder stands for all files below it
-            that are not hidden, `**` crosses folders, and {python_stdlib} is replaced by the folder of Python's own
+        entries: of `corpus.inputs`; relative paths start at the working folder, a folder means all files below it that
+            are not hidden, `**` crosses folders, and {python_stdlib} is replaced by the folder of Python's own
             library.
         exclude: `corpus.exclude`: file names or globs, each of which must take away a file.
 
