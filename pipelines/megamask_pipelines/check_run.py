@@ -17,7 +17,7 @@ from megamask_pipelines.subject import subject_of
 
 _BYTES_PER_WEIGHT = 12  # float32 weight and the two moments of Adam
 # what is counted alone: nothing of a device's context or its allocator
-_NOTHING_ASSUMED = Assumptions(context_bytes=0.0, fragmentation=0.0)
+_NOTHING_ASSUMED = Assumptions(context_bytes=0.0, communicator_bytes=0.0, fragmentation=0.0)
 
 
 def check_run(config: TrainConfig) -> dict[str, Any]:

@@ -30,6 +30,7 @@ def subject_of(config: TrainConfig, spec: ModelSpec) -> Subject:
         head_chunk_rows=training.head_chunk_rows,
         has_fp8=config.precision.fp8 != "none",
         recompute=training.recompute,
+        has_ring=config.device.attention == "te",
         is_overlapped=config.device.overlap_gradient_reduce,
         checkpoint_every_steps=config.checkpoint.every_steps,
     )

@@ -53,6 +53,25 @@ def test_the_parts_of_a_rank_add_up() -> None:
     assert rank["activations_bytes"] == kinds["layers_bytes"] + kinds["ends_bytes"] + kinds["workspace_bytes"]
 
 
+def test_buffers_of_communication_are_those_of_the_axes() -> None:
+    assert plan(AxisSizes()).rank.communication == 0
+    found = plan(assumed=Assumptions(communicator_bytes=1.0)).rank.communication
+    row, positions = SPEC.hidden_size * 2, 2 * 4096  # both views
+    # groups of all, tensor, data and pipeline; a gathered sequence; input and gradient of a neighbour
+    assert found == 4 + positions * row + 2 * positions // 4 * row
+    rank = plan().to_json()["per_rank"]
+    assert 0 < rank["communication_bytes"] < rank["other_bytes"]
+
+
+def test_a_ring_keeps_a_ranks_own_keys_and_values_only() -> None:
+    axes = AxisSizes(tensor_parallel_size=8, context_parallel_size=8, sequence_parallel=True)
+    gathered, ring = (plan(axes, has_ring=has_ring).rank.activations.layers for has_ring in (False, True))
+    positions = 2 * 4096 // 8
+    kept = SPEC.num_layers * positions * 2 * SPEC.head_dim  # elements of one head's keys and values, own positions
+    # one group a rank, whose four query heads read copies: keys and values of complete rows, four times
+    assert gathered - ring == 2 * kept * (8 * 4 - 1)
+
+
 def test_time_moves_with_what_it_is_made_of() -> None:
     base = plan().time
     assert plan(assumed=Assumptions(matrix_efficiency=0.35)).time.compute > base.compute

@@ -54,6 +54,7 @@ def _memory(rank: dict[str, Any]) -> list[str]:
     return [
         f"rank {rank['rank']}: {rank['parameters']:,} parameters, activations of {flights} micro-batches at once",
         *(f"  {part:<12}{rank[f'{part}_bytes'] / 1e9:10.2f} GB" for part in parts),
+        f"  (of other, buffers of communication: {rank['communication_bytes'] / 1e9:.2f} GB)",
     ]
 
 

@@ -2,7 +2,7 @@
 
 A layer keeps, per position, the inputs of both norms and of all four matrices, queries, keys and values as attention
 reads them, attention's output and SwiGLU's input. Under context parallelism the keys and values are those of complete
-rows. The test of this file counts what torch's hooks see being saved.
+rows, unless they go round in a ring. The test of this file counts what torch's hooks see being saved; a ring it cannot.
 """
 
 from __future__ import annotations
@@ -106,6 +106,11 @@ def _attention_core(subject: Subject) -> int:
     """Bytes that the kernel keeps: turned queries, turned keys, values, its output, the sums of its softmax."""
     spec, ranks, context = subject.spec, subject.axes.tensor_parallel_size, subject.axes.context_parallel_size
     queries = spec.num_attention_heads * spec.head_dim // ranks * subject.format_bytes
+    if (
+        subject.has_ring and context > 1
+    ):  # the library reads grouped keys and values as they are, and keeps a rank's own
+        keys = spec.num_query_groups * spec.head_dim // ranks * subject.format_bytes
+        return subject.positions * (2 * queries + 2 * keys + spec.num_attention_heads // ranks * _FLOAT32)
     # turned keys, and the gathered keys and values, of which the values are a view
     gathered = queries if context == 1 else 3 * queries
     if _is_grouped(subject):  # keys and values are copied for every query head

@@ -29,7 +29,8 @@ class Assumptions:
     overlapped_part: float = _assumed(
         "part of the data-parallel communication that hides behind computing where overlap is on", 0.8
     )
-    context_bytes: float = _assumed("bytes of CUDA's context, NCCL's buffers and libraries on a GPU", 4.0e9)
+    context_bytes: float = _assumed("bytes of CUDA's context and libraries on a GPU", 3.0e9)
+    communicator_bytes: float = _assumed("bytes of NCCL's buffers for each group of ranks on a GPU", 0.25e9)
     fragmentation: float = _assumed("part of the activations that the allocator loses to gaps", 0.05)
     reserve: float = _assumed("part of the memory that a plan leaves free", 0.03)
     host_copy_bandwidth: float = _assumed("bytes per second from a GPU to its host's memory", 20e9)

@@ -8,6 +8,7 @@ from typing import Any
 from megamask.models.counts import active_parameter_count, parameter_count
 from megamask.planning.activations import ActivationBytes, activation_bytes
 from megamask.planning.assumptions import Assumptions
+from megamask.planning.buffers import communication_bytes
 from megamask.planning.gpus import Gpu
 from megamask.planning.operation import Operation, operation
 from megamask.planning.parameters import ParameterBytes, fullest_within, parameter_bytes
@@ -22,12 +23,14 @@ class RankPlan:
 
     Args:
         rank: global number.
-        other: context of the device, buffers of collectives, gaps of the allocator.
+        communication: buffers of collectives.
+        other: those, context of the device, gaps of the allocator.
     """
 
     rank: int
     held: ParameterBytes
     activations: ActivationBytes
+    communication: int
     other: int
 
     @property
@@ -55,6 +58,7 @@ class RankPlan:
             "activations_bytes": activations.total,
             "logits_bytes": activations.logits,
             "other_bytes": self.other,
+            "communication_bytes": self.communication,
             "total_bytes": self.total,
             "activations": {
                 "layers_bytes": activations.layers,
@@ -144,11 +148,13 @@ def rank_plan(subject: Subject, assumed: Assumptions, rank: int) -> RankPlan:
     pipeline_rank, within = divmod(rank, subject.ranks_of_stage)
     activations = activation_bytes(subject, pipeline_rank=pipeline_rank)
     gaps = assumed.fragmentation * (activations.total + activations.logits)
+    communication = communication_bytes(subject, assumed)
     return RankPlan(
         rank=rank,
         held=parameter_bytes(subject, pipeline_rank=pipeline_rank, within=within),
         activations=activations,
-        other=int(assumed.context_bytes + gaps),
+        communication=communication,
+        other=int(assumed.context_bytes + gaps) + communication,
     )
 
 

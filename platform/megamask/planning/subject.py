@@ -29,6 +29,7 @@ class Subject:
         has_fp8: whether the layers' matrix products are FP8.
         recompute: "none", "selective" (the attention's core and dense feed-forward parts) or "full" (every layer from
             its input).
+        has_ring: whether context-parallel ranks hand keys and values round, instead of gathering them.
         is_overlapped: whether gradients and parameters travel while other layers compute.
         checkpoint_every_steps: None where only the last step commits.
     """
@@ -43,6 +44,7 @@ class Subject:
     head_chunk_rows: int
     has_fp8: bool = False
     recompute: str = "none"
+    has_ring: bool = False
     is_overlapped: bool = False
     checkpoint_every_steps: int | None = None
 
