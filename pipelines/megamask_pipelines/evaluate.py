@@ -17,7 +17,8 @@ from megamask.evaluation.objective import refuse_leaks, scored_objective
 from megamask.evaluation.reference_network import ReferenceScore
 from megamask.evaluation.request import EvaluationRequest
 from megamask.evaluation.rows import split_rows, text_rows, token_id_rows
-from megamask.objectives.base import GivenFirst, never_written
+from megamask.objectives.autoregressive import given_first
+from megamask.objectives.base import never_written
 
 _BATCH_TOKENS = 8192
 _NOTHING = "Nothing was scored."
@@ -43,7 +44,7 @@ def evaluate(path: Path, request: EvaluationRequest) -> dict[str, Any]:
     objective = scored_objective(checkpoint.objective, request.objective, checkpoint.model.vocabulary)
     refuse_leaks(checkpoint.model.spec, objective)
     checkpoint.require_mask(objective)
-    bound = GivenFirst(bound=objective.bound) if request.given_first else objective.bound
+    bound = given_first(objective.bound, objective) if request.given_first else objective.bound
     scored = tokens[bound.scored(tokens, is_eligible)]
     network, device = checkpoint.network()
     token_bytes = torch.tensor(checkpoint.tokenizer.token_bytes)

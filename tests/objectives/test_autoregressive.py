@@ -11,8 +11,8 @@ from megamask.evaluation.reference_network import ReferenceScore
 from megamask.generation.confidence import DecodingOptions, decode
 from megamask.generation.predictor import ReferencePredictor
 from megamask.models.context import Causal, Context
-from megamask.objectives.autoregressive import AutoregressiveObjective
-from megamask.objectives.base import GivenFirst, Samples
+from megamask.objectives.autoregressive import AutoregressiveObjective, GivenFirst
+from megamask.objectives.base import Samples
 from support import engine_cases as cases
 
 SPEC = cases.OPTIONS

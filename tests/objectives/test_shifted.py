@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -140,3 +141,28 @@ def test_the_noise_level_rises_and_its_weight_is_dropped() -> None:
     assert (early.weight == 1).all()
     assert torch.equal(late.weight, MASKED.rows(samples, 6, KEY).weight)
     assert [term.is_bound for term in objective.terms] == [False]
+
+
+@pytest.mark.promise("with isolated documents a target shift gives each document's first token, as autoregression does")
+@pytest.mark.parametrize("name", ["masked", "block"])
+def test_first_tokens_of_isolated_documents_are_given(name: str) -> None:
+    """Nothing that such a token may see is read at the position before it."""
+    settings = {"block_size": 4, "clean_half": "block_causal"} if name == "block" else {"complementary": False}
+    record = {"name": name, "noise_schedule": "linear", "mask_logit": "excluded", "isolate_documents": True, **settings}
+    objective = with_shift(build_objective(record, VOCABULARY), True)
+    plain = _samples(16)
+    tokens = plain.tokens.clone()
+    tokens[:, [5, 11]] = VOCABULARY.eod_token_id
+    seen = objective.seen(replace(plain, tokens=tokens), KEY)
+    starts = torch.zeros_like(plain.is_eligible)
+    starts[:, [0, 6, 12]] = True
+    for step in (1, 2, 3):
+        rows = objective.rows(seen, step, KEY)
+        read = rows.is_scored[:, : tokens.size(1)]
+        assert read.any() and not read[:, [5, 11]].any(), "no position predicts a token of the next document"
+        assert not (rows.inputs[:, : tokens.size(1)][starts] == VOCABULARY.mask_token_id).any()
+    causal = build_objective(
+        {"name": "autoregressive", "mask_logit": "excluded", "isolate_documents": True}, VOCABULARY
+    )
+    eligible = plain.is_eligible
+    assert torch.equal(objective.bound.scored(tokens, eligible), causal.bound.scored(tokens, eligible))

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from megamask.audit.story import Rules
 from megamask.config.keys import Key, all_keys
+from megamask.config.schema.initialise import InitialiseConfig
 from megamask.config.schema.objective import ObjectiveConfig
 from megamask.config.schema.roots import TrainConfig
 from megamask.config.schema.training import TrainingConfig
@@ -66,7 +67,17 @@ def rules_of(record: RunRecord, configs: Mapping[int, TrainConfig], rewinds: Seq
         run_sha256=record.sha256,
         code_version=str(content["code_version"]) if "code_version" in content else None,
         learning_rate=lambda attempt, step: _rate(configs.get(attempt), step),
+        has_shift=_shift(record, keys),
     )
+
+
+def _shift(record: RunRecord, keys: Mapping[str, Key]) -> Callable[[int], bool]:
+    """Of each step, whether its targets are shifted: as far as the source's are, and initialise.shift keeps that."""
+    parent = record.content.get("parent_checkpoint") or {}
+    setting = _recorded(record, record.content["identity"], keys["initialise.shift"])
+    until = InitialiseConfig(shift=setting).shift_until_step
+    is_kept = bool(parent.get("target_shift")) and setting != "drop"
+    return lambda step: is_kept and (until is None or step <= until)
 
 
 def _rate(config: TrainConfig | None, step: int) -> float | None:

@@ -162,30 +162,6 @@ class Bound(Protocol):
         """
 
 
-@dataclass(frozen=True, kw_only=True)
-class GivenFirst:
-    """A bound in which the first token of each row is given: what an autoregressive model scores too."""
-
-    bound: Bound
-
-    @property
-    def is_exact(self) -> bool:
-        """As of the bound."""
-        return self.bound.is_exact
-
-    def scored(self, tokens: Tensor, is_eligible: Tensor) -> Tensor:
-        """The tokens that the bound scores, but for the first of a row."""
-        is_scored = self.bound.scored(tokens, is_eligible).clone()
-        is_scored[:, 0] = False
-        return is_scored
-
-    def draw(
-        self, tokens: Tensor, is_scored: Tensor, row_index: Tensor, *, replicate: int, member: int, draws: int, key: Key
-    ) -> BoundRows:
-        """The bound's draw, of the tokens that are left."""
-        return self.bound.draw(tokens, is_scored, row_index, replicate=replicate, member=member, draws=draws, key=key)
-
-
 class Decoder(Protocol):
     """An objective as sampling uses it."""
 

@@ -1,8 +1,9 @@
 """A diffusion objective whose logits at a position predict the token after it, as an autoregressive start leaves them.
 
 logits'_i = logits_(i-1) (DiffuLLaMA, arXiv:2410.17891, section 3.2; Dream, arXiv:2508.15487): the meaning of a causal
-model's head is kept while its attention becomes bidirectional. Nothing predicts the first token of a row, so it is
-given: never corrupted, never scored, as in the autoregressive objective. The normaliser of a term keeps counting it.
+model's head is kept while its attention becomes bidirectional. Nothing predicts the first token of a row, or of a
+document that sees no other, so it is given: never corrupted, never scored, as in the autoregressive objective. The
+normaliser of a term keeps counting it.
 
 Shapes: b samples, r rows, s tokens of a sample, i positions of a row (s, or 2s for a doubled input).
 """
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from megamask.errors import UsageError
 from megamask.models.vocabulary import NO_ID
+from megamask.objectives.autoregressive import given_first, with_a_past
 from megamask.objectives.base import Bound, BoundRows, Decoder, Key, Objective, Reading, Rows, Samples
 from megamask.objectives.probing import Probe, Probed
 from megamask.objectives.wrapped import Wrapped
@@ -42,8 +44,8 @@ class Shifted(Wrapped):
 
     @property
     def bound(self) -> ShiftedBound:
-        """The inner bound given the first token of each row."""
-        return ShiftedBound(inner=self.inner.bound)
+        """The inner bound given first tokens."""
+        return ShiftedBound(inner=given_first(self.inner.bound, self.inner))
 
     @property
     def decoder(self) -> ShiftedDecoder:
@@ -57,7 +59,7 @@ class Shifted(Wrapped):
         return earlier(self.inner.rows(_first_given(samples), step, key), samples.tokens.size(1))
 
     def details(self, samples: Samples, step: int, key: Key) -> list[dict[str, Any]]:
-        """As of the inner objective; the first token is never among the masked ones."""
+        """As of the inner objective; a first token is never among the masked ones."""
         return self.inner.details(_first_given(samples) if self.is_active(step) else samples, step, key)
 
     def record(self) -> dict[str, Any]:
@@ -67,7 +69,11 @@ class Shifted(Wrapped):
 
 @dataclass(frozen=True, kw_only=True)
 class ShiftedBound:
-    """A bound whose targets are shifted; the first token of each row is given."""
+    """A bound whose targets are shifted.
+
+    Args:
+        inner: gives the first token of each row, and scores none that nothing is before.
+    """
 
     inner: Bound
 
@@ -77,8 +83,8 @@ class ShiftedBound:
         return self.inner.is_exact
 
     def scored(self, tokens: Tensor, is_eligible: Tensor) -> Tensor:
-        """The tokens that the inner bound scores, but for the first of a row."""
-        return _all_but_first(self.inner.scored(tokens, is_eligible))
+        """The tokens that the inner bound scores."""
+        return self.inner.scored(tokens, is_eligible)
 
     def draw(
         self, tokens: Tensor, is_scored: Tensor, row_index: Tensor, *, replicate: int, member: int, draws: int, key: Key
@@ -179,11 +185,4 @@ def _rolled(values: Tensor, size: int) -> Tensor:
 
 
 def _first_given(samples: Samples) -> Samples:
-    return replace(samples, is_eligible=_all_but_first(samples.is_eligible))
-
-
-def _all_but_first(chosen: Tensor) -> Tensor:
-    """The chosen tokens that have a token before them in their row. Shapes: bool [b, s]."""
-    found = chosen.clone()
-    found[:, 0] = False
-    return found
+    return replace(samples, is_eligible=with_a_past(samples.is_eligible, samples.documents))
