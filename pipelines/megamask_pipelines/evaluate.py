@@ -28,8 +28,7 @@ def evaluate(path: Path, request: EvaluationRequest) -> dict[str, Any]:
     """Score a run's newest checkpoint, or the checkpoint folder that is named.
 
     Returns: nelbo_nats_per_token, exact (whether that is the likelihood itself), objective, standard_error,
-        bits_per_byte, num_tokens, num_bytes, num_samples, and what was scored with what: checkpoint, digest, step,
-        draws, replicates, seed.
+        bits_per_byte, num_tokens, num_bytes, num_samples; checkpoint, digest, step, draws, replicates, seed.
     Raises:
         UsageError: path, files, corpus or numbers are not usable. DataIntegrityError: a text is not UTF-8, a corpus is
         damaged. CheckpointIntegrityError: the checkpoint does not verify.

@@ -1,4 +1,4 @@
-"""What run.json says of a run's steps."""
+"""Facts of a run's steps that run.json states."""
 
 from __future__ import annotations
 
