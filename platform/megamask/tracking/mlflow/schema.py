@@ -82,7 +82,7 @@ def revision_at(uri: str, shown: str, *, after: str) -> str | None:
     """Return the schema revision of any database that SQLAlchemy opens; None where it is empty or does not answer.
 
     Raises:
-        UsageError: the driver of such a database is not installed.
+        UsageError: the driver of such a database cannot be imported.
     """
     from sqlalchemy import create_engine, text
     from sqlalchemy.exc import SQLAlchemyError
@@ -90,10 +90,11 @@ def revision_at(uri: str, shown: str, *, after: str) -> str | None:
 
     try:
         engine = create_engine(uri, poolclass=NullPool)
-    except ModuleNotFoundError as error:
+    except ImportError as error:
+        name = error.name or uri.partition(":")[0]  # a driver that misses a C library names no module
         raise UsageError(
-            f"the database {shown} needs the Python module {error.name}, which is not installed. {after}",
-            hint=f"install its driver ({error.name}), or name another store with tracking.mlflow.uri",
+            f"the driver {name} of the database {shown} cannot be imported ({error}). {after}",
+            hint=f"install the package with the module {name}, or name another store with tracking.mlflow.uri",
         ) from error
     except SQLAlchemyError:  # MLflow reports a URI that it cannot read
         return None
