@@ -52,10 +52,10 @@ def test_torchrun_that_is_asked_to_end_saves_and_the_code_is_in_the_status(small
     try:
         wait_for_commit(run_dir)
         launcher.send_signal(signal.SIGTERM)
-        _, told = launcher.communicate(timeout=400)
+        _, errors = launcher.communicate(timeout=400)
     finally:
         launcher.kill()
-    assert launcher.returncode not in (0, 75), told
+    assert launcher.returncode not in (0, 75), errors
     assert json.loads((run_dir / "status.json").read_text())["exit_code"] == 75
     assert int(checkpoints(run_dir)[-1].name[5:13]) == max(step_lines(run_dir))
 

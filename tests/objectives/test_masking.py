@@ -72,7 +72,7 @@ def test_exact_counts_find_the_bound_of_all_masks(schedule: str, complementary: 
 @pytest.mark.parametrize("complementary", [False, True])
 def test_importance_sampling_finds_the_bound_of_independent_masks(complementary: bool) -> None:
     objective = masked_objective(VOCABULARY, time_sampling="importance", complementary=complementary)
-    samples = given(200_000)
+    samples = given(50_000)  # the spread of the estimate is 0.4 %
     rows = objective.rows(samples, 1, KEY)
     masks = [torch.tensor([bits]) for bits in itertools.product([False, True], repeat=N)]
     expected, steps = 0.0, 20_000

@@ -121,15 +121,15 @@ def test_superseded_job_ends_with_93_on_every_node(small_corpus: Path, tmp_path:
     alone = [*arguments, "layout.data_parallel_size=1"]
     newer = node(alone, 0, "job-7.0", num_nodes=1, prefix=NAMESPACE)
     try:
-        codes, told = ends(older)
-        assert codes == [93, 93], told
+        codes, errors = ends(older)
+        assert codes == [93, 93], errors
         older_end = read_verdict(tmp_path / "run.launch" / "job-6.0")
         assert older_end is not None and (older_end.code, older_end.attempt) == (93, 1)
         wait_for_attempt(run_dir, 2)
         assert json.loads((run_dir / "status.json").read_text())["exit_code"] is None, "the older job closed it"
         os.kill(ranks(newer)[0], signal.SIGTERM)
-        codes, told = ends([newer])
-        assert codes == [75], told
+        codes, errors = ends([newer])
+        assert codes == [75], errors
     finally:
         newer.kill()
     newer_end = read_verdict(tmp_path / "run.launch" / "job-7.0")

@@ -162,9 +162,9 @@ def test_recipe_without_kernels_on_the_jobs_gpus_ends_with_2(scheduler, capsys: 
     job = ["launch", "slurm", str(TINY), "--submit", "precision.compute=bf16"]
     shapes = ["model.hidden_size=256", "model.ffn_hidden_size=256"]  # what the recipes' kernels take
     assert main([*job, *shapes, "precision.fp8=mxfp8", "launch.slurm.gpu_type=h100"]) == 2
-    told = capsys.readouterr().err
-    assert "precision.fp8 is 'mxfp8', but its kernels need compute capability 10.0" in told
-    assert "allowed: none, tensorwise, delayed, blockwise" in told
+    errors = capsys.readouterr().err
+    assert "precision.fp8 is 'mxfp8', but its kernels need compute capability 10.0" in errors
+    assert "allowed: none, tensorwise, delayed, blockwise" in errors
     with pytest.raises(FileNotFoundError):
         submitted()
     for fits in ("launch.slurm.gpu_type=b200", "launch.slurm.gpu_type=unknown"):

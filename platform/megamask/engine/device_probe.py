@@ -1,7 +1,7 @@
 """`python -m megamask.engine.device_probe [DEVICE...]`: a product with known bits on each GPU, as one JSON list.
 
 A GPU has no limit for its start, since the process that asks has one, but few seconds for its product: one that takes
-no work is told apart from a node that is slow to load its libraries.
+no work differs from a node that is slow to load its libraries.
 """
 
 from __future__ import annotations

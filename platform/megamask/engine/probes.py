@@ -78,10 +78,10 @@ def check_machine(config: TrainConfig) -> None:
     """
     found = capability()
     for problem in problems(config.precision, config.device, found, num_experts=config.model.num_experts):
-        told = own_reason(config.precision.fp8) if problem.key == "precision.fp8" and found.can_run_te else None
+        reply = own_reason(config.precision.fp8) if problem.key == "precision.fp8" and found.can_run_te else None
         raise UsageError(
             f"{problem.description(reduce(getattr, problem.key.split('.'), config))}. Nothing was started.",
-            hint=f"change {problem.key}" + ("" if told is None else f"; Transformer Engine itself answers: {told}"),
+            hint=f"change {problem.key}" + ("" if reply is None else f"; Transformer Engine itself answers: {reply}"),
         )
 
 

@@ -63,17 +63,17 @@ def test_wrong_product_fails_and_names_its_gpu() -> None:
 
 
 @pytest.mark.parametrize(
-    ("script", "outcome", "told"),
+    ("script", "outcome", "reported"),
     [
         ("raise SystemExit('no module named torch')", "warn", "no module named torch"),
         ("import os; os._exit(9)", "warn", "exit code 9"),
         ("print('[]')", "skip", "without CUDA"),
     ],
 )
-def test_what_no_gpu_said_blames_none(script: str, outcome: str, told: str) -> None:
+def test_what_no_gpu_said_blames_none(script: str, outcome: str, reported: str) -> None:
     found = _told(script)
     assert found.outcome == outcome
-    assert told in found.message
+    assert reported in found.message
 
 
 def test_probe_that_does_not_end_blames_no_gpu() -> None:

@@ -126,8 +126,8 @@ class ModelConfig(Section):
         if self.num_experts > 0 and self.router_choice == "experts" and objective in ("autoregressive", "block"):
             yield Problem(
                 key="model.router_choice",
-                because=f"but objective.name is {objective}: experts that choose among all tokens of a row tell each "
-                "token of those behind it, which it may not see",
+                because=f"but objective.name is {objective}: experts that choose among all tokens of a row show each "
+                "token those behind it, which it may not see",
                 allowed="tokens; or objective.name masked, uniform or mixed",
             )
         if self.num_experts > 0:
