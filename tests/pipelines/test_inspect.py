@@ -189,14 +189,14 @@ def test_masked_tokens_are_those_of_the_first_view_and_compared(run_dir: Path, p
     count = sum(len(sample["masked"]) for sample in report["samples"])
     assert report["masked_tokens"] == count > 0
     journal_line(run_dir, prepared, 4, masked_tokens=count + 1)
-    with pytest.raises(DataIntegrityError, match=f"recomputed masked_tokens is {count}, .* says {count + 1}"):
+    with pytest.raises(DataIntegrityError, match=f"recomputed masked_tokens is {count}, .* has {count + 1}"):
         inspect(run_dir, 4)
 
 
 @pytest.mark.parametrize("name", ["batch_digest", "content_digest"])
 def test_journal_with_another_digest_is_an_integrity_error(run_dir: Path, prepared: Path, name: str) -> None:
     journal_line(run_dir, prepared, 4, **{name: "0" * 16})
-    with pytest.raises(DataIntegrityError, match=f"recomputed {name} is .* says 0000000000000000") as caught:
+    with pytest.raises(DataIntegrityError, match=f"recomputed {name} is .* has 0000000000000000") as caught:
         inspect(run_dir, 4)
     assert caught.value.exit_code == ExitCode.DATA_INTEGRITY
 
