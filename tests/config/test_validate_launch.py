@@ -176,9 +176,9 @@ def test_variable_that_is_a_secret_by_its_name_is_refused(name: str) -> None:
 
 
 def test_secret_that_is_no_reference_is_refused() -> None:
-    assert "no reference" in _refused("slurm", "launch.secrets.HF_TOKEN=hush")
+    assert "not a reference" in _refused("slurm", "launch.secrets.HF_TOKEN=hush")
     assert "as well" in _refused("slurm", "launch.secrets.A=env:A", "launch.environment.A=1")
-    assert "no reference" in _refused("slurm", "launch.secrets.A=env:B")
+    assert "not a reference" in _refused("slurm", "launch.secrets.A=env:B")
 
 
 def test_a_variable_that_only_resembles_a_secret_is_allowed() -> None:
