@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from megamask.config.identity import growth_problem
 from megamask.config.schema.data import DataConfig
 from megamask.data import mixture as mixture_module
+from megamask.data.content import add_content
 from megamask.data.loader import Loader
 from megamask.data.mixture import Mixture, stages_of
 from megamask.errors import UsageError
@@ -209,3 +210,32 @@ def test_quarantine_of_no_row_is_refused(folders: dict[str, str], entry: str) ->
     corpora = {"a": folders["a"]}
     with pytest.raises(UsageError, match=r"data\.quarantine has"):
         Loader(corpora, DataConfig(corpora=corpora, quarantine=[entry]), 16)
+
+
+@pytest.mark.promise("a mixture resumed anywhere at another data-parallel size continues with the same bytes")
+@settings(max_examples=12)
+@given(killed=st.integers(0, 5), sizes=st.tuples(st.sampled_from([1, 2, 3, 6]), st.sampled_from([1, 2, 3, 6])))
+def test_mixture_resumed_at_another_size_continues_with_the_same_bytes(
+    folders: dict[str, str], killed: int, sizes: tuple[int, int]
+) -> None:
+    stages = [{"until_tokens": 24 * 16, "weights": {"a": 3, "b": 1}}, {"weights": {"a": 1, "b": 1, "c": 2}}]
+
+    def steps(first: int, last: int, size: int) -> list[tuple[list[list[int]], int, dict[str, int]]]:
+        """What each step reads, by a loader that was opened for it: the batch by place, its content, and the counts."""
+        found = []
+        with open_mixture(folders, stages) as loader:
+            for step in range(first, last):
+                shares = [loader.batch(12 * step, 12, range(rank, 12, size)) for rank in range(size)]
+                for rank in range(size):
+                    loader.prefetch(12 * (step + 1), 12, range(rank, 12, size))  # dropped where the run is killed
+                rows = {
+                    int(place): tokens.tolist()
+                    for share in shares
+                    for place, tokens in zip(share.batch_position, share.tokens, strict=True)
+                }
+                content = add_content(*(share.content_sum for share in shares))
+                found.append(([rows[place] for place in range(12)], content, loader.consumed(12 * (step + 1))))
+        return found
+
+    resumed = steps(0, killed, sizes[0]) + steps(killed, 6, sizes[1])
+    assert resumed == steps(0, 6, 1)
