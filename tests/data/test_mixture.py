@@ -221,7 +221,7 @@ def test_mixture_resumed_at_another_size_continues_with_the_same_bytes(
     stages = [{"until_tokens": 24 * 16, "weights": {"a": 3, "b": 1}}, {"weights": {"a": 1, "b": 1, "c": 2}}]
 
     def steps(first: int, last: int, size: int) -> list[tuple[list[list[int]], int, dict[str, int]]]:
-        """What each step reads, by a loader that was opened for it: the batch by place, its content, and the counts."""
+        """The batch by place, its content and the counts of each step, read by a loader opened for these steps."""
         found = []
         with open_mixture(folders, stages) as loader:
             for step in range(first, last):
