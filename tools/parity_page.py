@@ -9,7 +9,9 @@ Result = dict[str, Any]
 
 _HEAD = """# Parity: layouts beside one process
 
-Written by `tools/parity_matrix.py`{when}. A cell is the largest relative difference over {steps} steps to one
+Written by `tools/parity_matrix.py`{when}.
+
+A cell is the largest relative difference over {steps} steps to one
 process: loss / gradient norm. In every cell these are equal, number for number: eligible, scored and masked tokens,
 masks by noise level, the digest of the samples that the ranks took (`batch_digest`) and of what they read
 (`content_digest`); and all ranks report the same. tp, pp, vpp, cp, dp, ep, etp: ranks on the axes; sp: sequence

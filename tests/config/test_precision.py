@@ -55,7 +55,7 @@ REFUSED = [
         "but the layers are not Transformer Engine's, the only ones that have a choice",
     ),
     (("device.overlap_parameter_gather=true",), "but device.overlap_gradient_reduce is false, so that all weights are"),
-    (("device.overlap_gradient_reduce=true",), "but layout.data_parallel_size is 1, so that there is nothing to sum"),
+    (("device.overlap_gradient_reduce=true",), "context_parallel_size are 1, so that there is nothing to sum"),
     (("device.attention=te", "objective.name=block"), "device.attention is 'te', but objective.name is block"),
     (
         ("device.grouped_queries=shared", "model.num_query_groups=4"),

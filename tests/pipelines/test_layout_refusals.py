@@ -123,7 +123,7 @@ BAD = {
         DENSE,
         ["device.overlap_gradient_reduce=true"],
         "device.overlap_gradient_reduce is true",
-        "allowed: false, or a layout.data_parallel_size above 1",
+        "allowed: false, or one of them above 1",
     ),
 }
 

@@ -57,7 +57,8 @@ class DeviceConfig(Section):
         choices=("auto", "fused", "separate"),
     )
     overlap_gradient_reduce: bool = operational(
-        "sum gradients over data-parallel ranks while the backward pass of the last micro-batch goes on, in parts",
+        "sum gradients over data- and context-parallel ranks while the backward pass of the last micro-batch goes on, "
+        "in parts",
         default=False,
     )
     overlap_parameter_gather: bool = operational(
@@ -78,7 +79,7 @@ class DeviceConfig(Section):
 
     def problems(self, config: TrainConfig) -> Iterator[Problem]:
         """Layers and attention that contradict the number format or the objective."""
-        precision = config.precision
+        precision, layout = config.precision, config.layout
         if precision.fp8 != "none":
             is_emulated = precision.fp8_kernels == "emulate"
             if self.layers == ("te" if is_emulated else "local"):
@@ -87,11 +88,12 @@ class DeviceConfig(Section):
                     because=f"but precision.fp8_kernels is {precision.fp8_kernels}, which has other layers",
                     allowed="auto, local" if is_emulated else "auto, te",
                 )
-        if self.overlap_gradient_reduce and config.layout.data_parallel_size == 1:
+        if self.overlap_gradient_reduce and layout.data_parallel_size * layout.context_parallel_size == 1:
             yield Problem(
                 key="device.overlap_gradient_reduce",
-                because="but layout.data_parallel_size is 1, so that there is nothing to sum",
-                allowed="false, or a layout.data_parallel_size above 1",
+                because="but layout.data_parallel_size and layout.context_parallel_size are 1, so that there is "
+                "nothing to sum",
+                allowed="false, or one of them above 1",
             )
         if self.overlap_gradient_reduce and config.layout.virtual_pipeline_parallel_size > 1:
             yield Problem(
