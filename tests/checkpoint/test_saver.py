@@ -14,7 +14,7 @@ from megamask.checkpoint.contents import TrainerState, read_model, read_state
 from megamask.checkpoint.integrity import verify_folder
 from megamask.checkpoint.reader import candidates, resolve
 from megamask.checkpoint.saver import Save, SaveRequest
-from megamask.errors import MegamaskError, StorageError, SupersededError
+from megamask.errors import CheckpointIntegrityError, MegamaskError, StorageError, SupersededError
 from support.model_documents import model_document
 from support.thread_world import ThreadEngine, ThreadShare, ThreadWorld
 
@@ -203,6 +203,19 @@ def test_file_with_two_writers_or_none_is_never_published(
     monkeypatch.setattr(ThreadShare, "write", write)
     results = save(ThreadWorld(2), 20)
     assert all(isinstance(result, MegamaskError) and "common.pt" in result.message for result in results)
+    assert candidates(run_dir) == []
+
+
+@pytest.mark.promise("a state that the reader of a resume refuses is never published")
+def test_state_that_its_reader_refuses_is_never_published(
+    save: SaveAll, run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(share: ThreadShare, folder: Path) -> None:
+        raise CheckpointIntegrityError(f"{folder.name} names a tensor twice")
+
+    monkeypatch.setattr(ThreadShare, "check", refuse)
+    results = save(ThreadWorld(2), 20)
+    assert all(isinstance(result, MegamaskError) and "a tensor twice" in result.message for result in results)
     assert candidates(run_dir) == []
 
 

@@ -24,6 +24,8 @@ LAYOUTS = {
     2: [TENSOR, TENSOR | {"sequence_parallel": True}, {"pipeline_parallel_size": 2}, {"data_parallel_size": 2}],
 }
 RUNS = {size: [[spec, layout] for spec in worker.SPECS for layout in layouts] for size, layouts in LAYOUTS.items()}
+# sums over ranks that begin during the backward pass: of a tied table, whose two gradients both must be in them
+RUNS[2] += [["plain", {"context_parallel_size": 2}], ["tied", {"data_parallel_size": 2, worker.OVERLAP: True}]]
 CASES = [(size, number) for size, runs in RUNS.items() for number in range(len(runs))]
 
 

@@ -13,6 +13,7 @@ from support import engine_cases as cases
 
 SEQUENCE_LENGTH = 1024
 MICRO_BATCH_SIZE = 4  # of pairs: 8,192 positions, about half of them the mask token
+OVERLAP = "overlap_gradient_reduce"  # among the sizes of a layout
 _WIDE = {"hidden_size": 64, "ffn_hidden_size": 128, "head_dim": 16, "max_sequence_length": SEQUENCE_LENGTH}
 _WORDS = {"vocab_size": 509, "padded_vocab_size": 512}
 SPECS = {
@@ -29,9 +30,16 @@ def lengthen() -> None:
 def run_layouts(root: str, runs: list[list[Any]]) -> list[None]:
     """Each run: name of a spec and a layout; the first rank writes the gradients to a file of the run's number."""
     lengthen()
-    for number, (spec, layout) in enumerate(runs):
+    for number, (spec, named) in enumerate(runs):
+        layout = dict(named)
+        overlap = layout.pop(OVERLAP, False)
         engine = cases.make_engine(
-            SPECS[spec], layout, micro_batch_size=MICRO_BATCH_SIZE, compute="bf16", clip_grad_norm=0.0
+            SPECS[spec],
+            layout,
+            micro_batch_size=MICRO_BATCH_SIZE,
+            compute="bf16",
+            clip_grad_norm=0.0,
+            overlap=overlap,
         )
         cases.take_step(engine, 1, learning_rate=0.0)
         gradients = _global_gradients(engine)
