@@ -30,8 +30,8 @@ def evaluate(path: Path, request: EvaluationRequest) -> dict[str, Any]:
     Returns: nelbo_nats_per_token, exact (whether that is the likelihood itself), objective, standard_error,
         bits_per_byte, num_tokens, num_bytes, num_samples; checkpoint, digest, step, draws, replicates, seed.
     Raises:
-        UsageError: path, files, corpus or numbers are not usable. DataIntegrityError: a text is not UTF-8, a corpus is
-        damaged. CheckpointIntegrityError: the checkpoint does not verify.
+        UsageError: path, files, corpus or numbers are not usable. DataIntegrityError: a text or corpus is damaged.
+        CheckpointIntegrityError: the checkpoint does not verify.
     """
     if request.rows is not None and request.rows < 1:
         raise UsageError(f"--rows is {request.rows}; allowed: >= 1. {_NOTHING}")
@@ -44,9 +44,9 @@ def evaluate(path: Path, request: EvaluationRequest) -> dict[str, Any]:
     refuse_leaks(checkpoint.model.spec, objective)
     checkpoint.require_mask(objective)
     bound = given_first(objective.bound, objective) if request.given_first else objective.bound
-    scored = tokens[bound.scored(tokens, is_eligible)]
+    scored, is_text = tokens[bound.scored(tokens, is_eligible)], request.token_ids is None
     network, device = checkpoint.network()
-    token_bytes = torch.tensor(checkpoint.tokenizer.token_bytes)
+    num_bytes = int(torch.tensor(checkpoint.tokenizer.token_bytes)[scored].sum()) if is_text else None
     not_noise = never_written(objective.vocabulary)
     report = evaluate_rows(
         ReferenceScore(network=network, excluded_ids=objective.excluded_ids, not_noise=not_noise),
@@ -58,7 +58,7 @@ def evaluate(path: Path, request: EvaluationRequest) -> dict[str, Any]:
         replicates=request.replicates,
         key=run_key(seed),
         batch_rows=max(1, _BATCH_TOKENS // tokens.shape[1]),
-        num_bytes=None if request.token_ids is not None else int(token_bytes[scored].sum()),
+        num_bytes=num_bytes,
     )
     return {
         "nelbo_nats_per_token": report.nelbo_nats_per_token,
