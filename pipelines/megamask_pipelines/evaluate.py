@@ -17,8 +17,8 @@ from megamask.evaluation.objective import refuse_leaks, scored_objective
 from megamask.evaluation.reference_network import ReferenceScore
 from megamask.evaluation.request import EvaluationRequest
 from megamask.evaluation.rows import split_rows, text_rows, token_id_rows
-from megamask.objectives.autoregressive import given_first
 from megamask.objectives.base import never_written
+from megamask.objectives.given_first import given_first
 
 _BATCH_TOKENS = 8192
 _NOTHING = "Nothing was scored."

@@ -18,8 +18,8 @@ pytestmark = pytest.mark.multiprocess
 def change_table(monkeypatch, change):
     """Engines built from now on use a changed parameter table."""
 
-    def changed(*arguments):
-        table = parameter_table(*arguments)
+    def changed(*arguments, **settings):
+        table = parameter_table(*arguments, **settings)
         infos = {info.name: dataclasses.replace(info, **change(info)) for info in table}
         return dataclasses.replace(table, infos=infos)
 

@@ -35,6 +35,9 @@ NO_DURATION = {
     ("host.py", "before = time.time()"),
     ("host.py", "after = time.time()"),
     ("host.py", 'written = (probe / "now").stat().st_mtime'),
+    # whether a file was changed so lately that its times may hide a second change; if not sure, it is read again
+    ("file_marks.py", "if abs(time.time_ns() - max(found.st_mtime_ns, found.st_ctime_ns)) < _SETTLED_NS:"),
+    ("file_marks.py", "return (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)"),
     # times that are written down: of a point in MLflow, and of the last step and the last writing for Prometheus
     ("results.py", "now = int(time.time() * 1000)"),
     ("metrics_file.py", "self._stepped_at = time.time()"),

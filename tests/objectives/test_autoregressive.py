@@ -11,8 +11,9 @@ from megamask.evaluation.reference_network import ReferenceScore
 from megamask.generation.confidence import DecodingOptions, decode
 from megamask.generation.predictor import ReferencePredictor
 from megamask.models.context import Causal, Context
-from megamask.objectives.autoregressive import AutoregressiveObjective, GivenFirst
+from megamask.objectives.autoregressive import AutoregressiveObjective
 from megamask.objectives.base import Samples
+from megamask.objectives.given_first import GivenFirst
 from support import engine_cases as cases
 
 SPEC = cases.OPTIONS

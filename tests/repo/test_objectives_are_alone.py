@@ -14,6 +14,8 @@ HOME = ("platform/megamask/objectives/", "platform/megamask/config/schema/")
 # Modules of objectives/ that are the interface or serve several objectives; every other one is a single objective.
 INTERFACE = {
     "base",
+    "given_first",
+    "in_force",
     "shapes",
     "registry",
     "terms",

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+from megamask.config.schema.objective import WITHOUT_FUTURE
 from megamask.errors import UsageError
 from megamask.models.spec import ModelSpec
 from megamask.models.vocabulary import Vocabulary
 from megamask.objectives.base import Objective
 from megamask.objectives.registry import build_objective
-
-_SEES_NO_FUTURE = ("autoregressive", "block")
 
 
 def refuse_leaks(spec: ModelSpec, objective: Objective) -> None:
@@ -17,7 +16,7 @@ def refuse_leaks(spec: ModelSpec, objective: Objective) -> None:
     Raises:
         UsageError: names the router's choice; such a likelihood would be too good.
     """
-    if spec.experts is not None and spec.experts.choice == "experts" and objective.name in _SEES_NO_FUTURE:
+    if spec.experts is not None and spec.experts.choice == "experts" and objective.name in WITHOUT_FUTURE:
         raise UsageError(
             f"--objective is {objective.name}, but the network has model.router_choice=experts: its experts choose "
             "among all tokens of a row, so that each token depends on those behind it; allowed: the objective that was "

@@ -16,13 +16,11 @@ import torch
 from torch import Tensor
 
 from megamask.errors import UsageError
-from megamask.models.context import Causal, Context, first_tokens
+from megamask.models.context import Causal, Context
 from megamask.models.vocabulary import NO_ID, Vocabulary
 from megamask.objectives.base import (
-    Bound,
     BoundRows,
     Key,
-    Objective,
     OnePhase,
     Reading,
     Rows,
@@ -31,6 +29,7 @@ from megamask.objectives.base import (
     softmax_without,
 )
 from megamask.objectives.documents import document_numbers, isolated, places_in_documents
+from megamask.objectives.given_first import with_a_past
 from megamask.objectives.shapes import ObjectiveShape, shape_of
 from megamask.objectives.terms import PerScoredToken, Term, cross_entropy_and_z_loss
 
@@ -147,40 +146,6 @@ class ExactLikelihood:
 
 
 @dataclass(frozen=True, kw_only=True)
-class GivenFirst:
-    """A bound in which first tokens are given: it scores what an autoregressive model scores.
-
-    Args:
-        isolated_by: as of `ExactLikelihood`; the first token of each document is given too.
-    """
-
-    bound: Bound
-    isolated_by: Vocabulary | None = None
-
-    @property
-    def is_exact(self) -> bool:
-        """As of the bound."""
-        return self.bound.is_exact
-
-    def scored(self, tokens: Tensor, is_eligible: Tensor) -> Tensor:
-        """The tokens that the bound scores, but for those that nothing is before."""
-        documents = None if self.isolated_by is None else document_numbers(tokens, self.isolated_by)
-        return with_a_past(self.bound.scored(tokens, is_eligible), documents)
-
-    def draw(
-        self, tokens: Tensor, is_scored: Tensor, row_index: Tensor, *, replicate: int, member: int, draws: int, key: Key
-    ) -> BoundRows:
-        """The bound's draw, of the tokens that are left."""
-        return self.bound.draw(tokens, is_scored, row_index, replicate=replicate, member=member, draws=draws, key=key)
-
-
-def given_first(bound: Bound, objective: Objective) -> GivenFirst:
-    """The bound of an objective with first tokens given, of each document too where documents are isolated."""
-    is_isolated = bool(objective.record().get("isolate_documents", False))
-    return GivenFirst(bound=bound, isolated_by=objective.vocabulary if is_isolated else None)
-
-
-@dataclass(frozen=True, kw_only=True)
 class LeftToRight:
     """Writes one token after another, each read at the position before it.
 
@@ -226,13 +191,6 @@ def causal(documents: Tensor | None) -> Context:
     if documents is None:
         return Context(pattern=Causal())
     return Context(pattern=Causal(), documents=documents, positions=places_in_documents(documents))
-
-
-def with_a_past(is_eligible: Tensor, documents: Tensor | None) -> Tensor:
-    """The eligible tokens that have a token before them in their row, and in their document. Shapes: bool [b, s]."""
-    is_scored = is_eligible.clone()
-    is_scored[:, 0] = False
-    return is_scored if documents is None else is_scored & ~first_tokens(documents)
 
 
 def next_token_rows(tokens: Tensor, is_scored: Tensor, context: Context) -> Rows:

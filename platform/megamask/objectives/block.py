@@ -25,9 +25,9 @@ from megamask.diffusion.schedule import EPS, NoiseSchedule, noise_schedule, stra
 from megamask.errors import UsageError
 from megamask.models.context import BlockPattern, Context
 from megamask.models.vocabulary import Vocabulary
-from megamask.objectives.autoregressive import with_a_past
 from megamask.objectives.base import UNGROUPED, BoundRows, Key, OnePhase, Reading, Rows, Samples, softmax_without
 from megamask.objectives.documents import document_numbers, isolated, places_in_documents
+from megamask.objectives.given_first import with_a_past
 from megamask.objectives.probing import Probe
 from megamask.objectives.shapes import ObjectiveShape, shape_of
 from megamask.objectives.terms import (

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from megamask.errors import UsageError
 from megamask.models.vocabulary import NO_ID
-from megamask.objectives.autoregressive import given_first, with_a_past
 from megamask.objectives.base import Bound, BoundRows, Decoder, Key, Objective, Reading, Rows, Samples
+from megamask.objectives.given_first import given_first, with_a_past
 from megamask.objectives.probing import Probe, Probed
 from megamask.objectives.wrapped import Wrapped
 

@@ -10,6 +10,7 @@ from megamask.config.rules.experts import ROUTER_CHOICES, ROUTER_SCORES, expert_
 from megamask.config.rules.model import effective_query_groups, model_problems
 from megamask.config.rules.problem import Problem
 from megamask.config.schema.field import identity
+from megamask.config.schema.objective import WITHOUT_FUTURE
 from megamask.config.schema.section import Section
 
 if TYPE_CHECKING:
@@ -123,7 +124,7 @@ class ModelConfig(Section):
             rotary_fraction=self.rotary_fraction,
         )
         objective = config.objective.name
-        if self.num_experts > 0 and self.router_choice == "experts" and objective in ("autoregressive", "block"):
+        if self.num_experts > 0 and self.router_choice == "experts" and objective in WITHOUT_FUTURE:
             yield Problem(
                 key="model.router_choice",
                 because=f"but objective.name is {objective}: experts that choose among all tokens of a row show each "

@@ -16,6 +16,10 @@ BLOCK = ("block",)
 MIXED = ("mixed",)
 NAMES = ("masked", "autoregressive", "block", "uniform", "mixed")
 NOISED = (*MASKED, *BLOCK, "uniform", *MIXED)
+WITHOUT_FUTURE = ("autoregressive", *BLOCK)
+"""Objectives in which no token depends on all tokens behind it."""
+EXACT = ("autoregressive",)
+"""Objectives whose bound is the likelihood itself."""
 
 BOUNDS = ("nelbo", "any_order")
 """Weights of which the loss estimates the bound."""

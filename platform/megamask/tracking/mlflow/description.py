@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from megamask.config.schema.objective import EXACT
 from megamask.tracking.mlflow.points import Memory
 
 _KINDS = {
@@ -71,7 +72,7 @@ def _paragraph(run: Mapping[str, Any], memory: Memory) -> str:
         text += f" It has seen {tokens:,} tokens."
     if memory.best is not None:
         best = memory.best
-        most = "" if objective == "autoregressive" else "at most "  # whose likelihood is exact
+        most = "" if objective in EXACT else "at most "
         text += f" Best checkpoint: `{best['checkpoint']}`, {most}{best['bound']:.4f} nats per token on held-out text."
     return text
 
