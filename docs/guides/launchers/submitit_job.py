@@ -5,12 +5,12 @@ import sys
 
 import submitit
 
-CONFIG = "slurm/train.yaml"
+COMMAND = ["megamask", "launch", "node", "slurm/train.yaml"]
 
 
 def node() -> None:
     """Run one node; its exit code is that of the job."""
-    sys.exit(subprocess.run(["megamask", "launch", "node", CONFIG], check=False).returncode)
+    sys.exit(subprocess.run(COMMAND, check=False).returncode)
 
 
 executor = submitit.AutoExecutor(folder="submitit_logs")
