@@ -48,7 +48,7 @@ def test_job_is_printed_and_nothing_else(capsys: pytest.CaptureFixture[str]) -> 
     assert printed.endswith('exit "$code"\n')
 
 
-@pytest.mark.promise("The config of each scheduler's guide makes a job as it stands there")
+@pytest.mark.promise("The config of each scheduler's guide makes a job unchanged")
 @pytest.mark.parametrize(
     ("guide", "fence", "target"),
     [

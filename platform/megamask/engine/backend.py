@@ -60,7 +60,7 @@ def prepare_torch() -> None:
 
 
 def _is_news(record: logging.LogRecord) -> bool:
-    """False for what a torch that was built for CUDA tells on a machine without a GPU, where it finds a compiler."""
+    """False for what a torch that was built for CUDA logs on a machine without a GPU, where it finds a compiler."""
     return not record.getMessage().startswith("No CUDA runtime is found")
 
 
