@@ -124,7 +124,7 @@ def test_last_lines_cut_off_are_found(run_dir: Path, check: Check, num_lines: in
 
 @FORGED
 def test_last_line_of_a_failed_attempt_that_is_cut_is_found(run_dir: Path, check: Check) -> None:
-    """An end that the attempt journalled and one that its launcher saw differ in status.json alone: it names the line."""
+    """status.json alone says whether the attempt journalled its end or the launcher saw it: it names the line."""
     status = json.loads((run_dir / "status.json").read_bytes())
     status |= {"phase": "failed", "exit_code": 66, "step": 6}
     path = last_journal(run_dir)
