@@ -105,8 +105,9 @@ def test_hung_rank_ends_the_job_with_71_after_a_signal(small_corpus: Path, tmp_p
         process.send_signal(signal.SIGTERM)
     codes, errors = ends(nodes)
     assert codes == [71, 71], errors
-    # 1 where the hung rank was killed first: rank 0 then lost its connection, and recorded that itself
-    assert json.loads((run_dir / "status.json").read_text())["exit_code"] in (71, 1)
+    status = json.loads((run_dir / "status.json").read_text())
+    # 1 only where rank 0 journalled an end of its own, as when the other rank is killed first and the connection breaks
+    assert status["exit_code"] == 71 or (status["exit_code"] == 1 and status["journal"] is not None), status
 
 
 @pytest.mark.promise("`megamask launch node`: a job whose run another job takes over ends with 93 on every node")
